@@ -1,15 +1,48 @@
-"""What do the published scores of the LoRA survey say by themselves? Or: `lora-orchestrator published`."""
+"""What do the published scores of the LoRA survey (arXiv 2601.22708) say by themselves?
+
+    lora-orchestrator published                   all four tasks
+    lora-orchestrator published --task gsm8k      one of them
+    lora-orchestrator published --overlay STUDY   with your study beside it
+
+No model is trained or loaded. The command prints verdicts and tables, and writes report.html, pictures and
+summary.json to <output>/published.
+"""
 
 from __future__ import annotations
 
-from orchestrator.cli.program import run_script
-from orchestrator.util.command import main
+from dataclasses import dataclass
+from typing import Annotated
+
+from orchestrator.launch.experiment import Experiment
+from orchestrator.study.option import Option, Positive
+from orchestrator.study.options import StoreOptions
 
 
-def run() -> int:
-    """Run the experiment with the options of the command line, and return the exit code."""
-    return run_script("published")
+@dataclass(frozen=True, kw_only=True)
+class PublishedOptions(StoreOptions):
+    """Options of the page of published scores."""
 
+    task: Annotated[tuple[str, ...], Option("NAME", commas=True)] = ("gsm8k", "humaneval", "glue", "images")
+    """Published tasks to show."""
+    noise: tuple[Positive, ...] = (0.48, 1.0)
+    """Standard deviations of a score over seeds, in points, for the simulated repetitions of the study."""
+    overlay: str | None = None
+    """A study of your own, whose curves are drawn over the published ones by variant; its tasks are shown."""
+
+
+def show(options: PublishedOptions) -> int:
+    """Write and print the page, and return the exit code."""
+    from orchestrator.analyze.published.published_page import show_published
+
+    show_published(options.task, options.noise, options.output, options.overlay, options.store)
+    return 0
+
+
+EXPERIMENT = Experiment(
+    name="published", module="published", description=__doc__, options_class=PublishedOptions, show=show
+)
 
 if __name__ == "__main__":
-    main(run)
+    from orchestrator.cli.program import main
+
+    main("published")

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from os import PathLike
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.cli.arguments import default_values, make_options, repeatable_command
-from orchestrator.experiments.catalogue import ExperimentCommand, experiments
-from orchestrator.launch.experiment import StudyRequest
-from orchestrator.study.config_file import convert, field_name, option_flag, read_config
+import experiments
+from orchestrator.launch.experiment import Experiment
+from orchestrator.study.config import make_options
 from orchestrator.study.options import StudyOptions
 from orchestrator.util.errors import UsageError, suggest_nearest
-from orchestrator.util.graceful_interrupts import PROGRAM, borrowed_signals
+from orchestrator.util.graceful_interrupts import borrowed_signals
 
 if TYPE_CHECKING:
-    from orchestrator.analyze.study_frames import StudyFrames
     from orchestrator.launch.plan import Plan
+    from orchestrator.launch.run import StudyResult
 
 
 class Study:
@@ -38,90 +35,55 @@ class Study:
         self, experiment: str = "study", *, config: str | PathLike[str] | None = None, **options: object
     ) -> None:
         self.experiment = _find_experiment(experiment)
-        options_class = self.experiment.options_class
-        given = {}
-        for key, value in options.items():
-            name = field_name(key, options_class)
-            if value is not None:
-                given[name] = convert(name, value, options_class)
-        file = read_config(Path(config), options_class) if config is not None else None
-        defaults = default_values(options_class, given.get("preset"), file)
-        try:
-            self.options: StudyOptions = make_options({**defaults, **given}, options_class)
-        except UsageError as error:
-            raise (file.locate(error, [option_flag(name) for name in given]) if file else error) from None
-
-    @property
-    def command(self) -> str:
-        """The shell command that does what `run` does with this study."""
-        return repeatable_command(f"{PROGRAM} {self.experiment.name}", self.options)
+        typed = {**options, "config": config}
+        given = {name: value for name, value in typed.items() if value is not None}
+        options_class: type[Any] = self.experiment.options_class
+        self.options: StudyOptions = make_options(options_class, given, self.experiment.name)[0]
 
     def __repr__(self) -> str:
-        return f"<Study: {self.command}>"
-
-
-@dataclass(frozen=True)
-class StudyResult:
-    """The exit code, the folders and the options of a run."""
-
-    exit_code: int
-    """Exit code of the command: 0 if all configurations have a result, 3 if a limit ended the run, else 1."""
-    folders: Mapping[str, Path]
-    """Name of each study that was run -> its folder, with report.html."""
-    options: StudyOptions
-    """The options of the run."""
-
-    def load(self, name: str | None = None) -> StudyFrames:
-        """Load the results of the run as pandas frames.
-
-        Args:
-            name: Name of the study; by default the first one.
-
-        Raises:
-            UsageError: There is no such study, or it has no results.
-        """
-        from orchestrator.analyze import study_frames
-
-        name = next(iter(self.folders), "") if name is None else name
-        return study_frames.load(name, output=self.options.output, store=self.options.store_folder)
+        words = (self.options.shown(name) for name in self.options.given())
+        return f"<Study: {' '.join([self.experiment.name, *words])}>"
 
 
 def plan(study: Study) -> tuple[Plan, ...]:
     """Print what a study would train, with estimates of time and price, and start nothing.
 
     Returns:
-        The plan of each study of the experiment, which has one.
+        One plan.
 
     Raises:
         UsageError: An option does not fit the task, the base model or this machine.
     """
-    plans: list[Plan] = []
-    request = StudyRequest(study.options, study.command, plans.append)
-    study.experiment.run(replace(study.options, plan=True), request)
-    return tuple(plans)
+    from orchestrator.launch.run import run_study
+
+    found = run_study(study.experiment, replace(study.options, plan=True)).plan
+    assert found is not None
+    return (found,)
 
 
 def run(study: Study) -> StudyResult:
     """Train what has no result yet and write the report, as the command does.
 
     Returns:
-        The exit code and the folders of the reports; `load()` gives the results as pandas frames.
+        The exit code and the folder of the report; `load()` gives the results as pandas frames.
 
     Raises:
         UsageError: An option does not fit the task, the base model or this machine. Nothing was trained.
         StudyError: Something outside the study failed, for example the cluster.
         KeyboardInterrupt: The run was interrupted. The same call continues it.
     """
-    folders: dict[str, Path] = {}
-    request = StudyRequest(study.options, study.command, on_study=folders.__setitem__)
-    with borrowed_signals(study.command):
-        code = study.experiment.run(study.options, request)
-    return StudyResult(code, folders, study.options)
+    from orchestrator.launch.run import run_study
+
+    with borrowed_signals("run(study)"):
+        return run_study(study.experiment, study.options)
 
 
-def _find_experiment(name: str) -> ExperimentCommand:
-    studies: dict[str, Any] = {each.name: each for each in experiments().values() if each.trains}
-    found = studies.get(name) or next((each for each in studies.values() if each.script == name), None)
-    if found is None:
-        raise UsageError(f"experiment {name!r}: there is none. {suggest_nearest(name, studies)}")
+def _find_experiment(name: str) -> Experiment:
+    by_name = {command: command for command in experiments.MODULES} | {
+        module: command for command, module in experiments.MODULES.items()
+    }
+    found = experiments.load(by_name[name]) if name in by_name else None
+    if found is None or not found.trains:
+        names = [name for name in experiments.MODULES if experiments.load(name).trains]
+        raise UsageError(f"experiment {name!r}: there is none. {suggest_nearest(name, names)}")
     return found

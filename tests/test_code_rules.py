@@ -11,25 +11,25 @@ FOLDERS = ("docs", "experiments", "orchestrator", "tests", "variants")
 PRIVATE_OF_RAY = re.compile(r"\bray(?:\.\w+)*\._[a-z]\w+")
 PRIVATE_OF_RAY_FILE = ROOT / "orchestrator" / "execution" / "ray" / "private.py"
 BUDGETS = {
-    "orchestrator": (332, 26469),
+    "orchestrator": (321, 25920),
     "orchestrator/analyze": (92, 6952),
-    "orchestrator/cli": (5, 468),
+    "orchestrator/cli": (4, 300),
     "orchestrator/cluster": (3, 246),
     "orchestrator/execution": (38, 3392),
-    "orchestrator/experiments": (6, 154),
+    "orchestrator/experiments": (0, 0),
     "orchestrator/export": (4, 464),
-    "orchestrator/finetune": (138, 9414),
-    "orchestrator/launch": (9, 1594),
+    "orchestrator/finetune": (138, 9450),
+    "orchestrator/launch": (8, 1484),
     "orchestrator/record": (12, 1713),
-    "orchestrator/study": (12, 1352),
+    "orchestrator/study": (9, 1220),
     "orchestrator/util": (10, 629),
     "variants": (128, 6724),
-    "experiments": (16, 1938),
-    "tests": (297, 32596),
+    "experiments": (17, 2101),
+    "tests": (296, 32537),
 }
 """Package -> (modules, lines of code) that it may have at most. A change that makes one smaller
 lowers its numbers; a change that raises one says what that is worth."""
-DOC_WORDS = 54_425
+DOC_WORDS = 54_549
 """Words that all pages may have together."""
 
 

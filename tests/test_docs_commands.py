@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
+import experiments
 from orchestrator.cli.commands import COMMANDS
-from orchestrator.experiments.catalogue import experiments
+from orchestrator.study.configuration import HYPERPARAMETERS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -31,12 +32,9 @@ def commands(page: Path) -> Iterator[str]:
 
 def options_of(name: str) -> type[Any] | None:
     """Return the class of a command's options; None if there is no such command."""
-    by_script = {each.script: each.options_class for each in experiments().values()}
-    if name.endswith(".py"):
-        return by_script.get(name.removesuffix(".py"))
-    if name in experiments():
-        return experiments()[name].options_class
-    return COMMANDS.get(name)
+    by_script = {module: name for name, module in experiments.MODULES.items()}
+    name = by_script.get(name.removesuffix(".py"), name) if name.endswith(".py") else name
+    return experiments.load(name).options_class if name in experiments.MODULES else COMMANDS.get(name)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
@@ -48,6 +46,7 @@ def test_the_commands_of_a_page_have_the_options_that_it_shows(page: Path) -> No
         name, *rest = ["fetch-" + words[1], *words[2:]] if words[0] == "fetch" else words
         options = options_of(name)
         assert options is not None, f"{command!r}: there is no command {name!r}"
-        known = {"--" + field.name.replace("_", "-") for field in fields(options)} | {"--help"}
+        names = [*(field.name for field in fields(options)), *HYPERPARAMETERS]
+        known = {"--" + each.replace("_", "-") for each in names} | {"--help"}
         shown = {word.partition("=")[0] for word in rest if word.startswith("--")}
         assert shown <= known, f"{command!r}: {name} has no {', '.join(sorted(shown - known))}"

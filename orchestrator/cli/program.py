@@ -11,15 +11,12 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import orchestrator
+from orchestrator.util import command
 from orchestrator.util.errors import UsageError, suggest_nearest
 from orchestrator.util.graceful_interrupts import PROGRAM, format_command, print_status
-
-if TYPE_CHECKING:
-    from orchestrator.study.config_file import ConfigFile
 
 HELP_OPTIONS, VERSION_OPTIONS = ("-h", "--help"), ("--version", "-V")
 _FIRST_STEPS = """\
@@ -33,6 +30,15 @@ Type first:
   {program} check               do these machines suffice?
   {program} study               the study; repeat it after a crash
 """
+
+
+def main(experiment: str = "") -> NoReturn:
+    """Run the program with the command line of this process, and end the process.
+
+    Args:
+        experiment: Name of the command of a script in `experiments/`; empty if the first word names it.
+    """
+    command.main(lambda: run_command(experiment, sys.argv[1:], _program()) if experiment else run_program())
 
 
 def run_program() -> int:
@@ -49,28 +55,10 @@ def run_program() -> int:
         print(f"{PROGRAM} {orchestrator.__version__}")
         return 0
     if words[0] == "fetch":
-        if not words[1:] or words[1] in HELP_OPTIONS:
-            print(_fetch_usage())
-            return 0
-        if words[1] != "model":
-            raise UsageError(f"fetch {words[1]}: write `fetch model NAME`.")
-        words = ["fetch-model", *words[2:]]
+        if words[1:2] != ["model"] and not set(HELP_OPTIONS) & set(words):
+            raise UsageError(f"{' '.join(words[:2])}: write `fetch model NAME`.")
+        words = ["fetch-model", *words[2:]] if words[1:2] == ["model"] else ["fetch-model", "--help"]
     return run_command(words[0], words[1:], f"{_program()} {_typed_name(words[0])}")
-
-
-def run_script(command: str) -> int:
-    """Run an experiment with the options of this process's command line: for the scripts in `experiments/`.
-
-    Args:
-        command: Name of the experiment's command, such as `study`.
-
-    Returns:
-        The exit code.
-
-    Raises:
-        UsageError: An option is wrong.
-    """
-    return run_command(command, sys.argv[1:], _program())
 
 
 def run_command(name: str, words: Sequence[str], program: str) -> int:
@@ -79,7 +67,7 @@ def run_command(name: str, words: Sequence[str], program: str) -> int:
     Args:
         name: Name of the command.
         words: The words of the command line after the name.
-        program: The words before the options, for `--help` and for the command that a study stores.
+        program: The words before the options, for `--help` and errors.
 
     Returns:
         The exit code.
@@ -89,50 +77,39 @@ def run_command(name: str, words: Sequence[str], program: str) -> int:
     """
     if not set(HELP_OPTIONS) & set(words):
         print_status("Reading libraries, data, models and records ...")
+    import experiments
     from orchestrator.cli.commands import COMMANDS
-    from orchestrator.experiments.catalogue import experiments
+    from orchestrator.cli.parsing import parse
+    from orchestrator.study.config import make_options
 
     if name in COMMANDS:
-        return int(_parse(COMMANDS[name], inspect.getdoc(COMMANDS[name]) or "", words, program).run())
-    if name not in experiments():
-        choices = [_typed_name(each) for each in (*experiments(), *COMMANDS)]
+        typed = parse(COMMANDS[name], words, program, inspect.getdoc(COMMANDS[name]) or "")
+        return int(make_options(COMMANDS[name], typed)[0].run())
+    if name not in experiments.MODULES:
+        choices = [_typed_name(each) for each in (*experiments.MODULES, *COMMANDS)]
         raise UsageError(f"{name!r} is no command of {_program()}. {suggest_nearest(name, choices)}")
-    experiment = experiments()[name]
+    experiment = experiments.load(name)
     description = experiment.description.replace(f"{PROGRAM} {name}", program)
-    if not experiment.trains:
-        return experiment.run(_parse(experiment.options_class, description, words, program))
-    from orchestrator.cli.arguments import parse_with_config, repeatable_command
+    typed = parse(experiment.options_class, words, program, f"{description.strip()}\n\n{_known_names()}")
+    options_class: type[Any] = experiment.options_class
+    options, file = make_options(options_class, typed, name)
+    if experiment.show is not None:
+        return experiment.show(options)
+    from orchestrator.launch.run import run_study
 
-    options, config = parse_with_config(description, experiment.options_class, words, program)
-    with _located_errors(config, words):
-        from orchestrator.launch.experiment import StudyRequest
-
-        # The command that is stored does not depend on a file that may change or be moved.
-        command = repeatable_command(program, options) if options.config else ""
-        return experiment.run(options, StudyRequest(options, command))
-
-
-@contextmanager
-def _located_errors(config: ConfigFile | None, words: Sequence[str]) -> Iterator[None]:
-    """Name the line of the --config file in a UsageError about an option that the file sets."""
     try:
-        yield
+        return run_study(experiment, options, "" if file else format_command(sys.argv)).exit_code
     except UsageError as error:
-        if config is None:
-            raise
-        raise config.locate(error, words) from None
+        raise (file.locate(error, typed) if file else error) from None
 
 
-def _parse(options_class: type[Any], description: str, words: Sequence[str], program: str) -> Any:
-    """Parse the options of a command, of any class, and return an object of the class."""
-    from orchestrator.cli.arguments import parse_options, wrap_description
-    from orchestrator.study.options import StudyOptions
+def _known_names() -> str:
+    """Return the names of variants and tasks in two paragraphs, for `--help`."""
+    from orchestrator.finetune.tasks import task_names
+    from variants import catalogue
 
-    if issubclass(options_class, StudyOptions):
-        return parse_options(description, options_class, words, program)
-    from orchestrator.cli.option_parser import parse
-
-    return parse(options_class, words, program, wrap_description(description))
+    tasks = {*task_names.names(), *task_names.entry_points_by_name()}
+    return f"Variants: {' '.join(catalogue.names())}\n\nTasks: {' '.join(sorted(tasks))}"
 
 
 def _program() -> str:
@@ -142,43 +119,23 @@ def _program() -> str:
 
 def _overview() -> str:
     """Return the text of `lora-orchestrator --help`."""
+    import experiments
     from orchestrator.cli.commands import COMMANDS
-    from orchestrator.experiments.catalogue import experiments
 
-    studies = {name: each.summary for name, each in experiments().items()}
-    lines = [_FIRST_STEPS.format(program=_program()), "Experiments, each a question:", *_table(studies)]
-    lines += [
-        "",
-        "Commands:",
-        *_table(_summaries(COMMANDS)),
-        "",
-        f"{_program()} COMMAND --help explains one.",
-    ]
+    questions = {name: experiments.load(name).question for name in experiments.MODULES}
+    texts = {_typed_name(name): inspect.getdoc(each) or "" for name, each in COMMANDS.items()}
+    summaries = {name: text.partition("\n")[0] for name, text in texts.items()}
+    lines = [_FIRST_STEPS.format(program=_program()), "Experiments, each a question:", *_table(questions)]
+    lines += ["", "Commands:", *_table(summaries), "", f"{_program()} COMMAND --help explains one."]
     return "\n".join(lines)
 
 
-def _fetch_usage() -> str:
-    """Return the text of `lora-orchestrator fetch --help`."""
-    from orchestrator.cli.commands import COMMANDS
-
-    summaries = _summaries({"fetch-model": COMMANDS["fetch-model"]})
-    usage = f"usage: {_program()} fetch model NAME\n"
-    return "\n".join([usage, *_table(summaries), "", f"{_program()} fetch model --help explains it."])
-
-
-def _summaries(commands: Mapping[str, type[Any]]) -> dict[str, str]:
-    """Return the first line of the description of each command, by the name that one types."""
-    return {
-        _typed_name(name): (inspect.getdoc(each) or "").partition("\n")[0] for name, each in commands.items()
-    }
-
-
-def _typed_name(command: str) -> str:
+def _typed_name(name: str) -> str:
     """Return the name of a command as one types it: `fetch model` for `fetch-model`."""
-    return command.replace("fetch-", "fetch ")
+    return name.replace("fetch-", "fetch ")
 
 
-def _table(texts: dict[str, str]) -> Iterator[str]:
+def _table(texts: Mapping[str, str]) -> Iterator[str]:
     width = max(map(len, texts))
     for name, text in texts.items():
         yield textwrap.fill(
@@ -187,10 +144,3 @@ def _table(texts: dict[str, str]) -> Iterator[str]:
             initial_indent=f"  {name:{width}}  ",
             subsequent_indent=" " * (width + 4),
         )
-
-
-def main() -> NoReturn:
-    """Run the program and end the process: the entry point of `lora-orchestrator`."""
-    from orchestrator.util.command import main
-
-    main(run_program)

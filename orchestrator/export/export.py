@@ -15,7 +15,7 @@ from orchestrator.export.model_card import CardFacts, Form, InputForm, format_sc
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration
-from orchestrator.study.study_name import store_command
+from orchestrator.study.names import store_command
 from orchestrator.util import atomic_files
 from orchestrator.util.atomic_files import DamagedFileError
 from orchestrator.util.errors import UsageError

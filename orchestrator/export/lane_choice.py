@@ -11,7 +11,7 @@ from orchestrator.analyze.best_lanes import LaneGoal, ScoredLane, best_lanes, so
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile, find_study, read_studies
-from orchestrator.study.study_name import store_command
+from orchestrator.study.names import store_command
 from orchestrator.util.errors import UsageError, suggest_nearest
 from variants.variant_names import canonical_name
 

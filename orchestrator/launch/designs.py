@@ -21,7 +21,6 @@ from orchestrator.finetune.resolve.option_names import variant_hyperparameters
 from orchestrator.finetune.resolve.templates import find_settings_error, has_layer_shapes
 from orchestrator.finetune.tasks import catalogue
 from orchestrator.record.schema import Record
-from orchestrator.study.bounds import check_grid_size
 from orchestrator.study.configuration import HYPERPARAMETERS, Configuration, Value
 from orchestrator.study.factors import (
     Factor,
@@ -30,7 +29,7 @@ from orchestrator.study.factors import (
     factor_levels,
     resweep_rates,
 )
-from orchestrator.study.grids import build_grid, refine_rates, round_rate
+from orchestrator.study.grids import build_grid, check_grid_size, refine_rates, round_rate
 from orchestrator.study.space import VARIANT_HYPERPARAMETERS, apply_values, format_value, get_value
 from orchestrator.util.errors import UsageError
 

@@ -1,64 +1,65 @@
-"""Question of an experiment script, and its defaults of options that all scripts share."""
+"""An experiment: a question, and how a study answers it. The files in `experiments/` have one each."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from orchestrator.record.study_file import AnalysisSettings
+from orchestrator.record.study_file import AnalysisSettings, StudyKind
+from orchestrator.study.option import Options
 from orchestrator.study.options import StudyOptions
-from orchestrator.util.graceful_interrupts import format_command
+
+if TYPE_CHECKING:
+    from orchestrator.launch.designs import Design, DesignInput
+
+BASELINE = AnalysisSettings().baseline
+"""The variant that the others are compared with."""
 
 
-@dataclass(frozen=True)
-class StudyRequest:
-    """What the user has asked for, before an experiment changes any option."""
-
-    options: StudyOptions | None = None
-    """The options as they were given; None if these are the ones that `run_study` gets."""
-    command: str = ""
-    """The shell command that starts this study; empty for the command of this process."""
-    on_plan: Callable[[Any], object] = lambda plan: None
-    """Called with each `Plan` that was printed."""
-    on_study: Callable[[str, Path], object] = lambda name, folder: None
-    """Called with the name and the folder of each study that begins."""
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """Question, defaults and analysis of an experiment script."""
+    """A question, the options and the defaults of its study, and its design.
+
+    Its functions import what is heavy when they are called, so that --help is fast.
+    """
 
     name: str
-    """The subcommand of the program: study, tuned or sensitivity."""
-    script: str
-    """Name of the script without `.py`."""
-    question: str
-    """The question that the study answers, in one sentence."""
-    variants: tuple[str, ...]
+    """Name of the command."""
+    module: str
+    """Name of the file in `experiments/`; with the task and the model it is the default name of a study."""
+    description: str
+    """The text above the options in `--help`. Its first line is the question."""
+    options_class: type[Options]
+    make_design: Callable[[Any, DesignInput], Design] | None = None
+    """Makes the design from the options, unless a search chooses the points."""
+    complete: Callable[[Any, tuple[str, ...]], Any] = lambda options, variants: options
+    """Returns the options with the defaults of this experiment, from the given ones and the default of
+    --variants."""
+    show: Callable[[Any], int] | None = None
+    """Answers the question without a study, and returns the exit code."""
+    kind: StudyKind = "curve"
+    variants: tuple[str, ...] = ()
     """Default of --variants."""
-    tasks: tuple[str, ...]
+    tasks: tuple[str, ...] = ()
     """Default of --task."""
-    dry_run_tasks: tuple[str, ...]
-    """Default of --task with --dry-run."""
     dry_run_variants: tuple[str, ...] = ()
-    """Default of --variants with --dry-run; empty for the same as `variants`."""
-    settings: AnalysisSettings = field(default_factory=AnalysisSettings)
-    """Kind of the study and settings of its analysis."""
-    request: StudyRequest = StudyRequest()
-    """What the user has asked for."""
+    """Default of --variants with --dry-run."""
+    dry_run_tasks: tuple[str, ...] = ()
+    """Default of --task with --dry-run."""
 
     @property
-    def command(self) -> str:
-        """The command of the study, as a line for a shell without secrets."""
-        return self.request.command or format_command(sys.argv)
+    def question(self) -> str:
+        """The first line of the description."""
+        return self.description.partition("\n")[0]
 
-    def default_tasks(self, dry_run: bool) -> tuple[str, ...]:
-        """Return the default of --task."""
-        return self.dry_run_tasks if dry_run else self.tasks
+    @property
+    def trains(self) -> bool:
+        """True if the experiment is a study, which has records and a report."""
+        return issubclass(self.options_class, StudyOptions)
 
-    def default_variants(self, dry_run: bool) -> tuple[str, ...]:
-        """Return the default of --variants."""
-        return (self.dry_run_variants if dry_run else ()) or self.variants
+    def settings(self, options: StudyOptions) -> AnalysisSettings:
+        """Return the settings of the analysis."""
+        chosen = {name: getattr(options, name, None) for name in ("margin", "max_replicates", "select")}
+        given = {name: value for name, value in chosen.items() if value is not None}
+        return AnalysisSettings(kind=self.kind, **given)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from orchestrator.execution.progress import Progress, format_duration
 from orchestrator.execution.ray import autoscaler, runtime
@@ -19,9 +20,8 @@ from orchestrator.execution.settings import Session, TrainerSettings, shared_opt
 from orchestrator.finetune.models import catalogue as model_catalogue
 from orchestrator.finetune.resolve.data_preparation import prepare_datasets, report_data, write_own_files
 from orchestrator.launch import reporting
-from orchestrator.launch.designs import MakeDesign
 from orchestrator.launch.experiment import Experiment
-from orchestrator.launch.plan import print_plan, require_card
+from orchestrator.launch.plan import Plan, print_plan, require_card
 from orchestrator.launch.settings import (
     drop_abandoned,
     drop_replaced,
@@ -35,7 +35,7 @@ from orchestrator.record.mlflow import MlflowTracker, configured_uri
 from orchestrator.record.schema import Record, current_commit
 from orchestrator.record.study_file import LOCK_FILE, StudyFile, data_warnings
 from orchestrator.record.tracker import StudyEnd, TrackerWriter, TrackerWriters
-from orchestrator.study.config_file import given_values, write_config
+from orchestrator.study.config import write_config
 from orchestrator.study.configuration import Configuration
 from orchestrator.study.options import (
     DEFAULT_LANES_PER_TRAINER,
@@ -47,31 +47,48 @@ from orchestrator.util import atomic_files, timeouts
 from orchestrator.util.errors import UsageError, describe_disk_error
 from orchestrator.util.graceful_interrupts import graceful_interrupts
 from orchestrator.util.redaction import redact_secrets
-from variants import catalogue
+
+if TYPE_CHECKING:
+    from orchestrator.analyze.study_frames import StudyFrames
 
 SHORT_LANE_TOKENS = 256
 """Largest number of tokens in a micro-batch of one lane for which a trainer on a CPU has 8 lanes. `letters`,
 with 208 tokens, trains faster with 8 lanes than with 4; lanes of more tokens were not measured."""
 
 
-def run_study(
-    experiment: Experiment,
-    options: StudyOptions,
-    *,
-    make_design: MakeDesign | None = None,
-    replicates: int = 1,
-) -> int:
+@dataclass(frozen=True)
+class StudyResult:
+    """How a run has ended."""
+
+    exit_code: int
+    """0 if all configurations have a result, and after --plan; 3 if a limit ended the run before; else 1."""
+    folder: Path
+    """The folder of the study, with report.html."""
+    options: StudyOptions
+    """The options of the run, with all defaults filled in."""
+    plan: Plan | None = None
+    """What was printed by --plan."""
+
+    def load(self) -> StudyFrames:
+        """Load the results as pandas frames.
+
+        Raises:
+            UsageError: The study has no results.
+        """
+        from orchestrator.analyze import study_frames
+
+        return study_frames.load(
+            self.folder.name, output=self.options.output, store=self.options.store_folder
+        )
+
+
+def run_study(experiment: Experiment, options: StudyOptions, command: str = "") -> StudyResult:
     """Train the configurations that have no result yet, log them to MLflow and write the report.
 
     Args:
-        experiment: Question and defaults of the experiment.
-        options: Options of the command line.
-        make_design: Function that makes the design; None for the grid of learning rates, or for a search.
-        replicates: Number of replicates of a study that tunes each variant several times.
-
-    Returns:
-        The exit code: 0 if all configurations have a result, or after --plan; EXIT_LIMIT_REACHED if a limit
-        ended the run before; else 1.
+        experiment: The experiment.
+        options: The options as they were given.
+        command: The shell command that runs this again; empty for one that names study.yaml.
 
     Raises:
         UsageError: The value of an option is wrong. Nothing was trained.
@@ -83,11 +100,10 @@ def run_study(
         require_card(options.plan_gpu)  # before any data is read
     after = None if options.plan else UsageError
     with atomic_files.remove_created_folders(options.output, options.store_folder, after=after):
-        study = resolve_study(experiment, options, make_design, replicates)
+        study = resolve_study(experiment, options, command)
     if options.plan:
         study.look_up()
-        experiment.request.on_plan(print_plan(study))
-        return 0
+        return StudyResult(0, study.folder, study.options, print_plan(study))
     _make_folder(study)
     refusal = (
         f"study {study.name!r} is running already in {study.folder}; wait for it, or take another --study."
@@ -97,7 +113,6 @@ def run_study(
         atomic_files.report_unwritable_folders(study.folder, study.store.root),
     ):
         _begin(study)
-        experiment.request.on_study(study.name, study.folder)
         if study.num_to_train or not reporting.print_known_end(study):
             Run(study).execute()
         if study.search is not None:
@@ -106,7 +121,7 @@ def run_study(
                 if used.points < points:
                     line = f"{name}: {used.points} points of {points}: its space has no more"
                     study.console.print(line, markup=False)
-        return reporting.print_missing_results(study)
+        return StudyResult(reporting.print_missing_results(study), study.folder, study.options)
 
 
 def _make_folder(study: Study) -> None:
@@ -129,10 +144,11 @@ def _begin(study: Study) -> None:
     store.remove_stale_scratch()
     study.look_up()
     variants = dict.fromkeys(template.variant.name for template in study.templates)
-    settings = replace(experiment.settings, select=options.select)
-    settings = fix_settings(settings, study.file, options.search != "grid", study.replicates, variants)
+    is_search, replicates = options.search != "grid", options.replicate_count
+    settings = experiment.settings(options)
+    settings = fix_settings(settings, study.file, is_search, replicates, variants)
     if settings.kind == "replicates" and not options.only:
-        refuse_other_runs(study.file, study.requested, study.templates, study.replicates, store)
+        refuse_other_runs(study.file, study.requested, study.templates, replicates, store)
     write_own_files(study.templates, store.data)  # also for `export`, if nothing is trained
     if study.num_to_train:
         to_prepare = [*study.templates, *study.pending]
@@ -146,14 +162,14 @@ def _begin(study: Study) -> None:
     continues = bool(options.only) and earlier is not None  # the study's own command stays
     study.file = replace(
         study.file.with_configurations(requested, known),
-        command=study.file.command if continues else experiment.command,
+        command=study.file.command if continues else study.command,
         tracking_uri=redact_secrets(configured_uri(options.tracking_uri)),
         settings=settings,
     ).with_sources(sources)
     study.file.write(study.folder)
     if not continues:
-        given = given_values(experiment.request.options or options, catalogue.names())
-        write_config(study.folder, study.file.again(), given, model_catalogue.built_in_names())
+        comment = f"The options of this study. To go on: {study.file.again()}"
+        write_config(study.folder, experiment.name, study.given, comment, model_catalogue.built_in_names())
     nothing = "" if study.num_to_train else ", nothing to train"
     study.console.print(f"{study.name}: {len(known)} of {study.total} known{nothing}")
     if study.retries_exhausted:
@@ -290,7 +306,7 @@ class Run:
             on_record=self._log_record,
             on_progress=self.writers.put_progress,
             cached={c.fingerprint for c in study.satisfied},
-            tune_per_seed=study.experiment.settings.kind == "replicates",
+            tune_per_seed=study.experiment.kind == "replicates",
         )
 
     def _log_record(self, record: Record) -> None:

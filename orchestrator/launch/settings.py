@@ -10,10 +10,10 @@ from pathlib import Path
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import AnalysisSettings, Source, StudyFile
-from orchestrator.study.config_file import read_config
+from orchestrator.study.config import read_config
 from orchestrator.study.configuration import Configuration
+from orchestrator.study.names import DEFAULT_STORE_NAME
 from orchestrator.study.options import StudyOptions
-from orchestrator.study.study_name import DEFAULT_STORE_NAME
 from orchestrator.util.errors import UsageError
 from variants import catalogue
 from variants.traits import VerifiedBy
@@ -290,7 +290,7 @@ def _study_of_config(options: StudyOptions) -> Iterator[tuple[Sequence[str], Sto
     study = StudyFile.read(folder)
     if study is None:
         return
-    store = read_config(options.config, type(options)).values.get("store")
+    store = read_config(str(options.config), type(options)).values.get("store")
     root = folder.parent / DEFAULT_STORE_NAME if store is None else Path(store)
     if root.is_dir():
         yield study.configurations, Store(root, create=False)

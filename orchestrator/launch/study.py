@@ -25,7 +25,7 @@ from orchestrator.finetune.resolve.templates import (
     check_fit,
     resolve_base_model,
 )
-from orchestrator.launch.designs import Design, DesignInput, FixedDesign, MakeDesign, WideningGrid
+from orchestrator.launch.designs import Design, DesignInput, FixedDesign
 from orchestrator.launch.experiment import Experiment
 from orchestrator.launch.settings import find_only, find_sources, refuse_other_files
 from orchestrator.record.mlflow import resolve_uri
@@ -35,8 +35,8 @@ from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile
 from orchestrator.record.tracker import MakeTracker
 from orchestrator.study.configuration import Configuration
+from orchestrator.study.names import default_study_name, store_command
 from orchestrator.study.options import StudyOptions
-from orchestrator.study.study_name import default_study_name, store_command
 from orchestrator.util.errors import UsageError, suggest_nearest
 
 if TYPE_CHECKING:
@@ -54,8 +54,12 @@ class Study:
     """
 
     experiment: Experiment
+    given: StudyOptions
+    """The options as they were given."""
     options: StudyOptions
     """The options, with all defaults filled in."""
+    command: str = ""
+    """The shell command that runs the study again."""
     store: Store
     templates: tuple[Configuration, ...]
     """One configuration per task and variant, with placeholders for learning rate and seed."""
@@ -66,8 +70,6 @@ class Study:
     """Resolved options of each task."""
     design: Design | None = None
     """The rule that names the configurations; None for a search, which samples them."""
-    replicates: int = 1
-    """Number of replicates: repeated tunings of each variant, each with its own seed."""
     tracking_uri: str = ""
     trackers: Mapping[str, MakeTracker] = field(default_factory=dict)
     """The trackers that --tracker names."""
@@ -129,7 +131,7 @@ class Study:
             self.options.point_count,
             {each.task.name: each.space for each in self.tasks if each.space is not None},
             self.templates,
-            self.replicates,
+            self.options.replicate_count,
         )
 
     def known_fingerprints(self) -> set[str]:
@@ -247,19 +249,13 @@ class SettledRecords(Mapping[str, Record]):
         return len(self._store.states())
 
 
-def resolve_study(
-    experiment: Experiment,
-    options: StudyOptions,
-    make_design: MakeDesign | None = None,
-    replicates: int = 1,
-) -> Study:
+def resolve_study(experiment: Experiment, given: StudyOptions, command: str = "") -> Study:
     """Fill in the defaults of a study's options and check them; without --plan, prepare missing base models.
 
     Args:
-        experiment: Question and defaults of the experiment.
-        options: Options of the command line.
-        make_design: Function that makes the design; None for the grid of learning rates, or for a search.
-        replicates: Number of replicates of a study that tunes each variant several times.
+        experiment: The experiment.
+        given: The options as they were given.
+        command: The shell command that runs the study again; empty for one that names study.yaml.
 
     Returns:
         The study, of which nothing has been looked up yet.
@@ -269,19 +265,20 @@ def resolve_study(
         OSError: A folder cannot be written; the error names the folder.
     """
     console = Console(file=sys.stdout, highlight=False, markup=False)
-    _require_hardware(experiment, options)
-    options = autoscaler.adapt_options(options)
+    _require_hardware(experiment, given)
+    variants = experiment.dry_run_variants if given.dry_run else experiment.variants
+    task_names = experiment.dry_run_tasks if given.dry_run else experiment.tasks
+    options = autoscaler.adapt_options(experiment.complete(given, variants))
     options.check_output()
     store = Store(options.store_folder)
     tracking_uri = resolve_uri(options.tracking_uri, store)
     trackers = load_trackers(options.tracker)
-    defaults = experiment.default_tasks(options.dry_run), experiment.default_variants(options.dry_run)
-    tasks = resolve_tasks(options, *defaults, store.bases)
+    tasks = resolve_tasks(options, task_names, variants, store.bases)
     budget = _make_budget(options)
     if not options.plan:
         _check_before_pretraining(options, tasks, store)
     progress = None if options.plan else console.print
-    is_search = make_design is None and options.search != "grid"
+    is_search = options.search != "grid"
     templates: list[Configuration] = []
     for each in tasks:
         content = resolve_base_model(each.model, store.bases, progress)
@@ -289,32 +286,33 @@ def resolve_study(
     _check_contents(templates)
     models, names = [each.model for each in tasks], [each.task.name for each in tasks]
     name = options.study or default_study_name(
-        experiment.script,
+        experiment.module,
         [options.preset] if options.preset else names,
         models[0] if len(set(models)) == 1 else None,
         None if options.search == "grid" else options.search_method,
     )
     folder = options.study_folder(name)
-    new = StudyFile(name, experiment.question, experiment.command, experiment=experiment.name, folder=folder)
+    new = StudyFile(name, experiment.question, "", experiment=experiment.name, folder=folder)
     file = StudyFile.read(folder) or new
     refuse_other_files(file, find_sources(templates))
     study = Study(
         experiment=experiment,
+        given=given,
         options=options,
+        command=command or new.again(),
         store=store,
         templates=tuple(templates),
         file=file,
         console=console,
         tasks=tuple(tasks),
-        replicates=replicates,
         tracking_uri=tracking_uri,
         trackers=trackers,
         budget=budget,
     )
     if not is_search:
         rates = {each.task.name: tuple(each.learning_rates) for each in tasks}
-        given = DesignInput(study.templates, rates)
-        study.design = make_design(given) if make_design else WideningGrid(given, range(options.seed_count))
+        assert experiment.make_design is not None
+        study.design = experiment.make_design(options, DesignInput(study.templates, rates))
     if options.only:
         design, search = study.design, study.open_search
         named = design.request(study.settled_records()) if design else search().configurations.values()

@@ -19,7 +19,7 @@ from orchestrator.record.schema import (
 )
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile, read_studies
-from orchestrator.study.study_name import store_command
+from orchestrator.study.names import store_command
 from orchestrator.util.errors import UsageError
 
 

@@ -20,7 +20,7 @@ from typing import Any, Literal
 from filelock import FileLock, Timeout
 
 from orchestrator.record.schema import Record
-from orchestrator.study.study_name import CONFIG_NAME
+from orchestrator.study.names import CONFIG_NAME
 from orchestrator.util import atomic_files
 from orchestrator.util.errors import UsageError, quote_value, suggest_nearest
 from orchestrator.util.graceful_interrupts import PROGRAM

@@ -73,6 +73,22 @@ def refine_rates(rates: Sequence[float], per_decade: int) -> tuple[float, ...]:
     return tuple(refined)
 
 
+def check_grid_size(num_seeds: int, num_rates: int) -> None:
+    """Check that a grid has at most `MAX_POINTS` points for each variant.
+
+    Args:
+        num_seeds: Number of seeds.
+        num_rates: Number of learning rates.
+
+    Raises:
+        UsageError: The grid has more points.
+    """
+    if num_seeds * num_rates > MAX_POINTS:
+        points = f"with {num_rates} learning rates each variant has {num_seeds * num_rates} points"
+        rule = f"must be {MAX_POINTS} or less; take --seeds {MAX_POINTS // num_rates}"
+        raise UsageError(f"--seeds {num_seeds}: {points}; {rule}.")
+
+
 def round_rate(rate: float) -> float:
     """Round a rate to three significant digits, which gives equal grids on all machines."""
     return float(f"{rate:.3g}")

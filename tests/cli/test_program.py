@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from in_process import ORCHESTRATOR, SWEEP, Run
 
+from experiments import MODULES
 from orchestrator.cli.commands import COMMANDS
-from orchestrator.experiments.catalogue import experiments
 
 
 def test_help_and_version(run: Run) -> None:
@@ -18,13 +18,13 @@ def test_help_and_version(run: Run) -> None:
         done = run(ORCHESTRATOR, *words)
         assert done.returncode == 0
         assert "python -m orchestrator study --dry-run" in done.stdout
-        names = [name.replace("fetch-", "fetch ") for name in (*COMMANDS, *experiments())]
+        names = [name.replace("fetch-", "fetch ") for name in (*COMMANDS, *MODULES)]
         assert all(f"  {name} " in done.stdout for name in names)
         assert max(map(len, done.stdout.splitlines())) <= 80
     assert run(ORCHESTRATOR, "--version").stdout.startswith("lora-orchestrator ")
 
 
-@pytest.mark.parametrize("name", [*COMMANDS, *experiments()])
+@pytest.mark.parametrize("name", [*COMMANDS, *MODULES])
 def test_the_help_of_a_command_fits_the_terminal(name: str, run: Run, tmp_path: Path) -> None:
     script = tmp_path / "lora-orchestrator"
     script.write_text("from orchestrator.cli.program import main\nmain()\n")  # as pip writes it

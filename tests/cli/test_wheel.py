@@ -26,7 +26,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     The wheel is built from a copy, because the build writes beside the sources.
     """
     folder = tmp_path_factory.mktemp("wheel")
-    for name in ("orchestrator", "variants"):
+    for name in ("experiments", "orchestrator", "variants"):
         shutil.copytree(ROOT / name, folder / "source" / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder / "source")
@@ -92,8 +92,7 @@ def test_the_notebook_trains_and_its_study_is_repeated_from_its_file(
     assert "4 of 4 known, nothing to train" in printed
     study = json.loads((results / "quickstart" / "study.json").read_text())
     assert set(study["configurations"]) == set(records)
-    assert study["command"].startswith("lora-orchestrator study --")
-    assert "--config" not in study["command"]
+    assert study["command"] == "lora-orchestrator study --config results/quickstart/study.yaml"
 
 
 def test_the_notebook_holds_its_outputs_and_no_path_of_a_machine() -> None:

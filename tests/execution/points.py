@@ -61,7 +61,8 @@ def study_of(
     from orchestrator.launch.study import Study
 
     return Study(
-        experiment=Experiment("study", "lr_sensitivity", "?", ("lora",), ("letters",), ("letters",)),
+        experiment=Experiment(name="study", module="x", description="?", options_class=StudyOptions),
+        given=options or StudyOptions(),
         options=options or StudyOptions(),
         store=store,
         file=StudyFile("s", "?", "x", folder=store.root),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -20,6 +19,8 @@ from typing import Any
 import psutil
 import pytest
 
+from experiments import MODULES
+from orchestrator.cli.program import run_command
 from orchestrator.execution.rungs import lane_evaluation_steps
 from orchestrator.finetune.resolve.option_names import resolve_tasks
 from orchestrator.finetune.resolve.templates import build_configuration_templates, resolve_base_model
@@ -215,12 +216,7 @@ def run_here(
     Raises:
         UsageError: An option is wrong. (As a command, the script prints this error and ends with code 2.)
     """
-    spec = importlib.util.spec_from_file_location(Path(script).stem, EXPERIMENTS / script)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look up their types there
-    spec.loader.exec_module(module)
+    (name,) = (name for name, module in MODULES.items() if script == f"{module}.py")
     with pytest.MonkeyPatch.context() as patch:
         command = [str(EXPERIMENTS / script), "--dry-run", "--output", str(output), *arguments]
         patch.setattr(sys, "argv", command)
@@ -230,7 +226,7 @@ def run_here(
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         wakeup = signal.set_wakeup_fd(-1)
         try:
-            return int(module.run())
+            return run_command(name, command[1:], f"python {command[0]}")
         finally:
             signal.set_wakeup_fd(wakeup)
             for number, handler in handlers.items():

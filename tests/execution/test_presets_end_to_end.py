@@ -13,10 +13,11 @@ import study
 from hub_folder import small
 from ray.cluster_utils import Cluster
 
+from experiments.lr_sensitivity import CurveOptions
 from orchestrator.analyze.published.published_selection import MARK
 from orchestrator.finetune.sources import hub_data
 from orchestrator.finetune.tasks import catalogue
-from orchestrator.study.presets import preset_names, read_preset
+from orchestrator.study.config import make_options, shipped_studies
 
 pytestmark = [pytest.mark.ray, pytest.mark.nightly, pytest.mark.timeout(900)]
 VARIANTS = ("lora", "lora_plus")
@@ -31,7 +32,7 @@ def preset_cluster(no_cluster: None, tmp_path_factory: pytest.TempPathFactory) -
     start = folder / "start"
     start.mkdir()
     shutil.copy(Path(__file__).with_name("small_tasks.py"), start / "sitecustomize.py")
-    for name in preset_names():
+    for name in shipped_studies():
         preset_data.write(folder / "data", name)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", f"{start}:{Path(__file__).parents[2]}")
@@ -45,26 +46,27 @@ def preset_cluster(no_cluster: None, tmp_path_factory: pytest.TempPathFactory) -
         cluster.shutdown()
 
 
-@pytest.mark.parametrize("name", preset_names())
+@pytest.mark.parametrize("name", shipped_studies())
 def test_a_preset_is_trained_and_reported(
     name: str, tmp_path: Path, preset_cluster: Cluster, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    preset = read_preset(name)
+    preset, _ = make_options(CurveOptions, {"config": name}, "study")
+    tasks = preset.task or ()
     model = preset_data.save_model(tmp_path / "model", name)
-    shorter = ("--train-size", "64") if "train_size" in preset.options else ()
-    arguments = ["--preset", name, "--select", "published", "--model", str(model), *SHRUNK, *shorter]
+    shorter = ("--train-size", "64") if preset.train_size else ()
+    arguments = ["--config", name, "--select", "published", "--model", str(model), *SHRUNK, *shorter]
     assert study.run_here(tmp_path / "out", *arguments, address=preset_cluster.address) == 0
     out = capsys.readouterr().out
     records = study.records(tmp_path / "out")
-    assert len(records) == len(preset.tasks) * len(VARIANTS) * 2
+    assert len(records) == len(tasks) * len(VARIANTS) * 2
     assert {record.state for record in records.values()} <= {"finished", "diverged"}
-    assert {r.configuration.task.name for r in records.values()} == set(preset.tasks)
+    assert {r.configuration.task.name for r in records.values()} == set(tasks)
     for record in records.values():
         schedule = record.configuration.lr_schedule
-        assert schedule.name == preset.options["lr_schedule"]
+        assert schedule.name == preset.lr_schedule
         assert schedule.final_factor == (0.0 if "glue" in name else 0.1)
-        assert record.configuration.variant.alpha == preset.options["alpha"]
-        assert record.configuration.batches.max_length == preset.options.get("max_length", 0)
+        assert record.configuration.variant.alpha == preset.alpha
+        assert record.configuration.batches.max_length == (preset.max_length or 0)
         tests = [e.step for e in record.evaluations if e.split == "test"]
         if record.state == "finished":
             assert tests == ([2, 4] if "glue" in name else [4]), "GLUE's best evaluation is published"
@@ -72,5 +74,5 @@ def test_a_preset_is_trained_and_reported(
     assert report.parent.name.startswith(f"lr_sensitivity-{name}")
     summary = json.loads((report.parent / "summary.json").read_text())
     assert summary["warnings"][0].startswith(MARK)
-    assert {panel["task"] for panel in summary["panels"]} == set(preset.tasks)
+    assert {panel["task"] for panel in summary["panels"]} == set(tasks)
     assert MARK in " ".join(out.split())

@@ -10,7 +10,7 @@ from typing import Any
 
 from orchestrator.finetune.tasks.data_loading import DataRequest, load_task
 from orchestrator.finetune.tasks.data_task import DataTask
-from orchestrator.study.data_options import DataOptions
+from orchestrator.study.options import StudyOptions
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -58,4 +58,4 @@ def write(path: Path, rows: Rows) -> Path:
 
 def task_of(source: Path | str, **options: Any) -> DataTask:
     """Return the task that `--data source` makes, with further options on data such as `metric`."""
-    return load_task(DataRequest(str(source), DataOptions(data=(str(source),), **options)))
+    return load_task(DataRequest(str(source), StudyOptions(data=(str(source),), **options)))

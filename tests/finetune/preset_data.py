@@ -13,7 +13,8 @@ import tiny_images
 
 from orchestrator.finetune.tasks import catalogue
 from orchestrator.finetune.tasks.hub_image_task import HubImageTask
-from orchestrator.study.presets import read_preset
+from orchestrator.study.config import make_options
+from orchestrator.study.options import StudyOptions
 
 SIZES = {
     "metamathqa": (100, 4, 6),
@@ -27,9 +28,14 @@ SIZES = {
 """Examples for training, validation and test in the folders, by task."""
 
 
+def tasks_of(preset: str) -> tuple[str, ...]:
+    """Return the tasks of a study that comes with the program."""
+    return make_options(StudyOptions, {"config": preset}, "any")[0].task or ()
+
+
 def write(root: Path, preset: str) -> Path:
     """Write the data of a preset's tasks to a folder, and return it."""
-    for task in read_preset(preset).tasks:
+    for task in tasks_of(preset):
         found = catalogue.get(task)
         if isinstance(found, HubImageTask):
             image_data.write(found, root, image_data.CLASSES[task])

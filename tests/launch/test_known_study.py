@@ -19,6 +19,7 @@ from orchestrator.analyze import report_memo
 from orchestrator.finetune.models import loading
 from orchestrator.finetune.resolve import templates
 from orchestrator.finetune.resolve.model_limits import check_attach
+from orchestrator.launch.designs import WideningGrid
 from orchestrator.launch.experiment import Experiment
 from orchestrator.launch.study import resolve_study
 from orchestrator.record.schema import Evaluation, Record
@@ -33,7 +34,17 @@ from variants.source_cache import source_digest
 __all__ = ["base", "restored", "run"]
 
 HEAVY = ("torch", "transformers", "mlflow", "ray", "scipy", "matplotlib", "plotly", "pyarrow", "pandas")
-EXPERIMENT = Experiment("study", "lr_sensitivity", "?", ("lora",), ("letters",), ("letters",))
+EXPERIMENT = Experiment(
+    name="study",
+    module="lr_sensitivity",
+    description="?",
+    options_class=StudyOptions,
+    make_design=lambda options, given: WideningGrid(given, range(options.seed_count)),
+    variants=("lora",),
+    tasks=("letters",),
+    dry_run_variants=("lora",),
+    dry_run_tasks=("letters",),
+)
 MAIN = """
 import runpy, sys
 class Refuse:

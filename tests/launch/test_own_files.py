@@ -14,6 +14,7 @@ from orchestrator.finetune.resolve.data_preparation import write_own_files
 from orchestrator.finetune.sources import own_files, own_variants
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.finetune.tasks.task_file import hash_code
+from orchestrator.launch.designs import WideningGrid
 from orchestrator.launch.experiment import Experiment
 from orchestrator.launch.study import Study, resolve_study
 from orchestrator.record.schema import Evaluation, Record
@@ -59,7 +60,17 @@ from variants.baseline.lora import LoRA
 class Scaled(LoRA):
     peft = None
 '''
-EXPERIMENT = Experiment("study", "lr_sensitivity", "?", ("lora",), ("letters",), ("letters",))
+EXPERIMENT = Experiment(
+    name="study",
+    module="lr_sensitivity",
+    description="?",
+    options_class=StudyOptions,
+    make_design=lambda options, given: WideningGrid(given, range(options.seed_count)),
+    variants=("lora",),
+    tasks=("letters",),
+    dry_run_variants=("lora",),
+    dry_run_tasks=("letters",),
+)
 
 
 @pytest.fixture

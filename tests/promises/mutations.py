@@ -217,9 +217,9 @@ MUTATIONS += [
     ),
     Mutation(
         "an error does not name the line of the file of options",
-        "orchestrator/study/config_file.py",
-        'return UsageError(f"{self.path}, line {line}: {error}")',
-        "return error",
+        "orchestrator/study/config.py",
+        'raise UsageError(f"{path}, line {line}: {error}") from None',
+        "raise",
         "test_06_bad_input.py::test_a_wrong_file_of_options_is_refused_with_its_line[a rank of zero]",
     ),
     Mutation(

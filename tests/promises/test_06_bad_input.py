@@ -41,8 +41,8 @@ COMMANDS: dict[str, Case] = {
     "garbage of the future": ("gc --older-than -1", "--older-than -1"),
     "a sync without a store": ("sync", "results"),
     "an unknown preset": (
-        "study --plan --preset published-gsm8",
-        "--preset 'published-gsm8' published-gsm8k",
+        "study --plan --config published-gsm8",
+        "--config 'published-gsm8' published-gsm8k",
     ),
     "nothing to train on": ("study", "GPU --dry-run"),
     "a comparison of one variant": ("tuned --dry-run --plan --variants lora", "--variants lora"),

@@ -1,29 +1,41 @@
-"""`--config`: wrong files are refused in one line with file and line; a study's file repeats the study."""
+"""`--config`: typed options go before those of a file; a study's file repeats the study, wherever it is."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from in_process import SWEEP, Run
 
-from orchestrator.cli.arguments import parse_options
-from orchestrator.launch.script_options import ComparisonOptions, CurveOptions
-from orchestrator.study.config_file import given_values, read_config, write_config
-from variants import catalogue
+from experiments.hyperparameter_sensitivity import SensitivityOptions
+from experiments.lr_sensitivity import CurveOptions
+from experiments.tuned_comparison import ComparisonOptions
+from orchestrator.cli.parsing import parse
+from orchestrator.study.config import make_options, read_config, write_config
+
+
+def parsed(options_class: type[Any], *words: str) -> Any:
+    return make_options(options_class, parse(options_class, words, "x", ""), "study")[0]
 
 
 def test_a_typed_value_replaces_that_of_the_file_and_is_not_blamed_on_it(run: Run, tmp_path: Path) -> None:
     (tmp_path / "s.yaml").write_text("dry_run: true\ngrid:\n  rank: 4\n  variants: LoRA+,PiSSA\n  seeds: 1\n")
     words = ["--config", "s.yaml"]
-    assert parse_options("", CurveOptions, words).rank == 4
-    typed = parse_options("", CurveOptions, [*words, "--rank", "16", "--no-dry-run"])
+    assert parsed(CurveOptions, *words).rank == 4
+    typed = parsed(CurveOptions, *words, "--rank", "16", "--no-dry-run")
     assert (typed.rank, typed.dry_run, typed.variants) == (16, False, ("LoRA+", "PiSSA"))
     done = run(SWEEP, *words, "--plan", "--learning-rates", "1e-3,1e-2")
     assert "Variants        lora_plus pissa\nLearning rates  0.001 0.01\n" in done.stdout
     run(SWEEP, *words, "--rank", "0").assert_refused("error: --rank 0: must be 1 or more")
+
+
+def test_a_file_of_another_experiment_gives_what_both_have(tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_text("experiment: study\nstudy: mine\nseeds: 3\nwiden: 0\nrank: 4\n")
+    options, _ = make_options(ComparisonOptions, {"config": tmp_path / "s.yaml"}, "tuned")
+    assert (options.study, options.seeds, options.rank) == (None, None, 4)
 
 
 @pytest.mark.parametrize(
@@ -31,22 +43,20 @@ def test_a_typed_value_replaces_that_of_the_file_and_is_not_blamed_on_it(run: Ru
     [
         (CurveOptions, "--dry-run --variants lora,PiSSA --learning-rates 1e-3 0.02 --seeds 2 --widen 0.5"),
         (CurveOptions, "--search optuna --space rank=4,8 warmup=0:0.1 --points 40 --max-hours 1e-05"),
-        (CurveOptions, "--base-dropout off --targets re:q_.* --set weight_decay=0.01 lora_plus.ratio=4"),
-        (CurveOptions, "--preset published-gsm8k-r128 --set warmup=0.1 --steps 7 --variants lora"),
+        (CurveOptions, "--base-dropout off --targets re:q_.* --set lora_plus.ratio=4 --weight-decay 0.01"),
+        (CurveOptions, "--config published-gsm8k-r128 --set warmup=0.1 --steps 7 --variants lora"),
         (CurveOptions, ""),
+        (SensitivityOptions, "--factors rank,alpha --levels 1 --margin 0.02"),
         (ComparisonOptions, "--replicates 3 --max-replicates 6 --task letters digits --margin 0.02"),
     ],
 )
 def test_the_file_of_a_study_repeats_its_options(
-    options_class: type[CurveOptions | ComparisonOptions], words: str, tmp_path: Path
+    options_class: type[Any], words: str, tmp_path: Path
 ) -> None:
-    options = parse_options("", options_class, words.split())
-    write_config(tmp_path, "", given_values(options, catalogue.names()))
-    file = tmp_path / "study.yaml"
-    again = parse_options("", options_class, ["--config", str(file)])
-    assert given_values(again, catalogue.names()) | {"config": None} == (
-        given_values(options, catalogue.names()) | {"config": None}
-    )
+    options = parsed(options_class, *words.split())
+    write_config(tmp_path, "study", options, "")
+    again = parsed(options_class, "--config", str(tmp_path / "study.yaml"))
+    assert replace(again, config=None) == replace(options, config=None)
 
 
 @pytest.mark.parametrize(
@@ -67,24 +77,22 @@ def test_the_file_of_a_study_repeats_it_in_another_folder(
     for name in ("base", "out/x", "kept", "results/x", "lora", "letters", "letters-base"):
         (tmp_path / name).mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    options = parse_options("", CurveOptions, words.split())
+    options = parsed(CurveOptions, *words.split())
     folder = options.study_folder("x")
-    write_config(folder, "", given_values(options, catalogue.names()), ["letters-base"])
+    write_config(folder, "study", options, "", ["letters-base"])
     (folder / "study.json").touch()
     monkeypatch.chdir(tmp_path / "lora")
-    again = parse_options("", CurveOptions, ["--config", str(tmp_path / folder / "study.yaml")])
-    full = parse_options("", CurveOptions, [str(tmp_path / w) if w in paths else w for w in words.split()])
+    again = parsed(CurveOptions, "--config", str(tmp_path / folder / "study.yaml"))
+    full = parsed(CurveOptions, *(str(tmp_path / w) if w in paths else w for w in words.split()))
     uri = (options.tracking_uri or "").replace("runs/", f"{tmp_path}/runs/") or None
-    assert replace(again, config=None) == replace(
-        full, study="x", output=tmp_path / options.output, tracking_uri=uri
-    )
+    where = tmp_path / options.output
+    assert replace(again, config=None) == replace(full, study="x", output=where, tracking_uri=uri)
 
 
 def test_the_file_of_a_study_holds_no_secret(tmp_path: Path) -> None:
-    words = ["--tracking-uri", "http://user:pl4nted@host:1", "--rank", "4"]
-    options = parse_options("", CurveOptions, words)
-    write_config(tmp_path, "", given_values(options, catalogue.names()))
+    options = parsed(CurveOptions, "--tracking-uri", "http://user:pl4nted@host:1", "--rank", "4")
+    write_config(tmp_path, "study", options, "")
     text = (tmp_path / "study.yaml").read_text()
     assert "pl4nted" not in text
     assert "# tracking_uri is left out" in text
-    assert read_config(tmp_path / "study.yaml", CurveOptions).values == {"rank": 4}
+    assert read_config(str(tmp_path / "study.yaml"), CurveOptions).values == {"rank": 4}

@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 from peft import PeftType
 
-from orchestrator.study.presets import read_variants
+from orchestrator.analyze.published.published_scores import published_variants
 from variants import catalogue
 from variants.describe import describe
 from variants.peft_fields import REFUSED_TYPES
@@ -58,7 +58,7 @@ def test_the_methods_of_section_ii_are_accounted_for() -> None:
 
 def test_the_twenty_that_the_survey_trained_are_marked_and_exist() -> None:
     twenty = {each.variant for each in METHODS if each.evaluated}
-    assert twenty == {each.name for each in read_variants()}
+    assert twenty == set(published_variants())
     assert len(twenty) == 20
     assert twenty <= set(catalogue.names())
 

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-from orchestrator.analyze.published.published_scores import TASKS
+from orchestrator.analyze.published.published_scores import TASKS, published_variants
 from orchestrator.analyze.run_labels import curve_key
 from orchestrator.analyze.scores import finite_score
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import find_study
-from orchestrator.study.presets import read_variants
 from orchestrator.util.errors import UsageError
 
 IMAGE_TASKS = ("cars", "dtd", "eurosat", "gtsrb", "resisc45", "sun397", "svhn")
@@ -49,7 +48,7 @@ class Overlay:
     seeds: int
     """Number of seeds."""
     curves: tuple[OwnCurve, ...]
-    """In the order of `published_variants.read_variants`."""
+    """In the order of `published_variants`."""
     unpublished: tuple[str, ...]
     """Variants of the study without published scores; they are not drawn."""
 
@@ -115,7 +114,7 @@ def make_overlays(study_name: str, records: Sequence[Record]) -> tuple[Overlay, 
 
 
 def _make_overlay(study_name: str, task: str, records: Sequence[Record]) -> Overlay:
-    titles = {variant.name: variant.title for variant in read_variants()}
+    titles = published_variants()
     configurations = [record.configuration for record in records]
     own_variants = {c.variant.name for c in configurations}
     curves = [

@@ -27,8 +27,7 @@ from orchestrator.analyze.published.published_scores import (
 )
 from orchestrator.analyze.published.published_verdicts import SOURCE, published_verdicts
 from orchestrator.analyze.verdict import Verdict
-from orchestrator.study import bounds
-from orchestrator.study.study_name import DEFAULT_STORE_NAME
+from orchestrator.study.names import DEFAULT_STORE_NAME
 from orchestrator.util import atomic_files
 from orchestrator.util.errors import UsageError
 from orchestrator.util.graceful_interrupts import PROGRAM
@@ -225,8 +224,6 @@ def show_published(
         UsageError: A task is unknown, `task_names` is empty, a noise is not a positive number, or the study
             cannot be drawn.
     """
-    for assumed in noise:
-        bounds.check_positive("--noise", assumed, "1")
     overlays = read_overlays(overlay, output, store or output / DEFAULT_STORE_NAME) if overlay else ()
     names = [each.task for each in overlays] or list(dict.fromkeys(task_names))
     if not names:

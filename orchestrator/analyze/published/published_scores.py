@@ -7,6 +7,7 @@ the task's grid, with one seed each. Scores are in points, 0 to 100; higher is b
 from __future__ import annotations
 
 import csv
+import tomllib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -16,10 +17,10 @@ import numpy as np
 import numpy.typing as npt
 from scipy.stats import rankdata
 
-from orchestrator.study.presets import PUBLISHED_FOLDER
+from orchestrator.study.config import SHIPPED_FOLDER
 from orchestrator.util.errors import UsageError, suggest_nearest
 
-SCORES_FILE = PUBLISHED_FOLDER / "scores.csv"
+SCORES_FILE = SHIPPED_FOLDER / "scores.csv"
 REFERENCE = "LoRA"
 """Published name of the variant with which the others are compared."""
 TASKS = {
@@ -35,6 +36,12 @@ REPEAT_QUANTILES = (0.05, 0.95)
 """Quantiles of LoRA's rank over the repetitions, the ends of `NoiseReference.reference_ranks`."""
 
 Floats = npt.NDArray[np.float64]
+
+
+def published_variants() -> dict[str, str]:
+    """Return the variants of the survey: name in this project -> published name."""
+    variants = tomllib.loads((SHIPPED_FOLDER / "variants.toml").read_text())
+    return {own["name"]: title for title, own in variants.items()}
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 from orchestrator.analyze.best_lanes import best_lanes, sort_lanes
 from orchestrator.analyze.report_parts import ReportData, Section
 from orchestrator.record.schema import Record
-from orchestrator.study.study_name import store_command
+from orchestrator.study.names import store_command
 
 
 def _values(data: ReportData) -> Mapping[str, Any]:

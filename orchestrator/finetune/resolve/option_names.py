@@ -13,7 +13,7 @@ from orchestrator.finetune.sources import hub_data
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.finetune.tasks import data_loading
 from orchestrator.finetune.tasks.base import Task
-from orchestrator.study import bounds, grids, space
+from orchestrator.study import grids, space
 from orchestrator.study.configuration import Value
 from orchestrator.study.options import StudyOptions
 from orchestrator.study.space import Space
@@ -139,7 +139,7 @@ def resolve_options(
     model_catalogue.find_content(model, bases)  # raises UsageError for an unknown model
     typed_rates = options.learning_rates
     learning_rates = grids.parse_learning_rates(typed_rates) if typed_rates else task.defaults.learning_rates
-    bounds.check_grid_size(options.seed_count, len(learning_rates))
+    grids.check_grid_size(options.seed_count, len(learning_rates))
     fixed, search_space = _parse_fixed_and_space(options, variants, task, learning_rates)
     return ResolvedOptions(variants, task, model, learning_rates, fixed, search_space)
 
@@ -281,7 +281,11 @@ def _check_space(options: StudyOptions, search_space: Space, task: Task) -> None
                 )
             for value in dimension.choices_or_ends:
                 options.check_batch_size(int(value))
-                bounds.check_bound(f"--space {dimension.key}:", int(value), train_size)
+                if int(value) > train_size:
+                    raise UsageError(
+                        f"--space {dimension.key}: {value} examples in a batch, of {train_size} in all; take "
+                        f"{train_size} or less."
+                    )
     if options.search_method == "cma-es":
         for variant, own in search_space.items():
             if not any(d.is_numeric for d in own):

@@ -22,7 +22,7 @@ from orchestrator.finetune.resolve.option_names import (
 from orchestrator.finetune.tasks import task_names
 from orchestrator.finetune.tasks.base import Task
 from orchestrator.finetune.tasks.data_task import DataTask
-from orchestrator.study import bounds, space
+from orchestrator.study import space
 from orchestrator.study.configuration import (
     BatchConfig,
     Configuration,
@@ -40,6 +40,7 @@ from variants import catalogue
 from variants.source_cache import cached, source_digest
 from variants.traits import AdaptationScope
 
+MAX_STEPS = 10_000_000
 _PROGRAM = Path(__file__).parents[2]
 
 
@@ -150,9 +151,9 @@ def _count_steps(options: StudyOptions, train_size: int, batch_size: int, defaul
     if options.epochs is None:
         return options.steps or default
     steps = max(1, int(options.epochs * train_size / batch_size))
-    if steps > bounds.MAX_STEPS:
+    if steps > MAX_STEPS:
         raise UsageError(
-            f"--epochs {options.epochs:g}: {steps} steps of {batch_size}; must be {bounds.MAX_STEPS} or less."
+            f"--epochs {options.epochs:g}: {steps} steps of {batch_size}; must be {MAX_STEPS} or less."
         )
     return steps
 

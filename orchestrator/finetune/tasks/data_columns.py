@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import difflib
 import shlex
+import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from orchestrator.study.data_options import parse_template
 from orchestrator.util.errors import UsageError, suggest_nearest
 
 Form = Literal["chat", "pair", "image", "classification", "generation"]
@@ -194,3 +194,57 @@ def _describe_misspelled(present: Sequence[str], forms: Sequence[Form], found: M
             also = "".join(f" {each}=COLUMN" for each in roles if each != role and each not in found)
             return f"is {column!r} the {role}? Then add --columns {shlex.quote(f'{role}={column}')}{also}"
     return ""
+
+
+def parse_columns(words: Sequence[str]) -> Mapping[str, str]:
+    """Return the columns of --columns by their role.
+
+    Raises:
+        UsageError: A word is not ROLE=COLUMN, or a role is unknown or named twice.
+    """
+    roles = {role for own in ROLES_OF_FORM.values() for role in own} | {"split"}
+    found: dict[str, str] = {}
+    for word in words:
+        role, equals, column = word.partition("=")
+        if not equals or not column:
+            raise UsageError(f"--columns {word!r}: must be ROLE=COLUMN, for example text=body.")
+        if role not in roles:
+            raise UsageError(f"--columns {word!r}: no role {role!r}. {suggest_nearest(role, roles)}")
+        if role in found:
+            raise UsageError(f"--columns {word!r}: {role} is {found[role]!r} already; name it once.")
+        found[role] = column
+    return found
+
+
+def parse_template(template: str) -> tuple[str, ...]:
+    """Return the columns that a template names in braces.
+
+    Raises:
+        UsageError: The braces do not match, or the template names no column.
+    """
+    try:
+        parts = list(string.Formatter().parse(template))
+    except ValueError as error:
+        problem = f"{error}; write {{{{ and }}}} for braces of the text"
+        raise UsageError(f"--template {template!r}: {problem}.") from None
+    names = tuple(name for _, name, _, _ in parts if name is not None)
+    if not names:
+        raise UsageError(f"--template {template!r}: names no column; for example 'Question: {{question}}'.")
+    for _, name, spec, conversion in parts:
+        if name == "" or spec or conversion:
+            raise UsageError(f"--template {template!r}: must have names of columns alone in braces.")
+    return names
+
+
+def fill_template(template: str, cells: Mapping[str, str]) -> str:
+    r"""Return a template with `\n` and `\t` replaced by a line break and a tab, and columns by their cells.
+
+    Args:
+        template: The template.
+        cells: The text of each column that it names.
+    """
+    filled = []
+    for text, name, _, _ in string.Formatter().parse(template):
+        filled.append(text.replace("\\n", "\n").replace("\\t", "\t"))
+        filled.append("" if name is None else cells[name])
+    return "".join(filled)

@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 from orchestrator.finetune.sources import user_data
 from orchestrator.finetune.sources.user_data import SourceRows
 from orchestrator.finetune.tasks.base import INVERSE_PERPLEXITY, Output, Split, TaskDefaults
-from orchestrator.finetune.tasks.data_columns import ColumnMap, Form, find_columns
+from orchestrator.finetune.tasks.data_columns import ColumnMap, Form, find_columns, parse_columns
 from orchestrator.finetune.tasks.data_examples import PlacedExample, make_examples
 from orchestrator.finetune.tasks.data_splits import find_labels, make_splits
 from orchestrator.finetune.tasks.data_task import DataSpec, DataTask
 from orchestrator.finetune.tasks.examples import SPLITS, find_overlaps, hash_examples
-from orchestrator.study.data_options import DataOptions
+from orchestrator.study.options import DataOptions
 from orchestrator.util.errors import UsageError
 
 ANSWER_METRICS: Mapping[str, Output] = {
@@ -118,7 +118,7 @@ def _split_origins(source: SourceRows) -> dict[Split, str]:
 
 def _find_columns(source: SourceRows, options: DataOptions, name: str) -> ColumnMap:
     """Return the columns by their role. A split column does not count if the source itself has splits."""
-    named = options.parse_columns()
+    named = parse_columns(options.columns)
     has_splits = source.rows[0].split is not None  # all rows or none have one
     if has_splits and "split" in named:
         raise UsageError(f"--columns split={named['split']}: {name} has splits already; leave the role out.")

@@ -1,1 +1,0 @@
-"""The experiments: one module for each question, with the options and the defaults of its study."""

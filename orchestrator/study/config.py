@@ -1,0 +1,279 @@
+"""Files with the options of a study: `--config FILE`, the study.yaml of a study, and the studies that ship.
+
+The keys are the names of options or of hyperparameters, flat or grouped as in the sections of `--help`.
+Values are read as they are written, like words of a command line: `on`, `off` and `1e-4` are text until the
+option gives them a type.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from orchestrator.study.configuration import HYPERPARAMETERS
+from orchestrator.study.names import CONFIG_NAME
+from orchestrator.study.option import Options, convert, defaults, find_option, flag, option_of, sections
+from orchestrator.util import atomic_files
+from orchestrator.util.errors import UsageError, suggest_nearest
+from orchestrator.util.redaction import redact_secrets
+from orchestrator.util.sqlite_uri import with_full_path
+from variants.variant_names import FILE_SUFFIX, canonical_key, canonical_name
+
+SHIPPED_FOLDER = Path(__file__).parents[1] / "published"
+"""Folder of the studies that come with the program: NAME.yaml."""
+EXPERIMENT = "experiment"
+"""The key with the experiment of a study."""
+_NULL = "tag:yaml.org,2002:null"
+_OPTION = re.compile(r"--([a-z][a-z-]*)")
+_Options = TypeVar("_Options", bound=Options)
+
+
+@dataclass(frozen=True)
+class ConfigFile:
+    """The options in a file."""
+
+    path: Path
+    values: dict[str, Any]
+    """Option -> value, with the type of the option."""
+    lines: dict[str, int]
+    """Option -> line of its key, from 1."""
+
+    def locate(self, error: UsageError, typed: Collection[str]) -> UsageError:
+        """Add this file and a line to an error about an option whose value comes from the file.
+
+        Args:
+            error: The error.
+            typed: The options that replace those of the file.
+
+        Returns:
+            The error with file and line, or `error` itself if it names no option of the file.
+        """
+        for found in _OPTION.findall(str(error)):
+            name = found.replace("-", "_")
+            if name in self.lines and name not in typed:
+                return UsageError(f"{self.path}, line {self.lines[name]}: {error}")
+        return error
+
+
+def shipped_studies() -> dict[str, Path]:
+    """Return the studies that come with the program: name -> file."""
+    return {path.stem: path for path in sorted(SHIPPED_FOLDER.glob("*.yaml"))}
+
+
+def make_options(
+    options_class: type[_Options], typed: Mapping[str, Any], experiment: str = ""
+) -> tuple[_Options, ConfigFile | None]:
+    """Make options from typed values, over those of the file that the option `config` names.
+
+    Args:
+        options_class: Class of the options.
+        typed: Option or hyperparameter -> value. A hyperparameter without an option of its own, such as
+            `weight_decay`, becomes a word of `set`.
+        experiment: The experiment that is run. A file of another experiment does not give the options in
+            `options_class.not_shared`, nor those that this experiment lacks.
+
+    Returns:
+        The options, and the file or None.
+
+    Raises:
+        UsageError: An option is unknown or has a wrong value, or the file cannot be read.
+    """
+    names = {find_option(key, options_class, HYPERPARAMETERS): value for key, value in typed.items()}
+    values = _fold_hyperparameters(options_class, names)
+    if values.get("config") is None:
+        return options_class(**values), None
+    file = read_config(str(values["config"]), options_class, experiment)
+    try:
+        return options_class(**_merge(options_class, file.values, values)), file
+    except UsageError as error:
+        raise file.locate(error, names) from None
+
+
+def _fold_hyperparameters(options_class: type[Options], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Write hyperparameters without an option of their own as words of `set`."""
+    own = {name for titles in sections(options_class).values() for name in titles}
+    folded = {name: value for name, value in values.items() if name in own}
+    words = [f"{name}={value}" for name, value in values.items() if name not in own and value is not None]
+    if words:
+        folded["set"] = (*convert(options_class, "set", folded.get("set", ()), "--set"), *words)
+    return folded
+
+
+def _merge(options_class: type[Options], file: Mapping[str, Any], typed: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of a file with the typed ones before them.
+
+    A typed value replaces the same option, its rival, and what sets the same hyperparameter. Typed words
+    NAME=VALUE are added to those of the file. Words for variants that are not typed are left out.
+    """
+    facts = {name: option_of(options_class, name) for name in {*file, *typed}}
+    words = {
+        name: convert(options_class, name, value, flag(name)) or ()
+        for name, value in typed.items()
+        if facts[name].is_pairs
+    }
+    keys = {_key(word) for own in words.values() for word in own} | {facts[name].sets for name in typed}
+    replaced = {
+        name
+        for name in file
+        if facts[name].rival in typed
+        or any(facts[other].rival == name for other in typed)
+        or (facts[name].sets and facts[name].sets in keys)
+    }
+    typed_variants = convert(options_class, "variants", typed.get("variants"), "--variants") or ()
+    variants = {"", *map(canonical_name, typed_variants)}
+    merged = {name: value for name, value in file.items() if name not in replaced}
+    for name in (each for each in merged if facts[each].is_pairs):
+        kept = [word for word in merged[name] or () if _key(word) not in keys]
+        if typed_variants:
+            kept = [word for word in kept if _key(word).rpartition(".")[0] in variants]
+        merged[name] = tuple(kept)
+    return {**merged, **typed, **{name: (*merged.get(name, ()), *own) for name, own in words.items()}}
+
+
+def _key(word: str) -> str:
+    return canonical_key(word.partition("=")[0])
+
+
+def read_config(name: str, options_class: type[Options], experiment: str = "") -> ConfigFile:
+    """Read a file of options.
+
+    Args:
+        name: The file, or the name of a study that comes with the program.
+        options_class: Class of the options.
+        experiment: See `make_options`.
+
+    Raises:
+        UsageError: The file cannot be read, is no YAML, or has an option that is unknown, of another type or
+            given twice. The error names the file and the line.
+    """
+    path = Path(name) if os.path.exists(name) else shipped_studies().get(name, Path(name))
+    titles = sections(options_class)
+    values: dict[str, Any] = {}
+    lines: dict[str, int] = {}
+    other = False
+    for key, node in _entries(_compose(path), path, titles):
+        line = key.start_mark.line + 1
+        try:
+            value = _plain(node)
+            if key.value == EXPERIMENT:
+                other = bool(experiment) and value != experiment
+                continue
+            option = find_option(key.value, options_class, HYPERPARAMETERS)
+            if option == "config":
+                raise UsageError("config: a file cannot name another one; leave it out.")
+            if option in lines:
+                raise UsageError(f"{option} is in line {lines[option]} already; take one of the two away.")
+            if option not in HYPERPARAMETERS or option in defaults(options_class):
+                value = convert(options_class, option, value, option)
+            values[option], lines[option] = value, line
+        except UsageError as error:
+            if other:
+                continue
+            raise UsageError(f"{path}, line {line}: {error}") from None
+    values = _fold_hyperparameters(options_class, values)
+    if other:
+        values = {name: value for name, value in values.items() if name not in options_class.not_shared}
+    elif (path.parent / "study.json").exists():  # the file of a study, whose folder may have been moved
+        values = {"study": path.parent.name, "output": path.parent.parent, **values}
+    return ConfigFile(path, values, lines)
+
+
+def _compose(path: Path) -> Any:
+    """Return the root node of a YAML file, whose nodes know their lines."""
+    try:
+        is_special = os.path.exists(path) and not path.is_file() and not path.is_dir()
+        # A shell writes `--config <(command)` as a path in one of the two folders.
+        is_open = path.parent in (Path("/dev/fd"), Path("/proc/self/fd")) or path == Path("/dev/stdin")
+        if is_special and not is_open:
+            raise UsageError(f"--config {str(path)!r}: is a pipe or a device; name a YAML file.")
+        return yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except OSError as error:
+        others = [*map(str, path.parent.glob("*.yaml")), *shipped_studies()]
+        hint = suggest_nearest(str(path), others, "Name a YAML file.")
+        raise UsageError(f"--config {str(path)!r}: {error.strerror}. {hint}") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"{path}: not a text in UTF-8; name a YAML file.") from None
+    except yaml.YAMLError as error:
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        reason = " ".join(str(problem or error).split())
+        raise UsageError(f"{path}{where}: not YAML ({reason}); write one NAME: VALUE a line.") from None
+
+
+def _entries(root: Any, path: Path, titles: Collection[str]) -> Iterator[tuple[Any, Any]]:
+    """Yield the nodes of each key and its value, with the groups of these titles flattened."""
+    if root is None:
+        return
+    if not isinstance(root, yaml.MappingNode):
+        raise UsageError(f"{path}, line {root.start_mark.line + 1}: must be NAME: VALUE, as in `rank: 16`.")
+    for key, value in root.value:
+        if not isinstance(key, yaml.ScalarNode):
+            raise UsageError(f"{path}, line {key.start_mark.line + 1}: a key must be the name of an option.")
+        is_group = key.value.removesuffix(" options") in titles
+        if is_group and isinstance(value, yaml.MappingNode):
+            yield from _entries(value, path, ())  # a group holds no group, not even itself
+        elif not (is_group and value.tag == _NULL):  # a group without any option has the value null
+            yield key, value
+
+
+def _plain(node: Any) -> Any:
+    """Return a node as text, None, or a list or mapping of texts.
+
+    Raises:
+        UsageError: Lists or mappings are inside others.
+    """
+    if isinstance(node, yaml.ScalarNode):
+        return None if node.tag == _NULL else node.value
+    nodes = node.value if isinstance(node, yaml.SequenceNode) else [n for pair in node.value for n in pair]
+    if not all(isinstance(each, yaml.ScalarNode) for each in nodes):
+        raise UsageError(f"a list inside a list (line {node.start_mark.line + 1}); write plain words.")
+    if isinstance(node, yaml.SequenceNode):
+        return [each.value for each in nodes]
+    return {key.value: value.value for key, value in node.value}
+
+
+def write_config(
+    folder: Path, experiment: str, options: Options, comment: str, built_in_models: Collection[str] = ()
+) -> None:
+    """Write study.yaml into the folder of a study: all options that differ from their defaults.
+
+    Files and folders are written with their full paths, so that the file repeats the study from any folder.
+    An option with a secret is left out, with a comment.
+
+    Args:
+        folder: The folder of the study.
+        experiment: The experiment of the study.
+        options: Its options.
+        comment: The first line.
+        built_in_models: Names of base models, which are no folders even if there are folders of these names.
+    """
+    values: dict[str, Any] = {}
+    lines = [f"# {comment}"]
+    for name, value in options.given().items():
+        if redact_secrets(str(value)) != str(value):
+            lines.append(f"# {name} is left out, because it holds a secret.")
+        elif option_of(type(options), name).saved:
+            is_name = name == "model" and value in built_in_models
+            values[name] = value if is_name else _full_paths(type(options), name, value)
+    content = {EXPERIMENT: experiment, **values}
+    text = yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=10_000, allow_unicode=True)
+    atomic_files.write_atomically(folder / CONFIG_NAME, "\n".join([*lines, text]).encode())
+
+
+def _full_paths(options_class: type[Options], name: str, value: Any) -> Any:
+    """Return a value with full paths in place of files and folders, for YAML."""
+    if isinstance(value, tuple):
+        return [_full_paths(options_class, name, word) for word in value]
+    if not isinstance(value, (str, Path)):
+        return value
+    option, word = option_of(options_class, name), str(value)
+    if name == "tracking_uri":
+        return with_full_path(word)
+    may_be_path = option.paths or (option.code and word.endswith(FILE_SUFFIX))
+    return os.path.abspath(word) if may_be_path and os.path.exists(word) else word

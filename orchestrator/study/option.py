@@ -1,0 +1,283 @@
+"""An option is a field of a dataclass: its type, bounds, default and help are said there, once.
+
+From the field follow the command line, the file of --config, the arguments of `orchestrator.Study`, and
+study.yaml. A value of any of them is converted and checked here, with one line for a wrong one.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import os
+import sys
+from collections.abc import Collection, Mapping
+from dataclasses import MISSING, dataclass, fields
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+
+import pydantic
+from pydantic import Field
+from pydantic_core import ErrorDetails
+
+from orchestrator.util.errors import UsageError, quote_value, suggest_nearest
+
+Text = Annotated[str, Field(min_length=1)]
+"""A word that is not empty."""
+Words = Annotated[tuple[Text, ...], Field(min_length=1)]
+"""One word or more."""
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1, le=10_000)]
+"""A number of things of which a study keeps each in memory."""
+Examples = Annotated[int, Field(ge=1, le=10_000_000)]
+"""A number of examples, steps or tokens. A larger one is a slip, and would fill the memory."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """What the type of an option does not say, as metadata in `Annotated`."""
+
+    value: str = ""
+    """The word for a value in `--help`. With "=" in it, such as NAME=VALUE, each word is a pair."""
+    paths: bool = False
+    """True if its words may be files or folders."""
+    code: bool = False
+    """True if its words are files if they end in .py, and names otherwise."""
+    commas: bool = False
+    """True if a word may hold several, separated by commas."""
+    sets: str = ""
+    """The hyperparameter that the option sets."""
+    rival: str = ""
+    """The option that says the same in another way; only one of the two may be given."""
+    needs: str = ""
+    """The option without which this one has no meaning."""
+    saved: bool = True
+    """False if it concerns one run, so that study.yaml leaves it out."""
+    position: bool = False
+    """True if it is given without its name."""
+
+    @property
+    def is_pairs(self) -> bool:
+        """True if each word is NAME=VALUE; a file or Python may give a mapping."""
+        return "=" in self.value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of a command. Values are converted to the types of the fields.
+
+    Raises:
+        UsageError: A value has another type, or breaks a bound or a rule.
+    """
+
+    not_shared: ClassVar[tuple[str, ...]] = ("study",)
+    """Options that a file of another experiment does not give."""
+
+    def __post_init__(self) -> None:
+        for name, default in defaults(type(self)).items():
+            value = getattr(self, name)
+            if value is not default:
+                object.__setattr__(self, name, convert(type(self), name, value, flag(name)))
+        given = self.given()
+        for name in given:
+            option = option_of(type(self), name)
+            if option.rival in given:
+                both = f"{self.shown(name)} and {self.shown(option.rival)} both say the same"
+                raise UsageError(f"{both}; take one of the two away.")
+            if option.needs and option.needs not in given:
+                needs = f"has no meaning without {flag(option.needs)}; add it, or leave this out"
+                raise UsageError(f"{self.shown(name)} {needs}.")
+
+    def given(self) -> dict[str, Any]:
+        """Return the options that differ from their defaults: name -> value."""
+        values = {name: (getattr(self, name), default) for name, default in defaults(type(self)).items()}
+        return {name: value for name, (value, default) in values.items() if value != default}
+
+    def shown(self, name: str) -> str:
+        """Return an option as on the command line, for errors: `--steps 5`."""
+        value = getattr(self, name)
+        if value is True:
+            return flag(name)
+        words = map(str, value) if isinstance(value, tuple) else [f"{value}"]
+        return f"{flag(name)} {' '.join(words)}"
+
+
+def flag(name: str) -> str:
+    """Return the option of a field: `learning_rates` -> `--learning-rates`."""
+    return f"--{name.replace('_', '-')}"
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What the annotation of an option says."""
+
+    option: Option
+    plain: Any
+    """The type without bounds and without None: `tuple` for a list of words, `Literal[...]` for choices."""
+    adapter: pydantic.TypeAdapter[Any]
+
+
+@cache
+def _facts(options_class: Any) -> Mapping[str, _Facts]:
+    found = {}
+    plain_hints = get_type_hints(options_class)
+    for name, hint in get_type_hints(options_class, include_extras=True).items():
+        metadata = getattr(hint, "__metadata__", ())
+        option = next((each for each in metadata if isinstance(each, Option)), Option())
+        plain = plain_hints[name]
+        if type(None) in get_args(plain):
+            (plain,) = (each for each in get_args(plain) if each is not type(None))
+        if get_origin(hint) is not ClassVar:
+            kind = tuple if get_origin(plain) is tuple else plain
+            found[name] = _Facts(option, kind, pydantic.TypeAdapter(hint))
+    return found
+
+
+def option_of(options_class: Any, name: str) -> Option:
+    """Return the facts on an option that its type does not say."""
+    return _facts(options_class)[name].option
+
+
+def plain_type(options_class: Any, name: str) -> Any:
+    """Return the type of an option without bounds and without None: `tuple` for a list of words."""
+    return _facts(options_class)[name].plain
+
+
+def defaults(options_class: Any) -> dict[str, Any]:
+    """Return the default of each option that has one: name -> value."""
+    found = {}
+    for each in fields(options_class):
+        found[each.name] = each.default_factory() if each.default_factory is not MISSING else each.default
+    return found
+
+
+def sections(options_class: Any) -> dict[str, list[str]]:
+    """Return the title of each section of options -> its options.
+
+    A section is a class among the bases, such as `GridOptions`, whose title is "grid".
+    """
+    options, *bases = (each for each in options_class.__mro__ if issubclass(each, Options))
+    found = {}
+    for each in (*bases, options):
+        if own := [name for name in inspect.get_annotations(each) if name in defaults(options_class)]:
+            found[each.__name__.removesuffix("Options").lower()] = own
+    return found
+
+
+def help_texts(options_class: Any) -> dict[str, str]:
+    """Return the help of each option: the text below its field in the source, in one line."""
+    found: dict[str, str] = {}
+    for each in options_class.__mro__:
+        if not issubclass(each, Options):
+            continue
+        module = ast.parse(inspect.getsource(sys.modules[each.__module__]))
+        (source,) = (n for n in module.body if isinstance(n, ast.ClassDef) and n.name == each.__name__)
+        for field, text in zip(source.body, source.body[1:], strict=False):
+            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+                name = ast.unparse(field.target)
+                found.setdefault(name, " ".join(str(ast.literal_eval(text.value)).split()))
+    return found
+
+
+def find_option(key: str, options_class: Any, others: Collection[str] = ()) -> str:
+    """Return the name of an option.
+
+    Args:
+        key: The option in any spelling: `learning-rates`, `--learning_rates`.
+        options_class: Class of the options.
+        others: Further names.
+
+    Raises:
+        UsageError: There is no such option; the error names the nearest one.
+    """
+    name, names = key.removeprefix("--").replace("-", "_"), [*defaults(options_class), *others]
+    if name not in names:
+        raise UsageError(f"{quote_value(key)} is no option here. {suggest_nearest(name, names)}")
+    return name
+
+
+def convert(options_class: Any, name: str, value: object, label: str) -> Any:
+    """Return the value of an option with the type of its field.
+
+    Args:
+        options_class: Class of the options.
+        name: Name of the option.
+        value: A text, a number, a truth value, None, a path, a list of them, or a mapping for pairs.
+        label: The option in errors.
+
+    Raises:
+        UsageError: The value has another type or breaks a bound.
+    """
+    plain, option = plain_type(options_class, name), option_of(options_class, name)
+    if isinstance(value, Mapping) and option.is_pairs:
+        value = [f"{key}={each}" for key, each in value.items()]
+    if plain is tuple:
+        words = [value] if isinstance(value, (str, int, float, os.PathLike)) else value
+        value = [_word(word) for word in words] if isinstance(words, (list, tuple)) else words
+        if option.commas and isinstance(value, list):
+            value = [part for word in value for part in _split(word)]
+    elif plain is str and not isinstance(value, bool):
+        value = _word(value)
+    if value == "" and plain is Path:
+        raise UsageError(f"{label} is empty; name a path, or leave it out.")
+    try:
+        return _facts(options_class)[name].adapter.validate_python(value)
+    except pydantic.ValidationError as error:
+        raise UsageError(f"{label} {_explain(options_class, name, error.errors()[0], value)}") from None
+
+
+def _word(value: object) -> object:
+    """Return a number or a path as a word of a command line; any other value as it is."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return str(value) if is_number or isinstance(value, os.PathLike) else value
+
+
+def _split(word: Any) -> list[Any]:
+    """Split a word at its commas, unless it is the path of a file."""
+    if not isinstance(word, str) or "," not in word or os.path.exists(word):
+        return [word]
+    return [part.strip() for part in word.split(",") if part.strip()]
+
+
+_BOUNDS = {
+    "greater_than_equal": "must be {ge} or more",
+    "greater_than": "must be above {gt}",
+    "less_than_equal": "must be {le} or less; take {le}",
+    "less_than": "must be below {lt}",
+    "finite_number": "must be a finite number",
+}
+_TYPES = {
+    "int": "must be a whole number",
+    "float": "must be a number",
+    "bool": "must be true or false",
+    "tuple": "must be a list of words",
+}
+"""Type of a violation in pydantic, or its start -> the rule."""
+
+
+def _explain(options_class: Any, name: str, violation: ErrorDetails, value: object) -> str:
+    """Return the value, the rule that it breaks, and the fix."""
+    kind, bounds = violation["type"], violation.get("ctx", {})
+    if "too_short" in kind:
+        return "is empty; name one, or leave it out."
+    if value is None:
+        return "has no value; give one, or leave it out."
+    given = str(violation["input"] if isinstance(value, list) and kind.startswith("str") else value)
+    if choices := choices_of(options_class, name):
+        return f"{quote_value(given)}: must be one of {', '.join(choices)}. {suggest_nearest(given, choices)}"
+    if option_of(options_class, name).is_pairs:
+        return (
+            f"{quote_value(given)}: must be a list of {option_of(options_class, name).value}, or a mapping."
+        )
+    shown = given if kind in _BOUNDS else quote_value(given)
+    rules = {**_BOUNDS, **_TYPES}
+    rule = next((rule for start, rule in rules.items() if kind.startswith(start)), "must be one word")
+    return (
+        f"{shown}: {rule.format(**{key: f'{bound:.12g}' for key, bound in bounds.items() if key in rule})}."
+    )
+
+
+def choices_of(options_class: Any, name: str) -> tuple[str, ...]:
+    """Return the values of an option that has a fixed set of them; empty for others."""
+    hint = plain_type(options_class, name)
+    return get_args(hint) if get_origin(hint) is Literal else ()
