@@ -236,11 +236,8 @@ class Store:
             heads = [fingerprint[: len(prefix)] for fingerprint in states]
             hint = suggest_nearest(prefix, heads, f"{len(states)} records are there.")
             raise UsageError(f"fingerprint {prefix!r}: no record in {self.root} begins with it. {hint}")
-        length = next(n for n in range(12, 65) if len({f[:n] for f in found}) == len(found))
-        some = ", ".join(f[:length] for f in found[:5]) + (", ..." if len(found) > 5 else "")
-        raise UsageError(
-            f"fingerprint {prefix!r}: {len(found)} records begin with it, give more digits: {some}"
-        )
+        some = f"{len(found)} records begin with it, give more digits: {', '.join(found[:5])}"
+        raise UsageError(f"fingerprint {prefix!r}: {some}")
 
     # -- adapters and scratch folders
 

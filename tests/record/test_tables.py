@@ -2,12 +2,15 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import fields
 from datetime import UTC, datetime
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from orchestrator.record.run_values import untimed_values
+from orchestrator.record.schema import Cost, Provenance
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile
 from orchestrator.record.tables import CURVES_FILE, write_parquet
@@ -66,6 +69,16 @@ def test_column_types_do_not_depend_on_the_records(store, make_record):
     assert more.metadata[b"record_schema_version"] == b"1"
     # All columns of a configuration have a fixed type.
     assert set(make_record().configuration.to_columns()) <= set(empty.names)
+
+
+def test_a_field_is_a_column_and_a_cost_is_a_metric(store, make_record):
+    record = make_record()
+    store.put(record)
+    costs = {field.name for field in fields(Cost)}
+    assert costs | {field.name for field in fields(Provenance)} <= set(
+        pq.read_schema(write_parquet(store)).names
+    )
+    assert costs <= {name for name, _, _ in untimed_values(record, ())}
 
 
 def test_every_configuration_has_the_names_of_its_studies(store, make_record, tmp_path):
