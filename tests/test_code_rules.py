@@ -25,7 +25,7 @@ BUDGETS = {
     "orchestrator/util": (10, 629),
     "variants": (128, 6724),
     "experiments": (17, 2101),
-    "tests": (296, 32536),
+    "tests": (296, 32533),
 }
 """Package -> (modules, lines of code) that it may have at most. A change that makes one smaller
 lowers its numbers; a change that raises one says what that is worth."""

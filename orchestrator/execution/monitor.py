@@ -62,7 +62,7 @@ class BrokerCallback(tune.Callback):
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Release the trial if its lane ended; otherwise the scheduler has stopped it."""
         if trial.last_result.get("state") == "training":
-            stopped = Configuration.from_json(trial.config["configuration"]), trial.last_result["step"]
+            stopped = trial.config["configuration"], trial.last_result["step"]
             self.pending_stops[trial.trial_id] = stopped
             self._call_broker(self.broker.stop, trial.trial_id, *stopped)
         else:

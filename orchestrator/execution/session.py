@@ -82,7 +82,7 @@ class ConfigurationListGenerator(BasicVariantGenerator):
                 self.set_finished()
                 return None
             self._total_samples += len(self._queue)
-        one = {**self._spec, "config": {"configuration": self._queue.popleft().to_json()}}
+        one = {**self._spec, "config": {"configuration": self._queue.popleft()}}
         trial = make_trial(self._uuid_prefix, next(self._numbers), one)
         self._live_trials.add(trial.trial_id)
         return trial
@@ -238,4 +238,4 @@ def _make_tuner(session: Session, algorithm: Any, callback: BrokerCallback) -> t
 
 
 def _trial_name(trial: Any) -> str:
-    return f"{Configuration.from_json(trial.config['configuration']).fingerprint[:12]}-{trial.trial_id}"
+    return f"{trial.config['configuration'].fingerprint[:12]}-{trial.trial_id}"

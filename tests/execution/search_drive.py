@@ -99,7 +99,7 @@ class Drive:
         found = self.search.suggest(trial)
         if not isinstance(found, dict):
             return found
-        point = Configuration.from_json(found["configuration"])
+        point: Configuration = found["configuration"]
         self.running[trial] = point
         self.given.append(point)
         return point

@@ -121,7 +121,7 @@ class PerGroupSearcher(Searcher):
     def suggest(self, trial_id: str) -> Any:  # Tune's own type leaves out FINISHED
         """Return the next configuration for Tune's trial, or FINISHED when the budget is spent."""
         found = self._next_resubmitted(trial_id) if self.to_resubmit else self._next_new(trial_id)
-        return Searcher.FINISHED if found is None else {"configuration": found.to_json()}
+        return Searcher.FINISHED if found is None else {"configuration": found}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Pass an intermediate result to the sampler."""

@@ -71,7 +71,7 @@ class PerGroupScheduler(LiveTrialFIFOScheduler):
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         """Add the trial to the scheduler of its group, which is created for the first trial of the group."""
         super().on_trial_add(tune_controller, trial)
-        configuration = Configuration.from_json(trial.config["configuration"])
+        configuration: Configuration = trial.config["configuration"]
         seed = configuration.seed if self.per_seed else 0
         key = configuration.task.name, configuration.variant.name, seed
         if key not in self.schedulers:

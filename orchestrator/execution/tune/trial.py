@@ -34,7 +34,7 @@ class LaneTrial:
     `BrokerCallback` tells the broker which trials have ended.
 
     Args:
-        config: The trial's config: the configuration as JSON under "configuration", and the trial's id under
+        config: The trial's config: the configuration under "configuration", and the trial's id under
             "__trial_info__"; see `private.light_trial_actors`.
         storage: Not used, because this trial writes no files.
     """
@@ -47,7 +47,7 @@ class LaneTrial:
         self.trial_id = new_config["__trial_info__"]
         self.num_results = 0
         self.broker = ray.get_actor(BROKER_NAME)
-        self.configuration = Configuration.from_json(new_config["configuration"])
+        self.configuration: Configuration = new_config["configuration"]
         self.reported_step = 0
         self.last_metrics: dict[str, Any] = {}
         return True

@@ -78,7 +78,7 @@ def test_each_tuning_has_a_scheduler_of_its_own(per_seed: bool, groups: int) -> 
         replace(lane(rate, variant=v), seed=s) for v in ("lora", "hira") for s in (0, 1) for rate in RATES
     ]
     for point in points:
-        trial = Trial("lane", config={"configuration": point.to_json()}, stub=True)
+        trial = Trial("lane", config={"configuration": point}, stub=True)
         scheduler.on_trial_add(None, trial)
     assert len(scheduler.schedulers) == groups
     for (task, variant, seed), own in scheduler.schedulers.items():
@@ -95,11 +95,12 @@ def tune_run(connected: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Ca
     """Return a function that runs Tune, and returns the last evaluation of each variant and rate."""
     from ray import tune
 
+    from orchestrator.execution.session import ConfigurationListGenerator
     from orchestrator.execution.tune.per_group_scheduler import PerGroupScheduler
 
     class Lane(tune.Trainable):
         def setup(self, config: dict[str, Any]) -> None:
-            self.point, self.at = Configuration.from_json(config["configuration"]), 0
+            self.point, self.at = config["configuration"], 0
 
         def step(self) -> dict[str, Any]:
             self.at += 1
@@ -120,9 +121,8 @@ def tune_run(connected: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Ca
     ) -> dict[tuple[str, float], int]:
         tuner = tune.Tuner(
             tune.with_resources(Lane, tune.PlacementGroupFactory([{"CPU": 1}])),
-            param_space={"configuration": tune.grid_search([point.to_json() for point in points])},
             tune_config=tune.TuneConfig(
-                max_concurrent_trials=1,
+                search_alg=ConfigurationListGenerator(points, 1),
                 reuse_actors=True,
                 scheduler=PerGroupScheduler(scheduler, known),
             ),
@@ -135,10 +135,7 @@ def tune_run(connected: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Ca
         results = tuner.fit()
         assert not results.errors
         return {
-            (Configuration.from_json(r.config["configuration"]).variant.name, r.metrics["rate"]): r.metrics[
-                "step"
-            ]
-            for r in results
+            (r.config["configuration"].variant.name, r.metrics["rate"]): r.metrics["step"] for r in results
         }
 
     return run
