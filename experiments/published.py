@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from orchestrator.launch.experiment import Experiment
-from orchestrator.study.option import Option, Positive
+from orchestrator.study.option import Option, Positive, Words
 from orchestrator.study.options import StoreOptions
 
 
@@ -22,7 +22,7 @@ from orchestrator.study.options import StoreOptions
 class PublishedOptions(StoreOptions):
     """Options of the page of published scores."""
 
-    task: Annotated[tuple[str, ...], Option("NAME", commas=True)] = ("gsm8k", "humaneval", "glue", "images")
+    task: Annotated[Words, Option("NAME", commas=True)] = ("gsm8k", "humaneval", "glue", "images")
     """Published tasks to show."""
     noise: tuple[Positive, ...] = (0.48, 1.0)
     """Standard deviations of a score over seeds, in points, for the simulated repetitions of the study."""

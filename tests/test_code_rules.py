@@ -11,7 +11,7 @@ FOLDERS = ("docs", "experiments", "orchestrator", "tests", "variants")
 PRIVATE_OF_RAY = re.compile(r"\bray(?:\.\w+)*\._[a-z]\w+")
 PRIVATE_OF_RAY_FILE = ROOT / "orchestrator" / "execution" / "ray" / "private.py"
 BUDGETS = {
-    "orchestrator": (321, 25917),
+    "orchestrator": (321, 25919),
     "orchestrator/analyze": (92, 6952),
     "orchestrator/cli": (4, 300),
     "orchestrator/cluster": (3, 246),
@@ -21,11 +21,11 @@ BUDGETS = {
     "orchestrator/finetune": (138, 9450),
     "orchestrator/launch": (8, 1484),
     "orchestrator/record": (12, 1710),
-    "orchestrator/study": (9, 1220),
+    "orchestrator/study": (9, 1222),
     "orchestrator/util": (10, 629),
     "variants": (128, 6724),
     "experiments": (17, 2101),
-    "tests": (296, 32533),
+    "tests": (297, 32566),
 }
 """Package -> (modules, lines of code) that it may have at most. A change that makes one smaller
 lowers its numbers; a change that raises one says what that is worth."""

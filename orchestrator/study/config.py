@@ -255,7 +255,9 @@ def write_config(
     """
     values: dict[str, Any] = {}
     lines = [f"# {comment}"]
-    for name, value in options.given().items():
+    given = options.given()
+    ordered = [name for names in sections(type(options)).values() for name in names if name in given]
+    for name, value in ((name, given[name]) for name in ordered):
         if redact_secrets(str(value)) != str(value):
             lines.append(f"# {name} is left out, because it holds a secret.")
         elif option_of(type(options), name).saved:

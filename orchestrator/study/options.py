@@ -51,7 +51,7 @@ class GridOptions(Options):
     """Number of seeds per point; the seeds are 0, 1, ... Seed k gives every variant the same data order and
     initial noise. Default: 3 for a grid, 5 for a study of factors; a search trains each point once, with
     seed 0."""
-    set: Annotated[tuple[str, ...], Option("NAME=VALUE")] = ()
+    set: Annotated[tuple[Text, ...], Option("NAME=VALUE")] = ()
     """Fixed values, NAME=VALUE each; names as in --space, e.g. `lora_plus.ratio=4 weight_decay=0.01`."""
     rank: Annotated[int, Field(ge=1, le=100_000), Option(sets="rank")] = 8
     """Rank of the update."""
@@ -77,7 +77,7 @@ class DataOptions(Options):
     training data, chosen by a hash of their content."""
     test_data: Annotated[Text | None, Option("PATH", paths=True, needs="data")] = None
     """File or folder with the test rows. Default: as for --validation-data."""
-    columns: Annotated[tuple[str, ...], Option("ROLE=COLUMN", needs="data")] = ()
+    columns: Annotated[tuple[Text, ...], Option("ROLE=COLUMN", needs="data")] = ()
     """Columns by their role, ROLE=COLUMN each, e.g. `text=body label=folder`. Roles: prompt completion
     messages text text1 text2 label image split. Default: found by the usual names."""
     template: Annotated[Text | None, Option("TEXT", needs="data")] = None
@@ -109,7 +109,7 @@ class SearchOptions(Options):
     points: Count | None = None
     """Points that a search gives each variant (default 16), counted over all runs of the study. With a larger
     number, the same command continues the search; a smaller number is refused."""
-    space: Annotated[tuple[str, ...] | None, Option("NAME=SPEC")] = None
+    space: Annotated[Words | None, Option("NAME=SPEC")] = None
     """Hyperparameters that a search varies, NAME=SPEC each. NAME: learning_rate, rank, alpha, dropout,
     weight_decay, warmup, batch_size, ..., or VARIANT.NAME for one variant alone, which may also be a setting
     that only this variant has (`lora_plus.ratio`). SPEC: `low:high`, `log:low:high`, `int:low:high`,

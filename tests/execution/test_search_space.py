@@ -10,7 +10,7 @@ from points import study_of
 
 from orchestrator.execution.search.budget import open_search
 from orchestrator.execution.search.groups import make_groups
-from orchestrator.execution.search.samplers import draw_design
+from orchestrator.execution.search.samplers import draw_points
 from orchestrator.finetune.resolve.option_names import resolve_options
 from orchestrator.finetune.resolve.templates import (
     build_configuration_templates,
@@ -71,7 +71,7 @@ def test_every_point_of_a_wide_space_is_a_configuration_that_the_variant_takes(
     )
     assert space is not None
     (group,) = make_groups({"letters": space}, made, (0,), "letters").values()
-    points = draw_design("qmc", [group], 16)[variant]
+    points = draw_points("qmc", [group], 16)[variant]
     assert len(points) == 16
     for point in points:
         configuration = group.build(point)

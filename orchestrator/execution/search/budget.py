@@ -11,7 +11,7 @@ from optuna.trial import FrozenTrial
 
 from orchestrator.execution.search.groups import SearchGroup, make_groups
 from orchestrator.execution.search.journal import JOURNAL_FILE, Point, read_points
-from orchestrator.execution.search.samplers import NON_ADAPTIVE_SAMPLERS, draw_design
+from orchestrator.execution.search.samplers import NON_ADAPTIVE_SAMPLERS, draw_points
 from orchestrator.execution.search.search_file import SEARCH_FILE, GroupUsage, SearchFile
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration, Value
@@ -95,7 +95,7 @@ class SearchBudget:
         self._register(point, configuration)
         self.on_point(configuration)
 
-    def add_design(self) -> None:
+    def draw_ahead(self) -> None:
         """Draw and add all remaining points, for a sampler that does not use results.
 
         A variant that is added later may add dimensions, which changes the sampler's sequence. The other
@@ -106,13 +106,13 @@ class SearchBudget:
             together[group.task, group.replicate].append(group)
         for groups in together.values():
             if any(self.num_remaining(group.name) for group in groups):
-                self._add_points(draw_design(self.file.sampler, groups, self.file.points))
+                self._add_points(draw_points(self.file.sampler, groups, self.file.points))
 
-    def _add_points(self, design: Mapping[str, Iterable[Mapping[str, Value]]]) -> None:
-        for group, points in design.items():
+    def _add_points(self, drawn: Mapping[str, Iterable[Mapping[str, Value]]]) -> None:
+        for group, points in drawn.items():
             for parameters in points:
                 configuration = self.groups[group].build(parameters)
-                assert configuration is not None, "draw_design leaves these out"
+                assert configuration is not None, "draw_points leaves these out"
                 if self.num_remaining(group) and configuration.fingerprint not in self.configurations:
                     self.add_point(group, parameters, configuration)
 
@@ -193,5 +193,5 @@ def open_search(
                 "take another --study"
             )
     if sampler in NON_ADAPTIVE_SAMPLERS:
-        budget.add_design()
+        budget.draw_ahead()
     return budget

@@ -1,4 +1,4 @@
-"""Optuna's samplers, and designs. A design is the list of all points of a sampler that uses no results."""
+"""Optuna's samplers, and the points that a sampler that uses no results draws ahead."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MAX_ENUMERATED_POINTS = 10_000
 MAX_RANDOM_DRAWS = 1000
 """Number of points that are drawn at random in larger spaces."""
 MAX_IDLE_DRAWS = 100
-"""A design ends after this many draws in a row without a new point."""
+"""Drawing ahead ends after this many draws in a row without a new point."""
 MIN_WARM_START_TRIALS = 10
 """CMA-ES starts from the best tenth of the complete trials if there are at least this many."""
 
@@ -127,13 +127,13 @@ def make_sampler(
         )
 
 
-def draw_design(
+def draw_points(
     sampler_name: str, groups: Sequence[SearchGroup], points: int
 ) -> dict[str, list[dict[str, Value]]]:
     """Draw the points of a sampler that does not use results, for the groups of one task and replicate.
 
     All variants take their values from one sequence over the whole space, so that variants have equal values
-    of the dimensions that they share. A larger design begins with the points of a smaller design. Once the
+    of the dimensions that they share. More points begin with the same points as fewer. Once the
     sequence only repeats itself, the remaining points come from `random_points`.
 
     Args:

@@ -12,7 +12,7 @@ from scipy.stats import qmc
 from orchestrator.execution.search.groups import SearchGroup, make_groups
 from orchestrator.execution.search.samplers import (
     distributions,
-    draw_design,
+    draw_points,
     from_optuna_params,
     make_sampler,
     random_points,
@@ -51,7 +51,7 @@ def test_qmc_fills_every_stratum_of_the_learning_rate_and_is_more_even_than_rand
     over = space("weight_decay=0:0.1", variants=("lora",))
     spread: dict[str, float] = {}
     for name in ("qmc", "random"):
-        points = draw_design(name, groups(over), 32)["lora"]
+        points = draw_points(name, groups(over), 32)["lora"]
         unit = [
             (math.log10(float(p["learning_rate"])) / 4 + 1, float(p["weight_decay"]) * 10) for p in points
         ]
@@ -65,14 +65,14 @@ def test_qmc_fills_every_stratum_of_the_learning_rate_and_is_more_even_than_rand
 
 
 def test_choices_come_up_equally_often() -> None:
-    found = draw_design("qmc", groups(space("rank=4,8,16,32", "schedule=linear,cosine")), 32)["lora"]
+    found = draw_points("qmc", groups(space("rank=4,8,16,32", "schedule=linear,cosine")), 32)["lora"]
     assert {n: sum(p["rank"] == n for p in found) for n in (4, 8, 16, 32)} == dict.fromkeys((4, 8, 16, 32), 8)
     assert sum(p["schedule"] == "linear" for p in found) == 16
 
 
 def test_a_space_with_few_points_gives_them_all() -> None:
     over = parse_space(["rank=4,8,16"], own("lora", "full"), (1e-2,), ("learning_rate",))
-    found = draw_design("qmc", groups(over), 16)
+    found = draw_points("qmc", groups(over), 16)
     assert sorted(p["rank"] for p in found["lora"]) == [4, 8, 16]
     assert found["full"] == [{}]
 
@@ -82,11 +82,11 @@ def test_many_choices_are_all_found(name: str) -> None:
     """Random draws alone would hardly find the last points: each comes up once in 240 draws on average."""
     words = ["rank=int:1:60", "schedule=linear,cosine", "batch_size=8,16"]
     over = parse_space(words, own("lora", "hira"), (1e-2,), ("learning_rate",))
-    found = draw_design(name, groups(over), 240)
+    found = draw_points(name, groups(over), 240)
     for points in found.values():
         assert len({tuple(point.values()) for point in points}) == 240
     assert found["lora"] == found["hira"]
-    assert draw_design(name, groups(over), 200)["lora"] == found["lora"][:200]
+    assert draw_points(name, groups(over), 200)["lora"] == found["lora"][:200]
 
 
 def test_others_are_each_point_of_a_small_space_once() -> None:
@@ -117,7 +117,7 @@ def test_what_the_variant_refuses_is_passed_over() -> None:
 
     (group,) = groups(space("rank=int:1:64", variants=("lora",)))
     even = Even(group.name, group.template, group.dimensions)
-    found = draw_design("random", [even], 16)["lora"]
+    found = draw_points("random", [even], 16)["lora"]
     assert len(found) == 16
     assert all(int(p["rank"]) % 2 == 0 for p in found)
 
