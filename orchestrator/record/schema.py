@@ -254,7 +254,7 @@ def _columns(part: type) -> dict[str, tuple[str, Any]]:
 SCORES = ("validation_score", "test_score", "untrained_validation_score", "untrained_test_score")
 """The columns of `Record.scores`."""
 TIME_FIELDS = tuple(name for name, kind in column_types(Cost).items() if kind == Seconds)
-"""The fields of `Cost` in seconds, in the order in which a checkpoint stores them."""
+"""The fields of `Cost` in seconds."""
 
 
 @lru_cache(maxsize=1)

@@ -301,7 +301,7 @@ class Lane:
             "curve": [asdict(s) for s in self.curve],
             "evaluations": [asdict(e) for e in self.evaluations],
             "divergence": self.divergence_detector.state_dict(),
-            "seconds": list(self.seconds.values()),
+            "seconds": dict(self.seconds),
             "tokens": self.tokens,
             "peak_group_size": self.peak_group_size,
             "peak_memory": self.peak_memory,
@@ -320,7 +320,7 @@ class Lane:
         self.curve = [StepMetrics(**s) for s in state["curve"]]
         self.evaluations = [Evaluation(**e) for e in state["evaluations"]]
         self.divergence_detector.load_state_dict(state["divergence"])
-        self.seconds.update(zip(TIME_FIELDS, state["seconds"], strict=True))
+        self.seconds.update(state["seconds"])
         self.tokens, self.peak_group_size = state["tokens"], state["peak_group_size"]
         self.peak_memory = state["peak_memory"]
         self.started = state["started"]
