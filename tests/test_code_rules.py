@@ -11,7 +11,7 @@ FOLDERS = ("docs", "experiments", "orchestrator", "tests", "variants")
 PRIVATE_OF_RAY = re.compile(r"\bray(?:\.\w+)*\._[a-z]\w+")
 PRIVATE_OF_RAY_FILE = ROOT / "orchestrator" / "execution" / "ray" / "private.py"
 BUDGETS = {
-    "orchestrator": (321, 25919),
+    "orchestrator": (321, 25909),
     "orchestrator/analyze": (92, 6952),
     "orchestrator/cli": (4, 300),
     "orchestrator/cluster": (3, 246),
@@ -19,10 +19,10 @@ BUDGETS = {
     "orchestrator/experiments": (0, 0),
     "orchestrator/export": (4, 464),
     "orchestrator/finetune": (138, 9450),
-    "orchestrator/launch": (8, 1484),
+    "orchestrator/launch": (8, 1476),
     "orchestrator/record": (12, 1710),
-    "orchestrator/study": (9, 1222),
-    "orchestrator/util": (10, 629),
+    "orchestrator/study": (9, 1208),
+    "orchestrator/util": (10, 641),
     "variants": (128, 6724),
     "experiments": (17, 2101),
     "tests": (297, 32566),

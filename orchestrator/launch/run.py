@@ -44,7 +44,7 @@ from orchestrator.study.options import (
     StudyOptions,
 )
 from orchestrator.util import atomic_files, timeouts
-from orchestrator.util.errors import UsageError, describe_disk_error
+from orchestrator.util.errors import UsageError
 from orchestrator.util.graceful_interrupts import graceful_interrupts
 from orchestrator.util.redaction import redact_secrets
 
@@ -104,7 +104,7 @@ def run_study(experiment: Experiment, options: StudyOptions, command: str = "") 
     if options.plan:
         study.look_up()
         return StudyResult(0, study.folder, study.options, print_plan(study))
-    _make_folder(study)
+    atomic_files.make_folder(f"--study {study.name!r}", study.folder)
     refusal = (
         f"study {study.name!r} is running already in {study.folder}; wait for it, or take another --study."
     )
@@ -122,17 +122,6 @@ def run_study(experiment: Experiment, options: StudyOptions, command: str = "") 
                     line = f"{name}: {used.points} points of {points}: its space has no more"
                     study.console.print(line, markup=False)
         return StudyResult(reporting.print_missing_results(study), study.folder, study.options)
-
-
-def _make_folder(study: Study) -> None:
-    try:
-        study.folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        if describe_disk_error(error):
-            raise
-        raise UsageError(
-            f"--study {study.name!r}: {study.folder} cannot be made ({error.strerror}); take another --study."
-        ) from None
 
 
 def _begin(study: Study) -> None:

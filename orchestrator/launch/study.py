@@ -37,6 +37,7 @@ from orchestrator.record.tracker import MakeTracker
 from orchestrator.study.configuration import Configuration
 from orchestrator.study.names import default_study_name, store_command
 from orchestrator.study.options import StudyOptions
+from orchestrator.util.atomic_files import make_folder
 from orchestrator.util.errors import UsageError, suggest_nearest
 
 if TYPE_CHECKING:
@@ -269,7 +270,7 @@ def resolve_study(experiment: Experiment, given: StudyOptions, command: str = ""
     variants = experiment.dry_run_variants if given.dry_run else experiment.variants
     task_names = experiment.dry_run_tasks if given.dry_run else experiment.tasks
     options = autoscaler.adapt_options(experiment.complete(given, variants))
-    options.check_output()
+    make_folder(f"--output {str(options.output)!r}", options.output)
     store = Store(options.store_folder)
     tracking_uri = resolve_uri(options.tracking_uri, store)
     trackers = load_trackers(options.tracker)

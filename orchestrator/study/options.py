@@ -13,7 +13,7 @@ from orchestrator.study import names
 from orchestrator.study.config import shipped_studies
 from orchestrator.study.grids import parse_learning_rates, parse_positive_number
 from orchestrator.study.option import Count, Examples, Option, Options, Positive, Text, Words, flag, option_of
-from orchestrator.util.errors import UsageError, describe_disk_error
+from orchestrator.util.errors import UsageError
 from variants.variant_names import canonical_key
 
 DEFAULT_LANES_PER_TRAINER = 4
@@ -370,28 +370,6 @@ class StudyOptions(
             UsageError: The name is not allowed, or names a folder of the store.
         """
         return names.resolve_study_folder(name, self.output, self.store_folder)
-
-    def check_output(self) -> None:
-        """Create the output folder and the store folder, and write a test file into each.
-
-        Raises:
-            UsageError: One of them is not a folder, or cannot be written.
-            OSError: The disk is full or cannot be used (see `describe_disk_error`). The error names the
-                folder.
-        """
-        for name, folder in (("--output", self.output), ("--store", self.store_folder)):
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                probe = folder / f".probe-{os.getpid()}"
-                probe.touch()
-                probe.unlink()
-            except OSError as error:
-                error.filename = str(folder)
-                if describe_disk_error(error):
-                    raise
-                raise UsageError(
-                    f"{name} {str(folder)!r} cannot be written ({error.strerror}); name a folder that can."
-                ) from None
 
 
 def setting_key(word: str) -> str:

@@ -301,6 +301,30 @@ def _remove_empty(folders: Sequence[Path]) -> None:
                 os.rmdir(inner)
 
 
+def make_folder(option: str, folder: Path) -> None:
+    """Create a folder if needed, and write a test file there.
+
+    Args:
+        option: The option that names it, and its value.
+        folder: The folder.
+
+    Raises:
+        UsageError: It is no folder, or cannot be written.
+        OSError: The disk is full or cannot be used (see `describe_disk_error`); the error names the folder.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        error.filename = str(folder)
+        if describe_disk_error(error):
+            raise
+        raise UsageError(
+            f"{option}: {folder} cannot be written ({error.strerror}); take another one."
+        ) from None
+
+
 def check_writable(folder: Path) -> None:
     """Create the folder of a store if needed, and write a test file there.
 
