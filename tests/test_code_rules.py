@@ -11,20 +11,20 @@ FOLDERS = ("docs", "experiments", "orchestrator", "tests", "variants")
 PRIVATE_OF_RAY = re.compile(r"\bray(?:\.\w+)*\._[a-z]\w+")
 PRIVATE_OF_RAY_FILE = ROOT / "orchestrator" / "execution" / "ray" / "private.py"
 BUDGETS = {
-    "orchestrator": (321, 25909),
+    "orchestrator": (321, 25904),
     "orchestrator/analyze": (92, 6952),
     "orchestrator/cli": (4, 300),
     "orchestrator/cluster": (3, 246),
-    "orchestrator/execution": (38, 3392),
+    "orchestrator/execution": (38, 3399),
     "orchestrator/experiments": (0, 0),
     "orchestrator/export": (4, 464),
     "orchestrator/finetune": (138, 9450),
-    "orchestrator/launch": (8, 1476),
+    "orchestrator/launch": (8, 1464),
     "orchestrator/record": (12, 1710),
     "orchestrator/study": (9, 1208),
     "orchestrator/util": (10, 641),
     "variants": (128, 6724),
-    "experiments": (17, 2101),
+    "experiments": (17, 2100),
     "tests": (297, 32566),
 }
 """Package -> (modules, lines of code) that it may have at most. A change that makes one smaller

@@ -248,7 +248,6 @@ def train_simulated(
 
     from orchestrator.execution.progress import Progress
     from orchestrator.execution.run_budget import RunBudget
-    from orchestrator.execution.rungs import submission_order
     from orchestrator.execution.session import train
     from orchestrator.execution.settings import Session, TrainerSettings
     from orchestrator.study.options import StudyOptions
@@ -264,7 +263,7 @@ def train_simulated(
         scratch,
         train_loop=f"{__name__}:{run.__name__}",
     )
-    order = submission_order(scheduler, [], configurations, LANES_PER_TRAINER, num_trainers)
     console = Console(file=sys.stderr, highlight=False)
     with Progress(store.root, len(configurations), 0, console) as progress:
-        return train(Session(settings, num_trainers, cluster, store, progress, RunBudget()), order)
+        session = Session(settings, num_trainers, cluster, store, progress, RunBudget())
+        return train(session, (), configurations)

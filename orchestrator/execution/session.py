@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from orchestrator.execution.ray.private import (
     retry_after_death_in_reset,
     withhold_cloud_credentials_from_trials,
 )
+from orchestrator.execution.rungs import submission_order
 from orchestrator.execution.settings import Session
 from orchestrator.execution.trainers.pool import TrainerPool
 from orchestrator.execution.tune.per_group_scheduler import LiveTrialFIFOScheduler, PerGroupScheduler
@@ -27,7 +29,7 @@ from orchestrator.study.configuration import Configuration
 from orchestrator.util.errors import StudyError
 
 if TYPE_CHECKING:
-    from orchestrator.execution.search.searcher import PerGroupSearcher
+    from orchestrator.execution.search.budget import SearchBudget
 
 withhold_cloud_credentials_from_trials()
 
@@ -107,16 +109,18 @@ class SearchLimiter(ConcurrencyLimiter):
 
 def train(
     session: Session,
-    configurations: Sequence[Configuration],
-    search: PerGroupSearcher | None = None,
+    known: Sequence[Configuration],
+    pending: Sequence[Configuration],
+    search: SearchBudget | None = None,
     next_stage: Callable[[], Sequence[Configuration]] = tuple,
 ) -> int:
-    """Train configurations in the given order, until all have ended or the budget is used up.
+    """Train configurations, until all have ended or the budget is used up.
 
     Args:
         session: Settings, storage and observers.
-        configurations: The configurations to train; known results among them are replayed to the scheduler.
-        search: The searcher that suggests the configurations one by one; `configurations` is then unused.
+        known: Configurations with results, which are replayed to the scheduler.
+        pending: The configurations to train.
+        search: The search that suggests the configurations one by one; `known` and `pending` are then unused.
         next_stage: Called when all configurations have ended. Returns the configurations of the next stage;
             an empty sequence ends the session.
 
@@ -129,10 +133,10 @@ def train(
         Exception: Any error of the monitor, such as OSError for a full disk.
     """
     ABORTED.clear()
+    algorithm = _make_algorithm(session, known, pending, search, next_stage)
     broker = start_broker(session.store, session.scheduler)
     pool = TrainerPool(session, broker)
     pending_stops: PendingStops = {}
-    algorithm = _make_algorithm(session, configurations, search, next_stage)
 
     def follow_trainers(updates: Mapping[str, Any]) -> None:
         capacities = updates["max_lanes" if search is None else "usable_lanes"]
@@ -200,15 +204,20 @@ def trial_limit(session: Session, is_search: bool = False, capacities: Sequence[
 
 def _make_algorithm(
     session: Session,
-    configurations: Sequence[Configuration],
-    search: PerGroupSearcher | None,
+    known: Sequence[Configuration],
+    pending: Sequence[Configuration],
+    search: SearchBudget | None,
     next_stage: Callable[[], Sequence[Configuration]],
 ) -> Any:
     """Return Tune's search algorithm; the monitor changes its `max_concurrent`."""
-    limit = trial_limit(session, search is not None)
-    if search is None:
-        return ConfigurationListGenerator(configurations, limit, next_stage)
-    return SearchLimiter(search, limit)
+    limit, lanes = trial_limit(session, search is not None), session.trainers.expected_lanes
+    if search is not None:
+        from orchestrator.execution.search.searcher import PerGroupSearcher
+
+        searcher = PerGroupSearcher(search, session.store, session.scheduler, lanes, session.cached)
+        return SearchLimiter(searcher, limit)
+    order = partial(submission_order, session.scheduler, lanes=lanes, num_trainers=session.num_trainers)
+    return ConfigurationListGenerator(order(known, pending), limit, lambda: order((), next_stage()))
 
 
 def _make_tuner(session: Session, algorithm: Any, callback: BrokerCallback) -> tune.Tuner:

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 
 from orchestrator.execution.progress import Progress, format_duration
 from orchestrator.execution.ray import autoscaler, runtime
-from orchestrator.execution.rungs import submission_order
 from orchestrator.execution.settings import Session, TrainerSettings, shared_options
 from orchestrator.finetune.models import catalogue as model_catalogue
 from orchestrator.finetune.resolve.data_preparation import prepare_datasets, report_data, write_own_files
@@ -235,21 +234,7 @@ class Run:
                 progress.notify(f"! {warning}")
             progress.notify(_describe_trainers(session))
             began = time.monotonic()
-            searcher, lanes = None, session.trainers.expected_lanes
-            if study.search is not None:
-                from orchestrator.execution.search.searcher import PerGroupSearcher
-
-                searcher = PerGroupSearcher(
-                    study.search, study.store, session.scheduler, lanes, session.cached
-                )
-
-            def order(
-                known: Sequence[Configuration], pending: Sequence[Configuration]
-            ) -> list[Configuration]:
-                return submission_order(session.scheduler, known, pending, lanes, session.num_trainers)
-
-            first_stage = order(study.satisfied, study.pending)
-            steps = train(session, first_stage, searcher, lambda: order((), self._next_stage()))
+            steps = train(session, study.satisfied, study.pending, study.search, self._next_stage)
             used = f", {budget.format_usage()}" if budget.gpus_per_trainer else ""
             progress.notify(f"{progress.describe_ended(time.monotonic() - began)}{used}")
             if progress.first_lane_at is not None:
