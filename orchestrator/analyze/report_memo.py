@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from contextlib import suppress
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ def digest_inputs(study: StudyFile, store: Store, uri: str, folder: Path) -> str
         folder: The study's folder.
     """
     stamps = sorted(store.stamps())
+    study = replace(study, looks=())  # a report records its own look, which is no new input of the next one
     return digest(
         study, stamps, uri, str(folder), str(store.root), _PROGRAM, [version(n) for n in _LIBRARIES]
     )

@@ -202,7 +202,7 @@ def test_whatever_a_report_is_made_from_is_in_its_digest(
         return report_memo.digest_inputs(changed, store, uri, tmp_path / folder)
 
     first = digest()
-    assert digest() == first
+    assert digest() == digest(study.with_look(3)) == first
     others = [
         digest(replace(study, settings=replace(study.settings, margin=0.02))),
         digest(replace(study, configurations=("a", "b"))),
