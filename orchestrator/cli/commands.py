@@ -150,7 +150,7 @@ class Check(StoreOptions):
 
     trainers: Count | None = None
     """Number of trainers of the study. Default: as many as fit."""
-    gpus_per_worker: Annotated[float | None, Field(ge=0, allow_inf_nan=False)] = None
+    gpus_per_worker: Annotated[float | None, Field(ge=0, le=1)] = None
     """GPUs of a worker, as in the study."""
     workers_per_trainer: Count = 1
     """Workers of a trainer, as in the study."""

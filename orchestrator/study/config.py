@@ -97,9 +97,9 @@ def make_options(
 
 def _fold_hyperparameters(options_class: type[Options], values: Mapping[str, Any]) -> dict[str, Any]:
     """Write hyperparameters without an option of their own as words of `set`."""
-    own = {name for titles in sections(options_class).values() for name in titles}
-    folded = {name: value for name, value in values.items() if name in own}
-    words = [f"{name}={value}" for name, value in values.items() if name not in own and value is not None]
+    options = defaults(options_class)
+    folded = {name: value for name, value in values.items() if name in options}
+    words = [f"{name}={value}" for name, value in values.items() if name not in options and value is not None]
     if words:
         folded["set"] = (*convert(options_class, "set", folded.get("set", ()), "--set"), *words)
     return folded
@@ -111,13 +111,15 @@ def _merge(options_class: type[Options], file: Mapping[str, Any], typed: Mapping
     A typed value replaces the same option, its rival, and what sets the same hyperparameter. Typed words
     NAME=VALUE are added to those of the file. Words for variants that are not typed are left out.
     """
+    if "output" in typed and "store" not in typed:  # another output folder has its own store
+        file = {name: value for name, value in file.items() if name != "store"}
     facts = {name: option_of(options_class, name) for name in {*file, *typed}}
     words = {
         name: convert(options_class, name, value, flag(name)) or ()
         for name, value in typed.items()
         if facts[name].is_pairs
     }
-    keys = {_key(word) for own in words.values() for word in own} | {facts[name].sets for name in typed}
+    keys = {_key(word) for added in words.values() for word in added} | {facts[name].sets for name in typed}
     replaced = {
         name
         for name in file
@@ -133,7 +135,7 @@ def _merge(options_class: type[Options], file: Mapping[str, Any], typed: Mapping
         if typed_variants:
             kept = [word for word in kept if _key(word).rpartition(".")[0] in variants]
         merged[name] = tuple(kept)
-    return {**merged, **typed, **{name: (*merged.get(name, ()), *own) for name, own in words.items()}}
+    return {**merged, **typed, **{name: (*merged.get(name, ()), *added) for name, added in words.items()}}
 
 
 def _key(word: str) -> str:

@@ -105,7 +105,7 @@ def resolve_study_folder(name: str, output: Path, store: Path) -> Path:
     real = Path(os.path.realpath(found))
     for taken in (store, output / DEFAULT_STORE_NAME):
         root = Path(os.path.realpath(taken))
-        if real == root or any(real.is_relative_to(root / own) for own in STORE_FOLDERS):
+        if real == root or any(real.is_relative_to(root / each) for each in STORE_FOLDERS):
             fault = f"its folder, {found}, is one of the store's own"
             raise UsageError(
                 f"--study {quote_value(name)}: {fault}; take another --study, or another --output."

@@ -145,10 +145,10 @@ def plain_type(options_class: Any, name: str) -> Any:
 
 def defaults(options_class: Any) -> dict[str, Any]:
     """Return the default of each option that has one: name -> value."""
-    found = {}
-    for each in fields(options_class):
-        found[each.name] = each.default_factory() if each.default_factory is not MISSING else each.default
-    return found
+    return {
+        each.name: each.default if each.default_factory is MISSING else each.default_factory()
+        for each in fields(options_class)
+    }
 
 
 def sections(options_class: Any) -> dict[str, list[str]]:
@@ -159,8 +159,8 @@ def sections(options_class: Any) -> dict[str, list[str]]:
     options, *bases = (each for each in options_class.__mro__ if issubclass(each, Options))
     found = {}
     for each in (*bases, options):
-        if own := [name for name in inspect.get_annotations(each) if name in defaults(options_class)]:
-            found[each.__name__.removesuffix("Options").lower()] = own
+        if names := [name for name in inspect.get_annotations(each) if name in defaults(options_class)]:
+            found[each.__name__.removesuffix("Options").lower()] = names
     return found
 
 

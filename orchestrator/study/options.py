@@ -171,7 +171,7 @@ class ResourceOptions(Options):
     lanes_per_trainer: Count | None = None
     """Number of fine-tunes (lanes) that a trainer trains at once over one copy of the base. Default: 4 on a
     CPU; on a GPU each trainer chooses up to 8 by the memory of its first steps."""
-    gpus_per_worker: Annotated[float | None, Field(ge=0, allow_inf_nan=False)] = None
+    gpus_per_worker: Annotated[float | None, Field(ge=0, le=1)] = None
     """GPUs of a worker; a fraction lets several trainers share one. Default: 1 where there are GPUs, or where
     the cluster's autoscaler is known to start nodes with GPUs (not for --dry-run), else 0."""
     device: Literal["auto", "cpu"] = "auto"
@@ -326,9 +326,6 @@ class StudyOptions(
 
     def _check_resources(self) -> None:
         gpus = self.gpus_per_worker
-        if gpus is not None and gpus > 1:
-            fix = f"take {int(gpus)}" if gpus != int(gpus) else "a worker holds its base on one GPU; take 1"
-            raise UsageError(f"--gpus-per-worker {gpus:g}: must be 1 or a fraction of 1; {fix}.")
         if gpus and self.workers_per_trainer > 1 and gpus < 1:
             raise UsageError(
                 f"--workers-per-trainer {self.workers_per_trainer} with --gpus-per-worker {gpus:g}: NCCL "

@@ -190,10 +190,10 @@ def parse_space(
         found = {"learning_rate": Dimension(HYPERPARAMETERS["learning_rate"], "", *ends, log=True), **found}
     space: dict[str, tuple[Dimension, ...]] = {}
     for variant in defaults:
-        own = settings[variant]
+        known = settings[variant]
         # ReLoRA has a `warmup` of its own, which replaces no value of the schedule's warm-up.
-        replaced = {name for name in own if f"{variant}.{name}" in named and own[name].field != "extra"}
-        shared = (d for d in found.values() if not d.variant and d.name in own.keys() - replaced)
+        replaced = {name for name in known if f"{variant}.{name}" in named and known[name].field != "extra"}
+        shared = (d for d in found.values() if not d.variant and d.name in known.keys() - replaced)
         space[variant] = (*shared, *(d for d in found.values() if d.variant == variant))
     return space
 
@@ -236,8 +236,8 @@ def _parse_words(
             if variant not in settings:
                 raise ValueError(f"{variant!r} is not in this study. {suggest_nearest(variant, variants)}")
             if name not in settings[variant]:
-                own = [f"{v}.{n}" for v in variants for n in settings[v] if settings[v][n].field == "extra"]
-                nearest = suggest_nearest(name, [*settings[variant], *own])
+                extra = [f"{v}.{n}" for v in variants for n in settings[v] if settings[v][n].field == "extra"]
+                nearest = suggest_nearest(name, [*settings[variant], *extra])
                 raise ValueError(f"{variant or 'the study'} has no {name!r}. {nearest}")
             found[key] = parse(Dimension(settings[variant][name], variant), text)
         except ValueError as error:
