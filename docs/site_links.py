@@ -1,4 +1,4 @@
-"""Hook of MkDocs: files outside `docs` that a page links to become part of the site.
+"""Hook of MkDocs: files outside `docs` that pages link to become part of the site; options become tables.
 
 The pages are also read on git hosts, so their links to other files of the repository are relative
 (`../README.md`). On the site such a file is below `repository/`: a Markdown file as a page, any other file as
@@ -17,6 +17,8 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 LINK = re.compile(r"(?<=\]\()[^)#\s]+")
+OPTIONS = "<!-- options -->"
+"""The place of the tables in options.md."""
 ELSEWHERE = "repository/"
 """Folder of the site for files outside `docs`."""
 
@@ -47,7 +49,40 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         on_site = target.removeprefix("docs/") if target.startswith("docs/") else ELSEWHERE + target
         return posixpath.relpath(on_site, here or ".") if on_site in files.src_uris else match[0]
 
-    return LINK.sub(rewrite, markdown)
+    return LINK.sub(rewrite, markdown).replace(OPTIONS, _option_tables() if OPTIONS in markdown else "")
+
+
+def _option_tables() -> str:
+    """Return a table of the options of each section of the commands that train, from their fields."""
+    from experiments import MODULES, load
+    from orchestrator.study.configuration import HYPERPARAMETERS
+    from orchestrator.study.option import defaults, flag, help_texts, sections
+
+    lines, done = [], set()
+    for name in MODULES:
+        options_class = load(name).options_class
+        values, texts = defaults(options_class), help_texts(options_class)
+        for title, names in sections(options_class).items():
+            if title in done:
+                continue
+            done.add(title)
+            lines += [
+                "",
+                f"### {title.capitalize()} options of `{name}`",
+                "",
+                "| option | default | meaning |",
+                "| --- | --- | --- |",
+            ]
+            for each in names:
+                default = (
+                    " ".join(map(str, values[each])) if isinstance(values[each], tuple) else values[each]
+                )
+                shown = "" if default in (None, "", False) else f"`{default}`"
+                lines.append(f"| `{flag(each)}` | {shown} | {texts[each].replace('|', chr(92) + '|')} |")
+    lines += ["", "### Hyperparameters", "", "| option | meaning |", "| --- | --- |"]
+    return "\n".join(
+        [*lines, *(f"| `{flag(name)}` | {each.help} |" for name, each in HYPERPARAMETERS.items())]
+    )
 
 
 def _target(page: str, link: str) -> str:

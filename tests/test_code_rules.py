@@ -11,7 +11,7 @@ FOLDERS = ("docs", "experiments", "orchestrator", "tests", "variants")
 PRIVATE_OF_RAY = re.compile(r"\bray(?:\.\w+)*\._[a-z]\w+")
 PRIVATE_OF_RAY_FILE = ROOT / "orchestrator" / "execution" / "ray" / "private.py"
 BUDGETS = {
-    "orchestrator": (321, 25906),
+    "orchestrator": (321, 25905),
     "orchestrator/analyze": (92, 6954),
     "orchestrator/cli": (4, 300),
     "orchestrator/cluster": (3, 246),
@@ -21,7 +21,7 @@ BUDGETS = {
     "orchestrator/finetune": (138, 9450),
     "orchestrator/launch": (8, 1464),
     "orchestrator/record": (12, 1710),
-    "orchestrator/study": (9, 1208),
+    "orchestrator/study": (9, 1207),
     "orchestrator/util": (10, 641),
     "variants": (128, 6724),
     "experiments": (17, 2100),
@@ -29,7 +29,7 @@ BUDGETS = {
 }
 """Package -> (modules, lines of code) that it may have at most. A change that makes one smaller
 lowers its numbers; a change that raises one says what that is worth."""
-DOC_WORDS = 54_549
+DOC_WORDS = 52_698
 """Words that all pages may have together."""
 
 
