@@ -24,7 +24,7 @@ class PublishedOptions(StoreOptions):
 
     task: Annotated[Words, Option("NAME", commas=True)] = ("gsm8k", "humaneval", "glue", "images")
     """Published tasks to show."""
-    noise: tuple[Positive, ...] = (0.48, 1.0)
+    noise: Annotated[tuple[Positive, ...], Option("FLOAT")] = (0.48, 1.0)
     """Standard deviations of a score over seeds, in points, for the simulated repetitions of the study."""
     overlay: str | None = None
     """A study of your own, whose curves are drawn over the published ones by variant; its tasks are shown."""

@@ -23,8 +23,8 @@ BUDGETS = {
     "orchestrator/record": (12, 1710),
     "orchestrator/study": (9, 1207),
     "orchestrator/util": (10, 641),
-    "variants": (128, 6724),
-    "experiments": (17, 2100),
+    "variants": (128, 6726),
+    "experiments": (17, 2102),
     "tests": (297, 32566),
 }
 """Package -> (modules, lines of code) that it may have at most. A change that makes one smaller

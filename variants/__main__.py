@@ -10,14 +10,12 @@ python -m variants --write-docs     # the tables of docs/variants.md, from the s
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Annotated
-
-import tyro
+from dataclasses import asdict
 
 from variants.variant_names import FILE_SUFFIX, canonical_name
 
@@ -25,29 +23,24 @@ EXIT_USAGE = 2
 """Exit code for a name that does not exist, and for options that exclude each other."""
 
 
-@dataclass(frozen=True)
-class Arguments:
-    """What is printed."""
-
-    name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")] = ""
-    """The entry, tuner (peft:TYPE) or .py file to explain; without it the whole catalogue is listed."""
-    taxonomy: bool = False
-    """List the methods of the survey, of its code and of the PEFT library."""
-    json: bool = False
-    """Print JSON: an object for an entry, a list of objects otherwise."""
-    write_docs: bool = False
-    """Write the tables of docs/variants.md again. Only in a checkout of the repository."""
-
-
 def main(words: Sequence[str]) -> int:
     """Run the command line `words`, and return the exit code."""
-    arguments = tyro.cli(
-        Arguments,
-        args=list(words),
-        prog="python -m variants",
-        description="\n".join(f" {line}" for line in (__doc__ or "").strip().splitlines()),
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m variants", description=__doc__, formatter_class=raw)
+    parser.add_argument(
+        "name",
+        nargs="?",
+        default="",
+        metavar="NAME",
+        help="the entry, tuner (peft:TYPE) or .py file to explain; without it the whole catalogue is listed",
     )
+    for option, text in (
+        ("--taxonomy", "list the methods of the survey, of its code and of the PEFT library"),
+        ("--json", "print JSON: an object for an entry, a list of objects otherwise"),
+        ("--write-docs", "write the tables of docs/variants.md again; only in a checkout of the repository"),
+    ):
+        parser.add_argument(option, action="store_true", help=text)
+    arguments = parser.parse_args(words)
     try:
         text = _text(arguments)
     except ValueError as error:
@@ -60,7 +53,7 @@ def main(words: Sequence[str]) -> int:
     return 0
 
 
-def _text(arguments: Arguments) -> str:
+def _text(arguments: argparse.Namespace) -> str:
     """Return what a command prints.
 
     Raises:

@@ -23,10 +23,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from measuring import markdown_table
 
+from orchestrator.cli.parsing import parse
 from orchestrator.study.configuration import (
     BatchConfig,
     Configuration,
@@ -37,6 +38,7 @@ from orchestrator.study.configuration import (
     VariantChoice,
 )
 from orchestrator.study.grids import build_grid
+from orchestrator.study.option import Option, Options
 from orchestrator.util.command import main
 from orchestrator.util.errors import UsageError
 
@@ -55,25 +57,24 @@ ROLES = {
 """Part of the title that Ray gives a process -> role of the process."""
 
 
-@dataclass(frozen=True)
-class Options:
+@dataclass(frozen=True, kw_only=True)
+class ScaleOptions(Options):
     """Options of the script."""
 
-    sizes: tuple[int, ...] = (100, 1000, 5000)
+    sizes: Annotated[tuple[int, ...], Option("INT")] = (100, 1000, 5000)
     """Numbers of configurations of the studies: multiples of 100, or of 5 below 100."""
     output: Path = Path("scale")
     """Folder for the results and the studies' stores."""
-    scheduler: str = "none"
-    """Early stopping: "none", "asha" or "median"."""
+    scheduler: Literal["none", "asha", "median"] = "none"
+    """Early stopping."""
     nodes: int = 2
     """Nodes beside the head, with one fake GPU each; each GPU gets a trainer."""
 
 
 def run() -> int:
     """Run a study of each size in a process of its own and print their table. Returns the exit code."""
-    import tyro
-
-    options = tyro.cli(Options, description=__doc__)
+    typed = parse(ScaleOptions, sys.argv[1:], "scale.py", __doc__ or "")
+    options = ScaleOptions(**typed)
     options.output.mkdir(parents=True, exist_ok=True)
     files = [options.output / f"{size}-{options.scheduler}.json" for size in options.sizes]
     if len(files) == 1:
@@ -114,7 +115,7 @@ def build_configurations(size: int) -> list[Configuration]:
     return build_grid(templates, rates, range(size // unit))
 
 
-def _measure_study(options: Options, size: int) -> dict[str, Any]:
+def _measure_study(options: ScaleOptions, size: int) -> dict[str, Any]:
     """Run a study of `size` configurations on a fresh cluster. Returns its cost in seconds and MiB."""
     import psutil
     import ray
@@ -144,7 +145,7 @@ def _measure_study(options: Options, size: int) -> dict[str, Any]:
         cluster.shutdown()
 
 
-def _run_study(options: Options, configurations: Sequence[Configuration], store: Any) -> dict[str, Any]:
+def _run_study(options: ScaleOptions, configurations: Sequence[Configuration], store: Any) -> dict[str, Any]:
     import ray
     from simulated_training import train_simulated
 

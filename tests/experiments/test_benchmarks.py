@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "experiments" / "benchmarks"
 CPU = torch.device("cpu")
 NOT_ON_A_BARE_MACHINE = (
-    *("ray", "mlflow", "datasets", "optuna", "tyro", "pandas", "math_verify", "matplotlib", "pyarrow"),
+    *("ray", "mlflow", "datasets", "optuna", "pandas", "math_verify", "matplotlib", "pyarrow"),
 )
 SMALLEST = {
     "coverage.py": "--replicates 2 --processes 1 --rows factors claims",

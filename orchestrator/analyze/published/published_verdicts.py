@@ -20,7 +20,7 @@ def published_verdicts(tasks: Sequence[PublishedTask]) -> tuple[Verdict, ...]:
     Args:
         tasks: The tasks, at least one, with the same variants and the same assumed noise.
     """
-    design = _design(tasks)
+    design, task = _design(tasks), tasks[0].table.task
     return (
         Verdict(
             "Tuned LoRA matches or beats most variants.",
@@ -28,7 +28,7 @@ def published_verdicts(tasks: Sequence[PublishedTask]) -> tuple[Verdict, ...]:
             _ranks(tasks),
             design,
             "Replicated tuning of the same protocol gives an interval:",
-            f"lora-orchestrator tuned --preset published-{tasks[0].table.task}",
+            f"lora-orchestrator tuned --config published-{'gsm8k-r8' if task == 'gsm8k' else task}",
         ),
         Verdict(
             "At one fixed learning rate the winner depends on the rate.",
