@@ -20,7 +20,6 @@ from orchestrator.analyze.published.published_overlay import Overlay, read_overl
 from orchestrator.analyze.published.published_scores import (
     REFERENCE,
     SEED_NOISE,
-    TASKS,
     PublishedTask,
     read_table,
     summarize_task,
@@ -29,7 +28,6 @@ from orchestrator.analyze.published.published_verdicts import SOURCE, published_
 from orchestrator.analyze.verdict import Verdict
 from orchestrator.study.names import DEFAULT_STORE_NAME
 from orchestrator.util import atomic_files
-from orchestrator.util.errors import UsageError
 from orchestrator.util.graceful_interrupts import PROGRAM
 
 SCHEMA_VERSION = 2
@@ -221,13 +219,10 @@ def show_published(
         store: The folder of that study's records; None for the folder `store` in the output folder.
 
     Raises:
-        UsageError: A task is unknown, `task_names` is empty, a noise is not a positive number, or the study
-            cannot be drawn.
+        UsageError: A task is unknown, or the study cannot be drawn.
     """
     overlays = read_overlays(overlay, output, store or output / DEFAULT_STORE_NAME) if overlay else ()
     names = [each.task for each in overlays] or list(dict.fromkeys(task_names))
-    if not names:
-        raise UsageError(f"--task is empty; name at least one of {', '.join(TASKS)}.")
     tasks = [summarize_task(read_table(name), noise or tuple(SEED_NOISE)) for name in names]
     folder = output / FOLDER
     write_published(tasks, folder, overlays)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from synthetic import record
 
+from experiments.published import PublishedOptions
 from orchestrator.analyze.published.published_overlay import make_overlays
 from orchestrator.analyze.published.published_page import show_published
 from orchestrator.analyze.published.published_scores import TASKS, read_table
@@ -119,6 +120,6 @@ def test_a_study_that_cannot_be_drawn_is_refused_in_one_line(records: list[Recor
 
 
 @pytest.mark.parametrize("noise", [0.0, -1.0, float("nan")])
-def test_a_noise_that_is_none_is_refused(noise: float, tmp_path: Path) -> None:
+def test_a_noise_that_is_none_is_refused(noise: float) -> None:
     with pytest.raises(UsageError, match="--noise"):
-        show_published(["gsm8k"], (1.0, noise), tmp_path)
+        PublishedOptions(noise=(1.0, noise))
