@@ -11,8 +11,8 @@ FOLDERS = ("docs", "experiments", "orchestrator", "tests", "variants")
 PRIVATE_OF_RAY = re.compile(r"\bray(?:\.\w+)*\._[a-z]\w+")
 PRIVATE_OF_RAY_FILE = ROOT / "orchestrator" / "execution" / "ray" / "private.py"
 BUDGETS = {
-    "orchestrator": (321, 25905),
-    "orchestrator/analyze": (92, 6954),
+    "orchestrator": (321, 25901),
+    "orchestrator/analyze": (92, 6950),
     "orchestrator/cli": (4, 300),
     "orchestrator/cluster": (3, 246),
     "orchestrator/execution": (38, 3399),
@@ -25,7 +25,7 @@ BUDGETS = {
     "orchestrator/util": (10, 641),
     "variants": (128, 6726),
     "experiments": (17, 2102),
-    "tests": (297, 32566),
+    "tests": (297, 32567),
 }
 """Package -> (modules, lines of code) that it may have at most. A change that makes one smaller
 lowers its numbers; a change that raises one says what that is worth."""
