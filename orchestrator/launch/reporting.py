@@ -119,16 +119,18 @@ def report_and_close(
         files = [study.folder / name for name in REPORT_FILES] if should_report else []
         end = StudyEnd(status, tuple(file for file in files if file.exists()), *description)
         writers.close(end, _mlflow_seconds(budget, status))
+        others = dict(writers)
+        mlflow = others.pop("mlflow")
         if should_report:
-            lines += (mlflow_lines := _mlflow_lines(study, writers.mlflow))
+            lines += (mlflow_lines := _mlflow_lines(study, mlflow))
             _print_lines(study.console, mlflow_lines)
-        _print_missing(study, "MLflow", writers.mlflow, f"{study.orchestrator_command('sync')} logs them")
-        for name, writer in writers.others.items():
+        _print_missing(study, "MLflow", mlflow, f"{study.orchestrator_command('sync')} logs them")
+        for name, writer in others.items():
             _print_lines(study.console, [f"{name:8} {writer.view}"] if writer.view else [])
             _print_missing(study, f"--tracker {name}", writer, "the same command writes them")
     if interrupted:
         raise KeyboardInterrupt
-    if should_report and status == "FINISHED" and writers.mlflow.is_finished and not writers.mlflow.error:
+    if should_report and status == "FINISHED" and mlflow.is_finished and not mlflow.error:
         _remember_end(study, inputs, lines)
 
 

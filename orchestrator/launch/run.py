@@ -341,11 +341,11 @@ def start_writers(study: Study, notify: Callable[[str], None]) -> TrackerWriters
 
     store, tags = study.store, {"commit": current_commit()}
     make_mlflow = partial(MlflowTracker, study.tracking_uri)
-    writers = {"mlflow": TrackerWriter(make_mlflow, store, study.file, tags)}
+    writers = TrackerWriters(mlflow=TrackerWriter(make_mlflow, store, study.file, tags))
     for name, tracker in study.trackers.items():
         make = partial(tracker, study.folder)
         writers[name] = TrackerWriter(make, store, study.file, tags, partial(report_error, name))
-    return TrackerWriters(writers)
+    return writers
 
 
 def choose_lanes(study: Study, num_trainers: int, gpus_per_worker: float) -> tuple[int, bool]:

@@ -83,13 +83,12 @@ MakeTracker = Callable[[Path], Tracker]
 
 
 class TrackerWriter:
-    """A queue and a thread that write a study's runs to a tracker.
+    """A queue and a thread that write a study's runs to a tracker. No method raises an exception.
 
     The queue has fingerprints only. A record is read when it is logged, so that a long outage does not fill
     the memory. The progress of a lane is logged after a delay of some seconds, while no record is queued. It
     is dropped when the lane has a record, so that a short lane needs one call instead of one for each
-    evaluation. While the tracker does not answer, the writer tries again with growing pauses. No method
-    raises an exception.
+    evaluation. While the tracker does not answer, the writer tries again after each pause.
 
     Args:
         make_tracker: Returns the tracker. The writer's thread calls it, and calls it again after an error.
@@ -114,13 +113,11 @@ class TrackerWriter:
         self._condition = threading.Condition()
         self._records: dict[str, None] = {}  # an ordered set
         """Fingerprints of the records that are queued."""
+        self._missing: set[str] = set()
+        """Fingerprints of the records that the tracker does not have yet, including refused ones."""
         self._progress: dict[str, tuple[float, list[LaneProgress]]] = {}
         """Fingerprint of a lane in training -> value of `time.monotonic` from which its progress is logged,
         and its start and evaluations that are not logged yet. The earliest time comes first."""
-        self._current = ""
-        """Fingerprint of the record that is being logged, or empty."""
-        self._rejected: set[str] = set()
-        """Fingerprints of records that the tracker has refused."""
         self._deadline: float | None = None
         """Value of `time.monotonic` at which the writer gives up; None before `begin_close`."""
         self._end = StudyEnd()
@@ -134,8 +131,7 @@ class TrackerWriter:
     @property
     def pending_count(self) -> int:
         """Number of records that were queued and are not logged yet, including refused ones."""
-        with self._condition:
-            return len({*self._records, *self._rejected, self._current} - {""})
+        return len(self._missing)
 
     @property
     def view(self) -> str:
@@ -146,6 +142,7 @@ class TrackerWriter:
         """Queue a record."""
         with self._condition:
             self._records[fingerprint] = None
+            self._missing.add(fingerprint)
             self._progress.pop(fingerprint, None)
             self._condition.notify()
 
@@ -171,81 +168,64 @@ class TrackerWriter:
         return self.pending_count
 
     def _run(self) -> None:
-        pause, is_started = timeouts.MIN_TRACKER_RETRY_SECONDS, False
         while True:
             try:
                 self._tracker = self._tracker or self._make_tracker()
-                if not is_started:
-                    self._tracker.start(self._study, self._tags)
-                    is_started = True
-                while (task := self._take_next()) is not None:
-                    self._log(self._tracker, *task)
+                self._tracker.start(self._study, self._tags)
+                while fingerprint := self._wait_for_lane():
+                    self._log(self._tracker, fingerprint)
                     if not self._records:  # the next record in the queue would change the means again
                         self._tracker.flush()
-                    pause = timeouts.MIN_TRACKER_RETRY_SECONDS
                 self._tracker.finish(self._end)
                 self.is_finished = True
                 return
             except Exception as error:  # logging must never end a study
-                is_started = False
                 self._note_error(error)
-            if not self._wait_before_retry(pause):
+            if not self._wait_before_retry():
                 return
-            pause = min(2 * pause, timeouts.MAX_TRACKER_RETRY_SECONDS)
 
-    def _take_next(self) -> tuple[str, list[LaneProgress]] | None:
-        """Wait for the next task; None when the writer is closed and no record is queued.
+    def _wait_for_lane(self) -> str:
+        """Wait until a record is queued or the progress of a lane is due, and return the fingerprint.
 
-        Returns:
-            The fingerprint of a record and an empty list or, if no record waits, that of a lane in training
-            and its progress.
+        The text is empty when the writer is closed and no record is queued.
         """
         with self._condition:
             while not self._records and self._deadline is None:
-                fingerprint, (due, waiting) = next(iter(self._progress.items()), ("", (math.inf, [])))
+                fingerprint, (due, _) = next(iter(self._progress.items()), ("", (math.inf, [])))
                 if (left := due - time.monotonic()) <= 0:
-                    del self._progress[fingerprint]
-                    return fingerprint, waiting
+                    return fingerprint
                 self._condition.wait(None if math.isinf(left) else left)
-            if not self._records:
-                return None
-            # Removed before the record is read, so that a newer record can be queued meanwhile.
-            self._current = next(iter(self._records))
-            del self._records[self._current]
-            return self._current, []
+            return next(iter(self._records), "")
 
-    def _log(self, tracker: Tracker, fingerprint: str, waiting: list[LaneProgress]) -> None:
-        """Log the progress of a lane, or its record if there is none.
+    def _log(self, tracker: Tracker, fingerprint: str) -> None:
+        """Log the queued record of a lane, or its progress if no record is queued.
 
-        If the tracker does not answer, the rest is queued again. A record that the tracker refuses does not
-        block the others.
+        If the tracker does not answer, what is not logged stays queued. A record that the tracker refuses
+        does not block the others.
         """
-        is_record = not waiting
+        with self._condition:
+            is_record = fingerprint in self._records
+            self._records.pop(fingerprint, None)  # before it is read: a newer one may be queued meanwhile
+            _, waiting = self._progress.get(fingerprint, (0.0, []))
         try:
+            if is_record and (record := self._store.get(fingerprint)) is not None:
+                tracker.log_record(self._study.rename(record))
             while waiting:
                 tracker.log_progress(waiting[0])
                 del waiting[0]
-            if is_record:
-                record = self._store.get(fingerprint)
-                if record is not None:
-                    tracker.log_record(self._study.rename(record))
-                self._rejected.discard(fingerprint)
         except Exception as error:
-            if not tracker.is_outage(error):
-                self._note_error(error, fingerprint)
-                if is_record:  # else the lane's record may still be accepted
-                    self._rejected.add(fingerprint)
-                return
-            with self._condition:
+            if tracker.is_outage(error):
                 if is_record:
                     self.put(fingerprint)
-                elif fingerprint not in self._records and self._deadline is None:
-                    later = self._progress.pop(fingerprint, (0.0, []))[1]
-                    self._progress = {fingerprint: (time.monotonic(), [*waiting, *later]), **self._progress}
-            raise
-        finally:
-            with self._condition:
-                self._current = ""
+                raise
+            self._note_error(error, fingerprint)
+            waiting.clear()
+        else:
+            if is_record and fingerprint not in self._records:
+                self._missing.discard(fingerprint)
+        with self._condition:
+            if not waiting:
+                self._progress.pop(fingerprint, None)
 
     def _note_error(self, error: Exception, fingerprint: str = "") -> None:
         text = f"{fingerprint[:12]}: {describe_error(error)}" if fingerprint else describe_error(error)
@@ -253,35 +233,29 @@ class TrackerWriter:
         if is_first and self._deadline is None:
             self._on_first_error(text)
 
-    def _wait_before_retry(self, seconds: float) -> bool:
-        """Wait at most `seconds`. Return whether another attempt is possible before the deadline."""
+    def _wait_before_retry(self) -> bool:
+        """Wait for a moment. Return whether another attempt is possible before the deadline."""
         with self._condition:
             if self._deadline is None:
-                self._condition.wait_for(lambda: self._deadline is not None, seconds)
+                self._condition.wait_for(lambda: self._deadline is not None, timeouts.TRACKER_RETRY_SECONDS)
                 return True
-            left = self._deadline - time.monotonic()
         if self._tracker is None or not self._tracker.retries_at_end:
             return False
-        seconds = min(seconds, timeouts.CLOSING_TRACKER_RETRY_SECONDS)  # not the long pause of an outage
-        time.sleep(max(0.0, min(seconds, left)))
-        return left > seconds
+        time.sleep(timeouts.CLOSING_TRACKER_RETRY_SECONDS)
+        return time.monotonic() < self._deadline
 
 
-class TrackerWriters:
-    """The writers of a study, by name of the tracker. One is "mlflow". Each call goes to all of them."""
-
-    def __init__(self, writers: Mapping[str, TrackerWriter]) -> None:
-        self.mlflow = writers["mlflow"]
-        self.others = {name: writer for name, writer in writers.items() if name != "mlflow"}
+class TrackerWriters(dict[str, TrackerWriter]):
+    """The writers of a study by name of the tracker; one is "mlflow". Each call goes to all of them."""
 
     def put(self, fingerprint: str) -> None:
         """Queue a record."""
-        for writer in (self.mlflow, *self.others.values()):
+        for writer in self.values():
             writer.put(fingerprint)
 
     def put_progress(self, progress: LaneProgress) -> None:
         """Queue the start or an evaluation of a lane that is in training."""
-        for writer in (self.mlflow, *self.others.values()):
+        for writer in self.values():
             writer.put_progress(progress)
 
     def close(self, end: StudyEnd, timeout: float) -> None:
@@ -289,15 +263,14 @@ class TrackerWriters:
 
         Args:
             end: How the study has ended.
-            timeout: The longest time to wait for each writer, in seconds. Trackers other than MLflow get at
-                most `TRACKER_FLUSH_SECONDS`, or `FAULTY_TRACKER_FLUSH_SECONDS` after an error. Records that
-                they have not logged by then are logged when the study's command is run again.
+            timeout: The longest time to wait, in seconds. A tracker other than MLflow that has had an error
+                gets at most `FAULTY_TRACKER_FLUSH_SECONDS`. Records that it has not logged by then are logged
+                when the study's command is run again.
         """
-        self.mlflow.begin_close(end, timeout)
-        most, faulty = timeouts.TRACKER_FLUSH_SECONDS, timeouts.FAULTY_TRACKER_FLUSH_SECONDS
-        for writer in self.others.values():
-            writer.begin_close(end, min(faulty if writer.error else most, timeout))
-        for writer in (self.mlflow, *self.others.values()):
+        faulty = min(timeouts.FAULTY_TRACKER_FLUSH_SECONDS, timeout)
+        for name, writer in self.items():
+            writer.begin_close(end, faulty if name != "mlflow" and writer.error else timeout)
+        for writer in self.values():
             writer.wait_closed()
 
 

@@ -24,13 +24,11 @@ TRAINER_THREAD_JOIN_SECONDS = 10.0
 INTERRUPT_TRAINER_THREAD_JOIN_SECONDS = 2.0
 """`TRAINER_THREAD_JOIN_SECONDS` after Ctrl-C."""
 MLFLOW_FLUSH_SECONDS = 60.0
-"""Time for the MLflow writer to log the rest at the end of a study."""
+"""Time for MLflow and the other trackers to log the rest at the end of a study."""
 INTERRUPT_MLFLOW_FLUSH_SECONDS = 5.0
 """`MLFLOW_FLUSH_SECONDS` after an error, and its maximum after Ctrl-C."""
-TRACKER_FLUSH_SECONDS = 30.0
-"""Time for another tracker to log the rest at the end of a study."""
 FAULTY_TRACKER_FLUSH_SECONDS = 5.0
-"""`TRACKER_FLUSH_SECONDS` for a tracker that has had an error."""
+"""`MLFLOW_FLUSH_SECONDS` for another tracker that has had an error."""
 
 # -- trainers, lanes and the broker
 
@@ -110,13 +108,10 @@ TRACKER_PROGRESS_DELAY_SECONDS = 5.0
 not ended by then."""
 TRACKER_ANSWER_SECONDS = 15.0
 """Time for a tracker's server to answer when a run begins or ends."""
-MIN_TRACKER_RETRY_SECONDS = 0.5
-"""Pause before the first new attempt to write to a tracker, MLflow included; each later pause is twice as
-long."""
-MAX_TRACKER_RETRY_SECONDS = 30.0
-"""Maximum of those pauses."""
+TRACKER_RETRY_SECONDS = 10.0
+"""Pause before each new attempt to write to a tracker, MLflow included."""
 CLOSING_TRACKER_RETRY_SECONDS = 1.0
-"""Maximum of those pauses once the study has ended and waits for the writer."""
+"""`TRACKER_RETRY_SECONDS` once the study has ended and waits for the writer."""
 ABANDONED_FOLDER_SECONDS = 3600.0
 """Age after which a temporary folder counts as left behind by a killed process."""
 SANDBOX_SETUP_SECONDS = 60.0

@@ -317,7 +317,7 @@ def test_a_tracker_whose_files_cannot_be_used_says_so_at_once_and_does_not_end_t
     assert path in line
     assert line in (tmp_path / "study.log").read_text()
     writers.close(StudyEnd(), 240)
-    writer = writers.others["tensorboard"]
-    assert (writer.pending_count, writers.mlflow.pending_count) == (1, 0)
+    writer = writers["tensorboard"]
+    assert (writer.pending_count, writers["mlflow"].pending_count) == (1, 0)
     assert path in writer.error
     assert printed.empty(), "the line is printed once"
