@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -41,63 +42,52 @@ class MeasuredLanes:
         return f"one lane needs {one:.1f} GiB, two {two:.1f}: {self.fitting} fit{reason}"
 
 
-def read_max_lanes(folder: Path, group_key: str, device_key: str) -> int | None:
-    """Return the number of lanes that fit, as learned from out-of-memory errors; None if it is not known.
+class LaneCapacity:
+    """The capacity of a device for the lanes of a group key, as the store has it.
+
+    A damaged file counts as missing.
 
     Args:
         folder: The store's folder of capacities.
         group_key: The group key of the lanes.
         device_key: The key of the device, as described above.
     """
-    return _read(folder, group_key, device_key).get("lanes")
 
+    def __init__(self, folder: Path, group_key: str, device_key: str) -> None:
+        name = hashlib.sha256(f"{group_key} {device_key}".encode()).hexdigest()[:24]
+        self.path = folder / f"{name}.json"
+        self._content: dict[str, Any] = {"group_key": group_key, "device_key": device_key}
+        with suppress(OSError, ValueError):
+            self._content |= json.loads(atomic_files.verify_checksum(self.path.read_bytes()))
 
-def read_measured(folder: Path, group_key: str, device_key: str) -> MeasuredLanes | None:
-    """Return the number of lanes that a trainer chose by measurement; None if it is not known."""
-    found = _read(folder, group_key, device_key).get("measured")
-    return MeasuredLanes(**found) if found else None
+    @property
+    def max_lanes(self) -> int | None:
+        """The number of lanes that fit, as learned from out-of-memory errors; None if it is not known."""
+        return self._content.get("lanes")
 
+    @property
+    def measured_lanes(self) -> int | None:
+        """The number of lanes that a trainer chose by measurement; None if it is not known."""
+        return self._content.get("measured", {}).get("lanes")
 
-def write_max_lanes(folder: Path, group_key: str, device_key: str, max_lanes: int) -> Path:
-    """Store a capacity after an out-of-memory error, and return the file. A smaller stored one is kept.
+    def write_max_lanes(self, max_lanes: int) -> None:
+        """Store the number of lanes after an out-of-memory error. A smaller stored number is kept.
 
-    Raises:
-        OSError: The disk is full or cannot be used.
-    """
-    known = read_max_lanes(folder, group_key, device_key) or max_lanes
-    return _write(folder, group_key, device_key, lanes=min(known, max_lanes))
+        Raises:
+            OSError: The disk is full or cannot be used.
+        """
+        self._write(lanes=min(self.max_lanes or max_lanes, max_lanes))
 
+    def write_measured(self, measured: MeasuredLanes) -> None:
+        """Store the number of lanes that a trainer chose by measurement.
 
-def write_measured(folder: Path, group_key: str, device_key: str, measured: MeasuredLanes) -> None:
-    """Store the number of lanes that a trainer chose by measurement, beside a limit that is known already.
+        Raises:
+            OSError: The disk is full or cannot be used.
+        """
+        self._write(measured=asdict(measured))
 
-    Raises:
-        OSError: The disk is full or cannot be used.
-    """
-    _write(folder, group_key, device_key, measured=asdict(measured))
-
-
-def capacity_file(folder: Path, group_key: str, device_key: str) -> Path:
-    """Return the path of a capacity's file, which need not exist."""
-    name = hashlib.sha256(f"{group_key} {device_key}".encode()).hexdigest()[:24]
-    return folder / f"{name}.json"
-
-
-def _read(folder: Path, group_key: str, device_key: str) -> dict[str, Any]:
-    """Return the content of a capacity's file; empty if there is no whole one."""
-    try:
-        data = capacity_file(folder, group_key, device_key).read_bytes()
-        found: dict[str, Any] = json.loads(atomic_files.verify_checksum(data))
-    except (OSError, ValueError):
-        return {}
-    return found
-
-
-def _write(folder: Path, group_key: str, device_key: str, **content: Any) -> Path:
-    """Write a capacity's file with new content; other entries are kept."""
-    path = capacity_file(folder, group_key, device_key)
-    folder.mkdir(parents=True, exist_ok=True)
-    keys = {"group_key": group_key, "device_key": device_key}
-    data = {**keys, **_read(folder, group_key, device_key), **content}
-    atomic_files.write_atomically(path, atomic_files.add_checksum(json.dumps(data, indent=1)))
-    return path
+    def _write(self, **content: Any) -> None:
+        self._content |= content
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(self._content, indent=1)
+        atomic_files.write_atomically(self.path, atomic_files.add_checksum(text))

@@ -17,7 +17,7 @@ from orchestrator.finetune.engine.engine import Engine
 from orchestrator.finetune.engine.lane import Lane
 from orchestrator.finetune.engine.lane_state import LaneState
 from orchestrator.finetune.failures import Fault, StoreFullError, classify_error
-from orchestrator.record import lane_capacity
+from orchestrator.record.lane_capacity import LaneCapacity, MeasuredLanes
 from orchestrator.record.schema import FINAL_STATES, Record, RecordState, current_provenance
 from orchestrator.record.store import Store, adapter_file_name
 from orchestrator.util import timeouts
@@ -193,29 +193,27 @@ class LaneRecorder:
             max_lanes: Lanes that may train at once from now on.
             failed_lanes: Lanes that ran out of memory.
         """
+        capacity = self._capacity(group_key)
         try:
-            path = lane_capacity.write_max_lanes(
-                self.store.lane_capacity, group_key, self.engine.device_key, max_lanes
-            )
+            capacity.write_max_lanes(max_lanes)
         except OSError as error:
             outcome = f"not remembered: {error}"
         else:
-            outcome = f"remembered in {path}"
+            outcome = f"remembered in {capacity.path}"
         self.warn(f"out of memory with {failed_lanes} lanes, now {max_lanes} at once; {outcome}")
 
-    def write_measured_lanes(self, group_key: str, measured: lane_capacity.MeasuredLanes) -> None:
+    def write_measured_lanes(self, group_key: str, measured: MeasuredLanes) -> None:
         """Write to the store how many lanes this trainer chose by measurement.
 
         Args:
             group_key: The lanes' group key.
             measured: The number, and its reasons.
         """
-        folder, device_key = self.store.lane_capacity, self.engine.device_key
         try:
-            lane_capacity.write_measured(folder, group_key, device_key, measured)
+            self._capacity(group_key).write_measured(measured)
         except OSError as error:
             self.warn(f"the number of lanes is not remembered: {error}")
-        self.notify(f"{measured.lanes} lanes at once on {device_key}: {measured}")
+        self.notify(f"{measured.lanes} lanes at once on {self.engine.device_key}: {measured}")
 
     def read_max_lanes(self, group_key: str, requested: int, is_measured: bool = False) -> int | None:
         """Return the number of lanes that fit into memory, None if no trainer has found a limit.
@@ -225,17 +223,19 @@ class LaneRecorder:
             requested: The largest number to use; a warning says if fewer fit.
             is_measured: If true, the number that a trainer chose by measurement is a limit as well.
         """
-        folder, device_key = self.store.lane_capacity, self.engine.device_key
-        max_lanes = lane_capacity.read_max_lanes(folder, group_key, device_key)
-        measured = lane_capacity.read_measured(folder, group_key, device_key) if is_measured else None
-        if measured is not None and measured.lanes <= (max_lanes or measured.lanes):
-            return measured.lanes
+        capacity = self._capacity(group_key)
+        max_lanes, measured = capacity.max_lanes, capacity.measured_lanes if is_measured else None
+        if measured is not None and measured <= (max_lanes or measured):
+            return measured
         if max_lanes is not None and max_lanes < requested:
-            path = lane_capacity.capacity_file(folder, group_key, device_key)
             self.warn(
-                f"at most {max_lanes} lanes at once: more ran out of memory before (remove {path} to try)"
+                f"at most {max_lanes} lanes at once: more ran out of memory before "
+                f"(remove {capacity.path} to try)"
             )
         return max_lanes
+
+    def _capacity(self, group_key: str) -> LaneCapacity:
+        return LaneCapacity(self.store.lane_capacity, group_key, self.engine.device_key)
 
     def wait_for_space(self, reason: object) -> None:
         """Sleep for a moment because the disk is full.
