@@ -59,16 +59,10 @@ class LaneCapacity:
         self._content: dict[str, Any] = {"group_key": group_key, "device_key": device_key}
         with suppress(OSError, ValueError):
             self._content |= json.loads(atomic_files.verify_checksum(self.path.read_bytes()))
-
-    @property
-    def max_lanes(self) -> int | None:
+        self.max_lanes: int | None = self._content.get("lanes")
         """The number of lanes that fit, as learned from out-of-memory errors; None if it is not known."""
-        return self._content.get("lanes")
-
-    @property
-    def measured_lanes(self) -> int | None:
+        self.measured_lanes: int | None = self._content.get("measured", {}).get("lanes")
         """The number of lanes that a trainer chose by measurement; None if it is not known."""
-        return self._content.get("measured", {}).get("lanes")
 
     def write_max_lanes(self, max_lanes: int) -> None:
         """Store the number of lanes after an out-of-memory error. A smaller stored number is kept.
