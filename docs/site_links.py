@@ -54,8 +54,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 def _option_tables() -> str:
     """Return a table of the options of each section of the commands that train, from their fields."""
-    from experiments import MODULES, load
-    from orchestrator.study.configuration import HYPERPARAMETERS
+    from orchestrator.cli.parsing import free_hyperparameters
+    from orchestrator.experiments import MODULES, load, options_of
     from orchestrator.study.option import defaults, flag, help_texts, sections
 
     lines, done = [], set()
@@ -73,16 +73,16 @@ def _option_tables() -> str:
                 "| option | default | meaning |",
                 "| --- | --- | --- |",
             ]
-            for each in names:
+            for each in (each for each in names if each not in options_class.unused):
                 default = (
                     " ".join(map(str, values[each])) if isinstance(values[each], tuple) else values[each]
                 )
                 shown = "" if default in (None, "", False) else f"`{default}`"
                 lines.append(f"| `{flag(each)}` | {shown} | {texts[each].replace('|', chr(92) + '|')} |")
     lines += ["", "### Hyperparameters", "", "| option | meaning |", "| --- | --- |"]
-    return "\n".join(
-        [*lines, *(f"| `{flag(name)}` | {each.help} |" for name, each in HYPERPARAMETERS.items())]
-    )
+    for name, each in free_hyperparameters(options_of("study")).items():
+        lines.append(f"| `{flag(name)}` | {each.help} |")
+    return "\n".join(lines)
 
 
 def _target(page: str, link: str) -> str:

@@ -21,7 +21,7 @@ five around the best rate, and that of the published default. Eight factors with
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
 
@@ -42,6 +42,8 @@ MIN_CURVE_RATES = 5
 @dataclass(frozen=True, kw_only=True)
 class SensitivityOptions(StudyOptions):
     """The factors of a study of all hyperparameters."""
+
+    unused: ClassVar[tuple[str, ...]] = ("search", "sampler", "points", "space", "scheduler")
 
     factors: Annotated[Words | None, Option("NAME", commas=True)] = None
     """Hyperparameters to compare with the learning rate: names of orchestrator/study/factors.toml (alpha rank

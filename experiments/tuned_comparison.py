@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 class ComparisonOptions(StudyOptions):
     """Replicates of the tuning, and what counts as a difference."""
 
-    not_shared: ClassVar[tuple[str, ...]] = ("study", "seeds")
+    unused: ClassVar[tuple[str, ...]] = ("seeds",)
 
     replicates: Annotated[int | None, Field(ge=2, le=10_000)] = None
     """How often every variant is tuned. Replicate k has the seed k and a grid shifted by an offset of its

@@ -6,7 +6,7 @@ from dataclasses import replace
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
-import experiments
+from orchestrator import experiments
 from orchestrator.launch.experiment import Experiment
 from orchestrator.study.config import make_options
 from orchestrator.study.options import StudyOptions
@@ -25,7 +25,7 @@ class Study:
         experiment: Name of the command: study, tuned or sensitivity.
         config: YAML file with options, as for --config. Other arguments replace what it says.
         **options: The options of the command, with underscores: `variants=["lora", "dora"]`, `rank=16`,
-            `dry_run=True`. None stands for the default.
+            `dry_run=True`. None stands for an option that is not given.
 
     Raises:
         UsageError: There is no such experiment or option, or an option has a wrong value.
@@ -38,7 +38,8 @@ class Study:
         typed = {**options, "config": config}
         given = {name: value for name, value in typed.items() if value is not None}
         options_class: type[Any] = self.experiment.options_class
-        self.options: StudyOptions = make_options(options_class, given, self.experiment.name)[0]
+        name, options_of = self.experiment.name, experiments.options_of
+        self.options: StudyOptions = make_options(options_class, given, name, options_of)[0]
 
     def __repr__(self) -> str:
         words = (self.options.shown(name) for name in self.options.given())

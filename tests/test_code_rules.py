@@ -11,25 +11,25 @@ FOLDERS = ("docs", "experiments", "orchestrator", "tests", "variants")
 PRIVATE_OF_RAY = re.compile(r"\bray(?:\.\w+)*\._[a-z]\w+")
 PRIVATE_OF_RAY_FILE = ROOT / "orchestrator" / "execution" / "ray" / "private.py"
 BUDGETS = {
-    "orchestrator": (321, 25871),
-    "orchestrator/analyze": (92, 6950),
-    "orchestrator/cli": (4, 300),
-    "orchestrator/cluster": (3, 246),
-    "orchestrator/execution": (38, 3399),
-    "orchestrator/experiments": (0, 0),
-    "orchestrator/export": (4, 464),
-    "orchestrator/finetune": (138, 9449),
-    "orchestrator/launch": (8, 1466),
-    "orchestrator/record": (12, 1681),
-    "orchestrator/study": (9, 1207),
-    "orchestrator/util": (10, 639),
-    "variants": (128, 6726),
-    "experiments": (17, 2102),
-    "tests": (297, 32567),
+    "orchestrator": (324, 26000),
+    "orchestrator/analyze": (94, 7000),
+    "orchestrator/cli": (6, 400),
+    "orchestrator/cluster": (5, 300),
+    "orchestrator/execution": (40, 3400),
+    "orchestrator/export": (6, 500),
+    "orchestrator/finetune": (140, 9500),
+    "orchestrator/launch": (10, 1500),
+    "orchestrator/record": (14, 1700),
+    "orchestrator/study": (11, 1300),
+    "orchestrator/util": (12, 700),
+    "variants": (130, 6800),
+    "experiments": (18, 2100),
+    "tests": (299, 32600),
 }
-"""Package -> (modules, lines of code) that it may have at most. A change that makes one smaller
-lowers its numbers; a change that raises one says what that is worth."""
-DOC_WORDS = 52_698
+"""Package -> (modules, lines of code) that it may have at most: today's sizes, with room for two modules and
+for the lines up to the next hundred. A change that makes one smaller lowers its numbers; one that raises them
+says what that is worth."""
+DOC_WORDS = 52_744
 """Words that all pages may have together."""
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-import experiments
+from orchestrator import experiments
 from orchestrator.cli.commands import COMMANDS
 from orchestrator.study.configuration import HYPERPARAMETERS
 

@@ -36,7 +36,7 @@ class Sync(StoreOptions):
 class Show(StoreOptions):
     """Print records, with the traceback of a failed one and the command that trains it again."""
 
-    fingerprints: Annotated[tuple[str, ...], Option("FINGERPRINT", position=True)]
+    fingerprints: Annotated[tuple[str, ...], Option("FINGERPRINT", position=True)] = ()
     """Fingerprints, or their first digits."""
 
     def run(self) -> int:

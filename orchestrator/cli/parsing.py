@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from orchestrator.study.configuration import HYPERPARAMETERS
+from orchestrator.study.configuration import HYPERPARAMETERS, Hyperparameter
 from orchestrator.study.option import (
     choices_of,
     defaults,
@@ -22,8 +22,6 @@ from orchestrator.study.option import (
 )
 from orchestrator.study.options import StudyOptions
 from orchestrator.util.errors import UsageError, quote_value, suggest_nearest
-
-HELP_OPTIONS = ("-h", "--help")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -59,7 +57,9 @@ def parse(options_class: Any, words: Sequence[str], program: str, description: s
         group = parser.add_argument_group(f"{title} options")
         for name in names:
             place = parser if option_of(options_class, name).position else group
-            _add_option(place, options_class, name, texts.get(name, "").replace("%", "%%"))
+            text = texts.get(name, "").replace("%", "%%")
+            hidden = name in options_class.unused
+            _add_option(place, options_class, name, argparse.SUPPRESS if hidden else text)
     if issubclass(options_class, StudyOptions):
         _add_hyperparameters(parser, options_class)
     spelled = [
@@ -101,18 +101,26 @@ def _add_option(group: Any, options_class: Any, name: str, text: str) -> None:
         shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
         shown = "" if shown in (None, "") or isinstance(default, Path) else f" (default: {shown})"
         group.add_argument(
-            flag(name), dest=name, metavar=word, help=text + shown, nargs="*" if kind is tuple else None
+            flag(name),
+            dest=name,
+            metavar=word,
+            help=text if text == argparse.SUPPRESS else text + shown,
+            **({"nargs": "*", "action": "extend"} if kind is tuple else {}),
         )
 
 
+def free_hyperparameters(options_class: Any) -> dict[str, Hyperparameter]:
+    """Return the hyperparameters that no option of its own sets; each has an option in place of --set."""
+    options = defaults(options_class)
+    taken = {*options, *(option_of(options_class, name).sets for name in options)}
+    return {name: each for name, each in HYPERPARAMETERS.items() if name not in taken}
+
+
 def _add_hyperparameters(parser: argparse.ArgumentParser, options_class: Any) -> None:
-    """Add an option for each hyperparameter that has none of its own; it stands for a word of --set."""
-    set_elsewhere = {option_of(options_class, name).sets for name in defaults(options_class)}
     group = parser.add_argument_group("hyperparameter options, in place of --set NAME=VALUE")
-    for name, each in HYPERPARAMETERS.items():
-        if name not in {*set_elsewhere, *defaults(options_class)}:
-            word = f"{{{','.join(each.choices)}}}" if each.choices else each.value_type.__name__.upper()
-            group.add_argument(flag(name), dest=name, metavar=word, help=each.help.replace("%", "%%"))
+    for name, each in free_hyperparameters(options_class).items():
+        word = f"{{{','.join(each.choices)}}}" if each.choices else each.value_type.__name__.upper()
+        group.add_argument(flag(name), dest=name, metavar=word, help=each.help.replace("%", "%%"))
 
 
 def _refuse(word: str, parser: argparse.ArgumentParser) -> NoReturn:

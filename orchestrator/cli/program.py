@@ -77,7 +77,7 @@ def run_command(name: str, words: Sequence[str], program: str) -> int:
     """
     if not set(HELP_OPTIONS) & set(words):
         print_status("Reading libraries, data, models and records ...")
-    import experiments
+    from orchestrator import experiments
     from orchestrator.cli.commands import COMMANDS
     from orchestrator.cli.parsing import parse
     from orchestrator.study.config import make_options
@@ -92,7 +92,7 @@ def run_command(name: str, words: Sequence[str], program: str) -> int:
     description = experiment.description.replace(f"{PROGRAM} {name}", program)
     typed = parse(experiment.options_class, words, program, f"{description.strip()}\n\n{_known_names()}")
     options_class: type[Any] = experiment.options_class
-    options, file = make_options(options_class, typed, name)
+    options, file = make_options(options_class, typed, name, experiments.options_of)
     if experiment.show is not None:
         return experiment.show(options)
     from orchestrator.launch.run import run_study
@@ -119,7 +119,7 @@ def _program() -> str:
 
 def _overview() -> str:
     """Return the text of `lora-orchestrator --help`."""
-    import experiments
+    from orchestrator import experiments
     from orchestrator.cli.commands import COMMANDS
 
     questions = {name: experiments.load(name).question for name in experiments.MODULES}

@@ -15,7 +15,7 @@ from orchestrator.export.model_card import CardFacts, Form, InputForm, format_sc
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration
-from orchestrator.study.names import store_command
+from orchestrator.study.names import other_folders, store_command
 from orchestrator.util import atomic_files
 from orchestrator.util.atomic_files import DamagedFileError
 from orchestrator.util.errors import UsageError
@@ -175,7 +175,7 @@ def _adapter_of(store: Store, output: Path, chosen: ChosenLane) -> Path:
         return file
     study = chosen.study
     lane = chosen.record.fingerprint[:12]
-    command = study.again("--only", lane, "--save-adapters", "all", "--output", f"{output}-again")
+    command = study.again("--only", lane, "--save-adapters", "all", *other_folders(output, store.root))
     raise UsageError(
         f"lane {lane}: its adapter was not kept (--save-adapters all keeps every "
         f"one); to train it again, with its adapter: {command}"

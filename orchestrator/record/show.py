@@ -19,7 +19,7 @@ from orchestrator.record.schema import (
 )
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile, read_studies
-from orchestrator.study.names import store_command
+from orchestrator.study.names import other_folders, store_command
 from orchestrator.util.errors import UsageError
 
 
@@ -56,7 +56,7 @@ def format_record(store: Store, output: Path, prefix: str) -> str:
         words = "export", studies[0].name, fingerprint[:12]
         command = store_command(*words, output=output, store=store.root)
         lines += ["", "To export its adapter:", f"  {command}"]
-    return "\n".join([*lines, "", *_format_rerun(record, studies, output)])
+    return "\n".join([*lines, "", *_format_rerun(record, studies, output, store)])
 
 
 def _format_header(record: Record, failures: int) -> Iterator[str]:
@@ -107,12 +107,12 @@ def _format_columns(part: Cost | Provenance) -> Iterator[str]:
             yield f"{name} {', '.join(map(str, value)) if isinstance(value, tuple) else value}"
 
 
-def _format_rerun(record: Record, studies: list[StudyFile], output: Path) -> Iterator[str]:
+def _format_rerun(record: Record, studies: list[StudyFile], output: Path, store: Store) -> Iterator[str]:
     if not studies:
         yield f"No study under {output} requests this configuration, so no command trains it again."
         return
     study, words = studies[0], ["--only", record.fingerprint[:12]]
-    words += ["--retry-failed"] if record.state == "failed" else ["--output", f"{output}-again"]
+    words += ["--retry-failed"] if record.state == "failed" else other_folders(output, store.root)
     yield f"To train it again (study {study.name}):"
     yield f"  {study.again(*words)}"
 

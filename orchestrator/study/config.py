@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -66,8 +66,15 @@ def shipped_studies() -> dict[str, Path]:
     return {path.stem: path for path in sorted(SHIPPED_FOLDER.glob("*.yaml"))}
 
 
+OptionsOf = Callable[[str], type[Options]]
+"""Function of the name of an experiment that returns the class of its options."""
+
+
 def make_options(
-    options_class: type[_Options], typed: Mapping[str, Any], experiment: str = ""
+    options_class: type[_Options],
+    typed: Mapping[str, Any],
+    experiment: str = "",
+    options_of: OptionsOf | None = None,
 ) -> tuple[_Options, ConfigFile | None]:
     """Make options from typed values, over those of the file that the option `config` names.
 
@@ -75,8 +82,9 @@ def make_options(
         options_class: Class of the options.
         typed: Option or hyperparameter -> value. A hyperparameter without an option of its own, such as
             `weight_decay`, becomes a word of `set`.
-        experiment: The experiment that is run. A file of another experiment does not give the options in
-            `options_class.not_shared`, nor those that this experiment lacks.
+        experiment: The experiment that is run.
+        options_of: For a file of another experiment. It gives the options that both experiments use, except
+            the study's name.
 
     Returns:
         The options, and the file or None.
@@ -88,7 +96,7 @@ def make_options(
     values = _fold_hyperparameters(options_class, names)
     if values.get("config") is None:
         return options_class(**values), None
-    file = read_config(str(values["config"]), options_class, experiment)
+    file = read_config(str(values["config"]), options_class, experiment, options_of)
     try:
         return options_class(**_merge(options_class, file.values, values)), file
     except UsageError as error:
@@ -109,10 +117,9 @@ def _merge(options_class: type[Options], file: Mapping[str, Any], typed: Mapping
     """Return the values of a file with the typed ones before them.
 
     A typed value replaces the same option, its rival, and what sets the same hyperparameter. Typed words
-    NAME=VALUE are added to those of the file. Words for variants that are not typed are left out.
+    NAME=VALUE are added to those of the file. Words for variants that are not typed are left out, and so are
+    options that have no meaning any more.
     """
-    if "output" in typed and "store" not in typed:  # another output folder has its own store
-        file = {name: value for name, value in file.items() if name != "store"}
     facts = {name: option_of(options_class, name) for name in {*file, *typed}}
     words = {
         name: convert(options_class, name, value, flag(name)) or ()
@@ -135,55 +142,72 @@ def _merge(options_class: type[Options], file: Mapping[str, Any], typed: Mapping
         if typed_variants:
             kept = [word for word in kept if _key(word).rpartition(".")[0] in variants]
         merged[name] = tuple(kept)
-    return {**merged, **typed, **{name: (*merged.get(name, ()), *added) for name, added in words.items()}}
+    result = {**merged, **typed, **{name: (*merged.get(name, ()), *added) for name, added in words.items()}}
+    usual = defaults(options_class)
+    absent = {name for name in usual if result.get(name, usual[name]) in (usual[name], None, ())}
+    return {
+        name: value
+        for name, value in result.items()
+        if name in typed or (value != () and facts[name].needs not in absent)
+    }
 
 
 def _key(word: str) -> str:
     return canonical_key(word.partition("=")[0])
 
 
-def read_config(name: str, options_class: type[Options], experiment: str = "") -> ConfigFile:
+def read_config(
+    name: str, options_class: type[Options], experiment: str = "", options_of: OptionsOf | None = None
+) -> ConfigFile:
     """Read a file of options.
 
     Args:
         name: The file, or the name of a study that comes with the program.
         options_class: Class of the options.
         experiment: See `make_options`.
+        options_of: See `make_options`.
 
     Raises:
         UsageError: The file cannot be read, is no YAML, or has an option that is unknown, of another type or
             given twice. The error names the file and the line.
     """
-    path = Path(name) if os.path.exists(name) else shipped_studies().get(name, Path(name))
-    titles = sections(options_class)
+    path = find_config(name)
     values: dict[str, Any] = {}
     lines: dict[str, int] = {}
-    other = False
-    for key, node in _entries(_compose(path), path, titles):
-        line = key.start_mark.line + 1
-        try:
-            value = _plain(node)
+    line, written_for = 1, options_class
+    entries = list(_entries(_compose(path), path, sections(options_class)))
+    entries.sort(key=lambda entry: entry[0].value != EXPERIMENT)  # it says which options there are
+    try:
+        for key, node in entries:
+            line, value = key.start_mark.line + 1, _plain(node)
             if key.value == EXPERIMENT:
-                other = bool(experiment) and value != experiment
+                if options_of is not None and value != experiment:
+                    written_for = options_of(value)
                 continue
-            option = find_option(key.value, options_class, HYPERPARAMETERS)
+            option = find_option(key.value, written_for, HYPERPARAMETERS)
             if option == "config":
                 raise UsageError("config: a file cannot name another one; leave it out.")
             if option in lines:
                 raise UsageError(f"{option} is in line {lines[option]} already; take one of the two away.")
-            if option not in HYPERPARAMETERS or option in defaults(options_class):
-                value = convert(options_class, option, value, option)
+            if option in defaults(written_for):
+                value = convert(written_for, option, value, option)
             values[option], lines[option] = value, line
-        except UsageError as error:
-            if other:
-                continue
-            raise UsageError(f"{path}, line {line}: {error}") from None
-    values = _fold_hyperparameters(options_class, values)
-    if other:
-        values = {name: value for name, value in values.items() if name not in options_class.not_shared}
-    elif (path.parent / "study.json").exists():  # the file of a study, whose folder may have been moved
-        values = {"study": path.parent.name, "output": path.parent.parent, **values}
+    except UsageError as error:
+        raise UsageError(f"{path}, line {line}: {error}") from None
+    values = _fold_hyperparameters(written_for, values)
+    folder = Path(os.path.abspath(path)).parent
+    if (folder / "study.json").exists():  # the file of a study, whose folder may have been moved
+        values = {"study": folder.name, "output": folder.parent, **values}
+    if written_for is not options_class:
+        shared = defaults(options_class).keys() - {"study", *options_class.unused}
+        values = {name: value for name, value in values.items() if name in shared}
     return ConfigFile(path, values, lines)
+
+
+def find_config(name: str) -> Path:
+    """Return the file that --config names; the study of this name that comes with the program, if any."""
+    is_file = os.path.exists(name) and not os.path.isdir(name)
+    return Path(name) if is_file else shipped_studies().get(name, Path(name))
 
 
 def _compose(path: Path) -> Any:
@@ -201,6 +225,8 @@ def _compose(path: Path) -> Any:
         raise UsageError(f"--config {str(path)!r}: {error.strerror}. {hint}") from None
     except UnicodeDecodeError:
         raise UsageError(f"{path}: not a text in UTF-8; name a YAML file.") from None
+    except RecursionError:
+        raise UsageError(f"{path}: too deep; write one NAME: VALUE a line.") from None
     except yaml.YAMLError as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         where = f", line {mark.line + 1}" if mark else ""
@@ -265,9 +291,10 @@ def write_config(
         elif option_of(type(options), name).saved:
             is_name = name == "model" and value in built_in_models
             values[name] = value if is_name else _full_paths(type(options), name, value)
-    content = {EXPERIMENT: experiment, **values}
-    text = yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=10_000, allow_unicode=True)
-    atomic_files.write_atomically(folder / CONFIG_NAME, "\n".join([*lines, text]).encode())
+    for name, value in {EXPERIMENT: experiment, **values}.items():
+        text = yaml.safe_dump(value, default_flow_style=True, width=10_000, allow_unicode=True)
+        lines.append(f"{name}: {text.removesuffix('...' + chr(10)).strip()}")
+    atomic_files.write_atomically(folder / CONFIG_NAME, "\n".join([*lines, ""]).encode())
 
 
 def _full_paths(options_class: type[Options], name: str, value: Any) -> Any:

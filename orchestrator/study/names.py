@@ -58,9 +58,23 @@ def store_command(*words: str, output: Path | None, store: Path | None = None) -
     """
     output = output if output is not None else default_output()
     folders = [] if output == default_output() else ["--output", str(output)]
-    if store is not None and os.path.realpath(store) != os.path.realpath(output / DEFAULT_STORE_NAME):
+    if store is not None and _is_apart(output, store):
         folders += ["--store", str(store)]
     return shlex.join([PROGRAM, *words, *folders])
+
+
+def other_folders(output: Path, store: Path) -> list[str]:
+    """Return the options with which a command trains again what a store has: another output and store."""
+    return [
+        "--output",
+        f"{output}-again",
+        *(["--store", f"{store}-again"] if _is_apart(output, store) else []),
+    ]
+
+
+def _is_apart(output: Path, store: Path) -> bool:
+    """Return whether a store is not the default one of an output folder."""
+    return os.path.realpath(store) != os.path.realpath(output / DEFAULT_STORE_NAME)
 
 
 def check_name(name: str) -> None:

@@ -21,6 +21,7 @@ from pydantic import Field
 from pydantic_core import ErrorDetails
 
 from orchestrator.util.errors import UsageError, quote_value, suggest_nearest
+from orchestrator.util.redaction import redact_secrets
 
 Text = Annotated[str, Field(min_length=1)]
 """A word that is not empty."""
@@ -70,8 +71,9 @@ class Options:
         UsageError: A value has another type, or breaks a bound or a rule.
     """
 
-    not_shared: ClassVar[tuple[str, ...]] = ("study",)
-    """Options that a file of another experiment does not give."""
+    unused: ClassVar[tuple[str, ...]] = ()
+    """Options of the shared sections that this experiment refuses. `--help` leaves them out, and a file of
+    another experiment does not give them."""
 
     def __post_init__(self) -> None:
         for name, default in defaults(type(self)).items():
@@ -99,7 +101,7 @@ class Options:
         if value is True:
             return flag(name)
         words = map(str, value) if isinstance(value, tuple) else [f"{value}"]
-        return f"{flag(name)} {' '.join(words)}"
+        return redact_secrets(f"{flag(name)} {' '.join(words)}")
 
 
 def flag(name: str) -> str:
@@ -156,10 +158,11 @@ def sections(options_class: Any) -> dict[str, list[str]]:
 
     A section is a class among the bases, such as `GridOptions`, whose title is "grid".
     """
-    options, *bases = (each for each in options_class.__mro__ if issubclass(each, Options))
-    found = {}
-    for each in (*bases, options):
-        if names := [name for name in inspect.get_annotations(each) if name in defaults(options_class)]:
+    found: dict[str, list[str]] = {}
+    for each in (each for each in options_class.__mro__ if issubclass(each, Options)):
+        seen = {name for names in found.values() for name in names}
+        names = [name for name in inspect.get_annotations(each) if name in defaults(options_class)]
+        if names := [name for name in names if name not in seen]:
             found[each.__name__.removesuffix("Options").lower()] = names
     return found
 
@@ -190,9 +193,11 @@ def find_option(key: str, options_class: Any, others: Collection[str] = ()) -> s
     Raises:
         UsageError: There is no such option; the error names the nearest one.
     """
-    name, names = key.removeprefix("--").replace("-", "_"), [*defaults(options_class), *others]
+    name = key.removeprefix("--").replace("-", "_")
+    names = dict.fromkeys([*defaults(options_class), *others])
     if name not in names:
-        raise UsageError(f"{quote_value(key)} is no option here. {suggest_nearest(name, names)}")
+        near = suggest_nearest(name, names, "`--help` lists all.")
+        raise UsageError(f"{quote_value(key)} is no option here. {near}")
     return name
 
 
@@ -218,6 +223,8 @@ def convert(options_class: Any, name: str, value: object, label: str) -> Any:
             value = [part for word in value for part in _split(word)]
     elif plain is str and not isinstance(value, bool):
         value = _word(value)
+    elif plain in (int, float) and isinstance(value, bool):
+        value = str(value)  # pydantic would take it as a number
     if value == "" and plain is Path:
         raise UsageError(f"{label} is empty; name a path, or leave it out.")
     try:
@@ -264,7 +271,8 @@ def _explain(options_class: Any, name: str, violation: ErrorDetails, value: obje
         return "has no value; give one, or leave it out."
     given = str(violation["input"] if isinstance(value, list) and kind.startswith("str") else value)
     if choices := choices_of(options_class, name):
-        return f"{quote_value(given)}: must be one of {', '.join(choices)}. {suggest_nearest(given, choices)}"
+        near = suggest_nearest(given, choices, otherwise="")
+        return f"{quote_value(given)}: must be one of {', '.join(choices)}. {near}".strip()
     if option_of(options_class, name).is_pairs:
         return (
             f"{quote_value(given)}: must be a list of {option_of(options_class, name).value}, or a mapping."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -10,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from orchestrator.study import names
-from orchestrator.study.config import shipped_studies
+from orchestrator.study.config import find_config, shipped_studies
 from orchestrator.study.grids import parse_learning_rates, parse_positive_number
 from orchestrator.study.option import Count, Examples, Option, Options, Positive, Text, Words, flag, option_of
 from orchestrator.util.errors import UsageError
@@ -104,12 +103,12 @@ class SearchOptions(Options):
     search: Literal["grid", "random", "qmc", "optuna"] = "grid"
     """Source of the points: `grid` (the learning rates), `random`, `qmc` (evenly spread), or `optuna`, which
     learns from earlier results. Each variant gets the same number of points."""
-    sampler: Literal["tpe", "cma-es", "qmc", "random"] | None = None
+    sampler: Annotated[Literal["tpe", "cma-es", "qmc", "random"] | None, Option(needs="search")] = None
     """Sampler of `--search optuna`: tpe (default), cma-es, qmc, random."""
-    points: Count | None = None
+    points: Annotated[Count | None, Option(needs="search")] = None
     """Points that a search gives each variant (default 16), counted over all runs of the study. With a larger
     number, the same command continues the search; a smaller number is refused."""
-    space: Annotated[Words | None, Option("NAME=SPEC")] = None
+    space: Annotated[Words | None, Option("NAME=SPEC", needs="search")] = None
     """Hyperparameters that a search varies, NAME=SPEC each. NAME: learning_rate, rank, alpha, dropout,
     weight_decay, warmup, batch_size, ..., or VARIANT.NAME for one variant alone, which may also be a setting
     that only this variant has (`lora_plus.ratio`). SPEC: `low:high`, `log:low:high`, `int:low:high`,
@@ -275,7 +274,7 @@ class StudyOptions(
     def preset(self) -> str | None:
         """Name of the study that comes with the program, if --config names one."""
         name = str(self.config)
-        return name if name in shipped_studies() and not os.path.exists(name) else None
+        return name if find_config(name) == shipped_studies().get(name) else None
 
     @property
     def replicate_count(self) -> int:
@@ -300,11 +299,7 @@ class StudyOptions(
     def _check_search(self) -> None:
         if self.sampler is not None and self.search != "optuna":
             raise UsageError(f"{self.shown('sampler')}: it is for --search optuna, not {self.search}.")
-        if self.search == "grid":
-            for name in ("points", "space"):
-                if getattr(self, name) is not None:
-                    raise UsageError(f"{flag(name)} is for a search; take --search qmc, or optuna.")
-        elif (self.seeds or 1) > 1:
+        if self.search != "grid" and (self.seeds or 1) > 1:
             raise UsageError(
                 f"--seeds {self.seeds}: a search trains each point once; take --seeds 1, or repeat whole "
                 f"searches with `lora-orchestrator tuned --replicates {self.seeds}`."
@@ -317,7 +312,7 @@ class StudyOptions(
 
     def _check_hyperparameters(self) -> None:
         """Check that --set and --space name no hyperparameter that another option sets as well."""
-        setters = {option_of(type(self), name).sets: name for name in self.given()}
+        setters = {sets: name for name in self.given() if (sets := option_of(type(self), name).sets)}
         for option, words in (("--set", self.set), ("--space", self.space or ())):
             for word in words:
                 if setter := setters.get(setting_key(word)):

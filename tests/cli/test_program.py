@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from in_process import ORCHESTRATOR, SWEEP, Run
 
-from experiments import MODULES
 from orchestrator.cli.commands import COMMANDS
+from orchestrator.experiments import MODULES
 
 
 def test_help_and_version(run: Run) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-import experiments
+from orchestrator import experiments
 from orchestrator.cli.commands import COMMANDS
 from orchestrator.study.config import make_options
 from orchestrator.study.option import choices_of, defaults, flag, option_of, plain_type

@@ -19,9 +19,9 @@ from typing import Any
 import psutil
 import pytest
 
-from experiments import MODULES
 from orchestrator.cli.program import run_command
 from orchestrator.execution.rungs import lane_evaluation_steps
+from orchestrator.experiments import MODULES
 from orchestrator.finetune.resolve.option_names import resolve_tasks
 from orchestrator.finetune.resolve.templates import build_configuration_templates, resolve_base_model
 from orchestrator.record.schema import Evaluation, Provenance, Record

@@ -11,9 +11,9 @@ import preset_data
 import pytest
 import study
 from hub_folder import small
+from orchestrator.experiments.lr_sensitivity import CurveOptions
 from ray.cluster_utils import Cluster
 
-from experiments.lr_sensitivity import CurveOptions
 from orchestrator.analyze.published.published_selection import MARK
 from orchestrator.finetune.sources import hub_data
 from orchestrator.finetune.tasks import catalogue

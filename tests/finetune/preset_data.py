@@ -10,11 +10,11 @@ import glue_data
 import hub_folder
 import image_data
 import tiny_images
+from orchestrator.experiments.lr_sensitivity import CurveOptions
 
 from orchestrator.finetune.tasks import catalogue
 from orchestrator.finetune.tasks.hub_image_task import HubImageTask
 from orchestrator.study.config import make_options
-from orchestrator.study.options import StudyOptions
 
 SIZES = {
     "metamathqa": (100, 4, 6),
@@ -30,7 +30,7 @@ SIZES = {
 
 def tasks_of(preset: str) -> tuple[str, ...]:
     """Return the tasks of a study that comes with the program."""
-    return make_options(StudyOptions, {"config": preset}, "any")[0].task or ()
+    return make_options(CurveOptions, {"config": preset}, "study")[0].task or ()
 
 
 def write(root: Path, preset: str) -> Path:

@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 from in_process import SWEEP, Run
+from orchestrator.experiments.hyperparameter_sensitivity import SensitivityOptions
+from orchestrator.experiments.lr_sensitivity import CurveOptions
+from orchestrator.experiments.tuned_comparison import ComparisonOptions
 
-from experiments.hyperparameter_sensitivity import SensitivityOptions
-from experiments.lr_sensitivity import CurveOptions
-from experiments.tuned_comparison import ComparisonOptions
 from orchestrator.cli.parsing import parse
+from orchestrator.experiments import options_of
 from orchestrator.study.config import make_options, read_config, write_config
+from orchestrator.util.errors import UsageError
 
 
 def parsed(options_class: type[Any], *words: str) -> Any:
@@ -34,8 +36,36 @@ def test_a_typed_value_replaces_that_of_the_file_and_is_not_blamed_on_it(run: Ru
 
 def test_a_file_of_another_experiment_gives_what_both_have(tmp_path: Path) -> None:
     (tmp_path / "s.yaml").write_text("experiment: study\nstudy: mine\nseeds: 3\nwiden: 0\nrank: 4\n")
-    options, _ = make_options(ComparisonOptions, {"config": tmp_path / "s.yaml"}, "tuned")
+    options, _ = make_options(ComparisonOptions, {"config": tmp_path / "s.yaml"}, "tuned", options_of)
     assert (options.study, options.seeds, options.rank) == (None, None, 4)
+    for wrong, named in (
+        ("rank: big\nexperiment: study", "line 1: rank 'big'"),
+        ("experiment: studdy", "'study'"),
+    ):
+        (tmp_path / "s.yaml").write_text(wrong)
+        with pytest.raises(UsageError, match=named):
+            make_options(ComparisonOptions, {"config": tmp_path / "s.yaml"}, "tuned", options_of)
+
+
+def test_the_file_of_a_study_names_it_by_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "results" / "mine"
+    folder.mkdir(parents=True)
+    (folder / "study.json").touch()
+    (folder / "study.yaml").write_text("experiment: study\n")
+    monkeypatch.chdir(folder)
+    options = parsed(CurveOptions, "--config", "study.yaml")
+    assert (options.study, options.output) == ("mine", tmp_path / "results")
+    other, _ = make_options(ComparisonOptions, {"config": "study.yaml"}, "tuned", options_of)
+    assert (other.study, other.output) == (None, tmp_path / "results")
+
+
+def test_what_has_no_meaning_beside_a_typed_option_is_left_out(tmp_path: Path) -> None:
+    file = tmp_path / "s.yaml"
+    file.write_text("data: a.csv\ncolumns: [text=body]\nsearch: optuna\nsampler: tpe\nspace: [rank=2:4]\n")
+    found = parsed(CurveOptions, "--config", str(file), "--task", "letters", "--search", "grid")
+    assert found.given().keys() == {"config", "task"}
+    file.write_text("search: qmc\nspace: ['pissa.svd=2,4']\n")
+    assert parsed(CurveOptions, "--config", str(file), "--variants", "lora").space is None
 
 
 @pytest.mark.parametrize(

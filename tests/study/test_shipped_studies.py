@@ -6,10 +6,11 @@ import math
 from typing import Any
 
 import pytest
+from orchestrator.experiments.lr_sensitivity import CurveOptions
+from orchestrator.experiments.tuned_comparison import ComparisonOptions
 
-from experiments.lr_sensitivity import CurveOptions
-from experiments.tuned_comparison import ComparisonOptions
 from orchestrator.analyze.published.published_scores import published_variants, read_table
+from orchestrator.experiments import options_of
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.study.config import make_options, shipped_studies
 from orchestrator.study.grids import parse_learning_rates
@@ -94,7 +95,7 @@ def test_settings_of_variants_that_take_no_part_are_left_out() -> None:
 
 
 def test_a_comparison_takes_replicates_in_place_of_seeds_and_leaves_the_widening() -> None:
-    options, _ = make_options(ComparisonOptions, {"config": "published-gsm8k-r8"}, "tuned")
+    options, _ = make_options(ComparisonOptions, {"config": "published-gsm8k-r8"}, "tuned", options_of)
     assert (options.seeds, options.replicate_count) == (None, 10)
     assert options.learning_rates == of("published-gsm8k-r8").learning_rates
 

@@ -8,9 +8,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from orchestrator.experiments.published import PublishedOptions
 from synthetic import record
 
-from experiments.published import PublishedOptions
 from orchestrator.analyze.published.published_overlay import make_overlays
 from orchestrator.analyze.published.published_page import show_published
 from orchestrator.analyze.published.published_scores import TASKS, read_table
