@@ -13,11 +13,12 @@ import logging
 import shlex
 from collections.abc import Collection, Iterable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, ClassVar, Literal
 
 from filelock import FileLock, Timeout
+from pydantic import Field
 
 from orchestrator.record.schema import Record
 from orchestrator.study.names import CONFIG_NAME
@@ -30,8 +31,6 @@ _log = logging.getLogger(__name__)
 STUDY_FILE = "study.json"
 LOCK_FILE = ".lock"
 """File beside study.json that a running study locks. Only its holder writes study.json."""
-SCHEMA_VERSION = 1
-"""Version of study.json, to be raised when a field is added, removed or changes its meaning."""
 PICTURES = ("factors", "forest", "tuned_curves", "search", "curves", "heatmap", "spread", "training", "costs")
 """Names of all pictures that a report may have, the most important first. Each picture consists of the files
 NAME.png and NAME.svg beside study.json."""
@@ -95,13 +94,16 @@ def data_warnings(sources: Iterable[Source]) -> list[str]:
 
 @dataclass(frozen=True)
 class StudyFile:
-    """The content of study.json."""
+    """The content of study.json. A file with an unknown field is refused."""
 
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
+    schema_version: Literal[1] = field(default=1, kw_only=True)
+    """Version of the file, to be raised when a field is added, removed or changes its meaning."""
     name: str
     question: str
     command: str
     """The command line of the study, without passwords."""
-    configurations: tuple[str, ...] = ()
+    configurations: tuple[Annotated[str, Field(pattern=r"^\w+$")], ...] = ()
     """Fingerprints of all configurations that the study has requested."""
     reused: tuple[str, ...] = ()
     """Fingerprints of the configurations that the store had when the study first requested them. Later runs
@@ -164,10 +166,10 @@ class StudyFile:
 
     def keep(self, fingerprints: Collection[str]) -> StudyFile:
         """Return this study without the configurations that are not among `fingerprints`."""
-        kept, reused = (
-            tuple(f for f in own if f in fingerprints) for own in (self.configurations, self.reused)
+        reused = tuple(f for f in self.reused if f in fingerprints)
+        return replace(
+            self, configurations=tuple(f for f in self.configurations if f in fingerprints), reused=reused
         )
-        return replace(self, configurations=kept, reused=reused)
 
     def with_look(self, replicates: int) -> StudyFile:
         """Return this study with one more look, at a verdict on `replicates` replicates.
@@ -181,10 +183,10 @@ class StudyFile:
     def write(self, folder: Path) -> None:
         """Write study.json in a folder; a reader sees the old file or the new one."""
         folder.mkdir(parents=True, exist_ok=True)
-        content = {"schema_version": SCHEMA_VERSION, **asdict(self)}
+        content = asdict(self)
         del content["folder"]
-        text = json.dumps(content, indent=1)
-        atomic_files.write_atomically(folder / STUDY_FILE, atomic_files.add_checksum(text))
+        text = atomic_files.add_checksum(json.dumps(content, indent=1))
+        atomic_files.write_atomically(folder / STUDY_FILE, text)
 
     @classmethod
     def read(cls, folder: Path) -> StudyFile | None:
@@ -209,26 +211,11 @@ class StudyFile:
     @classmethod
     def _read(cls, folder: Path) -> StudyFile | None:
         """Read study.json like `read`, in a folder of any name."""
-        path, remedy = folder / STUDY_FILE, "delete it and run the study's command again"
-        data: dict[str, Any] | None = atomic_files.read_json(path, dict[str, Any], "a study", remedy)
-        if data is None:
-            return None
-        version = data.pop("schema_version", None)
-        unknown = [] if version == SCHEMA_VERSION else [f"schema_version {version}"]
-        unknown += [f"field {name!r}" for name in sorted(data.keys() - {each.name for each in fields(cls)})]
-        if unknown:
-            raise UsageError(
-                f"{path}: {unknown[0]} is unknown to this program, so another version of it has written "
-                "the file; take that version, or choose another --study"
-            )
-        text = json.dumps(data).encode()
-        study: StudyFile = atomic_files.parse_json(text, cls, str(path), "a study", remedy)
-        odd = [name for name in study.configurations if not name.isalnum()]
-        if odd:
-            raise UsageError(
-                f"{path}: not a study (configurations: {quote_value(odd[0])} is no fingerprint); {remedy}"
-            )
-        return replace(study, folder=folder)
+        remedy = (
+            "take the version of this program that wrote it, or delete it and run the study's command again"
+        )
+        study = atomic_files.read_json(folder / STUDY_FILE, cls, "a study", remedy)
+        return None if study is None else replace(study, folder=folder)
 
 
 def record_look(folder: Path, replicates: int) -> None:

@@ -85,6 +85,16 @@ def test_only_an_error_of_a_disk_gets_the_name_of_a_folder(error: OSError, tmp_p
     assert raised.value.filename == (str(tmp_path) if error is FULL else None)
 
 
+def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "records.parquet"
+    path.write_bytes(b"old")
+    with pytest.raises(ValueError, match="no table"), atomic_files.replace_atomically(path) as draft:
+        draft.write_bytes(b"ne")
+        raise ValueError("no table")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_a_folder_in_place_of_a_file_is_named(tmp_path: Path) -> None:
     """The error names the folder, not the temporary file beside it, which the user does not know."""
     store = Store(tmp_path / "store")
