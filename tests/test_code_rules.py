@@ -24,7 +24,7 @@ BUDGETS = {
     "orchestrator/util": (12, 700),
     "variants": (130, 6800),
     "experiments": (18, 2100),
-    "tests": (299, 32600),
+    "tests": (299, 32700),
 }
 """Package -> (modules, lines of code) that it may have at most: today's sizes, with room for two modules and
 for the lines up to the next hundred. A change that makes one smaller lowers its numbers; one that raises them

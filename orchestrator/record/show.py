@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -46,15 +46,13 @@ def format_record(store: Store, output: Path, prefix: str) -> str:
             "whole record of it; its study's command trains it again"
         )
     studies = [s for _folder, s in read_studies(output).values() if fingerprint in s.configurations]
-    parts = ("cost", record.cost), ("provenance", record.provenance)
-    header = _format_header(record, store.count_failures(fingerprint))
-    lines = [*header, *_format_scores(record), ""]
-    lines += [_wrap_pairs([*_format_columns(part)], title) for title, part in parts]
+    lines = [*_format_header(record, store.count_failures(fingerprint)), *_format_scores(record), ""]
+    lines += [_wrap_pairs(_format_columns(record.cost), "cost")]
+    lines += [_wrap_pairs(_format_columns(record.provenance), "provenance")]
     if record.traceback:
         lines += ["", record.traceback.rstrip()]
     if record.state == "finished" and studies:
-        words = "export", studies[0].name, fingerprint[:12]
-        command = store_command(*words, output=output, store=store.root)
+        command = store_command("export", studies[0].name, fingerprint[:12], output=output, store=store.root)
         lines += ["", "To export its adapter:", f"  {command}"]
     return "\n".join([*lines, "", *_format_rerun(record, studies, output, store)])
 
@@ -79,9 +77,9 @@ def _format_scores(record: Record) -> Iterator[str]:
         untrained = record.baseline_scores.get(split, {}).get(metric)
         before = f" (untrained {untrained:.4f})" if untrained is not None else ""
         yield f"{split:<12} {metric} {'none' if score is None else f'{score:.4f}'}{before}"
-    if not record.evaluations:
+    names = dict.fromkeys(name for e in record.evaluations for name in e.scores)
+    if not names:
         return
-    names = list(dict.fromkeys(name for e in record.evaluations for name in e.scores))
     yield ""
     yield f"{'step':>8}  {'split':<10}" + "".join(f"  {name:>12}" for name in names)
     for e in record.evaluations:
@@ -117,14 +115,11 @@ def _format_rerun(record: Record, studies: list[StudyFile], output: Path, store:
     yield f"  {study.again(*words)}"
 
 
-def _wrap_pairs(pairs: Sequence[str], title: str = "") -> str:
+def _wrap_pairs(pairs: Iterable[str], title: str = "") -> str:
     """Return the pairs in lines of at most 78 columns beside a title. Lines break between pairs only."""
     text = ", ".join(pair.replace(" ", "\0") for pair in pairs)
-    indent = f"{title:<13}", " " * 13
-    lines = textwrap.wrap(
-        text, 78, initial_indent=indent[0], subsequent_indent=indent[1], break_on_hyphens=False
-    )
-    return "\n".join(lines).replace("\0", " ")
+    lines = textwrap.wrap(text, 65, break_on_hyphens=False)
+    return textwrap.indent("\n".join(lines), " " * 13).replace(" " * 13, f"{title:<13}", 1).replace("\0", " ")
 
 
 def _shorten(value: object) -> str:

@@ -88,9 +88,13 @@ def test_only_an_error_of_a_disk_gets_the_name_of_a_folder(error: OSError, tmp_p
 def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "records.parquet"
     path.write_bytes(b"old")
-    with pytest.raises(ValueError, match="no table"), atomic_files.replace_atomically(path) as draft:
-        draft.write_bytes(b"ne")
+
+    def fail(file: Path) -> None:
+        file.write_bytes(b"ne")
         raise ValueError("no table")
+
+    with pytest.raises(ValueError, match="no table"), atomic_files.replace_atomically(path) as draft:
+        fail(draft)
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
 
