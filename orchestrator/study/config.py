@@ -19,6 +19,7 @@ import yaml
 from orchestrator.study.configuration import HYPERPARAMETERS
 from orchestrator.study.names import CONFIG_NAME
 from orchestrator.study.option import Options, convert, defaults, find_option, flag, option_of, sections
+from orchestrator.study.space import parse_value
 from orchestrator.util import atomic_files
 from orchestrator.util.errors import UsageError, suggest_nearest
 from orchestrator.util.redaction import redact_secrets
@@ -108,6 +109,11 @@ def _fold_hyperparameters(options_class: type[Options], values: Mapping[str, Any
     options = defaults(options_class)
     folded = {name: value for name, value in values.items() if name in options}
     words = [f"{name}={value}" for name, value in values.items() if name not in options and value is not None]
+    for name, _, text in (word.partition("=") for word in words):
+        try:
+            parse_value(HYPERPARAMETERS[name], text)
+        except ValueError as error:
+            raise UsageError(f"{flag(name)}: {error}") from None
     if words:
         folded["set"] = (*convert(options_class, "set", folded.get("set", ()), "--set"), *words)
     return folded
