@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +16,7 @@ from orchestrator.analyze.verdict import Verdict
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import find_study
-from orchestrator.record.tables import curves_table, runs_table
+from orchestrator.record.tables import make_tables
 from orchestrator.study.names import default_output
 from orchestrator.util.errors import UsageError
 
@@ -81,22 +81,17 @@ def load(study: str, *, output: str | Path | None = None, store: str | Path | No
     summary = summarize(study_file, entitled)
     tasks = [record.configuration.task for record in entitled]
     titles = {task.content: task.name for task in tasks if task.content}
-    runs = _runs_frame(records, study_file.name, titles)
+    studies = {record.fingerprint: (study_file.name,) for record in records}
+    runs, curves = (table.to_pandas() for table in make_tables(records, studies, titles))
+    runs.insert(runs.columns.get_loc("state") + 1, "label", runs["fingerprint"].map(label_runs(records)))
     return StudyFrames(
         study_file.name,
         runs,
-        curves_table(records).to_pandas(),
+        curves,
         _points_frame(runs, records),
         _verdicts_frame(summary.verdicts),
         summary,
     )
-
-
-def _runs_frame(records: Sequence[Record], study: str, titles: Mapping[str, str]) -> pd.DataFrame:
-    studies: Mapping[str, Sequence[str]] = {record.fingerprint: (study,) for record in records}
-    runs: pd.DataFrame = runs_table(records, studies, titles).to_pandas()
-    runs.insert(runs.columns.get_loc("state") + 1, "label", runs["fingerprint"].map(label_runs(records)))
-    return runs
 
 
 def _points_frame(runs: pd.DataFrame, records: Sequence[Record]) -> pd.DataFrame:

@@ -59,9 +59,9 @@ class LaneCapacity:
         self._content: dict[str, Any] = {"group_key": group_key, "device_key": device_key}
         with suppress(OSError, ValueError):
             self._content |= json.loads(atomic_files.verify_checksum(self.path.read_bytes()))
-        self.max_lanes: int | None = self._content.get("lanes")
+        self.lanes: int | None = self._content.get("lanes")
         """The number of lanes that fit, as learned from out-of-memory errors; None if it is not known."""
-        self.measured_lanes: int | None = self._content.get("measured", {}).get("lanes")
+        self.measured: int | None = self._content.get("measured", {}).get("lanes")
         """The number of lanes that a trainer chose by measurement; None if it is not known."""
 
     def write_max_lanes(self, max_lanes: int) -> None:
@@ -70,7 +70,7 @@ class LaneCapacity:
         Raises:
             OSError: The disk is full or cannot be used.
         """
-        self._write(lanes=min(self.max_lanes or max_lanes, max_lanes))
+        self._write(lanes=min(self.lanes or max_lanes, max_lanes))
 
     def write_measured(self, measured: MeasuredLanes) -> None:
         """Store the number of lanes that a trainer chose by measurement.

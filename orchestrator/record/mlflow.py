@@ -135,18 +135,18 @@ class MlflowTracker(Tracker):
         self._experiment = self._ensure_experiment(study)
         oldest_first, most = ["attributes.start_time ASC"], 50_000  # the most that MLflow returns
         for run in self._client.search_runs([self._experiment], order_by=oldest_first, max_results=most):
-            own = run.data.tags
-            if own.get("role") == "study":
+            found = run.data.tags
+            if found.get("role") == "study":
                 self._study_run = self._study_run or run.info.run_id
-            elif own.get("study") == study.name and (fingerprint := own.get("fingerprint")):
+            elif found.get("study") == study.name and (fingerprint := found.get("fingerprint")):
                 if fingerprint in self._runs:  # two drivers wrote at once; the older run stays
                     self._client.delete_run(run.info.run_id)
                     continue
                 self._runs[fingerprint] = _LaneRun(
                     run.info.run_id,
-                    own.get("point", ""),
+                    found.get("point", ""),
                     run.info.start_time,
-                    own.get("record", ""),
+                    found.get("record", ""),
                     run.info.status in ("FINISHED", "FAILED"),
                     run.data.metrics.get(_SCORE),
                     run.data.metrics.get(MEAN_METRIC),

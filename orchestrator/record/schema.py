@@ -240,7 +240,7 @@ def column_types(part: type) -> dict[str, Any]:
 def column_values(part: Any) -> dict[str, Any]:
     """Return the values of the columns that the fields of an object make, by name."""
     owner: type = part.__class__
-    return {name: getattr(part, own) for name, (own, _) in _columns(owner).items()}
+    return {name: getattr(part, attribute) for name, (attribute, _) in _columns(owner).items()}
 
 
 @lru_cache(maxsize=4)
@@ -248,7 +248,11 @@ def _columns(part: type) -> dict[str, tuple[str, Any]]:
     """Return name of a column -> name and type of its field."""
     types = get_type_hints(part, include_extras=True)
     named = [(each.metadata.get("column", each.name), each.name) for each in fields(part)]
-    return {name: (own, types[own]) for name, own in named if name and types[own] in COLUMN_TYPES}
+    return {
+        name: (attribute, types[attribute])
+        for name, attribute in named
+        if name and types[attribute] in COLUMN_TYPES
+    }
 
 
 SCORES = ("validation_score", "test_score", "untrained_validation_score", "untrained_test_score")

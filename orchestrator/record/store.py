@@ -269,11 +269,9 @@ class Store:
         they number their processes separately. Folders of other hosts are left out, because a shared file
         system may keep the locks of each machine separately.
         """
-        own = re.compile(rf"{re.escape(os.uname().nodename)}-\d+-[0-9a-f]{{8}}")
-        folders = sorted(
-            path for path in self.scratch.glob("*") if path.is_dir() and own.fullmatch(path.name)
-        )
-        return [folder for folder in folders if not _is_locked(_lock_file(folder))]
+        of_host = re.compile(rf"{re.escape(os.uname().nodename)}-\d+-[0-9a-f]{{8}}")
+        folders = [path for path in sorted(self.scratch.glob("*")) if of_host.fullmatch(path.name)]
+        return [path for path in folders if path.is_dir() and not _is_locked(_lock_file(path))]
 
     def remove_stale_scratch(self) -> None:
         """Remove the scratch folders of drivers that were killed on this host."""

@@ -56,12 +56,8 @@ def write_parquet(store: Store, output: Path | None = None) -> Path:
     import pyarrow.parquet
 
     studies, titles = _read_studies(output) if output is not None else ({}, {})
-    rows, curves = [], []
-    for record in store.records():  # not all records at once, because their curves are large
-        rows.append(_to_row(record, studies.get(record.fingerprint, ()), titles))
-        curves.append(_curve_table(record))
-    tables = {PARQUET_FILE: _to_table(rows), CURVES_FILE: _concatenate(curves)}
-    for name, table in tables.items():
+    tables = make_tables(store.records(), studies, titles)
+    for name, table in zip((PARQUET_FILE, CURVES_FILE), tables, strict=True):
         with replace_atomically(store.root / name) as temporary:
             pyarrow.parquet.write_table(table, temporary)
     return store.root / PARQUET_FILE
@@ -82,36 +78,35 @@ def _read_studies(output: Path) -> tuple[dict[str, list[str]], dict[str, str]]:
     return studies, titles
 
 
-def runs_table(
+def make_tables(
     records: Iterable[Record], studies: Mapping[str, Sequence[str]], titles: Mapping[str, str]
-) -> pa.Table:
-    """Return one row per record.
+) -> tuple[pa.Table, pa.Table]:
+    """Return the table of runs, with a row per record, and that of the curves, with a row per step.
 
-    Columns: `fingerprint`; `studies`; every hyperparameter under its name in `Configuration.to_columns()` (a
-    variant's own as `variant_<name>`, numbers as float64); `task_title`, the name of the task for a reader;
-    the columns of the record, its cost and its provenance (`versions` is a JSON object); `Record.scores`;
-    every score of the last evaluation of a split as `validation_<score>` and `test_<score>`, for any state.
-    The table's metadata has the version of the schema under `record_schema_version`.
+    Columns of the runs: `fingerprint`; `studies`; every hyperparameter under its name in
+    `Configuration.to_columns()` (a variant's own as `variant_<name>`, numbers as float64); `task_title`, the
+    name of the task for a reader; the columns of the record, its cost and its provenance (`versions` is a
+    JSON object); `Record.scores`; every score of the last evaluation of a split as `validation_<score>` and
+    `test_<score>`, for any state. The table's metadata has the version of the schema under
+    `record_schema_version`.
+
+    Columns of the curves: `fingerprint` (dictionary-encoded); those of `StepMetrics` (`learning_rate` as
+    scheduled); every score of an evaluation after that step as `validation_<score>` and `test_<score>`.
 
     Args:
-        records: The records.
+        records: The records. They are not held at once, because their curves are large.
         studies: Fingerprint -> names of the studies that have requested it.
         titles: Content of a user's task -> its title.
     """
-    return _to_table([_to_row(record, studies.get(record.fingerprint, ()), titles) for record in records])
-
-
-def curves_table(records: Iterable[Record]) -> pa.Table:
-    """Return one row per record and step.
-
-    Columns: `fingerprint` (dictionary-encoded), those of `StepMetrics` (`learning_rate` as scheduled), and
-    every score of an evaluation after that step as `validation_<score>` and `test_<score>`.
-    """
-    return _concatenate([_curve_table(record) for record in records])
+    rows, curves = [], []
+    for record in records:
+        rows.append(_to_row(record, studies.get(record.fingerprint, ()), titles))
+        curves.append(_curve_table(record))
+    return _to_table(rows), _concatenate(curves)
 
 
 def _to_row(record: Record, studies: Sequence[str], titles: Mapping[str, str]) -> dict[str, Any]:
-    """Return a record as a row of `runs_table`; times are in milliseconds since the epoch."""
+    """Return a record as a row of the runs; times are in milliseconds since the epoch."""
     task = record.configuration.task
     row: dict[str, Any] = {"studies": list(studies), **record.configuration.to_columns()}
     row["task_title"] = titles.get(task.content, task.name)
@@ -136,7 +131,7 @@ def _plain(value: Any, kind: Any) -> Any:
 
 
 def _curve_table(record: Record) -> pa.Table:
-    """Return the rows of one record in `curves_table`."""
+    """Return the rows of one record in the table of curves."""
     import pyarrow as pa
 
     rows: dict[int, dict[str, Any]] = {step.step: column_values(step) for step in record.curve}

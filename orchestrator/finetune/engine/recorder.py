@@ -224,7 +224,7 @@ class LaneRecorder:
             is_measured: If true, the number that a trainer chose by measurement is a limit as well.
         """
         capacity = self._capacity(group_key)
-        max_lanes, measured = capacity.max_lanes, capacity.measured_lanes if is_measured else None
+        max_lanes, measured = capacity.lanes, capacity.measured if is_measured else None
         if measured is not None and measured <= (max_lanes or measured):
             return measured
         if max_lanes is not None and max_lanes < requested:

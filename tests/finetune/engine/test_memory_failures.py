@@ -67,7 +67,7 @@ def test_the_lane_limit_is_stored_for_the_next_trainer(short: tuple[Path, dict[s
     store = Store(folder / "short")
     assert {get_record(store, point).state for point in LATER} == {"finished"}
     place = f"cpu, {round(psutil.virtual_memory().total / 2**30)} GiB"
-    assert LaneCapacity(store.lane_capacity, WIDE[0].group_key, place).max_lanes == LANES // 2
+    assert LaneCapacity(store.lane_capacity, WIDE[0].group_key, place).lanes == LANES // 2
 
 
 def test_a_lane_that_does_not_fit_alone_fails_with_advice(tmp_path: Path) -> None:
