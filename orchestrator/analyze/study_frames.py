@@ -70,7 +70,7 @@ def load(study: str, *, output: str | Path | None = None, store: str | Path | No
     """
     folder = Path(output) if output is not None else default_output()
     opened = Store(Path(store) if store is not None else folder / "store", create=False)
-    study_file = find_study(folder, study)[1]
+    study_file = find_study(folder, study)
     found = [record for f in study_file.configurations if (record := opened.get(f)) is not None]
     if not found:
         raise UsageError(

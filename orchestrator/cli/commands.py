@@ -67,7 +67,8 @@ class Report(StoreOptions):
         from orchestrator.util.redaction import redact_secrets
 
         store = Store(self.store_folder, create=False)
-        folder, study = find_study(self.output, self.study)
+        study = find_study(self.output, self.study)
+        folder = study.folder
         uri = redact_secrets(study_uri(study.tracking_uri, store))
         # The digest is taken before the records are read. A record that is written in between then changes
         # the next digest, so that the report is made again.
@@ -83,7 +84,7 @@ class Report(StoreOptions):
             summary = write_report(study, records, folder, uri, store.root)
             report_memo.remember(folder, inputs)
             if summary.comparison is not None and (looked := summary.comparison.look):
-                record_look(folder, looked)
+                record_look(study, looked)
         print(f"{folder / 'report.html'}: {len(records)} of {len(study.configurations)} configurations")
         return 0
 

@@ -95,7 +95,7 @@ def export_lane(
     task, variant = _find_code(record.configuration, store)
     form = _choose_form(variant, form, choice.name, notify)
     name = f"{short_name(choice.name)}-{record.fingerprint[:12]}" + ("" if form == "peft" else f"-{form}")
-    folder = folder or chosen.folder / "export" / name
+    folder = folder or chosen.study.folder / "export" / name
     mark = {"study": chosen.study.name, "fingerprint": record.fingerprint, "form": form}
     if not _is_present(folder, mark):
         lane = _load_lane(store, record.configuration, task, variant, _adapter_of(store, output, chosen))
@@ -254,7 +254,7 @@ def _write_files(store: Store, chosen: ChosenLane, lane: _Lane, form: Form, fold
     processor = lane.base_model.processor
     getattr(processor, "hf_processor", processor).save_pretrained(folder)
     words = ["export", chosen.study.name, chosen.record.fingerprint[:12], *_FORM_OPTIONS[form]]
-    command = store_command(*words, output=chosen.folder.parent, store=store.root)
+    command = store_command(*words, output=chosen.study.folder.parent, store=store.root)
     facts = CardFacts(form, base, revision, heads, command, _input_form(lane))
     (folder / CARD_FILE).write_text(render_card(chosen, lane.task, facts))
 

@@ -34,8 +34,6 @@ class ChosenLane:
     """The lane to export, with its study."""
 
     study: StudyFile
-    folder: Path
-    """The study's folder."""
     record: Record
     """The record of the lane, which has finished."""
     records: Sequence[Record]
@@ -59,7 +57,7 @@ def choose_lane(store: Store, output: Path, query: LaneQuery) -> ChosenLane:
         UsageError: There is no such study, variant, task or lane, the lane has not finished, or the query
             fits several tasks or lanes.
     """
-    folder, study = find_study(output, query.study)
+    study = find_study(output, query.study)
     found = [record for record in map(store.get, study.configurations) if record is not None]
     records = [study.rename(record) for record in found]
     if query.fingerprint:
@@ -67,7 +65,7 @@ def choose_lane(store: Store, output: Path, query: LaneQuery) -> ChosenLane:
     else:
         lane, reason = _choose_best(study, records, query)
         record = next(each for each in records if each.fingerprint == lane.fingerprint)
-    return ChosenLane(study, folder, record, records, reason)
+    return ChosenLane(study, record, records, reason)
 
 
 def _find_lane(store: Store, output: Path, study: StudyFile, query: LaneQuery) -> Record:
@@ -84,9 +82,7 @@ def _find_lane(store: Store, output: Path, study: StudyFile, query: LaneQuery) -
     own = [fingerprint for fingerprint in study.configurations if fingerprint.startswith(prefix)]
     fingerprint = own[0] if len(own) == 1 else store.resolve_prefix(query.fingerprint)
     if fingerprint not in study.configurations:
-        others = [
-            name for name, (_, each) in read_studies(output).items() if fingerprint in each.configurations
-        ]
+        others = [name for name, each in read_studies(output).items() if fingerprint in each.configurations]
         where = f"it belongs to {', '.join(others)}" if others else f"no study under {output} has it"
         raise UsageError(f"fingerprint {query.fingerprint!r}: not a lane of study {study.name!r}; {where}.")
     record = store.get(fingerprint)

@@ -102,7 +102,7 @@ def lanes_of_others(output: Path, study: StudyFile) -> set[str]:
 def _temporary(store: Store, output: Path) -> Iterator[Path]:
     folders = [store.root, *store.root.glob("*"), store.data, *store.records_folder.glob("*")]
     folders += [*store.adapters.glob("*"), *store.checkpoints.glob("*/*"), output]
-    folders += [path for folder, _ in read_studies(output).values() for path in (folder, folder / "export")]
+    folders += [each.folder / name for each in read_studies(output).values() for name in ("", "export")]
     for folder in dict.fromkeys(path.resolve() for path in folders if path.is_dir()):
         for path in sorted(folder.glob(".*")):
             is_base = folder.name == store.bases.name and _TEMPORARY_BASE.fullmatch(path.name)
@@ -142,16 +142,16 @@ def sync_projections(
     Raises:
         UsageError: A tracking URI cannot be used.
     """
-    studies = read_studies(output)
-    uris = [tracking_uri or study_uri(study.tracking_uri, store) for _, study in studies.values()]
+    studies = read_studies(output).values()
+    uris = [tracking_uri or study_uri(study.tracking_uri, store) for study in studies]
     for uri in set(uris):
         check_uri(uri)
     notify(f"{write_parquet(store, output)}: {len(store.states())} records")
-    for uri, (name, (folder, study)) in zip(uris, studies.items(), strict=True):
-        tracker = MlflowTracker(uri)
+    for uri, study in zip(uris, studies, strict=True):
+        name, tracker = study.name, MlflowTracker(uri)
         try:
-            with FileLock(folder / LOCK_FILE, timeout=0):
-                count = _sync_study(store, folder, study, tracker, describe)
+            with FileLock(study.folder / LOCK_FILE, timeout=0):
+                count = _sync_study(store, study, tracker, describe)
         except Timeout:
             notify(f"{name}: is running and logs its runs itself; skipped")
         except Exception as error:
@@ -166,15 +166,13 @@ def sync_projections(
     return 0
 
 
-def _sync_study(
-    store: Store, folder: Path, study: StudyFile, tracker: MlflowTracker, describe: Describe
-) -> int:
+def _sync_study(store: Store, study: StudyFile, tracker: MlflowTracker, describe: Describe) -> int:
     """Write the runs of a study, and return the number of its records."""
     tracker.start(study, {})
     records = [study.rename(record) for record in map(store.get, study.configurations) if record is not None]
     for record in records:
         tracker.log_record(record)
     status = "FINISHED" if len(records) == len(study.configurations) else "KILLED"
-    report = tuple(file for each in REPORT_FILES if (file := folder / each).exists())
+    report = tuple(file for each in REPORT_FILES if (file := study.folder / each).exists())
     tracker.finish(StudyEnd(status, report, *(describe(study, records) if records else ("", {}))))
     return len(records)

@@ -45,7 +45,7 @@ def format_record(store: Store, output: Path, prefix: str) -> str:
             f"fingerprint {prefix!r}: {store.records_folder / fingerprint[:2]} no longer holds a "
             "whole record of it; its study's command trains it again"
         )
-    studies = [s for _folder, s in read_studies(output).values() if fingerprint in s.configurations]
+    studies = [each for each in read_studies(output).values() if fingerprint in each.configurations]
     lines = [*_format_header(record, store.count_failures(fingerprint)), *_format_scores(record), ""]
     lines += [_wrap_pairs(_format_columns(record.cost), "cost")]
     lines += [_wrap_pairs(_format_columns(record.provenance), "provenance")]

@@ -218,28 +218,27 @@ class StudyFile:
         return None if study is None else replace(study, folder=folder)
 
 
-def record_look(folder: Path, replicates: int) -> None:
+def record_look(study: StudyFile, replicates: int) -> None:
     """Record in study.json that a verdict on this number of replicates was shown (a look).
 
     Nothing is written if the study is running, because its own report records the look.
 
     Args:
-        folder: The folder of the study.
+        study: The study, whose file is read again.
         replicates: The number of replicates, as for `StudyFile.with_look`.
     """
-    with suppress(Timeout), FileLock(folder / LOCK_FILE, timeout=0):
-        study = StudyFile.read(folder)
-        if study is not None:
-            study.with_look(replicates).write(folder)
+    with suppress(Timeout), FileLock(study.folder / LOCK_FILE, timeout=0):
+        if (now := StudyFile.read(study.folder)) is not None:
+            now.with_look(replicates).write(study.folder)
 
 
-def read_studies(output: Path) -> dict[str, tuple[Path, StudyFile]]:
+def read_studies(output: Path) -> dict[str, StudyFile]:
     """Read all studies in an output folder.
 
     A copy in a folder of another name is left out, with a warning.
 
     Returns:
-        Name of each study -> its folder and content, sorted by name.
+        Name of each study -> its content, sorted by name.
 
     Raises:
         UsageError: A file is no study, is damaged, or was written by another version of this program.
@@ -251,12 +250,12 @@ def read_studies(output: Path) -> dict[str, tuple[Path, StudyFile]]:
             name = quote_value(study.name)
             _log.warning("%s belongs to the study %s: left out until the folder has this name", path, name)
         elif study is not None:
-            found[study.name] = (path.parent, study)
+            found[study.name] = study
     return found
 
 
-def find_study(output: Path, name: str) -> tuple[Path, StudyFile]:
-    """Return the folder and the content of the study `name` in an output folder.
+def find_study(output: Path, name: str) -> StudyFile:
+    """Return the study `name` in an output folder.
 
     Raises:
         UsageError: There is no such study; the error names the nearest one.

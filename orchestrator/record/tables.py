@@ -68,7 +68,7 @@ def _read_studies(output: Path) -> tuple[dict[str, list[str]], dict[str, str]]:
     studies: dict[str, list[str]] = {}
     titles: dict[str, str] = {}
     try:
-        for name, (_, study) in read_studies(output).items():
+        for name, study in read_studies(output).items():
             for fingerprint in study.configurations:
                 studies.setdefault(fingerprint, []).append(name)
             titles |= {source.content: source.title for source in study.sources if source.title}

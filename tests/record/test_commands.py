@@ -146,7 +146,7 @@ def test_a_growing_study_keeps_its_list_of_reused_configurations(tmp_path):
     study = study.with_configurations(["a", "b", "c", "d"], cached=["a", "b", "d"])
     assert (study.configurations, study.reused) == (("a", "b", "c", "d"), ("a", "d"))
     study.write(tmp_path / "s")
-    assert find_study(tmp_path, "s") == (tmp_path / "s", study)
+    assert find_study(tmp_path, "s") == study
     assert list(read_studies(tmp_path)) == ["s"]
     with pytest.raises(UsageError, match="no study under"):
         find_study(tmp_path / "s", "s")

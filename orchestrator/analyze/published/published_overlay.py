@@ -86,7 +86,7 @@ def read_overlays(study_name: str, output: Path, store_folder: Path) -> tuple[Ov
         UsageError: The study does not exist, has no published task or no test score yet, or has several
             configurations of one variant and task that differ in more than learning rate and seed.
     """
-    study = find_study(output, study_name)[1]
+    study = find_study(output, study_name)
     records = [r for f in study.configurations if (r := Store(store_folder).get(f)) is not None]
     return make_overlays(study_name, records)
 
