@@ -213,8 +213,6 @@ class MlflowTracker(Tracker):
 
     def flush(self) -> None:
         """Write to each run the mean validation score over the seeds of its point."""
-        from mlflow.entities import Metric
-
         points: dict[str, list[_LaneRun]] = defaultdict(list)
         for run in self._runs.values():
             if run.is_complete:
@@ -224,8 +222,7 @@ class MlflowTracker(Tracker):
             for run in runs if scores else ():
                 mean = fsum(scores) / len(scores)
                 if run.mean != mean:
-                    metric = Metric(MEAN_METRIC, mean, round(time.time() * 1000), 0)
-                    self._client.log_batch(run.run_id, [metric])
+                    self._client.log_metric(run.run_id, MEAN_METRIC, mean)
                     run.mean = mean
 
     def finish(self, end: StudyEnd) -> None:
