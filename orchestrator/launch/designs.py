@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -82,10 +82,6 @@ class DesignInput:
         """Return task -> templates, one per variant."""
         ordered = groupby(self.templates, key=lambda template: template.task.name)
         return {task: list(own) for task, own in ordered}
-
-
-MakeDesign = Callable[[DesignInput], Design]
-"""A function that makes the design of an experiment."""
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from orchestrator.launch.study import Study
 from orchestrator.record.store import Store
 from orchestrator.record.tables import PARQUET_FILE
 from orchestrator.study.configuration import Configuration, ModelChoice
+from orchestrator.study.option import flag
 from orchestrator.study.options import StudyOptions
 from orchestrator.util.errors import UsageError, suggest_nearest
 from variants import catalogue
@@ -232,7 +233,10 @@ def _cost_lines(study: Study) -> list[Line]:
     if study.pending and measured is None and device != "cpu":
         # The lowest learning rate is the least likely to diverge early.
         point = min(study.pending, key=lambda c: (c.seed, c.optimizer.learning_rate))
-        command = f"the same command with --only {point.fingerprint[:12]} in place of --plan"
+        planned = " ".join(
+            flag(name) for name in ("plan", "plan_gpu", "price_per_hour") if getattr(options, name)
+        )
+        command = f"the same command with --only {point.fingerprint[:12]} in place of {planned}"
         lines.append(("To know", f"train one of them on such a device, then plan again: {command}"))
     return lines
 

@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import yaml
+
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import AnalysisSettings, Source, StudyFile
-from orchestrator.study.config import read_config
 from orchestrator.study.configuration import Configuration
 from orchestrator.study.names import DEFAULT_STORE_NAME
 from orchestrator.study.options import StudyOptions
@@ -290,7 +291,7 @@ def _study_of_config(options: StudyOptions) -> Iterator[tuple[Sequence[str], Sto
     study = StudyFile.read(folder)
     if study is None:
         return
-    store = read_config(str(options.config), type(options)).values.get("store")
+    store = (yaml.safe_load(options.config.read_text()) or {}).get("store")  # it was checked before
     root = folder.parent / DEFAULT_STORE_NAME if store is None else Path(store)
     if root.is_dir():
         yield study.configurations, Store(root, create=False)

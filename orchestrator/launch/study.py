@@ -28,7 +28,7 @@ from orchestrator.finetune.resolve.templates import (
 from orchestrator.launch.designs import Design, DesignInput, FixedDesign
 from orchestrator.launch.experiment import Experiment
 from orchestrator.launch.settings import find_only, find_sources, refuse_other_files
-from orchestrator.record.mlflow import resolve_uri
+from orchestrator.record.mlflow import check_uri, resolve_uri, study_uri
 from orchestrator.record.other_trackers import TensorBoardTracker, WandbTracker
 from orchestrator.record.schema import MAX_FAILURES, Record
 from orchestrator.record.store import Store
@@ -39,6 +39,7 @@ from orchestrator.study.names import default_study_name, store_command
 from orchestrator.study.options import StudyOptions
 from orchestrator.util.atomic_files import make_folder
 from orchestrator.util.errors import UsageError, suggest_nearest
+from orchestrator.util.redaction import REDACTED
 
 if TYPE_CHECKING:
     from orchestrator.execution.search.budget import SearchBudget
@@ -56,7 +57,7 @@ class Study:
 
     experiment: Experiment
     given: StudyOptions
-    """The options as they were given."""
+    """The options as they were given, with the defaults of the experiment."""
     options: StudyOptions
     """The options, with all defaults filled in."""
     command: str = ""
@@ -269,7 +270,11 @@ def resolve_study(experiment: Experiment, given: StudyOptions, command: str = ""
     _require_hardware(experiment, given)
     variants = experiment.dry_run_variants if given.dry_run else experiment.variants
     task_names = experiment.dry_run_tasks if given.dry_run else experiment.tasks
-    options = autoscaler.adapt_options(experiment.complete(given, variants))
+    given = replace(given, variants=given.variants or variants)
+    if given.task is None and given.data is None:
+        given = replace(given, task=task_names)
+    given = experiment.complete(given, variants)
+    options = autoscaler.adapt_options(given)
     make_folder(f"--output {str(options.output)!r}", options.output)
     store = Store(options.store_folder)
     tracking_uri = resolve_uri(options.tracking_uri, store)
@@ -295,12 +300,14 @@ def resolve_study(experiment: Experiment, given: StudyOptions, command: str = ""
     folder = options.study_folder(name)
     new = StudyFile(name, experiment.question, "", experiment=experiment.name, folder=folder)
     file = StudyFile.read(folder) or new
+    if options.tracking_uri is None and REDACTED in file.tracking_uri:
+        check_uri(study_uri(file.tracking_uri, store))  # a password is given again, and not forgotten
     refuse_other_files(file, find_sources(templates))
     study = Study(
         experiment=experiment,
         given=given,
         options=options,
-        command=command or new.again(),
+        command=command or new.again(*(["--only", *options.only] if options.only else [])),
         store=store,
         templates=tuple(templates),
         file=file,

@@ -201,7 +201,7 @@ def read_config(
     except UsageError as error:
         raise UsageError(f"{path}, line {line}: {error}") from None
     values = _fold_hyperparameters(written_for, values)
-    folder = Path(os.path.abspath(path)).parent
+    folder = path.parent if path.parent.name not in ("", "..") else Path(os.path.abspath(path)).parent
     if (folder / "study.json").exists():  # the file of a study, whose folder may have been moved
         values = {"study": folder.name, "output": folder.parent, **values}
     if written_for is not options_class:

@@ -209,7 +209,7 @@ class OutputOptions(StoreOptions):
     that comes with the program: published-gsm8k-r8, published-gsm8k-r128, published-humaneval,
     published-glue, published-images. One NAME: VALUE a line, flat or grouped as here. An option on the
     command line replaces that of the file."""
-    study: Text | None = None
+    study: Annotated[Text | None, Option(saved=False)] = None
     """Name of the study. Default: script, task and model. The same name extends a study."""
     tracking_uri: Annotated[Text | None, Option("ADDRESS")] = None
     """MLflow tracking server. Default: MLFLOW_TRACKING_URI, else a SQLite file in the store."""
