@@ -247,11 +247,10 @@ def column_values(part: Any) -> dict[str, Any]:
 def _columns(part: type) -> dict[str, tuple[str, Any]]:
     """Return name of a column -> name and type of its field."""
     types = get_type_hints(part, include_extras=True)
-    named = [(each.metadata.get("column", each.name), each.name) for each in fields(part)]
     return {
-        name: (attribute, types[attribute])
-        for name, attribute in named
-        if name and types[attribute] in COLUMN_TYPES
+        each.metadata.get("column", each.name): (each.name, types[each.name])
+        for each in fields(part)
+        if each.metadata.get("column") != "" and types[each.name] in COLUMN_TYPES
     }
 
 

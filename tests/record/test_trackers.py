@@ -244,6 +244,43 @@ def test_a_faulty_tracker_is_not_called_again_at_the_end_and_says_why(store, mak
     assert store.get(record.fingerprint) is not None
 
 
+class Interrupted(Tracker):
+    """A tracker that does not answer when something is logged for the first time."""
+
+    def __init__(self) -> None:
+        self.logged = Queue[Any]()
+        self.refused: set[Any] = set()
+
+    def _log(self, what: Any) -> None:
+        if what not in self.refused:
+            self.refused.add(what)
+            raise OSError("down")
+        self.logged.put(what)
+
+    def log_progress(self, progress: LaneProgress) -> None:
+        self._log(progress.step)
+
+    def log_record(self, record: Record) -> None:
+        self._log(record.state)
+
+
+def test_what_an_outage_interrupts_is_logged_after_it(store, make_record, monkeypatch):
+    monkeypatch.setattr(timeouts, "TRACKER_RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(timeouts, "TRACKER_PROGRESS_DELAY_SECONDS", 0.0)
+    record, tracker = make_record(), Interrupted()
+    store.put(record)
+    writer = TrackerWriter(lambda: tracker, store, STUDY, {})
+    for progress in progress_of(record, 5, 10):
+        writer.put_progress(progress)
+    assert [tracker.logged.get(timeout=60) for _ in range(3)] == [0, 5, 10]
+    writer.put(record.fingerprint)
+    assert tracker.logged.get(timeout=60) == "finished"
+    writer.begin_close(StudyEnd(), 240)
+    assert writer.wait_closed() == 0
+    assert writer.is_finished
+    assert tracker.logged.empty()
+
+
 def test_a_server_of_wandb_that_is_down_delays_nothing(store, make_record, monkeypatch, tmp_path):
     monkeypatch.setenv("WANDB_MODE", "online")
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
