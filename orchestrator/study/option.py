@@ -100,7 +100,11 @@ class Options:
         value = getattr(self, name)
         if value is True:
             return flag(name)
-        words = map(str, value) if isinstance(value, tuple) else [f"{value}"]
+        words = (
+            map(str, value)
+            if isinstance(value, tuple)
+            else [f"{value:g}" if isinstance(value, float) else f"{value}"]
+        )
         return redact_secrets(f"{flag(name)} {' '.join(words)}")
 
 

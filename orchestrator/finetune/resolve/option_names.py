@@ -283,8 +283,8 @@ def _check_space(options: StudyOptions, search_space: Space, task: Task) -> None
                 options.check_batch_size(int(value))
                 if int(value) > train_size:
                     raise UsageError(
-                        f"--space {dimension.key}: {value} examples in a batch, of {train_size} in all; take "
-                        f"{train_size} or less."
+                        f"--space {dimension.key}: {value}: must be {train_size} or less, the number of "
+                        "training examples."
                     )
     if options.search_method == "cma-es":
         for variant, own in search_space.items():
