@@ -33,16 +33,16 @@ from orchestrator.study.grids import build_grid, check_grid_size, refine_rates, 
 from orchestrator.study.space import VARIANT_HYPERPARAMETERS, apply_values, format_value, get_value
 from orchestrator.util.errors import UsageError
 
-Records = Mapping[str, Record]
-"""Fingerprint -> record of a configuration that has ended: finished, diverged, stopped early, or failed too
-often to be tried again. A design uses `get` and `in` only."""
+FindRecord = Callable[[str], Record | None]
+"""Returns the record of a fingerprint whose configuration has ended: finished, diverged, stopped early, or
+failed too often to be tried again. Returns None for others."""
 
 
 class Design(ABC):
     """The rule that names the configurations of a study; a pure function of the records."""
 
     @abstractmethod
-    def request(self, records: Records) -> list[Configuration]:
+    def request(self, find: FindRecord) -> list[Configuration]:
         """Return all configurations of the study that follow from the records so far.
 
         The caller trains them and calls `request` again, until no new configuration is returned.
@@ -50,15 +50,10 @@ class Design(ABC):
 
     def outline(self) -> list[Configuration]:
         """Return the expected configurations of all stages, for --plan, without any records."""
-        return self.request({})
+        return self.request(lambda fingerprint: None)
 
-    def explain(self, added: Sequence[Configuration], records: Records) -> str:
-        """Return a phrase that says why a later stage adds configurations; empty if it needs no reason.
-
-        Args:
-            added: The configurations of a stage after the first one.
-            records: The records of the earlier stages.
-        """
+    def explain(self, added: Sequence[Configuration]) -> str:
+        """Return a phrase that says why a later stage adds configurations; empty if it needs no reason."""
         return ""
 
 
@@ -90,7 +85,7 @@ class FixedDesign(Design):
 
     configurations: tuple[Configuration, ...]
 
-    def request(self, records: Records) -> list[Configuration]:
+    def request(self, find: FindRecord) -> list[Configuration]:
         """Return all of them."""
         return list(self.configurations)
 
@@ -124,38 +119,30 @@ class WideningGrid(Design):
         for rates in self.given.learning_rates.values():
             check_grid_size(len(self.seeds), len(rates))
 
-    def request(self, records: Records) -> list[Configuration]:
+    def request(self, find: FindRecord) -> list[Configuration]:
         """Return the grids of all tasks, extended according to the records."""
         return [
             configuration
             for task, templates in self.given.templates_by_task().items()
-            for configuration in build_grid(templates, self._widened(task, templates, records), self.seeds)
+            for configuration in build_grid(templates, self._widened(task, templates, find), self.seeds)
         ]
 
-    def explain(self, added: Sequence[Configuration], records: Records) -> str:
-        """Name the variants of each task whose best learning rate is the lowest or highest of the grid."""
-        reasons = []
-        by_task = self.given.templates_by_task()
-        for task, templates in by_task.items():
-            new = {c.optimizer.learning_rate for c in added if c.task.name == task}
-            if not new:
-                continue
-            rates = [rate for rate in self._widened(task, templates, records) if rate not in new]
-            edges = self._at_edges(templates, rates, records)
-            for names, rate, end in zip(edges, (rates[0], rates[-1]), ("lowest", "highest"), strict=True):
-                where = ", ".join(names) + (f" on {task}" if len(by_task) > 1 else "")
-                reasons += [f"the best rate of {where} is the {end} of the grid ({rate:g})"] if names else []
-        grown = ", ".join(f"{rate:g}" for rate in sorted({c.optimizer.learning_rate for c in added}))
-        return f"{' and '.join(reasons)}, which grows by {grown} (--widen 0 leaves it as it is)"
+    def explain(self, added: Sequence[Configuration]) -> str:
+        """Return the rates that are added, and the rule that adds them."""
+        rates = ", ".join(f"{rate:g}" for rate in sorted({c.optimizer.learning_rate for c in added}))
+        return (
+            f"the best rate of a variant is at an end of the grid, which grows by {rates} (--widen 0 leaves "
+            "it as it is)"
+        )
 
-    def _widened(self, task: str, templates: Sequence[Configuration], records: Records) -> list[float]:
+    def _widened(self, task: str, templates: Sequence[Configuration], find: FindRecord) -> list[float]:
         """Return the grid of one task, extended according to the records, ascending."""
         rates = list(self.given.learning_rates[task])
         limits = rates[0] / 10**self.max_decades, rates[-1] * 10**self.max_decades
         while len(rates) >= MIN_RATES and all(
-            c.fingerprint in records for c in build_grid(templates, rates, self.seeds)
+            find(c.fingerprint) for c in build_grid(templates, rates, self.seeds)
         ):
-            low, high = self._at_edges(templates, rates, records)
+            low, high = self._at_edges(templates, rates, find)
             below = _continue_rates(rates, 0.1, limits[0]) if low else []
             above = _continue_rates(rates, 10.0, limits[1]) if high else []
             if not below and not above:
@@ -164,13 +151,13 @@ class WideningGrid(Design):
         return rates
 
     def _at_edges(
-        self, templates: Sequence[Configuration], rates: Sequence[float], records: Records
+        self, templates: Sequence[Configuration], rates: Sequence[float], find: FindRecord
     ) -> tuple[list[str], list[str]]:
         """Return the variants of a task whose best rate is the lowest, and those whose is the highest."""
         lowest: list[str] = []
         highest: list[str] = []
         for template in templates:
-            scores = _scores_by_rate(template, rates, self.seeds, records)
+            scores = _scores_by_rate(template, rates, self.seeds, find)
             means = [math.fsum(own) / len(own) if own else -math.inf for own in scores]
             is_low, is_high = (
                 math.isfinite(mean) and mean >= max(means) - _SCORE_EPSILON for mean in (means[0], means[-1])
@@ -181,10 +168,10 @@ class WideningGrid(Design):
 
 
 def _scores_by_rate(
-    template: Configuration, rates: Sequence[float], seeds: Sequence[int], records: Records
+    template: Configuration, rates: Sequence[float], seeds: Sequence[int], find: FindRecord
 ) -> list[list[float]]:
     """Return for each rate the finite validation scores of those seeds that have one."""
-    grid = [[records.get(c.fingerprint) for c in build_grid([template], [rate], seeds)] for rate in rates]
+    grid = [[find(c.fingerprint) for c in build_grid([template], [rate], seeds)] for rate in rates]
     scores = [[finite_score(record, "validation") for record in own if record is not None] for own in grid]
     return [[score for score in own if score is not None] for own in scores]
 
@@ -250,7 +237,7 @@ class ReplicatesDesign(Design):
                     "take at most 50 points a decade."
                 )
 
-    def request(self, records: Records) -> list[Configuration]:
+    def request(self, find: FindRecord) -> list[Configuration]:
         """Return all configurations, one replicate after another."""
         return [
             configuration
@@ -310,16 +297,16 @@ class StarDesign(Design):
     """For each template, copies with one factor at another level."""
     seeds: Sequence[int]
 
-    def request(self, records: Records) -> list[Configuration]:
+    def request(self, find: FindRecord) -> list[Configuration]:
         """Return the curves, and the arms of each template whose curve has ended."""
         found: list[Configuration] = []
         for template, levels in zip(self.given.templates, self.levels, strict=True):
             rates = self.given.learning_rates[template.task.name]
             curve = build_grid([template], rates, self.seeds)
             found += curve
-            if not all(c.fingerprint in records for c in curve):
+            if not all(find(c.fingerprint) for c in curve):
                 continue
-            scores = _scores_by_rate(template, rates, self.seeds, records)
+            scores = _scores_by_rate(template, rates, self.seeds, find)
             if any(scores):
                 means = [math.fsum(own) / len(own) if own else math.nan for own in scores]
                 _, center = find_center(rates, means, [len(own) for own in scores])

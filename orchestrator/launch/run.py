@@ -100,8 +100,10 @@ def run_study(experiment: Experiment, options: StudyOptions, command: str = "") 
     after = None if options.plan else UsageError
     with atomic_files.remove_created_folders(options.output, options.store_folder, after=after):
         study = resolve_study(experiment, options, command)
-    if options.plan:
         study.look_up()
+        if study.num_to_train and not options.plan:
+            runtime.check_start()
+    if options.plan:
         return StudyResult(0, study.folder, study.options, print_plan(study))
     atomic_files.make_folder(f"--study {study.name!r}", study.folder)
     refusal = (
@@ -130,7 +132,10 @@ def _begin(study: Study) -> None:
     sources = find_sources(study.templates)
     study.file = drop_replaced(earlier or study.file, sources, store, study.console.print)
     store.remove_stale_scratch()
-    study.look_up()
+    if options.retry_failed:
+        for configuration in study.requested:
+            store.reset_failures(configuration.fingerprint)
+    study.look_up()  # again: another command may have run the study until now
     variants = dict.fromkeys(template.variant.name for template in study.templates)
     is_search, replicates = options.search != "grid", options.replicate_count
     settings = experiment.settings(options)
@@ -326,7 +331,7 @@ class Run:
         """Return a line that says how many configurations a stage has, and why they are trained."""
         count = f"{len(named)} configurations more" + (f", {num_known} of them known" if num_known else "")
         assert self.study.design is not None
-        reason = self.study.design.explain(named, self.study.settled_records())
+        reason = self.study.design.explain(named)
         return f"next stage: {count}{f': {reason}' if reason else ''}"
 
 

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import cycle
 from pathlib import Path
@@ -17,14 +17,9 @@ from rich.console import Console
 from orchestrator.execution.ray import autoscaler, runtime
 from orchestrator.execution.run_budget import RunBudget
 from orchestrator.execution.rungs import scheduler_settings
-from orchestrator.finetune.models import catalogue as model_catalogue
-from orchestrator.finetune.models.catalogue import UNPREPARED
+from orchestrator.finetune.models.catalogue import UNPREPARED, find_content, prepare_base_model
 from orchestrator.finetune.resolve.option_names import ResolvedOptions, resolve_tasks
-from orchestrator.finetune.resolve.templates import (
-    build_configuration_templates,
-    check_fit,
-    resolve_base_model,
-)
+from orchestrator.finetune.resolve.templates import build_configuration_templates
 from orchestrator.launch.designs import Design, DesignInput, FixedDesign
 from orchestrator.launch.experiment import Experiment
 from orchestrator.launch.settings import find_only, find_sources, refuse_other_files
@@ -89,6 +84,8 @@ class Study:
     """Those that this run trains."""
     expected: int = 0
     """Expected number of configurations of all stages of the design; 0 after the last stage."""
+    _settled: dict[str, Record] = field(default_factory=dict)
+    """Fingerprint -> what `settled` has returned."""
 
     @property
     def name(self) -> str:
@@ -103,22 +100,15 @@ class Study:
     # -- what is known
 
     def look_up(self) -> None:
-        """Name the configurations and divide them by the records in the store.
-
-        With --retry-failed and without --plan their counts of failures are reset.
-        """
+        """Name the configurations and divide them by the records in the store."""
+        self._settled.clear()
         if self.design is None:
             self.search = self.open_search()
             self.requested = list(self.search.configurations.values())
         else:
-            self.requested = self.design.request(self.settled_records())
-        if self.options.retry_failed and not self.options.plan:
-            for configuration in self.requested:
-                self.store.reset_failures(configuration.fingerprint)
+            self.requested = self.design.request(self.settled)
         self.satisfied = [c for c in self.requested if self.has_result(c)]
-        self.retries_exhausted = [
-            c for c in self.requested if self.store.count_failures(c.fingerprint) >= MAX_FAILURES
-        ]
+        self.retries_exhausted = [c for c in self.requested if self.is_exhausted(c.fingerprint)]
         known = self.known_fingerprints()
         self.pending = [c for c in self.requested if c.fingerprint not in known]
         self.expected = len(self.design.outline()) if self.design and self.pending else 0
@@ -140,9 +130,26 @@ class Study:
         """Return the fingerprints of the configurations that are not trained any more."""
         return {c.fingerprint for c in (*self.satisfied, *self.retries_exhausted)}
 
-    def settled_records(self) -> SettledRecords:
-        """Return the records of the configurations that have ended, for the design."""
-        return SettledRecords(self.store, self.options.scheduler)
+    def settled(self, fingerprint: str) -> Record | None:
+        """Return the record of a configuration that the study does not train any further; else None.
+
+        Such a configuration has finished, diverged, been stopped by the study's own early stopping, or failed
+        too often. No design uses the curve and the results per item, which take most of the memory, so the
+        record is kept without them.
+        """
+        if fingerprint not in self._settled:
+            record = self.store.get(fingerprint)
+            if record is None:
+                return None
+            is_failed = record.state == "failed"
+            if not (self.is_exhausted(fingerprint) if is_failed else self.has_result(record.configuration)):
+                return None
+            self._settled[fingerprint] = replace(record, curve=(), items={})
+        return self._settled[fingerprint]
+
+    def is_exhausted(self, fingerprint: str) -> bool:
+        """Return whether a configuration has failed too often to be tried again."""
+        return self.store.count_failures(fingerprint) >= MAX_FAILURES
 
     def has_result(self, configuration: Configuration) -> bool:
         """Return whether the store has a result of this configuration under the study's early stopping."""
@@ -179,7 +186,7 @@ class Study:
     def name_next_stage(self) -> list[Configuration]:
         """Return the configurations that the design requests after the ends of all earlier ones."""
         present = {c.fingerprint for c in self.requested}
-        requested = [] if self.design is None else self.design.request(self.settled_records())
+        requested = [] if self.design is None else self.design.request(self.settled)
         named = [c for c in requested if c.fingerprint not in present]
         if not named:
             self.expected = 0
@@ -213,44 +220,6 @@ class Study:
         return store_command(*words, output=self.options.output, store=self.options.store)
 
 
-class SettledRecords(Mapping[str, Record]):
-    """Fingerprint -> record of a configuration that the study does not train any further.
-
-    Such a configuration has finished, diverged, been stopped by the study's own early stopping, or failed too
-    often to be tried again. Each record is read at its first use. It is kept without its curve and its
-    results per item, which take most of the memory and which no design uses. Iteration and length cover all
-    records of the store, also those that are not settled; no design uses them.
-
-    Args:
-        store: The records.
-        scheduler: Early stopping of the study, or "none".
-    """
-
-    def __init__(self, store: Store, scheduler: str) -> None:
-        self._store, self._scheduler = store, scheduler
-        self._settled: dict[str, Record] = {}
-
-    def __getitem__(self, fingerprint: str) -> Record:
-        if fingerprint not in self._settled:
-            record = self._store.get(fingerprint)
-            if record is not None and record.state == "failed":
-                is_final = self._store.count_failures(fingerprint) >= MAX_FAILURES
-                record = record if is_final else None
-            elif record is not None:
-                settings = scheduler_settings(self._scheduler, record.configuration)
-                record = self._store.get_reusable(fingerprint, settings)
-            if record is None:
-                raise KeyError(fingerprint)
-            self._settled[fingerprint] = replace(record, curve=(), items={})
-        return self._settled[fingerprint]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._store.states())
-
-    def __len__(self) -> int:
-        return len(self._store.states())
-
-
 def resolve_study(experiment: Experiment, given: StudyOptions, command: str = "") -> Study:
     """Fill in the defaults of a study's options and check them; without --plan, prepare missing base models.
 
@@ -280,16 +249,18 @@ def resolve_study(experiment: Experiment, given: StudyOptions, command: str = ""
     tracking_uri = resolve_uri(options.tracking_uri, store)
     trackers = load_trackers(options.tracker)
     tasks = resolve_tasks(options, task_names, variants, store.bases)
-    budget = _make_budget(options)
-    if not options.plan:
-        _check_before_pretraining(options, tasks, store)
-    progress = None if options.plan else console.print
-    is_search = options.search != "grid"
-    templates: list[Configuration] = []
-    for each in tasks:
-        content = resolve_base_model(each.model, store.bases, progress)
-        templates += build_configuration_templates(options, each, content, store.bases, checks_fit=is_search)
-    _check_contents(templates)
+    budget = RunBudget(options.max_hours, options.max_gpu_hours)
+    if options.plan_gpu is None and runtime.running_cluster_address() is None:
+        _, gpus = runtime.estimate_local_cluster().plan_trainers(
+            options.trainers, options.gpus_per_worker, options.workers_per_trainer
+        )
+        budget.set_gpus_per_trainer(gpus * options.workers_per_trainer)
+    templates = _build_templates(options, tasks, store)
+    if not options.plan and any(template.model.content == UNPREPARED for template in templates):
+        runtime.check_start()  # before a model is pretrained or fetched, which takes longer
+        for each in tasks:
+            prepare_base_model(each.model, store.bases, console.print)
+        templates = _build_templates(options, tasks, store)
     models, names = [each.model for each in tasks], [each.task.name for each in tasks]
     name = options.study or default_study_name(
         experiment.module,
@@ -317,16 +288,14 @@ def resolve_study(experiment: Experiment, given: StudyOptions, command: str = ""
         trackers=trackers,
         budget=budget,
     )
-    if not is_search:
+    if options.search == "grid":
         rates = {each.task.name: tuple(each.learning_rates) for each in tasks}
         assert experiment.make_design is not None
         study.design = experiment.make_design(options, DesignInput(study.templates, rates))
     if options.only:
-        design, search = study.design, study.open_search
-        named = design.request(study.settled_records()) if design else search().configurations.values()
-        study.design = FixedDesign(tuple(find_only(options, study.file, named, templates, store)))
-    if study.design is not None:
-        _check_untrained(study, study.design)
+        study.look_up()
+        study.design = FixedDesign(tuple(find_only(options, study.file, study.requested, templates, store)))
+        study.search = None
     return study
 
 
@@ -347,65 +316,24 @@ def load_trackers(chosen: Sequence[str]) -> dict[str, MakeTracker]:
     return found
 
 
-def _check_before_pretraining(
-    options: StudyOptions, resolved: Sequence[ResolvedOptions], store: Store
-) -> None:
-    """Check whether Ray can start and the variants fit, for each task whose base model is not in the store.
-
-    They come first, because such a model is then pretrained or fetched, which takes longer than the checks.
+def _build_templates(
+    options: StudyOptions, tasks: Sequence[ResolvedOptions], store: Store
+) -> list[Configuration]:
+    """Build and check the templates of all tasks, with the base models that the store has.
 
     Raises:
-        UsageError: A check fails.
+        UsageError: A setting is impossible, or two tasks have the same content and data.
     """
-    for each in resolved:
-        if model_catalogue.find_content(each.model, store.bases) is None:
-            runtime.check_start()
-            build_configuration_templates(options, each, UNPREPARED, store.bases)
-
-
-def _make_budget(options: StudyOptions) -> RunBudget:
-    """Return the limits of the run; without a cluster, refuse more trainers than fit on this machine."""
-    budget = RunBudget(options.max_hours, options.max_gpu_hours)
-    if options.plan_gpu is None and runtime.running_cluster_address() is None:
-        _, gpus = runtime.estimate_local_cluster().plan_trainers(
-            options.trainers, options.gpus_per_worker, options.workers_per_trainer
-        )
-        budget.set_gpus_per_trainer(gpus * options.workers_per_trainer)
-    return budget
-
-
-def _check_contents(templates: Sequence[Configuration]) -> None:
-    """Check that no two tasks have the same content and data, which would be the same configurations.
-
-    Raises:
-        UsageError: Two of them have.
-    """
+    templates: list[Configuration] = []
+    for each in tasks:
+        content = find_content(each.model, store.bases) or UNPREPARED
+        templates += build_configuration_templates(options, each, content, store.bases)
     names: dict[tuple[str, str], str] = {}
     for task in (template.task for template in templates if template.task.content):
         other = names.setdefault((task.content, task.revision), task.name)
         if other != task.name:
             raise UsageError(f"{other!r} and {task.name!r} have the same content; leave one of them out.")
-
-
-def _check_untrained(study: Study, design: Design) -> None:
-    """Check that Ray can start, and that the variants that the design may train fit the base model.
-
-    Nothing is checked if nothing is left to train.
-    """
-    records = study.settled_records()
-    outline, requested = design.outline(), design.request(records)
-    untrained = [c for c in requested if c.fingerprint not in records]
-    if not untrained:
-        return
-    if not study.options.plan:
-        runtime.check_start()
-    if len(requested) < len(outline):
-        untrained += outline
-    names = {(c.task.name, c.variant.name) for c in untrained}
-    own = [t for t in study.templates if (t.task.name, t.variant.name) in names]
-    for each in study.tasks:
-        of_task = [t for t in own if t.task.name == each.task.name]
-        check_fit(of_task, study.options, each, study.store.bases)
+    return templates
 
 
 def _require_hardware(experiment: Experiment, options: StudyOptions) -> None:

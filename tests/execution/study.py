@@ -22,8 +22,9 @@ import pytest
 from orchestrator.cli.program import run_command
 from orchestrator.execution.rungs import lane_evaluation_steps
 from orchestrator.experiments import MODULES
+from orchestrator.finetune.models.catalogue import prepare_base_model
 from orchestrator.finetune.resolve.option_names import resolve_tasks
-from orchestrator.finetune.resolve.templates import build_configuration_templates, resolve_base_model
+from orchestrator.finetune.resolve.templates import build_configuration_templates
 from orchestrator.record.schema import Evaluation, Provenance, Record
 from orchestrator.record.store import Store
 from orchestrator.study.grids import build_grid
@@ -268,7 +269,7 @@ def keep_known(options: StudyOptions, loss: float, score: float = 0.5) -> set[st
     """
     store = Store(options.store_folder)
     (chosen,) = resolve_tasks(options, ("letters",), ("lora",), store.bases)
-    content = resolve_base_model(chosen.model, store.bases, lambda text: None)
+    content = prepare_base_model(chosen.model, store.bases, lambda text: None)
     templates = build_configuration_templates(options, chosen, content, store.bases)
     found = set()
     for configuration in build_grid(templates, chosen.learning_rates, range(options.seed_count)):

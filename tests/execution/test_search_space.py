@@ -11,11 +11,11 @@ from points import study_of
 from orchestrator.execution.search.budget import open_search
 from orchestrator.execution.search.groups import make_groups
 from orchestrator.execution.search.samplers import draw_points
+from orchestrator.finetune.models.catalogue import prepare_base_model
 from orchestrator.finetune.resolve.option_names import resolve_options
 from orchestrator.finetune.resolve.templates import (
     build_configuration_templates,
     find_settings_error,
-    resolve_base_model,
 )
 from orchestrator.finetune.tasks.local.letters import Letters
 from orchestrator.finetune.tasks.local.reviews import Reviews
@@ -42,7 +42,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def resolved(bases: Path, task: str = "letters", **options: Any) -> tuple[list[Configuration], Space | None]:
     typed = StudyOptions(model=str(bases / task), **options)
     chosen = resolve_options(typed, task, ("lora", "hira"), bases)
-    content = resolve_base_model(chosen.model, bases, lambda text: None)
+    content = prepare_base_model(chosen.model, bases, lambda text: None)
     return build_configuration_templates(typed, chosen, content, bases), chosen.space
 
 

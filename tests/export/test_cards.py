@@ -23,9 +23,10 @@ from transformers import AutoTokenizer, BertForSequenceClassification, ViTForIma
 from orchestrator.export.export import export_lane
 from orchestrator.export.lane_choice import LaneQuery
 from orchestrator.finetune.models import loading
+from orchestrator.finetune.models.catalogue import prepare_base_model
 from orchestrator.finetune.resolve.data_preparation import prepare_datasets, write_own_files
 from orchestrator.finetune.resolve.option_names import resolve_tasks
-from orchestrator.finetune.resolve.templates import build_configuration_templates, resolve_base_model
+from orchestrator.finetune.resolve.templates import build_configuration_templates
 from orchestrator.finetune.sources.base_store import suppress_transformers_logging
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.finetune.tasks.examples import Example
@@ -108,7 +109,7 @@ def trained(output: Path, name: str, source: Path, base: Path) -> Record:
     )
     store = Store(output / "store")
     (chosen,) = resolve_tasks(options, (), (), store.bases)
-    content = resolve_base_model(chosen.model, store.bases, lambda text: None)
+    content = prepare_base_model(chosen.model, store.bases, lambda text: None)
     (template,) = build_configuration_templates(options, chosen, content, store.bases)
     made = replace(template, optimizer=replace(template.optimizer, learning_rate=1e-3))
     write_own_files([made], store.data)

@@ -12,9 +12,10 @@ import pytest
 from data_rows import CHATS, MAILS, SUMS, write
 from in_process import SWEEP, Run, restored, run
 
+from orchestrator.finetune.models.catalogue import prepare_base_model
 from orchestrator.finetune.resolve.data_preparation import report_data
 from orchestrator.finetune.resolve.option_names import resolve_tasks
-from orchestrator.finetune.resolve.templates import build_configuration_templates, resolve_base_model
+from orchestrator.finetune.resolve.templates import build_configuration_templates
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.study.options import StudyOptions
 from orchestrator.util.errors import UsageError
@@ -125,7 +126,7 @@ def test_a_row_that_is_too_long_is_named_unless_max_length_is_given(model: Path,
     def templates(**options: Any) -> Any:
         typed = StudyOptions(data=("m.csv",), model=str(model), **options)
         (chosen,) = resolve_tasks(typed, (), ("lora",), tmp_path)
-        content = resolve_base_model(chosen.model, tmp_path, lambda text: None)
+        content = prepare_base_model(chosen.model, tmp_path, lambda text: None)
         return build_configuration_templates(typed, chosen, content, tmp_path)
 
     words = [

@@ -21,7 +21,7 @@ from orchestrator.finetune.models import catalogue as model_catalogue
 from orchestrator.finetune.models import loading, model_checks
 from orchestrator.finetune.resolve.data_preparation import prepare_datasets
 from orchestrator.finetune.resolve.option_names import resolve_options
-from orchestrator.finetune.resolve.templates import build_configuration_templates, resolve_base_model
+from orchestrator.finetune.resolve.templates import build_configuration_templates
 from orchestrator.finetune.sources.base_store import suppress_transformers_logging
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.finetune.tasks.base import Example
@@ -52,7 +52,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def resolve_configurations(bases: Path, task: str = "reviews", **options: Any) -> list[Configuration]:
     study_options = StudyOptions(**{"model": str(bases / task)} | options)
     chosen = resolve_options(study_options, task, ("lora",), bases)
-    content = resolve_base_model(chosen.model, bases, lambda text: None)
+    content = model_catalogue.prepare_base_model(chosen.model, bases, lambda text: None)
     return build_configuration_templates(study_options, chosen, content, bases)
 
 

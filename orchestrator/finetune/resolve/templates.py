@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from itertools import product
@@ -44,31 +44,16 @@ MAX_STEPS = 10_000_000
 _PROGRAM = Path(__file__).parents[2]
 
 
-def resolve_base_model(model: str, bases: Path, progress: Callable[[str], None] | None) -> str:
-    """Return the content hash or revision of a base model.
-
-    Args:
-        model: Its name.
-        bases: The store's folder of base models.
-        progress: Called with one line while a missing model is made or fetched. None makes and fetches
-            nothing: the content of a missing model is then `UNPREPARED`.
-    """
-    if progress is None:
-        return model_catalogue.find_content(model, bases) or UNPREPARED
-    return model_catalogue.prepare_base_model(model, bases, progress)
-
-
 def build_configuration_templates(
-    options: StudyOptions, resolved: ResolvedOptions, base_content: str, bases: Path, checks_fit: bool = True
+    options: StudyOptions, resolved: ResolvedOptions, base_content: str, bases: Path
 ) -> list[Configuration]:
     """Build one configuration for each variant and check it, as far as the base model is available.
 
     Args:
         options: The options of the command line.
         resolved: The values that the names in the options stand for.
-        base_content: The content of the base model, from `resolve_base_model`.
+        base_content: The content of the base model, or `UNPREPARED`.
         bases: The store's folder of base models.
-        checks_fit: Whether `check_fit` is called here.
 
     Returns:
         Configurations that are complete except for the learning rate, the seed, and the hyperparameters that
@@ -81,8 +66,8 @@ def build_configuration_templates(
     task, defaults = resolved.task, resolved.task.defaults
     options = fill_accumulation(options, task)
     model = ModelChoice(resolved.model, base_content, options.dtype or defaults.dtype)
-    if checks_fit or isinstance(task, DataTask):  # before a user's data are read
-        check_inputs(model, task, bases)
+    if isinstance(task, DataTask):
+        check_inputs(model, task, bases)  # before a user's data are read
     batch_size, accumulation = options.batch_size or defaults.batch_size, options.accumulation or 1
     options.check_batch_size(batch_size)
     head_rate = None if options.head_learning_rate == "same" else float(options.head_learning_rate)
@@ -114,8 +99,7 @@ def build_configuration_templates(
     ]
     templates = [apply_values(t, _applicable_values(t.variant.name, resolved.fixed)) for t in templates]
     _check_sizes(templates, options, task)
-    if checks_fit:
-        check_fit(templates, options, resolved, bases)
+    check_fit(templates, options, resolved, bases)
     return templates
 
 

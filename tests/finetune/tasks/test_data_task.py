@@ -15,9 +15,10 @@ from scripted import Script, get_record, leases, train
 
 from orchestrator.finetune.evaluation import metrics
 from orchestrator.finetune.models import loading
+from orchestrator.finetune.models.catalogue import prepare_base_model
 from orchestrator.finetune.resolve.data_preparation import prepare_datasets, write_own_files
 from orchestrator.finetune.resolve.option_names import resolve_tasks
-from orchestrator.finetune.resolve.templates import build_configuration_templates, resolve_base_model
+from orchestrator.finetune.resolve.templates import build_configuration_templates
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.finetune.tasks.base import SPLITS
 from orchestrator.finetune.tasks.data_task import DataTask
@@ -280,7 +281,7 @@ def resolve(store: Store, source: Path, model: Path, **options: Any) -> Configur
         **options,
     )
     (chosen,) = resolve_tasks(typed, (), (), store.bases)
-    content = resolve_base_model(chosen.model, store.bases, lambda text: None)
+    content = prepare_base_model(chosen.model, store.bases, lambda text: None)
     (template,) = build_configuration_templates(typed, chosen, content, store.bases)
     return replace(template, optimizer=replace(template.optimizer, learning_rate=1e-2))
 
