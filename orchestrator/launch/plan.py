@@ -284,55 +284,38 @@ def _measured_seconds(
     """Return the seconds of all configurations by the mean of finished lanes of the same variant.
 
     A lane's seconds are its share of its trainer's time. They are taken as proportional to the number of
-    training examples.
+    training examples. A variant that was not measured is taken as the mean of the others.
 
     Returns:
-        The seconds of one trainer, the device of the lanes, and a phrase about them; None if no lane of the
-        same task and model has finished on such a device.
+        The seconds of one trainer, the device of the lanes, and a phrase about them; None if a task and model
+        have no finished lane on such a device.
     """
-    wanted = {(c.task.name, c.model.name) for c in to_train}
-    fits = partial(_is_same_device, device)
-    runs = [r for r in _read_runs(store) if (r["task"], r["model"]) in wanted and fits(r["device"])]
-    if not runs:
-        return None
-    devices = Counter(run["device"] for run in runs)
-    where = max(devices, key=lambda name: (name != "cpu", devices[name]))
-    times: dict[tuple[str, ...], list[float]] = defaultdict(list)
-    for run in (run for run in runs if run["device"] == where):
-        time = run["seconds"] / (run["steps"] * run["batch_size"] * run["accumulation"])
-        times[run["task"], run["model"]].append(time)
-        times[run["task"], run["model"], run["variant"]].append(time)
-    means = {key: fmean(found) for key, found in times.items()}
-    total, others, left_out = 0.0, dict[str, None](), dict[str, None]()
-    for each in to_train:
-        place = each.task.name, each.model.name
-        own = *place, each.variant.name
-        if place not in means:
-            left_out[each.task.name] = None
-        elif own not in means:
-            others[each.variant.name] = None
-        total += _count_examples(each) * means.get(own, means.get(place, 0.0))
-    source = f"from {devices[where]} lanes measured on {where}"
-    source += f", none of {', '.join(others)} (taken as the others)" if others else ""
-    source += f", without {', '.join(left_out)} (not measured)" if left_out else ""
-    return total, where, source
-
-
-def _is_same_device(device: str, other: str) -> bool:
-    """Return whether lanes on another device tell the time on this one; every device does if it is empty."""
-    card = find_card(device)
-    return not device or device == other or (card is not None and card == find_card(other))
-
-
-def _read_runs(store: Store) -> list[dict[str, Any]]:
-    """Return the finished lanes of the table that every report writes, if there is a readable one."""
-    path = store.root / PARQUET_FILE
+    path = store.root / PARQUET_FILE  # every report writes it
     columns = ["task", "model", "variant", "device", "steps", "batch_size", "accumulation", "seconds"]
+    runs: list[dict[str, Any]] = []
     if path.exists():
         from pyarrow import parquet
 
         with suppress(OSError, ValueError, KeyError):  # another process replaces it, or it is damaged
             table = parquet.read_table(path, columns=columns, filters=[("state", "==", "finished")])
-            runs: list[dict[str, Any]] = table.to_pylist()
-            return runs
-    return []
+            runs = table.to_pylist()
+    card = find_card(device)
+    wanted = {(c.task.name, c.model.name) for c in to_train}
+    runs = [run for run in runs if (run["task"], run["model"]) in wanted]
+    if device:
+        runs = [r for r in runs if r["device"] == device or (card and find_card(r["device"]) == card)]
+    devices = Counter(run["device"] for run in runs)
+    where = max(devices, key=lambda name: (name != "cpu", devices[name]), default="")
+    times: dict[tuple[str, ...], list[float]] = defaultdict(list)
+    for run in (run for run in runs if run["device"] == where):
+        seconds = run["seconds"] / (run["steps"] * run["batch_size"] * run["accumulation"])
+        times[run["task"], run["model"]].append(seconds)
+        times[run["task"], run["model"], run["variant"]].append(seconds)
+    means = {key: fmean(found) for key, found in times.items()}
+    if not wanted <= means.keys():
+        return None
+    total = 0.0
+    for each in to_train:
+        place = each.task.name, each.model.name
+        total += _count_examples(each) * means.get((*place, each.variant.name), means[place])
+    return total, where, f"from {devices[where]} lanes measured on {where}"

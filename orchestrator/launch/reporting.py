@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import zip_longest
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console, RenderableType
@@ -15,9 +16,8 @@ from orchestrator.analyze import report_memo
 from orchestrator.analyze.best_lanes import LaneGoal, ScoredLane, best_lanes, rank_lanes, score_lane
 from orchestrator.execution.run_budget import RunBudget
 from orchestrator.launch.study import Study
-from orchestrator.record.mlflow import ARTIFACTS_FOLDER
 from orchestrator.record.schema import MAX_FAILURES, Record
-from orchestrator.record.store import Store, adapter_file_name
+from orchestrator.record.store import Store
 from orchestrator.record.study_file import PICTURES, REPORT_FILES, AnalysisSettings, StudyFile
 from orchestrator.record.tables import CURVES_FILE, PARQUET_FILE, write_parquet
 from orchestrator.record.tracker import StudyEnd, TrackerWriter, TrackerWriters
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-MAX_REASONS, MAX_REASON_LENGTH = 5, 200
+MAX_REASON_LENGTH = 200
 MAX_RUNNING_BYTES = 2 * 2**30
 """The total size up to which a running study keeps more adapters than the best one of each goal."""
 
@@ -41,11 +41,10 @@ def print_known_end(study: Study) -> bool:
     """Print what the study's command printed at its last end, if nothing has changed since.
 
     Returns:
-        Whether the text was printed. The text is not printed if the report, the Parquet files, MLflow's
-        database or the kept adapters have changed, if MLflow runs on a server, or if another tracker is used.
+        Whether the text was printed.
     """
-    end = _digest_end(study)
-    text = end and report_memo.recall_end(study.folder, _digest_inputs(study), end)
+    files = _digest_files(study)
+    text = files and report_memo.recall_end(study.folder, _digest_inputs(study), files)
     print(text or "", end="", file=study.console.file, flush=True)
     return bool(text)
 
@@ -55,21 +54,20 @@ def _digest_inputs(study: Study) -> str:
     return report_memo.digest_inputs(study.file, study.store, uri, study.folder)
 
 
-def _digest_end(study: Study) -> str:
-    """Return a digest of the files that a study's command writes at its end, without the report's files.
+def _digest_files(study: Study) -> str:
+    """Return a digest of MLflow's database, the Parquet files and the console.
 
-    The digest contains the console's width and encoding, too. It is an empty text if MLflow runs on a server
-    or another tracker is used, because it would take long to find out whether their content has changed.
+    It is an empty text if MLflow runs on a server or another tracker is used, because only they know whether
+    they have changed.
     """
     database, console, root = sqlite_path(study.tracking_uri), study.console, study.store.root
-    if database is None or not database.exists() or study.trackers:
+    if database is None or study.trackers:
         return ""
-    files = [database, *(root / name for name in (PARQUET_FILE, CURVES_FILE))]
-    files += sorted(study.store.adapters.glob("*/*"))
-    artifacts = database.parent / ARTIFACTS_FOLDER / study.name
+    files = [database, root / PARQUET_FILE, root / CURVES_FILE]
+    if not all(file.exists() for file in files):
+        return ""
     return report_memo.digest(
-        [(str(file), file.exists() and (file.stat().st_mtime_ns, file.stat().st_size)) for file in files],
-        sorted(map(str, artifacts.rglob("*"))),
+        [file.stat().st_mtime_ns for file in files],
         (console.width, console.color_system, console.is_terminal, console.encoding),
         study.options.save_adapters,
     )
@@ -111,7 +109,7 @@ def report_and_close(
                 records = [r for f in study.file.configurations if (r := study.store.get(f)) is not None]
                 is_complete = status == "FINISHED" and len(records) == len(study.file.configurations)
                 if study.options.save_adapters == "best" and is_complete:
-                    keeper.finish(map(study.file.rename, records))
+                    keeper.keep_best(map(study.file.rename, records))
                 description, lines = _write_report(study, records, inputs)
     finally:
         interrupted = should_report and budget.is_interrupted
@@ -130,16 +128,12 @@ def report_and_close(
             _print_missing(study, f"--tracker {name}", writer, "the same command writes them")
     if interrupted:
         raise KeyboardInterrupt
-    if should_report and status == "FINISHED" and mlflow.is_finished and not mlflow.error:
-        _remember_end(study, inputs, lines)
-
-
-def _remember_end(study: Study, inputs: str, lines: Sequence[RenderableType]) -> None:
-    if not report_memo.is_written(study.folder, inputs):
-        return  # the command `report`, which read fewer records, has replaced the report meanwhile
-    with study.console.capture() as printed:
-        _print_lines(study.console, lines)
-    report_memo.remember(study.folder, inputs, _digest_end(study), printed.get())
+    is_logged = should_report and status == "FINISHED" and mlflow.is_finished and not mlflow.error
+    # The command `report` may have replaced the report meanwhile, from fewer records.
+    if is_logged and report_memo.is_written(study.folder, inputs):
+        with study.console.capture() as printed:
+            _print_lines(study.console, lines)
+        report_memo.remember(study.folder, inputs, _digest_files(study), printed.get())
 
 
 def _print_lines(console: Console, lines: Iterable[RenderableType]) -> None:
@@ -265,14 +259,11 @@ def describe_failures(failed: Sequence[Record], command: Callable[..., str]) -> 
     by_reason: dict[str, list[Record]] = {}
     for record in failed:
         by_reason.setdefault(" ".join(record.reason.split()), []).append(record)
-    lines = [
-        f"  {', '.join(dict.fromkeys(r.configuration.variant.name for r in own))}: "
-        f"{reason if len(reason) <= MAX_REASON_LENGTH else reason[: MAX_REASON_LENGTH - 3] + '...'}; "
-        f"more: {command('show', own[0].fingerprint[:12])}"
-        for reason, own in by_reason.items()
-    ]
-    if len(lines) > MAX_REASONS:
-        lines[MAX_REASONS:] = [f"  and {len(lines) - MAX_REASONS} more reasons, in the report"]
+    lines = []
+    for reason, records in by_reason.items():
+        variants = ", ".join(dict.fromkeys(record.configuration.variant.name for record in records))
+        shown = command("show", records[0].fingerprint[:12])
+        lines.append(f"  {variants}: {textwrap.shorten(reason, MAX_REASON_LENGTH)}; more: {shown}")
     return lines
 
 
@@ -281,11 +272,6 @@ class AdapterKeeper:
     """Removal of adapters in a study with `--save-adapters best`.
 
     Which lane of a variant is the best is known only at the end, when all seeds of its points have ended.
-    Until then the study keeps the adapter of the best run of each point, the best points first, as long as
-    all of them together have less than `MAX_RUNNING_BYTES`. It always keeps the best one so far of each
-    variant and task.
-
-    An error of the disk is logged and not raised, because a study's results do not need the kept adapters.
     """
 
     store: Store
@@ -296,41 +282,26 @@ class AdapterKeeper:
     lanes: dict[str, ScoredLane] = field(default_factory=dict)
     """Fingerprint -> the lane, of all records that were added."""
 
-    def add(self, record: Record) -> None:
-        """Add a record, and remove the adapters that the study need not keep any more."""
-        self.lanes[record.fingerprint] = score_lane(record, self.settings)
-        kept, total = set(), 0
+    def keep_best(self, records: Iterable[Record], most_bytes: int = 0) -> None:
+        """Add records, and remove the adapters of all added lanes but the best ones.
+
+        The best lane so far of each variant and task is always kept. Others are the best run of each point,
+        the best points first, as long as all kept adapters together have at most `most_bytes`.
+
+        An error of the disk is logged and not raised, because no result depends on a kept adapter.
+        """
+        self.lanes |= {record.fingerprint: score_lane(record, self.settings) for record in records}
+        # Trainers write an adapter before its record, so only lanes with a record are judged.
+        files = {path.stem: path for path in self.store.list_adapters("best") if path.stem in self.lanes}
+        kept, total = set(self.others), 0
         for place, lanes in enumerate(zip_longest(*rank_lanes(self.lanes.values()).values())):
             for lane in filter(None, lanes):
-                total += _size(self.store.adapters / "best" / adapter_file_name(lane.fingerprint))
-                if place == 0 or total <= MAX_RUNNING_BYTES:
+                with suppress(KeyError, OSError):  # the user, or another driver, may have removed it
+                    total += files[lane.fingerprint].stat().st_size
+                if place == 0 or total <= most_bytes:
                     kept.add(lane.fingerprint)
-        # Trainers write an adapter before its record, so only lanes with a record are judged.
-        self._remove(self.lanes.keys() - kept)
-
-    def finish(self, records: Iterable[Record]) -> None:
-        """Remove all adapters but those of the best lanes, at the end of a complete study.
-
-        Args:
-            records: All records of the study.
-        """
-        lanes = [score_lane(record, self.settings) for record in records]
-        best = {ranked[0].fingerprint for ranked in rank_lanes(lanes).values()}
-        self._remove({lane.fingerprint for lane in lanes} - best)
-
-    def _remove(self, fingerprints: Set[str]) -> None:
-        """Remove the adapters of lanes, except of those in `others`."""
-        for path in self.store.list_adapters("best"):
-            if path.stem in fingerprints and path.stem not in self.others:
-                try:
-                    path.unlink(missing_ok=True)
-                except OSError as error:
-                    _log.warning("%s is not removed: %s", path, error)
-
-
-def _size(path: Path) -> int:
-    """Return the size of a file in bytes; 0 without it: another driver, or the user, may have removed it."""
-    try:
-        return path.stat().st_size
-    except OSError:
-        return 0
+        for fingerprint in files.keys() - kept:
+            try:
+                files[fingerprint].unlink(missing_ok=True)
+            except OSError as error:
+                _log.warning("%s is not removed: %s", files[fingerprint], error)

@@ -293,7 +293,7 @@ class Run:
         self.logged.add(record.fingerprint)
         self.writers.put(record.fingerprint)
         if self.study.options.save_adapters == "best":
-            self.keeper.add(record)
+            self.keeper.keep_best([record], reporting.MAX_RUNNING_BYTES)
 
     def _add(self, *configurations: Configuration) -> list[Configuration]:
         """Add a point of the search, or a later stage of the design.

@@ -64,7 +64,7 @@ def test_a_recorded_configuration_that_the_options_no_longer_request_is_found(op
     record(study, [point])
     digits = point.fingerprint[:12]
     assert chosen(options, digits, learning_rates=("5e-3",)) == [point]
-    with pytest.raises(UsageError, match=f"--only '{digits}': no configuration of study 'y' begins with it"):
+    with pytest.raises(UsageError, match=f"--only '{digits}': no configurations of study 'y' begin with it"):
         chosen(options, digits, learning_rates=("5e-3",), study="y")
 
 
@@ -93,20 +93,25 @@ def test_the_study_of_the_config_is_looked_up_from_another_output(
     monkeypatch.chdir(study.folder)
     again = replace(options, output=tmp_path / "again", learning_rates=("5e-3",))
     assert chosen(again, point.fingerprint[:12], config=Path("study.yaml")) == [point]
-    with pytest.raises(UsageError, match="no configuration of study 'x'"):
+    with pytest.raises(UsageError, match="no configurations of study 'x'"):
         chosen(again, point.fingerprint[:12])
 
 
 def test_unknown_and_ambiguous_digits_are_one_line(options: StudyOptions) -> None:
     study = resolve_study(EXPERIMENT, options)
     fingerprints = [c.fingerprint for c in requested(study)]
-    with pytest.raises(UsageError, match=r"--only '0000000': no configuration .*; take one of: ") as refused:
+    with pytest.raises(
+        UsageError, match=r"--only '0000000': no configurations .*; take one, for example of: "
+    ) as refused:
         chosen(options, "0000000")
     assert fingerprints[0][:12] in str(refused.value)
     every = [replace(study.templates[0], seed=seed) for seed in range(17)]  # two share their first digit
     firsts = [c.fingerprint[0] for c in every]
     digit = next(digit for digit in firsts if firsts.count(digit) > 1)
-    with pytest.raises(UsageError, match=f"--only '{digit}': . configurations .* begin with it; give more"):
+    with pytest.raises(
+        UsageError,
+        match=f"--only '{digit}': . configurations .* begin with it; take one, for example of: {digit}",
+    ):
         find_only(replace(options, only=(digit,)), study.file, every, study.templates, study.store)
     with pytest.raises(UsageError, match="--only is empty"):
         replace(options, only=())
@@ -184,4 +189,4 @@ def test_the_study_keeps_its_kind_its_options_and_its_other_configurations(
     assert (folder / "study.yaml").read_text() == "seeds: 2\n"
     shown = run(ORCHESTRATOR, *words, "--only", digits, "--plan")
     assert "Configurations  1, of them 1 known" in shown.stdout
-    run(ORCHESTRATOR, *words, "--only", "zz").assert_refused("--only 'zz': no configuration", "take one of")
+    run(ORCHESTRATOR, *words, "--only", "zz").assert_refused("--only 'zz': no configurations", "take one")
