@@ -73,17 +73,13 @@ class ComparisonOptions(StudyOptions):
         return self.replicates or (5 if self.dry_run else 10)
 
 
-def complete(options: ComparisonOptions, variants: tuple[str, ...]) -> ComparisonOptions:
+def complete(options: ComparisonOptions) -> ComparisonOptions:
     """Return the options with the baseline among the variants, and with the small grid of a rehearsal.
-
-    Args:
-        options: The options as they were given.
-        variants: The default of --variants.
 
     Raises:
         UsageError: The baseline is the only variant.
     """
-    compared = {canonical_name(name): name for name in (BASELINE, *(options.variants or variants))}
+    compared = {canonical_name(name): name for name in (BASELINE, *(options.variants or ()))}
     if len(compared) < 2:
         raise UsageError(
             f"--variants {BASELINE}: it is what the others are compared with; name one more, for example "

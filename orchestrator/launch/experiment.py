@@ -33,9 +33,8 @@ class Experiment:
     options_class: type[Options]
     make_design: Callable[[Any, DesignInput], Design] | None = None
     """Makes the design from the options, unless a search chooses the points."""
-    complete: Callable[[Any, tuple[str, ...]], Any] = lambda options, variants: options
-    """Returns the options with the defaults of this experiment, from the given ones and the default of
-    --variants."""
+    complete: Callable[[Any], Any] = lambda options: options
+    """Returns the options with further defaults of this experiment. They have variants and tasks already."""
     show: Callable[[Any], int] | None = None
     """Answers the question without a study, and returns the exit code."""
     kind: StudyKind = "curve"

@@ -7,7 +7,7 @@ trains it on Ray, and `reporting` writes the report.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -117,11 +117,7 @@ def run_study(experiment: Experiment, options: StudyOptions, command: str = "") 
         if study.num_to_train or not reporting.print_known_end(study):
             Run(study).execute()
         if study.search is not None:
-            points = study.search.file.points
-            for name, used in study.search.update_usage(study.store).items():
-                if used.points < points:
-                    line = f"{name}: {used.points} points of {points}: its space has no more"
-                    study.console.print(line, markup=False)
+            study.search.update_usage(study.store)
         return StudyResult(reporting.print_missing_results(study), study.folder, study.options)
 
 
@@ -322,17 +318,13 @@ class Run:
         store = self.study.store
         while not self.study.budget.stop_reason and (named := self.study.name_next_stage()):
             if new := self._add(*named):
-                self.progress.notify(self._describe_stage(named, len(named) - len(new)))
+                assert self.study.design is not None
+                reason, known = self.study.design.explain(named), len(named) - len(new)
+                count = f"{len(named)} configurations more" + (f", {known} of them known" if known else "")
+                self.progress.notify(f"next stage: {count}{f': {reason}' if reason else ''}")
                 prepare_datasets(new, store.bases, store.data, self.progress.notify)
                 return new
         return []
-
-    def _describe_stage(self, named: Sequence[Configuration], num_known: int) -> str:
-        """Return a line that says how many configurations a stage has, and why they are trained."""
-        count = f"{len(named)} configurations more" + (f", {num_known} of them known" if num_known else "")
-        assert self.study.design is not None
-        reason = self.study.design.explain(named)
-        return f"next stage: {count}{f': {reason}' if reason else ''}"
 
 
 def start_writers(study: Study, notify: Callable[[str], None]) -> TrackerWriters:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import cycle
 from pathlib import Path
@@ -33,13 +33,13 @@ from orchestrator.study.configuration import Configuration
 from orchestrator.study.names import default_study_name, store_command
 from orchestrator.study.options import StudyOptions
 from orchestrator.util.atomic_files import make_folder
-from orchestrator.util.errors import UsageError, suggest_nearest
+from orchestrator.util.errors import UsageError
 from orchestrator.util.redaction import REDACTED
 
 if TYPE_CHECKING:
     from orchestrator.execution.search.budget import SearchBudget
 
-TRACKERS = {"none": None, "wandb": WandbTracker, "tensorboard": TensorBoardTracker}
+TRACKERS = {"wandb": WandbTracker, "tensorboard": TensorBoardTracker}
 """Value of --tracker -> the tracker beside MLflow."""
 
 
@@ -242,7 +242,7 @@ def resolve_study(experiment: Experiment, given: StudyOptions, command: str = ""
     given = replace(given, variants=given.variants or variants)
     if given.task is None and given.data is None:
         given = replace(given, task=task_names)
-    given = experiment.complete(given, variants)
+    given = experiment.complete(given)
     options = autoscaler.adapt_options(given)
     make_folder(f"--output {str(options.output)!r}", options.output)
     store = Store(options.store_folder)
@@ -299,21 +299,16 @@ def resolve_study(experiment: Experiment, given: StudyOptions, command: str = ""
     return study
 
 
-def load_trackers(chosen: Sequence[str]) -> dict[str, MakeTracker]:
-    """Find and check the trackers that a command names beside MLflow.
+def load_trackers(chosen: Iterable[str]) -> dict[str, MakeTracker]:
+    """Return the trackers that a command names beside MLflow, checked.
 
     Raises:
-        UsageError: A name is unknown, a tracker's package is not installed, or a setting is missing.
+        UsageError: A tracker's package is not installed, or a setting is missing.
     """
-    found: dict[str, MakeTracker] = {}
-    for name in chosen:
-        if name not in TRACKERS:
-            nearest = suggest_nearest(name, TRACKERS)
-            raise UsageError(f"--tracker {name!r} is not one; MLflow is always written. {nearest}")
-        if (tracker := TRACKERS[name]) is not None:
-            tracker.check()
-            found[name] = tracker
-    return found
+    found = {name: TRACKERS[name] for name in chosen if name in TRACKERS}
+    for tracker in found.values():
+        tracker.check()
+    return {**found}
 
 
 def _build_templates(

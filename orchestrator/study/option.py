@@ -100,12 +100,8 @@ class Options:
         value = getattr(self, name)
         if value is True:
             return flag(name)
-        words = (
-            map(str, value)
-            if isinstance(value, tuple)
-            else [f"{value:g}" if isinstance(value, float) else f"{value}"]
-        )
-        return redact_secrets(f"{flag(name)} {' '.join(words)}")
+        shown = f"{value:g}" if isinstance(value, float) else f"{value}"
+        return redact_secrets(f"{flag(name)} {' '.join(value) if isinstance(value, tuple) else shown}")
 
 
 def flag(name: str) -> str:
@@ -120,6 +116,8 @@ class _Facts:
     option: Option
     plain: Any
     """The type without bounds and without None: `tuple` for a list of words, `Literal[...]` for choices."""
+    choices: tuple[str, ...]
+    """All values, or words of a list, if there is a fixed set of them."""
     adapter: pydantic.TypeAdapter[Any]
 
 
@@ -135,7 +133,9 @@ def _facts(options_class: Any) -> Mapping[str, _Facts]:
             (plain,) = (each for each in get_args(plain) if each is not type(None))
         if get_origin(hint) is not ClassVar:
             kind = tuple if get_origin(plain) is tuple else plain
-            found[name] = _Facts(option, kind, pydantic.TypeAdapter(hint))
+            word = get_args(plain)[0] if kind is tuple else plain
+            choices = get_args(word) if get_origin(word) is Literal else ()
+            found[name] = _Facts(option, kind, choices, pydantic.TypeAdapter(hint))
     return found
 
 
@@ -147,6 +147,11 @@ def option_of(options_class: Any, name: str) -> Option:
 def plain_type(options_class: Any, name: str) -> Any:
     """Return the type of an option without bounds and without None: `tuple` for a list of words."""
     return _facts(options_class)[name].plain
+
+
+def choices_of(options_class: Any, name: str) -> tuple[str, ...]:
+    """Return the values of an option, or of the words of a list, if there is a fixed set of them."""
+    return _facts(options_class)[name].choices
 
 
 def defaults(options_class: Any) -> dict[str, Any]:
@@ -273,7 +278,7 @@ def _explain(options_class: Any, name: str, violation: ErrorDetails, value: obje
         return "is empty; name one, or leave it out."
     if value is None:
         return "has no value; give one, or leave it out."
-    given = str(violation["input"] if isinstance(value, list) and kind.startswith("str") else value)
+    given = str(violation["input"] if isinstance(value, list) and not kind.startswith("tuple") else value)
     if choices := choices_of(options_class, name):
         near = suggest_nearest(given, choices, otherwise="")
         return f"{quote_value(given)}: must be one of {', '.join(choices)}. {near}".strip()
@@ -287,9 +292,3 @@ def _explain(options_class: Any, name: str, violation: ErrorDetails, value: obje
     return (
         f"{shown}: {rule.format(**{key: f'{bound:.12g}' for key, bound in bounds.items() if key in rule})}."
     )
-
-
-def choices_of(options_class: Any, name: str) -> tuple[str, ...]:
-    """Return the values of an option that has a fixed set of them; empty for others."""
-    hint = plain_type(options_class, name)
-    return get_args(hint) if get_origin(hint) is Literal else ()

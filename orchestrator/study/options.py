@@ -213,7 +213,9 @@ class OutputOptions(StoreOptions):
     """Name of the study. Default: script, task and model. The same name extends a study."""
     tracking_uri: Annotated[Text | None, Option("ADDRESS")] = None
     """MLflow tracking server. Default: MLFLOW_TRACKING_URI, else a SQLite file in the store."""
-    tracker: Annotated[Words, Option("NAME", commas=True)] = ("none",)
+    tracker: Annotated[
+        tuple[Literal["none", "wandb", "tensorboard"], ...], Field(min_length=1), Option(commas=True)
+    ] = ("none",)
     """Programs that show the runs beside MLflow: `wandb` (Weights & Biases), `tensorboard`, or both."""
     save_adapters: Literal["none", "best", "all"] = "best"
     """Trained adapters that the store keeps for the command `export`: of each variant and task the one with
