@@ -56,6 +56,8 @@ class Option:
     """False if it concerns one run, so that study.yaml leaves it out."""
     position: bool = False
     """True if it is given without its name."""
+    section: str = ""
+    """Title of the section of `--help` that begins with this option."""
 
     @property
     def is_pairs(self) -> bool:
@@ -165,14 +167,19 @@ def defaults(options_class: Any) -> dict[str, Any]:
 def sections(options_class: Any) -> dict[str, list[str]]:
     """Return the title of each section of options -> its options.
 
-    A section is a class among the bases, such as `GridOptions`, whose title is "grid".
+    A section begins with an option that names it, or with the first option of a class: that of
+    `StoreOptions` is "store".
     """
     found: dict[str, list[str]] = {}
     for each in (each for each in options_class.__mro__ if issubclass(each, Options)):
-        seen = {name for names in found.values() for name in names}
-        names = [name for name in inspect.get_annotations(each) if name in defaults(options_class)]
-        if names := [name for name in names if name not in seen]:
-            found[each.__name__.removesuffix("Options").lower()] = names
+        title, seen = (
+            each.__name__.removesuffix("Options").lower(),
+            {n for names in found.values() for n in names},
+        )
+        for name in inspect.get_annotations(each):
+            if name in defaults(options_class) and name not in seen:
+                title = option_of(options_class, name).section or title
+                found.setdefault(title, []).append(name)
     return found
 
 

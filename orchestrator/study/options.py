@@ -25,10 +25,30 @@ MAX_MEASURED_LANES = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class GridOptions(Options):
-    """Variants, task, base model, learning rates and seeds to compare."""
+class StoreOptions(Options):
+    """The folders of results."""
 
-    dry_run: bool = False
+    output: Annotated[Path, Option(paths=True, saved=False)] = field(default_factory=names.default_output)
+    """Output folder, with the store and a subfolder for each study. Default: ORCHESTRATOR_OUTPUT, else
+    `results`."""
+    store: Annotated[Path | None, Option(paths=True)] = None
+    """Folder of the records, shared by all studies. Default: `store` in the output folder."""
+
+    @property
+    def store_folder(self) -> Path:
+        """The folder of the store: --store, else `store` in the output folder."""
+        return self.store or self.output / names.DEFAULT_STORE_NAME
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyOptions(StoreOptions):
+    """All options of a study.
+
+    Raises:
+        UsageError: An option has a value that is wrong whatever the base model and the cluster are.
+    """
+
+    dry_run: Annotated[bool, Option(section="grid")] = False
     """Rehearse the whole study on this machine, without a GPU: a small task on a base model that is
     pretrained here once (about half a minute). Ends in a few minutes with a complete report. --task names
     another task than letters, for example reviews; tasks on downloaded models take longer. With --data, give
@@ -61,13 +81,7 @@ class GridOptions(Options):
     targets: Annotated[Text, Option("LAYERS", sets="targets")] = "blocks"
     """Layers that get an adapter: `blocks` (every linear layer of the model's blocks), a comma-separated list
     of name endings (`q_proj,v_proj`), or `re:` and a regular expression."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataOptions(Options):
-    """Data of your own in place of a task: docs/own_data.md."""
-
-    data: Annotated[Words | None, Option("PATH", paths=True, rival="task")] = None
+    data: Annotated[Words | None, Option("PATH", section="data", paths=True, rival="task")] = None
     """Data to fine-tune on, in place of --task: a .jsonl, .json, .csv, .tsv or .parquet file, a folder of
     images with one subfolder per class, a folder with train, validation and test files, or a dataset of the
     hub (organization/name, organization/name:subset). With several, every variant is trained on each."""
@@ -94,13 +108,7 @@ class DataOptions(Options):
     for long answers."""
     max_new_tokens: Annotated[Examples | None, Option(needs="data")] = None
     """Longest generated answer in tokens, for numeric and token_f1. Default: by the longest answer."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SearchOptions(Options):
-    """Search for points, and early stopping."""
-
-    search: Literal["grid", "random", "qmc", "optuna"] = "grid"
+    search: Annotated[Literal["grid", "random", "qmc", "optuna"], Option(section="search")] = "grid"
     """Source of the points: `grid` (the learning rates), `random`, `qmc` (evenly spread), or `optuna`, which
     learns from earlier results. Each variant gets the same number of points."""
     sampler: Annotated[Literal["tpe", "cma-es", "qmc", "random"] | None, Option(needs="search")] = None
@@ -118,13 +126,7 @@ class SearchOptions(Options):
     """Early stopping by validation loss, separately for each variant and task: none, asha, median (Ray
     Tune's). Stopped lanes are shown as censored; without early stopping they continue. With --evaluations 10,
     asha takes about a third of the steps (docs/early_stopping.md)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingOptions(Options):
-    """Training of one fine-tune."""
-
-    steps: Annotated[Examples | None, Option(sets="steps")] = None
+    steps: Annotated[Examples | None, Option(section="training", sets="steps")] = None
     """Optimizer steps of a fine-tune. Default: the task's."""
     epochs: Annotated[Positive | None, Option(sets="steps", rival="steps")] = None
     """Passes over the training examples, in place of --steps."""
@@ -156,13 +158,7 @@ class TrainingOptions(Options):
     """Data type of the frozen base; adapters are float32. `nf4` (as in QLoRA) quantizes the weights of the
     blocks' linear layers to 4 bits when the model is loaded: less memory, more time. The rest of the model
     is bfloat16. Default: the task's."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ResourceOptions(Options):
-    """Machines and processes of the study."""
-
-    trainers: Count | None = None
+    trainers: Annotated[Count | None, Option(section="resource")] = None
     """Number of Ray Train runs, each of which holds the base model. Default: as many as fit, adapted while
     nodes come and go. On a cluster that the study has joined, trainers beyond that number wait for nodes."""
     workers_per_trainer: Count = 1
@@ -182,29 +178,7 @@ class ResourceOptions(Options):
     trainer_timeout: Positive | None = None
     """Seconds after which a study without any trainer ends. Default: 300, or 1800 where GPU nodes have to be
     started first."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class StoreOptions(Options):
-    """The folders of results."""
-
-    output: Annotated[Path, Option(paths=True, saved=False)] = field(default_factory=names.default_output)
-    """Output folder, with the store and a subfolder for each study. Default: ORCHESTRATOR_OUTPUT, else
-    `results`."""
-    store: Annotated[Path | None, Option(paths=True)] = None
-    """Folder of the records, shared by all studies. Default: `store` in the output folder."""
-
-    @property
-    def store_folder(self) -> Path:
-        """The folder of the store: --store, else `store` in the output folder."""
-        return self.store or self.output / names.DEFAULT_STORE_NAME
-
-
-@dataclass(frozen=True, kw_only=True)
-class OutputOptions(StoreOptions):
-    """Files of the study, and output that is printed instead of training."""
-
-    config: Annotated[Path | None, Option("FILE", saved=False)] = None
+    config: Annotated[Path | None, Option("FILE", section="output", saved=False)] = None
     """YAML file with options, such as the study.yaml in the folder of every study, or the name of a study
     that comes with the program: published-gsm8k-r8, published-gsm8k-r128, published-humaneval,
     published-glue, published-images. One NAME: VALUE a line, flat or grouped as here. An option on the
@@ -230,13 +204,7 @@ class OutputOptions(StoreOptions):
     """GPU for which --plan guesses hours, such as H100, also where there is none. Default: this machine's."""
     price_per_hour: Annotated[Positive | None, Option(saved=False)] = None
     """Price in USD of one GPU for an hour, by which --plan multiplies the GPU hours."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LimitOptions(Options):
-    """Limits of a run, and training of failed configurations again."""
-
-    max_hours: Positive | None = None
+    max_hours: Annotated[Positive | None, Option(section="limit")] = None
     """Hours after which this run ends. Lanes are saved, the report is written, and the exit code is 3. The
     same command continues the study."""
     max_gpu_hours: Positive | None = None
@@ -244,17 +212,6 @@ class LimitOptions(Options):
     holds. Earlier runs do not count."""
     retry_failed: Annotated[bool, Option(saved=False)] = False
     """Train configurations again that have failed three times."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class StudyOptions(
-    GridOptions, DataOptions, SearchOptions, TrainingOptions, ResourceOptions, OutputOptions, LimitOptions
-):
-    """All options of a study.
-
-    Raises:
-        UsageError: An option has a value that is wrong whatever the base model and the cluster are.
-    """
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -16,7 +16,7 @@ from orchestrator.finetune.tasks.data_examples import PlacedExample, make_exampl
 from orchestrator.finetune.tasks.data_splits import find_labels, make_splits
 from orchestrator.finetune.tasks.data_task import DataSpec, DataTask
 from orchestrator.finetune.tasks.examples import SPLITS, find_overlaps, hash_examples
-from orchestrator.study.options import DataOptions
+from orchestrator.study.options import StudyOptions
 from orchestrator.util.errors import UsageError
 
 ANSWER_METRICS: Mapping[str, Output] = {
@@ -55,7 +55,7 @@ class DataRequest:
     """What the options of a study say about one task of a user's data."""
 
     source: str
-    options: DataOptions
+    options: StudyOptions
 
     @property
     def name(self) -> str:
@@ -116,7 +116,7 @@ def _split_origins(source: SourceRows) -> dict[Split, str]:
     return {split: own[0] + (f" and {len(own) - 1} more" if own[1:] else "") for split, own in names.items()}
 
 
-def _find_columns(source: SourceRows, options: DataOptions, name: str) -> ColumnMap:
+def _find_columns(source: SourceRows, options: StudyOptions, name: str) -> ColumnMap:
     """Return the columns by their role. A split column does not count if the source itself has splits."""
     named = parse_columns(options.columns)
     has_splits = source.rows[0].split is not None  # all rows or none have one
@@ -182,7 +182,7 @@ def _add_held_out_data(
     return ignored
 
 
-def _find_output(columns: ColumnMap, options: DataOptions, name: str) -> Output:
+def _find_output(columns: ColumnMap, options: StudyOptions, name: str) -> Output:
     has_label = "label" in columns.columns
     metrics = LABEL_METRICS if has_label else ANSWER_METRICS
     metric = options.metric or ("accuracy" if has_label else "exact_match")
@@ -227,7 +227,7 @@ def _floor(metric: str, splits: Mapping[Split, Sequence[PlacedExample]]) -> floa
     return round(sum(each.example.answer == label for each in test) / len(test), 4)
 
 
-def _max_new_tokens(splits: Mapping[Split, Sequence[PlacedExample]], options: DataOptions) -> int:
+def _max_new_tokens(splits: Mapping[Split, Sequence[PlacedExample]], options: StudyOptions) -> int:
     """Return --max-new-tokens. By default it is the bytes of the longest answer, divided by two."""
     if options.max_new_tokens is not None:
         return options.max_new_tokens
