@@ -11,16 +11,16 @@ FOLDERS = ("docs", "experiments", "orchestrator", "tests", "variants")
 PRIVATE_OF_RAY = re.compile(r"\bray(?:\.\w+)*\._[a-z]\w+")
 PRIVATE_OF_RAY_FILE = ROOT / "orchestrator" / "execution" / "ray" / "private.py"
 BUDGETS = {
-    "orchestrator": (324, 26000),
+    "orchestrator": (324, 25700),
     "orchestrator/analyze": (94, 7000),
     "orchestrator/cli": (6, 400),
     "orchestrator/cluster": (5, 300),
     "orchestrator/execution": (40, 3400),
     "orchestrator/export": (6, 500),
     "orchestrator/finetune": (140, 9500),
-    "orchestrator/launch": (10, 1500),
+    "orchestrator/launch": (10, 1400),
     "orchestrator/record": (14, 1700),
-    "orchestrator/study": (11, 1300),
+    "orchestrator/study": (11, 1200),
     "orchestrator/util": (12, 700),
     "variants": (130, 6800),
     "experiments": (18, 2100),
@@ -29,7 +29,7 @@ BUDGETS = {
 """Package -> (modules, lines of code) that it may have at most: today's sizes, with room for two modules and
 for the lines up to the next hundred. A change that makes one smaller lowers its numbers; one that raises them
 says what that is worth."""
-DOC_WORDS = 52_744
+DOC_WORDS = 52_752
 """Words that all pages may have together."""
 
 

@@ -10,10 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from variants.api import (
-    CalibrationStatistic,
-    VariantSettings,
-)
+from variants.api import CalibrationStatistic, VariantSettings
 from variants.attach import Adapters
 from variants.lane_linear import LaneLinear
 

@@ -17,13 +17,7 @@ from typing import TYPE_CHECKING, Any
 from variants.errors import suggest_nearest
 from variants.source_cache import cached
 from variants.traits import Traits
-from variants.variant_names import (
-    FILE_SUFFIX,
-    PEFT_AXIS,
-    PEFT_PREFIX,
-    USER_AXIS,
-    entry_points_by_name,
-)
+from variants.variant_names import FILE_SUFFIX, PEFT_AXIS, PEFT_PREFIX, USER_AXIS, entry_points_by_name
 
 if TYPE_CHECKING:
     from variants.api import Variant

@@ -29,15 +29,7 @@ from typing import Any
 
 import torch
 from measuring import choose_device, describe_machine, make_parser, synchronize, write_results
-from synthetic_task import (
-    SHAPES,
-    StepSize,
-    build_model,
-    draw_rows,
-    free_device_memory,
-    make_lanes,
-    take_step,
-)
+from synthetic_task import SHAPES, StepSize, build_model, draw_rows, free_device_memory, make_lanes, take_step
 
 from orchestrator.finetune.failures import Fault, classify_error
 from orchestrator.finetune.models import activation_checkpointing, liger_kernels

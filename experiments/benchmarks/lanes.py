@@ -19,15 +19,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from measuring import (
-    Summary,
-    choose_device,
-    make_parser,
-    markdown_table,
-    ratios,
-    time_in_turn,
-    write_results,
-)
+from measuring import Summary, choose_device, make_parser, markdown_table, ratios, time_in_turn, write_results
 from synthetic_task import (
     SHAPES,
     StepSize,

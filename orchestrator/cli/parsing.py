@@ -11,15 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from orchestrator.study.configuration import HYPERPARAMETERS, Hyperparameter
-from orchestrator.study.option import (
-    choices_of,
-    defaults,
-    flag,
-    help_texts,
-    option_of,
-    plain_type,
-    sections,
-)
+from orchestrator.study.option import defaults, flag, help_texts, sections
 from orchestrator.study.options import StudyOptions
 from orchestrator.util.errors import UsageError, quote_value, suggest_nearest
 
@@ -56,7 +48,7 @@ def parse(options_class: Any, words: Sequence[str], program: str, description: s
     for title, names in sections(options_class).items():
         group = parser.add_argument_group(f"{title} options")
         for name in names:
-            place = parser if option_of(options_class, name).position else group
+            place = parser if options_class.declared()[name].position else group
             text = texts.get(name, "").replace("%", "%%")
             hidden = name in options_class.unused
             _add_option(place, options_class, name, argparse.SUPPRESS if hidden else text)
@@ -73,8 +65,8 @@ def parse(options_class: Any, words: Sequence[str], program: str, description: s
 
 
 def _usage(options_class: Any) -> str:
-    positions = [name for name in defaults(options_class) if option_of(options_class, name).position]
-    return " ".join(["%(prog)s", *(option_of(options_class, name).value for name in positions), "[options]"])
+    values = [each.value for each in options_class.declared().values() if each.position]
+    return " ".join(["%(prog)s", *values, "[options]"])
 
 
 def _wrap(description: str, width: int) -> str:
@@ -86,8 +78,8 @@ def _wrap(description: str, width: int) -> str:
 
 
 def _add_option(group: Any, options_class: Any, name: str, text: str) -> None:
-    option, kind = option_of(options_class, name), plain_type(options_class, name)
-    default, choices = defaults(options_class)[name], choices_of(options_class, name)
+    option, default = options_class.declared()[name], defaults(options_class)[name]
+    kind, choices = option.plain_type, option.choices
     if option.position:
         count = "*" if kind is tuple else "?" if "[" in option.value else None
         group.add_argument(name, metavar=option.value.strip("[]"), help=text, nargs=count)
@@ -111,8 +103,8 @@ def _add_option(group: Any, options_class: Any, name: str, text: str) -> None:
 
 def free_hyperparameters(options_class: Any) -> dict[str, Hyperparameter]:
     """Return the hyperparameters that no option of its own sets; each has an option in place of --set."""
-    options = defaults(options_class)
-    taken = {*options, *(option_of(options_class, name).sets for name in options)}
+    options = options_class.declared()
+    taken = {*options, *(each.sets for each in options.values())}
     return {name: each for name, each in HYPERPARAMETERS.items() if name not in taken}
 
 

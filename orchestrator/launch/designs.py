@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 from pathlib import Path
+from typing import ClassVar, Literal
 
 from orchestrator.analyze.factors.star_data import find_center
 from orchestrator.analyze.scores import finite_score
@@ -22,13 +23,7 @@ from orchestrator.finetune.resolve.templates import find_settings_error, has_lay
 from orchestrator.finetune.tasks import catalogue
 from orchestrator.record.schema import Record
 from orchestrator.study.configuration import HYPERPARAMETERS, Configuration, Value
-from orchestrator.study.factors import (
-    Factor,
-    choose_factors,
-    default_rate,
-    factor_levels,
-    resweep_rates,
-)
+from orchestrator.study.factors import Factor, choose_factors, default_rate, factor_levels, resweep_rates
 from orchestrator.study.grids import build_grid, check_grid_size, refine_rates, round_rate
 from orchestrator.study.space import VARIANT_HYPERPARAMETERS, apply_values, format_value, get_value
 from orchestrator.util.errors import UsageError
@@ -41,6 +36,9 @@ failed too often to be tried again. Returns None for others."""
 class Design(ABC):
     """The rule that names the configurations of a study; a pure function of the records."""
 
+    reason: ClassVar[str] = ""
+    """Why a later stage adds configurations, as a phrase; empty if it needs no reason."""
+
     @abstractmethod
     def request(self, find: FindRecord) -> list[Configuration]:
         """Return all configurations of the study that follow from the records so far.
@@ -51,10 +49,6 @@ class Design(ABC):
     def outline(self) -> list[Configuration]:
         """Return the expected configurations of all stages, for --plan, without any records."""
         return self.request(lambda fingerprint: None)
-
-    def explain(self, added: Sequence[Configuration]) -> str:
-        """Return a phrase that says why a later stage adds configurations; empty if it needs no reason."""
-        return ""
 
 
 @dataclass(frozen=True)
@@ -68,15 +62,13 @@ class DesignInput:
 
     def refined(self, per_decade: int) -> DesignInput:
         """Return a copy whose grids have about `per_decade` rates a decade; 0 leaves the grids unchanged."""
-        if not per_decade:
-            return self
         grids = {task: refine_rates(rates, per_decade) for task, rates in self.learning_rates.items()}
         return replace(self, learning_rates=grids)
 
     def templates_by_task(self) -> dict[str, list[Configuration]]:
         """Return task -> templates, one per variant."""
         ordered = groupby(self.templates, key=lambda template: template.task.name)
-        return {task: list(own) for task, own in ordered}
+        return {task: list(templates) for task, templates in ordered}
 
 
 @dataclass(frozen=True)
@@ -110,6 +102,7 @@ class WideningGrid(Design):
         UsageError: A grid has too many points.
     """
 
+    reason = "the best rate of a variant is at an end of the grid, which grows (--widen 0 leaves it as it is)"
     given: DesignInput
     seeds: Sequence[int]
     max_decades: float = 0.0
@@ -127,14 +120,6 @@ class WideningGrid(Design):
             for configuration in build_grid(templates, self._widened(task, templates, find), self.seeds)
         ]
 
-    def explain(self, added: Sequence[Configuration]) -> str:
-        """Return the rates that are added, and the rule that adds them."""
-        rates = ", ".join(f"{rate:g}" for rate in sorted({c.optimizer.learning_rate for c in added}))
-        return (
-            f"the best rate of a variant is at an end of the grid, which grows by {rates} (--widen 0 leaves "
-            "it as it is)"
-        )
-
     def _widened(self, task: str, templates: Sequence[Configuration], find: FindRecord) -> list[float]:
         """Return the grid of one task, extended according to the records, ascending."""
         rates = list(self.given.learning_rates[task])
@@ -143,8 +128,8 @@ class WideningGrid(Design):
             find(c.fingerprint) for c in build_grid(templates, rates, self.seeds)
         ):
             low, high = self._at_edges(templates, rates, find)
-            below = _continue_rates(rates, 0.1, limits[0]) if low else []
-            above = _continue_rates(rates, 10.0, limits[1]) if high else []
+            below = _continue_rates(rates, -1, limits[0]) if low else []
+            above = _continue_rates(rates, 1, limits[1]) if high else []
             if not below and not above:
                 break
             rates = [*reversed(below), *rates, *above]
@@ -152,19 +137,15 @@ class WideningGrid(Design):
 
     def _at_edges(
         self, templates: Sequence[Configuration], rates: Sequence[float], find: FindRecord
-    ) -> tuple[list[str], list[str]]:
-        """Return the variants of a task whose best rate is the lowest, and those whose is the highest."""
-        lowest: list[str] = []
-        highest: list[str] = []
+    ) -> tuple[bool, bool]:
+        """Return whether the lowest rate of a task is the best of a variant, and whether the highest is."""
+        ends = set()
         for template in templates:
             scores = _scores_by_rate(template, rates, self.seeds, find)
-            means = [math.fsum(own) / len(own) if own else -math.inf for own in scores]
-            is_low, is_high = (
-                math.isfinite(mean) and mean >= max(means) - _SCORE_EPSILON for mean in (means[0], means[-1])
-            )
-            if is_low != is_high:
-                (lowest if is_low else highest).append(template.variant.name)
-        return lowest, highest
+            means = [math.fsum(each) / len(each) if each else -math.inf for each in scores]
+            best = max(means) - _SCORE_EPSILON
+            ends.add(tuple(math.isfinite(mean) and mean >= best for mean in (means[0], means[-1])))
+        return (True, False) in ends, (False, True) in ends
 
 
 def _scores_by_rate(
@@ -172,11 +153,11 @@ def _scores_by_rate(
 ) -> list[list[float]]:
     """Return for each rate the finite validation scores of those seeds that have one."""
     grid = [[find(c.fingerprint) for c in build_grid([template], [rate], seeds)] for rate in rates]
-    scores = [[finite_score(record, "validation") for record in own if record is not None] for own in grid]
-    return [[score for score in own if score is not None] for own in scores]
+    scores = [[finite_score(record, "validation") for record in runs if record is not None] for runs in grid]
+    return [[score for score in at_rate if score is not None] for at_rate in scores]
 
 
-def _continue_rates(rates: Sequence[float], decade: float, limit: float) -> list[float]:
+def _continue_rates(rates: Sequence[float], direction: Literal[-1, 1], limit: float) -> list[float]:
     """Return the next rates beyond one end of a grid, within `STEP_DECADES`, or else the next one alone.
 
     A grid of a decade or more repeats its pattern: 1e-3, 3e-3, 1e-2 is followed by 3e-2 and 1e-1. A narrower
@@ -184,28 +165,24 @@ def _continue_rates(rates: Sequence[float], decade: float, limit: float) -> list
 
     Args:
         rates: The grid, ascending.
-        decade: 10 for the high end, 0.1 for the low end.
+        direction: 1 for the high end, -1 for the low end.
         limit: Farthest valid rate, up to rounding.
 
     Returns:
         Rates in order of their distance from the end; empty if none lies within `limit`.
     """
-    ordered = list(rates) if decade > 1 else list(reversed(rates))
+    ordered = rates[::direction]
     edge = ordered[-1]
-
-    def distance(rate: float) -> float:
-        """Return the distance of a rate beyond the edge in decades, negative inside the grid."""
-        return math.log10(rate / edge) * (1 if decade > 1 else -1)
-
-    candidates = [round_rate(rate * decade) for rate in ordered]
+    candidates = [round_rate(rate * 10.0**direction) for rate in ordered]
     if abs(math.log10(edge / ordered[0])) < 1 - _ROUNDING_DECADES:
         candidates = [round_rate(edge * (edge / ordered[-2]) ** i) for i in range(1, len(ordered) + 1)]
-    beyond = [r for r in candidates if _ROUNDING_DECADES < distance(r) <= distance(limit) + _ROUNDING_DECADES]
-    near = [rate for rate in beyond if distance(rate) <= STEP_DECADES + _ROUNDING_DECADES]
+    distances = {rate: direction * math.log10(rate / edge) for rate in (*candidates, limit)}
+    farthest = distances[limit] + _ROUNDING_DECADES
+    beyond = [rate for rate in candidates if _ROUNDING_DECADES < distances[rate] <= farthest]
+    near = [rate for rate in beyond if distances[rate] <= STEP_DECADES + _ROUNDING_DECADES]
     return near or beyond[:1]
 
 
-MIN_TUNED_RATES = 2
 MIN_SPACING = 0.0199
 """Smallest spacing of a grid in decades. In a finer grid rounding to three digits could undo the shift."""
 
@@ -218,7 +195,7 @@ class ReplicatesDesign(Design):
     tasks of a replicate therefore have the same offset, and more replicates do not change the earlier ones.
 
     Raises:
-        UsageError: The grid of a task has fewer than `MIN_TUNED_RATES` rates, or is finer than `MIN_SPACING`.
+        UsageError: The grid of a task has one rate only, or is finer than `MIN_SPACING`.
     """
 
     given: DesignInput
@@ -226,7 +203,7 @@ class ReplicatesDesign(Design):
 
     def __post_init__(self) -> None:
         for task, rates in self.given.learning_rates.items():
-            if len(rates) < MIN_TUNED_RATES:
+            if len(rates) < 2:
                 raise UsageError(
                     f"--learning-rates: {task} has {len(rates)} rate, so there is nothing to tune; take two "
                     "or more, for example 1e-4:1e-2:2."
@@ -308,8 +285,8 @@ class StarDesign(Design):
                 continue
             scores = _scores_by_rate(template, rates, self.seeds, find)
             if any(scores):
-                means = [math.fsum(own) / len(own) if own else math.nan for own in scores]
-                _, center = find_center(rates, means, [len(own) for own in scores])
+                means = [math.fsum(each) / len(each) if each else math.nan for each in scores]
+                _, center = find_center(rates, means, list(map(len, scores)))
                 found += build_grid(levels, _swept_rates(rates, center), self.seeds)
         return found
 

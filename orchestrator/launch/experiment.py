@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.record.study_file import AnalysisSettings, StudyKind
@@ -33,7 +33,7 @@ class Experiment:
     options_class: type[Options]
     make_design: Callable[[Any, DesignInput], Design] | None = None
     """Makes the design from the options, unless a search chooses the points."""
-    complete: Callable[[Any], Any] = lambda options: options
+    complete: Callable[[Any], StudyOptions] = lambda options: options
     """Returns the options with further defaults of this experiment. They have variants and tasks already."""
     show: Callable[[Any], int] | None = None
     """Answers the question without a study, and returns the exit code."""
@@ -56,6 +56,12 @@ class Experiment:
     def trains(self) -> bool:
         """True if the experiment is a study, which has records and a report."""
         return issubclass(self.options_class, StudyOptions)
+
+    def fill_defaults(self, options: StudyOptions) -> StudyOptions:
+        """Return the options with the variants and tasks of this experiment, and its other defaults."""
+        variants = options.variants or (self.dry_run_variants if options.dry_run else self.variants)
+        tasks = options.task or (self.dry_run_tasks if options.dry_run else self.tasks)
+        return self.complete(replace(options, variants=variants, task=None if options.data else tasks))
 
     def settings(self, options: StudyOptions) -> AnalysisSettings:
         """Return the settings of the analysis."""

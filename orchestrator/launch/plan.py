@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections import Counter, defaultdict
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from orchestrator.execution.progress import format_duration
 from orchestrator.execution.ray import runtime
@@ -26,9 +23,7 @@ from orchestrator.launch.study import Study
 from orchestrator.record.store import Store
 from orchestrator.record.tables import PARQUET_FILE
 from orchestrator.study.configuration import Configuration, ModelChoice
-from orchestrator.study.option import flag
-from orchestrator.study.options import StudyOptions
-from orchestrator.util.errors import UsageError, suggest_nearest
+from orchestrator.study.options import Card, StudyOptions
 from variants import catalogue
 from variants.traits import AdaptationScope
 
@@ -37,11 +32,9 @@ if TYPE_CHECKING:
 
 Line = tuple[str, str]
 """Label and text of a printed line."""
-FROM_HUB = (
-    "; the study asks the model hub for it; without a hub give --model a folder with a transformers model"
-)
+FROM_HUB = "; the study asks the model hub for it; without a hub give --model a transformers folder"
 NOT_CHECKED = ("Not checked", "--rank and --targets: the base model is not here yet")
-CARDS = {
+CARDS: dict[Card, int] = {
     "L4": 121, "A10G": 70, "L40S": 362, "A100": 312, "H100": 989, "H200": 989, "B200": 2250, "RTX 4090": 165,
 }  # fmt: skip
 """GPU -> peak of dense bfloat16 products in TFLOP/s, from NVIDIA's data sheets; SXM where there are two."""
@@ -142,10 +135,8 @@ def _search_lines(search: SearchBudget, template: Configuration) -> list[Line]:
         space = " ".join(f"{key}={spec}" for key, spec in group.specs.items()) or "nothing"
         points = search.num_asked[name] + search.num_remaining(name)
         spaces.setdefault(f"{points} points of {space}", []).append(name)
-    lines = [
-        ("Search", f"{search.file.sampler}, {len(search.groups)} searches"),
-        ("Variants", " ".join(variants)),
-    ]
+    search_line = "Search", f"{search.file.sampler}, {len(search.groups)} searches"
+    lines = [search_line, ("Variants", " ".join(variants))]
     if not any("learning_rate" in group.specs for group in search.groups.values()):
         lines.append(("Learning rate", f"{template.optimizer.learning_rate:g}"))
     for space, names in spaces.items():
@@ -161,8 +152,7 @@ def _probe_hardware(options: StudyOptions) -> tuple[str, int, float]:
     """
     workers = options.workers_per_trainer
     if options.plan_gpu is not None:
-        card, num_gpus = require_card(options.plan_gpu), options.gpus_per_worker or 1.0
-        return card, options.trainers or 0, workers * num_gpus
+        return options.plan_gpu, options.trainers or 0, workers * (options.gpus_per_worker or 1.0)
     gpus: float | None
     if runtime.running_cluster_address() is not None:
         device, trainers, gpus = "", options.trainers or 0, options.gpus_per_worker
@@ -175,22 +165,11 @@ def _probe_hardware(options: StudyOptions) -> tuple[str, int, float]:
     return device, trainers, workers * (1.0 if gpus is None else gpus)
 
 
-def find_card(device: str) -> str | None:
+def find_card(device: str) -> Card | None:
     """Return the card of `CARDS` that a name of a GPU means; None for other cards and for MIG slices."""
     if "MIG" in device:
         return None
     return next((card for card in CARDS if re.search(rf"\b{card}\b", device, re.IGNORECASE)), None)
-
-
-def require_card(name: str) -> str:
-    """Return the card that --plan-gpu names.
-
-    Raises:
-        UsageError: `CARDS` has none of this name.
-    """
-    if (card := find_card(name)) is None:
-        raise UsageError(f"--plan-gpu {name!r}: its speed is not known. {suggest_nearest(name, CARDS)}")
-    return card
 
 
 def _cost_lines(study: Study) -> list[Line]:
@@ -205,11 +184,9 @@ def _cost_lines(study: Study) -> list[Line]:
     card, hours, said = find_card(device), list[float](), ""
     if (measured := _measured_seconds(to_train, store, device)) is not None:
         seconds, where, source = measured
-        time = f"{format_duration(seconds)} divided by the number of trainers"
-        if num_trainers:
-            duration = format_duration(seconds / num_trainers + STARTUP_SECONDS)
-            time = f"{duration} with --trainers {num_trainers}"
-        lines.append(("Time", f"about {time}, {source}"))
+        wait = seconds / num_trainers + STARTUP_SECONDS if num_trainers else seconds
+        trainers = f"with --trainers {num_trainers}" if num_trainers else "divided by the number of trainers"
+        lines.append(("Time", f"about {format_duration(wait)} {trainers}, {source}"))
         if where != "cpu":
             hours = [seconds * gpus / 3600]
             said = f"about {_span(*hours)} on {where}"
@@ -233,9 +210,7 @@ def _cost_lines(study: Study) -> list[Line]:
     if study.pending and measured is None and device != "cpu":
         # The lowest learning rate is the least likely to diverge early.
         point = min(study.pending, key=lambda c: (c.seed, c.optimizer.learning_rate))
-        planned = " ".join(
-            flag(name) for name in ("plan", "plan_gpu", "price_per_hour") if getattr(options, name)
-        )
+        planned = "--plan and --plan-gpu" if options.plan_gpu else "--plan"
         command = f"the same command with --only {point.fingerprint[:12]} in place of {planned}"
         lines.append(("To know", f"train one of them on such a device, then plan again: {command}"))
     return lines
@@ -290,32 +265,33 @@ def _measured_seconds(
         The seconds of one trainer, the device of the lanes, and a phrase about them; None if a task and model
         have no finished lane on such a device.
     """
-    path = store.root / PARQUET_FILE  # every report writes it
-    columns = ["task", "model", "variant", "device", "steps", "batch_size", "accumulation", "seconds"]
-    runs: list[dict[str, Any]] = []
-    if path.exists():
-        from pyarrow import parquet
+    if not (path := store.root / PARQUET_FILE).exists():  # every report writes it
+        return None
+    import pandas as pd  # takes half a second
 
-        with suppress(OSError, ValueError, KeyError):  # another process replaces it, or it is damaged
-            table = parquet.read_table(path, columns=columns, filters=[("state", "==", "finished")])
-            runs = table.to_pylist()
-    card = find_card(device)
-    wanted = {(c.task.name, c.model.name) for c in to_train}
-    runs = [run for run in runs if (run["task"], run["model"]) in wanted]
+    columns = ["task", "model", "variant", "device", "steps", "batch_size", "accumulation", "seconds"]
+    try:
+        finished = [("state", "==", "finished")]
+        runs = pd.read_parquet(path, columns=columns, filters=finished)
+    except (OSError, ValueError, KeyError):  # another process replaces it, or it is damaged
+        return None
+    card, wanted = find_card(device), {(c.task.name, c.model.name) for c in to_train}
+    runs = runs.loc[[place in wanted for place in zip(runs.task, runs.model, strict=True)]]
     if device:
-        runs = [r for r in runs if r["device"] == device or (card and find_card(r["device"]) == card)]
-    devices = Counter(run["device"] for run in runs)
-    where = max(devices, key=lambda name: (name != "cpu", devices[name]), default="")
-    times: dict[tuple[str, ...], list[float]] = defaultdict(list)
-    for run in (run for run in runs if run["device"] == where):
-        seconds = run["seconds"] / (run["steps"] * run["batch_size"] * run["accumulation"])
-        times[run["task"], run["model"]].append(seconds)
-        times[run["task"], run["model"], run["variant"]].append(seconds)
-    means = {key: fmean(found) for key, found in times.items()}
-    if not wanted <= means.keys():
+        alike = {device, card} - {None}
+        runs = runs.loc[[name in alike or find_card(name) in alike for name in runs.device]]
+    counts = runs.device.value_counts()
+    where = max(counts.index, key=lambda name: (name != "cpu", counts[name]), default="")
+    runs = runs[runs.device == where]
+    seconds = runs.seconds / (runs.steps * runs.batch_size * runs.accumulation)
+    by_task = seconds.groupby([runs.task, runs.model]).mean()
+    by_variant = seconds.groupby([runs.task, runs.model, runs.variant]).mean()
+    if not len(by_task):
         return None
     total = 0.0
     for each in to_train:
         place = each.task.name, each.model.name
-        total += _count_examples(each) * means.get((*place, each.variant.name), means[place])
-    return total, where, f"from {devices[where]} lanes measured on {where}"
+        seconds_each = by_variant.get((*place, each.variant.name), by_task.get(place, 0.0))
+        total += _count_examples(each) * seconds_each
+    missing = [f"without {task} (not measured)" for task, _ in sorted(wanted - set(by_task.index))]
+    return total, where, ", ".join([f"from {len(runs)} lanes measured on {where}", *missing])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-MAX_REASON_LENGTH = 200
+MAX_REASONS, MAX_REASON_LENGTH = 5, 200
 MAX_RUNNING_BYTES = 2 * 2**30
 """The total size up to which a running study keeps more adapters than the best one of each goal."""
 
@@ -55,10 +54,11 @@ def _digest_inputs(study: Study) -> str:
 
 
 def _digest_files(study: Study) -> str:
-    """Return a digest of MLflow's database, the Parquet files and the console.
+    """Return a digest of what the study's end has written beside the report, and of how it prints.
 
-    It is an empty text if MLflow runs on a server or another tracker is used, because only they know whether
-    they have changed.
+    It has the times of MLflow's database and of the Parquet files, the console's width and encoding, and
+    --save-adapters. It is empty if a file is missing, and if MLflow runs on a server or another tracker is
+    used, because this program cannot see whether their runs have changed.
     """
     database, console, root = sqlite_path(study.tracking_uri), study.console, study.store.root
     if database is None or study.trackers:
@@ -74,11 +74,7 @@ def _digest_files(study: Study) -> str:
 
 
 def report_and_close(
-    study: Study,
-    writers: TrackerWriters,
-    keeper: AdapterKeeper,
-    status: str,
-    should_report: bool,
+    study: Study, writers: TrackerWriters, keeper: AdapterKeeper, status: str, should_report: bool
 ) -> None:
     """Write the report, then wait for MLflow and other trackers to log the remaining runs.
 
@@ -154,9 +150,8 @@ def _mlflow_seconds(budget: RunBudget, status: str) -> float:
     """Return the time in seconds for logging the remaining runs to MLflow."""
     if budget.is_interrupted:
         return min(timeouts.INTERRUPT_MLFLOW_FLUSH_SECONDS, max(0.5, budget.interrupt_seconds_left() - 1))
-    if status == "FINISHED" or budget.stop_reason:
-        return timeouts.MLFLOW_FLUSH_SECONDS
-    return timeouts.INTERRUPT_MLFLOW_FLUSH_SECONDS
+    has_ended = status == "FINISHED" or budget.stop_reason
+    return timeouts.MLFLOW_FLUSH_SECONDS if has_ended else timeouts.INTERRUPT_MLFLOW_FLUSH_SECONDS
 
 
 def _print_missing(study: Study, tracker: str, writer: TrackerWriter, remedy: str) -> None:
@@ -260,11 +255,12 @@ def describe_failures(failed: Sequence[Record], command: Callable[..., str]) -> 
     for record in failed:
         by_reason.setdefault(" ".join(record.reason.split()), []).append(record)
     lines = []
-    for reason, records in by_reason.items():
+    for reason, records in list(by_reason.items())[:MAX_REASONS]:
         variants = ", ".join(dict.fromkeys(record.configuration.variant.name for record in records))
         shown = command("show", records[0].fingerprint[:12])
-        lines.append(f"  {variants}: {textwrap.shorten(reason, MAX_REASON_LENGTH)}; more: {shown}")
-    return lines
+        lines.append(f"  {variants}: {reason[:MAX_REASON_LENGTH]}; more: {shown}")
+    others = len(by_reason) - MAX_REASONS
+    return [*lines, f"  and {others} more reasons, in the report"] if others > 0 else lines
 
 
 @dataclass

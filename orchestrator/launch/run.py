@@ -19,15 +19,15 @@ from orchestrator.execution.settings import Session, TrainerSettings, shared_opt
 from orchestrator.finetune.models import catalogue as model_catalogue
 from orchestrator.finetune.resolve.data_preparation import prepare_datasets, report_data, write_own_files
 from orchestrator.launch import reporting
-from orchestrator.launch.experiment import Experiment
-from orchestrator.launch.plan import Plan, print_plan, require_card
-from orchestrator.launch.settings import (
+from orchestrator.launch.earlier_runs import (
     drop_abandoned,
     drop_replaced,
     find_sources,
     fix_settings,
     refuse_other_runs,
 )
+from orchestrator.launch.experiment import Experiment
+from orchestrator.launch.plan import Plan, print_plan
 from orchestrator.launch.study import Study, resolve_study
 from orchestrator.record.maintenance import lanes_of_others
 from orchestrator.record.mlflow import MlflowTracker, configured_uri
@@ -76,9 +76,8 @@ class StudyResult:
         """
         from orchestrator.analyze import study_frames
 
-        return study_frames.load(
-            self.folder.name, output=self.options.output, store=self.options.store_folder
-        )
+        options = self.options
+        return study_frames.load(self.folder.name, output=options.output, store=options.store_folder)
 
 
 def run_study(experiment: Experiment, options: StudyOptions, command: str = "") -> StudyResult:
@@ -95,8 +94,6 @@ def run_study(experiment: Experiment, options: StudyOptions, command: str = "") 
         KeyboardInterrupt: The run was interrupted. Unfinished lanes keep their checkpoints.
         OSError: A file could not be written.
     """
-    if options.plan_gpu is not None:
-        require_card(options.plan_gpu)  # before any data is read
     after = None if options.plan else UsageError
     with atomic_files.remove_created_folders(options.output, options.store_folder, after=after):
         study = resolve_study(experiment, options, command)
@@ -106,9 +103,7 @@ def run_study(experiment: Experiment, options: StudyOptions, command: str = "") 
     if options.plan:
         return StudyResult(0, study.folder, study.options, print_plan(study))
     atomic_files.make_folder(f"--study {study.name!r}", study.folder)
-    refusal = (
-        f"study {study.name!r} is running already in {study.folder}; wait for it, or take another --study."
-    )
+    refusal = f"study {study.name!r} is running already in {study.folder}; wait, or take another --study."
     with (
         runtime.exclusive_lock(study.folder / LOCK_FILE, refusal),
         atomic_files.report_unwritable_folders(study.folder, study.store.root),
@@ -117,7 +112,9 @@ def run_study(experiment: Experiment, options: StudyOptions, command: str = "") 
         if study.num_to_train or not reporting.print_known_end(study):
             Run(study).execute()
         if study.search is not None:
-            study.search.update_usage(study.store)
+            for name, used in study.search.update_usage(study.store).items():
+                if used.points < study.search.file.points:
+                    study.console.print(f"{name}: {used.points} points, its space has no more")
         return StudyResult(reporting.print_missing_results(study), study.folder, study.options)
 
 
@@ -205,8 +202,7 @@ class Run:
             if isinstance(error, KeyboardInterrupt):
                 if not budget.is_interrupted:
                     budget.request_stop()
-                line = f"Stopped: {study.describe_progress()}, what is half done is kept"
-                study.console.print(line, markup=False)
+                study.console.print(f"Stopped: {study.describe_progress()}, what is half done is kept")
             raise
         finally:
             # Log the records of earlier runs, and records whose end was not reported, because the broker was
@@ -221,10 +217,13 @@ class Run:
         study, progress, budget = self.study, self.progress, self.study.budget
         if study.search is not None:
             study.search.on_point = self._add
+        # Called if a signal ends the start of Ray.
+        end, seconds = StudyEnd("KILLED"), timeouts.INTERRUPT_MLFLOW_FLUSH_SECONDS
+        close_writers = partial(self.writers.close, end, seconds)
         with (
             progress,
             study.store.scratch_folder() as scratch_folder,
-            runtime.connect(self._close_writers) as cluster,
+            runtime.connect(close_writers) as cluster,
             graceful_interrupts(budget.request_stop),
         ):
             # Imported after `connect`, which sets environment variables that Tune reads at its import.
@@ -238,17 +237,12 @@ class Run:
             steps = train(session, study.satisfied, study.pending, study.search, self._next_stage)
             used = f", {budget.format_usage()}" if budget.gpus_per_trainer else ""
             progress.notify(f"{progress.describe_ended(time.monotonic() - began)}{used}")
-            if progress.first_lane_at is not None:
-                wait = format_duration(progress.first_lane_at - began)
-                progress.notify(f"the first lane trained after {wait} of this time")
+            if (first := progress.first_lane_at) is not None:
+                progress.notify(f"the first lane trained after {format_duration(first - began)} of this time")
             most = sum(c.lr_schedule.steps for c in study.pending)
             progress.notify(f"{steps} optimizer steps of {most} for all configurations to the end")
         if budget.is_interrupted:
             raise KeyboardInterrupt
-
-    def _close_writers(self) -> None:
-        """Close the writers early, when a signal ends the start of Ray."""
-        self.writers.close(StudyEnd("KILLED"), timeouts.INTERRUPT_MLFLOW_FLUSH_SECONDS)
 
     def _make_session(self, cluster: runtime.Cluster, scratch_folder: Path) -> Session:
         """Check the cluster, and determine the number of trainers and their settings."""
@@ -292,17 +286,9 @@ class Run:
             self.keeper.keep_best([record], reporting.MAX_RUNNING_BYTES)
 
     def _add(self, *configurations: Configuration) -> list[Configuration]:
-        """Add a point of the search, or a later stage of the design.
-
-        Returns:
-            The configurations that have no result in the store.
-        """
-        new = []
-        for configuration in configurations:
-            if self.study.add(configuration):
-                self.progress.cached += 1
-            else:
-                new.append(configuration)
+        """Add configurations to the study and to the progress, and return those without a result."""
+        new = self.study.add(configurations)
+        self.progress.cached += len(configurations) - len(new)
         self.progress.total, self.progress.max_steps = self.study.total, self.study.max_steps()
         return new
 
@@ -318,10 +304,11 @@ class Run:
         store = self.study.store
         while not self.study.budget.stop_reason and (named := self.study.name_next_stage()):
             if new := self._add(*named):
-                assert self.study.design is not None
-                reason, known = self.study.design.explain(named), len(named) - len(new)
-                count = f"{len(named)} configurations more" + (f", {known} of them known" if known else "")
-                self.progress.notify(f"next stage: {count}{f': {reason}' if reason else ''}")
+                rates = " ".join(f"{rate:g}" for rate in sorted({c.optimizer.learning_rate for c in named}))
+                known = len(named) - len(new)
+                count = f"{len(named)} configurations more{f', {known} of them known' if known else ''}"
+                reason = f": {design.reason}" if (design := self.study.design) and design.reason else ""
+                self.progress.notify(f"next stage: {count}, at learning rates {rates}{reason}")
                 prepare_datasets(new, store.bases, store.data, self.progress.notify)
                 return new
         return []
@@ -360,17 +347,12 @@ def choose_lanes(study: Study, num_trainers: int, gpus_per_worker: float) -> tup
         return MAX_MEASURED_LANES, True
     # A search and early stopping decide by the results of other lanes, so fewer should train at once.
     is_plain_grid = options.search == "grid" and options.scheduler == "none"
-    lanes = DEFAULT_LANES_PER_TRAINER
-    if is_plain_grid and all(map(_is_short, [*study.templates, *study.pending])):
+    batches = [c.batches for c in (*study.templates, *study.pending)]  # `max_length` is 0 for images
+    if is_plain_grid and all(0 < b.batch_size * b.max_length <= SHORT_LANE_TOKENS for b in batches):
         # With more lanes than its share, a trainer would train the lanes of others.
         share = -(-study.num_to_train // max(1, num_trainers))
-        lanes = max(lanes, min(SHORT_LANES_PER_TRAINER, share))
-    return lanes, False
-
-
-def _is_short(configuration: Configuration) -> bool:
-    tokens = configuration.batches.batch_size * configuration.batches.max_length
-    return 0 < tokens <= SHORT_LANE_TOKENS  # `max_length` is 0 for images
+        return max(DEFAULT_LANES_PER_TRAINER, min(SHORT_LANES_PER_TRAINER, share)), False
+    return DEFAULT_LANES_PER_TRAINER, False
 
 
 def _describe_trainers(session: Session) -> str:

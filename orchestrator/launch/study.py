@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import cycle
 from pathlib import Path
@@ -21,8 +21,8 @@ from orchestrator.finetune.models.catalogue import UNPREPARED, find_content, pre
 from orchestrator.finetune.resolve.option_names import ResolvedOptions, resolve_tasks
 from orchestrator.finetune.resolve.templates import build_configuration_templates
 from orchestrator.launch.designs import Design, DesignInput, FixedDesign
+from orchestrator.launch.earlier_runs import find_only
 from orchestrator.launch.experiment import Experiment
-from orchestrator.launch.settings import find_only, find_sources, refuse_other_files
 from orchestrator.record.mlflow import check_uri, resolve_uri, study_uri
 from orchestrator.record.other_trackers import TensorBoardTracker, WandbTracker
 from orchestrator.record.schema import MAX_FAILURES, Record
@@ -137,15 +137,11 @@ class Study:
         too often. No design uses the curve and the results per item, which take most of the memory, so the
         record is kept without them.
         """
-        if fingerprint not in self._settled:
-            record = self.store.get(fingerprint)
-            if record is None:
-                return None
+        if fingerprint not in self._settled and (record := self.store.get(fingerprint)) is not None:
             is_failed = record.state == "failed"
-            if not (self.is_exhausted(fingerprint) if is_failed else self.has_result(record.configuration)):
-                return None
-            self._settled[fingerprint] = replace(record, curve=(), items={})
-        return self._settled[fingerprint]
+            if self.is_exhausted(fingerprint) if is_failed else self.has_result(record.configuration):
+                self._settled[fingerprint] = replace(record, curve=(), items={})
+        return self._settled.get(fingerprint)
 
     def is_exhausted(self, fingerprint: str) -> bool:
         """Return whether a configuration has failed too often to be tried again."""
@@ -192,18 +188,20 @@ class Study:
             self.expected = 0
         return named
 
-    def add(self, configuration: Configuration) -> bool:
-        """Add a configuration of a search or of a later stage, also to `study.json`.
+    def add(self, configurations: Sequence[Configuration]) -> list[Configuration]:
+        """Add the point of a search, or a later stage of the design, also to `study.json`.
 
         Returns:
-            True if the store has its result already.
+            The configurations that have no result in the store.
         """
-        fingerprint, is_known = configuration.fingerprint, self.has_result(configuration)
-        self.requested.append(configuration)
-        (self.satisfied if is_known else self.pending).append(configuration)
-        self.file = self.file.with_configurations([fingerprint], [fingerprint] if is_known else [])
+        known = {c.fingerprint for c in configurations if self.has_result(c)}
+        new = [c for c in configurations if c.fingerprint not in known]
+        self.requested += configurations
+        self.satisfied += [c for c in configurations if c.fingerprint in known]
+        self.pending += new
+        self.file = self.file.with_configurations([c.fingerprint for c in configurations], known)
         self.file.write(self.folder)
-        return is_known
+        return new
 
     # -- its words
 
@@ -229,7 +227,7 @@ def resolve_study(experiment: Experiment, given: StudyOptions, command: str = ""
         command: The shell command that runs the study again; empty for one that names study.yaml.
 
     Returns:
-        The study, of which nothing has been looked up yet.
+        The study, before `look_up`.
 
     Raises:
         UsageError: The value of an option is wrong, for example for this machine or the joined cluster.
@@ -237,18 +235,15 @@ def resolve_study(experiment: Experiment, given: StudyOptions, command: str = ""
     """
     console = Console(file=sys.stdout, highlight=False, markup=False)
     _require_hardware(experiment, given)
-    variants = experiment.dry_run_variants if given.dry_run else experiment.variants
-    task_names = experiment.dry_run_tasks if given.dry_run else experiment.tasks
-    given = replace(given, variants=given.variants or variants)
-    if given.task is None and given.data is None:
-        given = replace(given, task=task_names)
-    given = experiment.complete(given)
+    given = experiment.fill_defaults(given)
     options = autoscaler.adapt_options(given)
     make_folder(f"--output {str(options.output)!r}", options.output)
     store = Store(options.store_folder)
     tracking_uri = resolve_uri(options.tracking_uri, store)
-    trackers = load_trackers(options.tracker)
-    tasks = resolve_tasks(options, task_names, variants, store.bases)
+    trackers = {str(name): TRACKERS[name] for name in options.tracker if name != "none"}
+    for tracker in trackers.values():
+        tracker.check()
+    tasks = resolve_tasks(options, store.bases)
     budget = RunBudget(options.max_hours, options.max_gpu_hours)
     if options.plan_gpu is None and runtime.running_cluster_address() is None:
         _, gpus = runtime.estimate_local_cluster().plan_trainers(
@@ -256,11 +251,13 @@ def resolve_study(experiment: Experiment, given: StudyOptions, command: str = ""
         )
         budget.set_gpus_per_trainer(gpus * options.workers_per_trainer)
     templates = _build_templates(options, tasks, store)
-    if not options.plan and any(template.model.content == UNPREPARED for template in templates):
-        runtime.check_start()  # before a model is pretrained or fetched, which takes longer
-        for each in tasks:
+    if not options.plan:
+        is_missing = any(template.model.content == UNPREPARED for template in templates)
+        if is_missing:
+            runtime.check_start()  # before a model is pretrained or fetched, which takes longer
+        for each in tasks:  # of a folder, the store notes the place, because workers run elsewhere
             prepare_base_model(each.model, store.bases, console.print)
-        templates = _build_templates(options, tasks, store)
+        templates = _build_templates(options, tasks, store) if is_missing else templates
     models, names = [each.model for each in tasks], [each.task.name for each in tasks]
     name = options.study or default_study_name(
         experiment.module,
@@ -271,9 +268,8 @@ def resolve_study(experiment: Experiment, given: StudyOptions, command: str = ""
     folder = options.study_folder(name)
     new = StudyFile(name, experiment.question, "", experiment=experiment.name, folder=folder)
     file = StudyFile.read(folder) or new
-    if options.tracking_uri is None and REDACTED in file.tracking_uri:
-        check_uri(study_uri(file.tracking_uri, store))  # a password is given again, and not forgotten
-    refuse_other_files(file, find_sources(templates))
+    if options.config and options.tracking_uri is None and REDACTED in file.tracking_uri:
+        check_uri(study_uri(file.tracking_uri, store))  # study.yaml has left it out, with the password
     study = Study(
         experiment=experiment,
         given=given,
@@ -297,18 +293,6 @@ def resolve_study(experiment: Experiment, given: StudyOptions, command: str = ""
         study.design = FixedDesign(tuple(find_only(options, study.file, study.requested, templates, store)))
         study.search = None
     return study
-
-
-def load_trackers(chosen: Iterable[str]) -> dict[str, MakeTracker]:
-    """Return the trackers that a command names beside MLflow, checked.
-
-    Raises:
-        UsageError: A tracker's package is not installed, or a setting is missing.
-    """
-    found = {name: TRACKERS[name] for name in chosen if name in TRACKERS}
-    for tracker in found.values():
-        tracker.check()
-    return {**found}
 
 
 def _build_templates(
@@ -339,9 +323,8 @@ def _require_hardware(experiment: Experiment, options: StudyOptions) -> None:
     """
     if options.dry_run or options.plan or options.task or options.data or options.model:
         return
-    if runtime.running_cluster_address() is None and not any(
-        node.gpus for node in runtime.estimate_local_cluster().nodes
-    ):
+    has_cluster = runtime.running_cluster_address() is not None
+    if not has_cluster and not any(node.gpus for node in runtime.estimate_local_cluster().nodes):
         raise UsageError(
             f"the full study ({' '.join(experiment.tasks)}) needs a GPU or a Ray cluster "
             "(ray up cluster.yaml, or RAY_ADDRESS) and there is none here; rehearse it with --dry-run, or "

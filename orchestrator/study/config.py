@@ -18,13 +18,13 @@ import yaml
 
 from orchestrator.study.configuration import HYPERPARAMETERS
 from orchestrator.study.names import CONFIG_NAME
-from orchestrator.study.option import Options, convert, defaults, find_option, flag, option_of, sections
-from orchestrator.study.space import parse_value
+from orchestrator.study.option import Options, convert, defaults, find_option, flag, sections
+from orchestrator.study.space import parse_value, setting_key
 from orchestrator.util import atomic_files
 from orchestrator.util.errors import UsageError, suggest_nearest
 from orchestrator.util.redaction import redact_secrets
 from orchestrator.util.sqlite_uri import with_full_path
-from variants.variant_names import FILE_SUFFIX, canonical_key, canonical_name
+from variants.variant_names import FILE_SUFFIX, canonical_name
 
 SHIPPED_FOLDER = Path(__file__).parents[1] / "published"
 """Folder of the studies that come with the program: NAME.yaml."""
@@ -126,29 +126,25 @@ def _merge(options_class: type[Options], file: Mapping[str, Any], typed: Mapping
     NAME=VALUE are added to those of the file. Words for variants that are not typed are left out, and so are
     options that have no meaning any more.
     """
-    facts = {name: option_of(options_class, name) for name in {*file, *typed}}
-    words = {
-        name: convert(options_class, name, value, flag(name)) or ()
-        for name, value in typed.items()
-        if facts[name].is_pairs
-    }
-    keys = {_key(word) for added in words.values() for word in added} | {facts[name].sets for name in typed}
-    replaced = {
-        name
-        for name in file
-        if facts[name].rival in typed
-        or any(facts[other].rival == name for other in typed)
-        or (facts[name].sets and facts[name].sets in keys)
-    }
-    typed_variants = convert(options_class, "variants", typed.get("variants"), "--variants") or ()
-    variants = {"", *map(canonical_name, typed_variants)}
-    merged = {name: value for name, value in file.items() if name not in replaced}
-    for name in (each for each in merged if facts[each].is_pairs):
-        kept = [word for word in merged[name] or () if _key(word) not in keys]
-        if typed_variants:
-            kept = [word for word in kept if _key(word).rpartition(".")[0] in variants]
-        merged[name] = tuple(kept)
-    result = {**merged, **typed, **{name: (*merged.get(name, ()), *added) for name, added in words.items()}}
+    facts = options_class.declared()
+    pairs = [name for name in {*file, *typed} if facts[name].is_pairs]
+    added = {n: convert(options_class, n, typed[n], flag(n)) or () for n in pairs if n in typed}
+    rivals = {facts[name].rival for name in typed}
+    keys = {facts[name].sets for name in typed}
+    keys |= {setting_key(word) for words in added.values() for word in words}
+    keys -= {""}
+    variants = convert(options_class, "variants", typed.get("variants"), "--variants") or ()
+    owners = {"", *map(canonical_name, variants)}
+    result = {
+        name: value
+        for name, value in file.items()
+        if name not in rivals and facts[name].rival not in typed and facts[name].sets not in keys
+    } | dict(typed)
+    for name in pairs:
+        kept = [word for word in file.get(name) or () if setting_key(word) not in keys]
+        if variants:
+            kept = [word for word in kept if setting_key(word).rpartition(".")[0] in owners]
+        result[name] = (*kept, *added.get(name, ()))
     usual = defaults(options_class)
     absent = {name for name in usual if result.get(name, usual[name]) in (usual[name], None, ())}
     return {
@@ -156,10 +152,6 @@ def _merge(options_class: type[Options], file: Mapping[str, Any], typed: Mapping
         for name, value in result.items()
         if name in typed or (value != () and facts[name].needs not in absent)
     }
-
-
-def _key(word: str) -> str:
-    return canonical_key(word.partition("=")[0])
 
 
 def read_config(
@@ -229,11 +221,7 @@ def _compose(path: Path) -> Any:
         others = [*map(str, path.parent.glob("*.yaml")), *shipped_studies()]
         hint = suggest_nearest(str(path), others, "Name a YAML file.")
         raise UsageError(f"--config {str(path)!r}: {error.strerror}. {hint}") from None
-    except UnicodeDecodeError:
-        raise UsageError(f"{path}: not a text in UTF-8; name a YAML file.") from None
-    except RecursionError:
-        raise UsageError(f"{path}: too deep; write one NAME: VALUE a line.") from None
-    except yaml.YAMLError as error:
+    except (UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         where = f", line {mark.line + 1}" if mark else ""
         reason = " ".join(str(problem or error).split())
@@ -294,7 +282,7 @@ def write_config(
     for name, value in ((name, given[name]) for name in ordered):
         if redact_secrets(str(value)) != str(value):
             lines.append(f"# {name} is left out, because it holds a secret.")
-        elif option_of(type(options), name).saved:
+        elif options.declared()[name].saved:
             is_name = name == "model" and value in built_in_models
             values[name] = value if is_name else _full_paths(type(options), name, value)
     for name, value in {EXPERIMENT: experiment, **values}.items():
@@ -309,8 +297,8 @@ def _full_paths(options_class: type[Options], name: str, value: Any) -> Any:
         return [_full_paths(options_class, name, word) for word in value]
     if not isinstance(value, (str, Path)):
         return value
-    option, word = option_of(options_class, name), str(value)
+    word = str(value)
     if name == "tracking_uri":
         return with_full_path(word)
-    may_be_path = option.paths or (option.code and word.endswith(FILE_SUFFIX))
+    may_be_path = options_class.declared()[name].paths or word.endswith(FILE_SUFFIX)
     return os.path.abspath(word) if may_be_path and os.path.exists(word) else word

@@ -15,14 +15,15 @@ from __future__ import annotations
 
 import hashlib
 import math
-import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
-from pydantic import TypeAdapter
+import pydantic
+from pydantic import TypeAdapter, ValidationError
 
+from orchestrator.study.option import broken_rule
 from orchestrator.util.atomic_files import canonical_json
 from variants.variant_names import FILE_SUFFIX
 
@@ -76,23 +77,17 @@ class Hyperparameter(Field):
             return None if value in self.choices else f"must be one of {', '.join(self.choices)}"
         if self.value_type is str:
             return None if isinstance(value, str) and value else "must be a text"
-        if not isinstance(value, (int, float)) or isinstance(value, bool):
-            return "must be a number"
-        if not math.isfinite(value):
-            return "must be a finite number"
-        if self.value_type is int and value != int(value):
-            return "must be a whole number"
-        limits = (
-            (self.gt, operator.gt, "above"),
-            (self.ge, operator.ge, "at least"),
-            (self.lt, operator.lt, "below"),
-            (self.le, operator.le, "at most"),
-        )
-        if all(limit is None or holds(value, limit) for limit, holds, _ in limits):
-            return None
-        return "must be " + " and ".join(
-            f"{word} {limit:g}" for limit, _, word in limits if limit is not None
-        )
+        try:
+            number = _bounds(self).validate_python(value, strict=True)
+        except ValidationError as error:
+            return broken_rule(error.errors()[0])
+        return "must be a whole number" if self.value_type is int and not number.is_integer() else None
+
+
+@lru_cache
+def _bounds(number: Hyperparameter) -> TypeAdapter[float]:
+    limits: dict[str, Any] = {name: getattr(number, name) for name in ("gt", "ge", "lt", "le")}
+    return TypeAdapter(Annotated[float, pydantic.Field(allow_inf_nan=False, **limits)])
 
 
 @dataclass(frozen=True)
@@ -179,8 +174,7 @@ class LRSchedule:
     """
 
     steps: Annotated[
-        int,
-        Hyperparameter("Optimizer steps.", column="steps_horizon", ge=1, le=10_000_000, searchable=False),
+        int, Hyperparameter("Optimizer steps.", column="steps_horizon", ge=1, le=10_000_000, searchable=False)
     ]
     name: Annotated[LRScheduleName, Hyperparameter("Curve of the learning rate.", "schedule")] = "cosine"
     warmup: Annotated[

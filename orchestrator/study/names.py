@@ -37,10 +37,8 @@ def default_study_name(
     Returns:
         The names joined by "-", shortened to a valid name.
     """
-    parts = [script, *(Path(task).stem for task in tasks)]
-    parts += [Path(model).name] if model else []
-    parts += [sampler] if sampler else []
-    return nearest_valid_name("-".join(parts).replace("@", "-"))
+    parts = [script, *(Path(task).stem for task in tasks), Path(model or "").name, sampler]
+    return nearest_valid_name("-".join(filter(None, parts)).replace("@", "-"))
 
 
 def default_output() -> Path:
@@ -65,11 +63,8 @@ def store_command(*words: str, output: Path | None, store: Path | None = None) -
 
 def other_folders(output: Path, store: Path) -> list[str]:
     """Return the options with which a command trains again what a store has: another output and store."""
-    return [
-        "--output",
-        f"{output}-again",
-        *(["--store", f"{store}-again"] if _is_apart(output, store) else []),
-    ]
+    words = ["--output", f"{output}-again"]
+    return [*words, "--store", f"{store}-again"] if _is_apart(output, store) else words
 
 
 def _is_apart(output: Path, store: Path) -> bool:
@@ -120,8 +115,6 @@ def resolve_study_folder(name: str, output: Path, store: Path) -> Path:
     for taken in (store, output / DEFAULT_STORE_NAME):
         root = Path(os.path.realpath(taken))
         if real == root or any(real.is_relative_to(root / each) for each in STORE_FOLDERS):
-            fault = f"its folder, {found}, is one of the store's own"
-            raise UsageError(
-                f"--study {quote_value(name)}: {fault}; take another --study, or another --output."
-            )
+            fault = f"--study {quote_value(name)}: its folder, {found}, is one of the store's own"
+            raise UsageError(f"{fault}; take another --study, or another --output.")
     return found

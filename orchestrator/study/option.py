@@ -11,7 +11,7 @@ import inspect
 import os
 import sys
 from collections.abc import Collection, Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
@@ -36,14 +36,12 @@ Examples = Annotated[int, Field(ge=1, le=10_000_000)]
 
 @dataclass(frozen=True)
 class Option:
-    """What the type of an option does not say, as metadata in `Annotated`."""
+    """An option: what its type does not say, as metadata in `Annotated`, and what follows from its type."""
 
     value: str = ""
     """The word for a value in `--help`. With "=" in it, such as NAME=VALUE, each word is a pair."""
     paths: bool = False
-    """True if its words may be files or folders."""
-    code: bool = False
-    """True if its words are files if they end in .py, and names otherwise."""
+    """True if its words may be files or folders; those of other options may be files that end in .py."""
     commas: bool = False
     """True if a word may hold several, separated by commas."""
     sets: str = ""
@@ -58,6 +56,13 @@ class Option:
     """True if it is given without its name."""
     section: str = ""
     """Title of the section of `--help` that begins with this option."""
+    plain_type: Any = str
+    """The type without bounds and without None: `tuple` for a list of words. `Options.declared` sets it, and
+    `choices` and `adapter`."""
+    choices: tuple[str, ...] = ()
+    """All values, or words of a list, if there is a fixed set of them."""
+    adapter: Any = None
+    """pydantic's adapter, which converts and checks a value."""
 
     @property
     def is_pairs(self) -> bool:
@@ -84,13 +89,33 @@ class Options:
                 object.__setattr__(self, name, convert(type(self), name, value, flag(name)))
         given = self.given()
         for name in given:
-            option = option_of(type(self), name)
+            option = self.declared()[name]
             if option.rival in given:
                 both = f"{self.shown(name)} and {self.shown(option.rival)} both say the same"
                 raise UsageError(f"{both}; take one of the two away.")
             if option.needs and option.needs not in given:
                 needs = f"has no meaning without {flag(option.needs)}; add it, or leave this out"
                 raise UsageError(f"{self.shown(name)} {needs}.")
+
+    @classmethod
+    @cache
+    def declared(cls) -> Mapping[str, Option]:
+        """Return the options of this class: name of the field -> option."""
+        found = {}
+        plain_hints = get_type_hints(cls)
+        for name, hint in get_type_hints(cls, include_extras=True).items():
+            metadata = getattr(hint, "__metadata__", ())
+            option = next((each for each in metadata if isinstance(each, Option)), Option())
+            plain = plain_hints[name]
+            if type(None) in get_args(plain):
+                (plain,) = (each for each in get_args(plain) if each is not type(None))
+            if get_origin(hint) is not ClassVar:
+                kind = tuple if get_origin(plain) is tuple else plain
+                word = get_args(plain)[0] if kind is tuple else plain
+                choices = get_args(word) if get_origin(word) is Literal else ()
+                adapter = pydantic.TypeAdapter(hint)
+                found[name] = replace(option, plain_type=kind, choices=choices, adapter=adapter)
+        return found
 
     def given(self) -> dict[str, Any]:
         """Return the options that differ from their defaults: name -> value."""
@@ -111,51 +136,6 @@ def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-@dataclass(frozen=True)
-class _Facts:
-    """What the annotation of an option says."""
-
-    option: Option
-    plain: Any
-    """The type without bounds and without None: `tuple` for a list of words, `Literal[...]` for choices."""
-    choices: tuple[str, ...]
-    """All values, or words of a list, if there is a fixed set of them."""
-    adapter: pydantic.TypeAdapter[Any]
-
-
-@cache
-def _facts(options_class: Any) -> Mapping[str, _Facts]:
-    found = {}
-    plain_hints = get_type_hints(options_class)
-    for name, hint in get_type_hints(options_class, include_extras=True).items():
-        metadata = getattr(hint, "__metadata__", ())
-        option = next((each for each in metadata if isinstance(each, Option)), Option())
-        plain = plain_hints[name]
-        if type(None) in get_args(plain):
-            (plain,) = (each for each in get_args(plain) if each is not type(None))
-        if get_origin(hint) is not ClassVar:
-            kind = tuple if get_origin(plain) is tuple else plain
-            word = get_args(plain)[0] if kind is tuple else plain
-            choices = get_args(word) if get_origin(word) is Literal else ()
-            found[name] = _Facts(option, kind, choices, pydantic.TypeAdapter(hint))
-    return found
-
-
-def option_of(options_class: Any, name: str) -> Option:
-    """Return the facts on an option that its type does not say."""
-    return _facts(options_class)[name].option
-
-
-def plain_type(options_class: Any, name: str) -> Any:
-    """Return the type of an option without bounds and without None: `tuple` for a list of words."""
-    return _facts(options_class)[name].plain
-
-
-def choices_of(options_class: Any, name: str) -> tuple[str, ...]:
-    """Return the values of an option, or of the words of a list, if there is a fixed set of them."""
-    return _facts(options_class)[name].choices
-
-
 def defaults(options_class: Any) -> dict[str, Any]:
     """Return the default of each option that has one: name -> value."""
     return {
@@ -172,13 +152,11 @@ def sections(options_class: Any) -> dict[str, list[str]]:
     """
     found: dict[str, list[str]] = {}
     for each in (each for each in options_class.__mro__ if issubclass(each, Options)):
-        title, seen = (
-            each.__name__.removesuffix("Options").lower(),
-            {n for names in found.values() for n in names},
-        )
+        title = each.__name__.removesuffix("Options").lower()
+        seen = [name for names in found.values() for name in names]
         for name in inspect.get_annotations(each):
             if name in defaults(options_class) and name not in seen:
-                title = option_of(options_class, name).section or title
+                title = options_class.declared()[name].section or title
                 found.setdefault(title, []).append(name)
     return found
 
@@ -229,7 +207,8 @@ def convert(options_class: Any, name: str, value: object, label: str) -> Any:
     Raises:
         UsageError: The value has another type or breaks a bound.
     """
-    plain, option = plain_type(options_class, name), option_of(options_class, name)
+    option = options_class.declared()[name]
+    plain = option.plain_type
     if isinstance(value, Mapping) and option.is_pairs:
         value = [f"{key}={each}" for key, each in value.items()]
     if plain is tuple:
@@ -244,9 +223,9 @@ def convert(options_class: Any, name: str, value: object, label: str) -> Any:
     if value == "" and plain is Path:
         raise UsageError(f"{label} is empty; name a path, or leave it out.")
     try:
-        return _facts(options_class)[name].adapter.validate_python(value)
+        return option.adapter.validate_python(value)
     except pydantic.ValidationError as error:
-        raise UsageError(f"{label} {_explain(options_class, name, error.errors()[0], value)}") from None
+        raise UsageError(f"{label} {_explain(option, error.errors()[0], value)}") from None
 
 
 def _word(value: object) -> object:
@@ -278,24 +257,25 @@ _TYPES = {
 """Type of a violation in pydantic, or its start -> the rule."""
 
 
-def _explain(options_class: Any, name: str, violation: ErrorDetails, value: object) -> str:
+def _explain(option: Option, violation: ErrorDetails, value: object) -> str:
     """Return the value, the rule that it breaks, and the fix."""
-    kind, bounds = violation["type"], violation.get("ctx", {})
+    kind = violation["type"]
     if "too_short" in kind:
         return "is empty; name one, or leave it out."
     if value is None:
         return "has no value; give one, or leave it out."
-    given = str(violation["input"] if isinstance(value, list) and not kind.startswith("tuple") else value)
-    if choices := choices_of(options_class, name):
-        near = suggest_nearest(given, choices, otherwise="")
-        return f"{quote_value(given)}: must be one of {', '.join(choices)}. {near}".strip()
-    if option_of(options_class, name).is_pairs:
-        return (
-            f"{quote_value(given)}: must be a list of {option_of(options_class, name).value}, or a mapping."
-        )
-    shown = given if kind in _BOUNDS else quote_value(given)
+    given = str(violation["input"])
+    if option.choices:
+        near = suggest_nearest(given, option.choices, otherwise=" ")
+        return f"{quote_value(given)}: must be one of {', '.join(option.choices)}. {near}".strip()
+    if option.is_pairs:
+        return f"{quote_value(given)}: must be a list of {option.value}, or a mapping."
+    return f"{given if kind in _BOUNDS else quote_value(given)}: {broken_rule(violation)}."
+
+
+def broken_rule(violation: ErrorDetails) -> str:
+    """Return the rule that a value breaks: `must be 1 or more`."""
     rules = {**_BOUNDS, **_TYPES}
-    rule = next((rule for start, rule in rules.items() if kind.startswith(start)), "must be one word")
-    return (
-        f"{shown}: {rule.format(**{key: f'{bound:.12g}' for key, bound in bounds.items() if key in rule})}."
-    )
+    rule = next((rules[start] for start in rules if violation["type"].startswith(start)), "must be one word")
+    limits = {name: f"{limit:.12g}" for name, limit in violation.get("ctx", {}).items() if name in rule}
+    return rule.format(**limits)

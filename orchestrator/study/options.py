@@ -1,4 +1,4 @@
-"""The options of a study, in seven sections, and the rules that involve several of them."""
+"""The options of a study, in sections, and the rules that involve several of them."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pydantic import Field
 from orchestrator.study import names
 from orchestrator.study.config import find_config, shipped_studies
 from orchestrator.study.grids import parse_learning_rates, parse_positive_number
-from orchestrator.study.option import Count, Examples, Option, Options, Positive, Text, Words, flag, option_of
+from orchestrator.study.option import Count, Examples, Option, Options, Positive, Text, Words, flag
+from orchestrator.study.space import setting_key
 from orchestrator.util.errors import UsageError
-from variants.variant_names import canonical_key
 
 DEFAULT_LANES_PER_TRAINER = 4
 """The number on a CPU, where more lanes save little time unless they are short, and the number to expect
@@ -22,6 +22,8 @@ SHORT_LANES_PER_TRAINER = 8
 """The number on a CPU for lanes of few tokens, which share the time of Python and of the kernels' calls."""
 MAX_MEASURED_LANES = 8
 """The largest number that a trainer chooses by measurement on its GPU."""
+Card = Literal["L4", "A10G", "L40S", "A100", "H100", "H200", "B200", "RTX 4090"]
+"""A GPU whose speed --plan knows (`launch/plan.py`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,10 +55,10 @@ class StudyOptions(StoreOptions):
     pretrained here once (about half a minute). Ends in a few minutes with a complete report. --task names
     another task than letters, for example reviews; tasks on downloaded models take longer. With --data, give
     --steps as well."""
-    variants: Annotated[Words | None, Option("NAME", code=True, commas=True)] = None
+    variants: Annotated[Words | None, Option("NAME", commas=True)] = None
     """Variants to compare, e.g. `lora pissa` or `LoRA,PiSSA`: names from `python -m variants`, `peft:TYPE`
     for a tuner of the PEFT library, or the path of a .py file. Default: those that --plan shows."""
-    task: Annotated[Words | None, Option("NAME", code=True, commas=True)] = None
+    task: Annotated[Words | None, Option("NAME", commas=True)] = None
     """Task to fine-tune on: its name, or the path of a .py file that defines one. With several, every variant
     is trained on each of them."""
     select: Literal["validation", "published"] = "validation"
@@ -200,8 +202,8 @@ class StudyOptions(StoreOptions):
     plan: Annotated[bool, Option(saved=False)] = False
     """Print what would be trained, what the store has already, tokens, and time and price as far as they were
     measured or can be guessed; start nothing."""
-    plan_gpu: Annotated[str | None, Option("NAME", needs="plan", saved=False)] = None
-    """GPU for which --plan guesses hours, such as H100, also where there is none. Default: this machine's."""
+    plan_gpu: Annotated[Card | None, Option(needs="plan", saved=False)] = None
+    """GPU for which --plan guesses hours, also where there is none. Default: this machine's."""
     price_per_hour: Annotated[Positive | None, Option(saved=False)] = None
     """Price in USD of one GPU for an hour, by which --plan multiplies the GPU hours."""
     max_hours: Annotated[Positive | None, Option(section="limit")] = None
@@ -271,7 +273,7 @@ class StudyOptions(StoreOptions):
 
     def _check_hyperparameters(self) -> None:
         """Check that --set and --space name no hyperparameter that another option sets as well."""
-        setters = {sets: name for name in self.given() if (sets := option_of(type(self), name).sets)}
+        setters = {sets: name for name in self.given() if (sets := self.declared()[name].sets)}
         for option, words in (("--set", self.set), ("--space", self.space or ())):
             for word in words:
                 if setter := setters.get(setting_key(word)):
@@ -321,8 +323,3 @@ class StudyOptions(StoreOptions):
             UsageError: The name is not allowed, or names a folder of the store.
         """
         return names.resolve_study_folder(name, self.output, self.store_folder)
-
-
-def setting_key(word: str) -> str:
-    """Return the key (NAME or VARIANT.NAME) of a word of --set or --space."""
-    return canonical_key(word.partition("=")[0])

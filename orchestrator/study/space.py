@@ -161,10 +161,7 @@ def parse_fixed_values(words: Sequence[str], defaults: Defaults) -> dict[str, Va
 
 
 def parse_space(
-    words: Sequence[str],
-    defaults: Defaults,
-    learning_rates: Sequence[float],
-    fixed_names: Sequence[str] = (),
+    words: Sequence[str], defaults: Defaults, learning_rates: Sequence[float], fixed_names: Sequence[str] = ()
 ) -> Space:
     """Return the space that --space describes.
 
@@ -205,9 +202,7 @@ def _settings(defaults: Defaults) -> dict[str, Mapping[str, Hyperparameter]]:
     """
     settings: dict[str, Mapping[str, Hyperparameter]] = {"": HYPERPARAMETERS}
     for variant, has in defaults.items():
-        known = {
-            name: each for name, each in HYPERPARAMETERS.items() if each.part != "variant" or name in has
-        }
+        known = {n: each for n, each in HYPERPARAMETERS.items() if each.part != "variant" or n in has}
         for name in has.keys() - VARIANT_HYPERPARAMETERS:
             rule = Hyperparameter(ge=0, le=100_000) if type(has[name]) is int else Hyperparameter()
             known[name] = replace(rule, name=name, field="extra", value_type=type(has[name]))
@@ -225,8 +220,7 @@ def _parse_words(
     variants = [variant for variant in settings if variant]
     found: dict[str, _Parsed] = {}
     for word in words:
-        key, _, text = word.partition("=")
-        key = canonical_key(key)
+        key, text = setting_key(word), word.partition("=")[2]
         variant, _, name = key.rpartition(".")
         try:
             if not key or not text:
@@ -243,6 +237,11 @@ def _parse_words(
         except ValueError as error:
             raise UsageError(f"{option} {word!r}: {error}") from None
     return found
+
+
+def setting_key(word: str) -> str:
+    """Return the key (NAME or VARIANT.NAME) of a word of --set or --space."""
+    return canonical_key(word.partition("=")[0])
 
 
 def parse_value(hyperparameter: Hyperparameter, text: str) -> Value:

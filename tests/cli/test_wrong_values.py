@@ -10,7 +10,7 @@ import pytest
 from orchestrator import experiments
 from orchestrator.cli.commands import COMMANDS
 from orchestrator.study.config import make_options
-from orchestrator.study.option import choices_of, defaults, flag, option_of, plain_type
+from orchestrator.study.option import defaults, flag
 from orchestrator.util.errors import UsageError
 
 CLASSES: dict[str, Any] = {
@@ -21,20 +21,22 @@ CLASSES: dict[str, Any] = {
 
 def wrong_value(options_class: Any, name: str) -> str:
     """Return a text that the option refuses, whatever the other options are."""
-    if choices_of(options_class, name) or plain_type(options_class, name) in (int, float, bool):
+    option = options_class.declared()[name]
+    if option.choices or option.plain_type in (int, float, bool):
         return "wrong"
-    return "" if plain_type(options_class, name) is not Path or name != "config" else "none.yaml"
+    return "" if option.plain_type is not Path or name != "config" else "none.yaml"
 
 
 def positions(options_class: Any) -> dict[str, str]:
-    return {name: "x" for name in defaults(options_class) if option_of(options_class, name).position}
+    return {name: "x" for name, option in options_class.declared().items() if option.position}
 
 
 CASES = [
     (command, name)
     for command, each in CLASSES.items()
     for name in defaults(each)
-    if name not in positions(each) and plain_type(each, name) is not str  # looked up later, in other tests
+    if name not in positions(each)
+    if each.declared()[name].plain_type is not str  # looked up later, in other tests
 ]
 
 

@@ -13,6 +13,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -268,7 +269,8 @@ def keep_known(options: StudyOptions, loss: float, score: float = 0.5) -> set[st
         The fingerprints of the configurations.
     """
     store = Store(options.store_folder)
-    (chosen,) = resolve_tasks(options, ("letters",), ("lora",), store.bases)
+    options = replace(options, task=options.task or ("letters",), variants=options.variants or ("lora",))
+    (chosen,) = resolve_tasks(options, store.bases)
     content = prepare_base_model(chosen.model, store.bases, lambda text: None)
     templates = build_configuration_templates(options, chosen, content, store.bases)
     found = set()

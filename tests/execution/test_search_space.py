@@ -40,8 +40,8 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def resolved(bases: Path, task: str = "letters", **options: Any) -> tuple[list[Configuration], Space | None]:
-    typed = StudyOptions(model=str(bases / task), **options)
-    chosen = resolve_options(typed, task, ("lora", "hira"), bases)
+    typed = StudyOptions(**{"variants": ("lora", "hira"), "model": str(bases / task)} | options)
+    chosen = resolve_options(typed, task, bases)
     content = prepare_base_model(chosen.model, bases, lambda text: None)
     return build_configuration_templates(typed, chosen, content, bases), chosen.space
 

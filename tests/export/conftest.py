@@ -32,9 +32,14 @@ def trained_once(letters_bases: Path, tmp_path_factory: pytest.TempPathFactory) 
     configurations = []
     for variant, rates in RATES.items():
         options = StudyOptions(
-            dry_run=True, variants=(variant,), learning_rates=rates, steps=40, output=output
+            dry_run=True,
+            task=("letters",),
+            variants=(variant,),
+            learning_rates=rates,
+            steps=40,
+            output=output,
         )
-        (chosen,) = resolve_tasks(options, ("letters",), (variant,), store.bases)
+        (chosen,) = resolve_tasks(options, store.bases)
         content = prepare_base_model(chosen.model, store.bases, lambda text: None)
         templates = build_configuration_templates(options, chosen, content, store.bases)
         configurations += build_grid(templates, chosen.learning_rates, range(1))

@@ -108,7 +108,7 @@ def trained(output: Path, name: str, source: Path, base: Path) -> Record:
         evaluations=1,
     )
     store = Store(output / "store")
-    (chosen,) = resolve_tasks(options, (), (), store.bases)
+    (chosen,) = resolve_tasks(options, store.bases)
     content = prepare_base_model(chosen.model, store.bases, lambda text: None)
     (template,) = build_configuration_templates(options, chosen, content, store.bases)
     made = replace(template, optimizer=replace(template.optimizer, learning_rate=1e-3))

@@ -103,8 +103,8 @@ def assert_refused(action: Callable[[], object], words: list[str]) -> None:
 
 def resolve(source: str, **options: Any) -> None:
     """Resolve the options of a study as far as its data, its sizes included."""
-    typed = StudyOptions(data=(source,), model="letters-base", **options)
-    for each in resolve_tasks(typed, (), ("lora",), Path("bases")):
+    typed = StudyOptions(data=(source,), variants=("lora",), model="letters-base", **options)
+    for each in resolve_tasks(typed, Path("bases")):
         choice = each.task.choice()
         each.task._load_split("train", typed.train_size or choice.train_size)
 
@@ -124,8 +124,8 @@ def test_a_row_that_is_too_long_is_named_unless_max_length_is_given(model: Path,
     )
 
     def templates(**options: Any) -> Any:
-        typed = StudyOptions(data=("m.csv",), model=str(model), **options)
-        (chosen,) = resolve_tasks(typed, (), ("lora",), tmp_path)
+        typed = StudyOptions(data=("m.csv",), variants=("lora",), model=str(model), **options)
+        (chosen,) = resolve_tasks(typed, tmp_path)
         content = prepare_base_model(chosen.model, tmp_path, lambda text: None)
         return build_configuration_templates(typed, chosen, content, tmp_path)
 

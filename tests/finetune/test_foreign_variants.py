@@ -46,7 +46,7 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def resolved(bases: Path, name: str, **more: object) -> list[Configuration]:
     typed = StudyOptions(task=("letters",), variants=("lora", name), steps=8, evaluations=4, **more)  # type: ignore[arg-type]
-    chosen = resolve_options(typed, "letters", (), bases)
+    chosen = resolve_options(typed, "letters", bases)
     return build_configuration_templates(typed, chosen, UNPREPARED, bases)
 
 
@@ -80,7 +80,7 @@ def test_a_space_varies_a_setting_of_the_variant(name: str, tmp_path: Path) -> N
     options = StudyOptions(
         task=("letters",), variants=("lora", name), search="qmc", points=3, space=(f"{key}=1,4",)
     )
-    space = resolve_options(options, "letters", (), tmp_path).space
+    space = resolve_options(options, "letters", tmp_path).space
     assert space is not None
     assert [d.key for d in space["lora"]] == ["learning_rate"]
     found = [d.key for d in space[canonical_name(name)]]

@@ -50,8 +50,8 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def resolve_configurations(bases: Path, task: str = "reviews", **options: Any) -> list[Configuration]:
-    study_options = StudyOptions(**{"model": str(bases / task)} | options)
-    chosen = resolve_options(study_options, task, ("lora",), bases)
+    study_options = StudyOptions(**{"variants": ("lora",), "model": str(bases / task)} | options)
+    chosen = resolve_options(study_options, task, bases)
     content = model_catalogue.prepare_base_model(chosen.model, bases, lambda text: None)
     return build_configuration_templates(study_options, chosen, content, bases)
 
@@ -145,8 +145,8 @@ SEES_ANSWER = "its tokens attend to later ones, so it would see the answer"
 
 def plan_and_load_calls(folder: Path, root: Path) -> list[Callable[[], object]]:
     """Return two functions for the model in a folder: one plans a `letters` study, one loads the weights."""
-    study_options = StudyOptions(model=str(folder))
-    chosen = resolve_options(study_options, "letters", ("lora",), root)
+    study_options = StudyOptions(variants=("lora",), model=str(folder))
+    chosen = resolve_options(study_options, "letters", root)
     content = model_catalogue.prepare_base_model(str(folder), root, lambda text: None)
     return [
         lambda: build_configuration_templates(study_options, chosen, content, root),
@@ -232,8 +232,8 @@ def test_a_model_with_too_few_positions_is_refused(tmp_path: Path) -> None:
         folder = encoders.save(
             "roberta" if padding else "bert", tmp_path / str(room), max_position_embeddings=room
         )
-        study_options = StudyOptions(model=str(folder))
-        chosen = resolve_options(study_options, "reviews", ("lora",), tmp_path)
+        study_options = StudyOptions(variants=("lora",), model=str(folder))
+        chosen = resolve_options(study_options, "reviews", tmp_path)
         content = model_catalogue.prepare_base_model(str(folder), tmp_path, lambda text: None)
         if room - padding >= most:
             build_configuration_templates(study_options, chosen, content, tmp_path)

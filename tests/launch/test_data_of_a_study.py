@@ -13,11 +13,10 @@ from test_own_files import EXPERIMENT, finished, mine, requested, resolve
 from untrained_base import base
 
 from orchestrator.finetune.tasks import catalogue as tasks
-from orchestrator.launch.settings import drop_replaced, find_sources
+from orchestrator.launch.earlier_runs import drop_replaced, find_sources
 from orchestrator.launch.study import Study, resolve_study
 from orchestrator.record.study_file import StudyFile
 from orchestrator.study.options import StudyOptions
-from orchestrator.util.errors import UsageError
 
 __all__ = ["base", "mine", "restored", "run"]
 
@@ -77,20 +76,23 @@ def options_of(output: Path, data: Path, **more: Any) -> StudyOptions:
     return StudyOptions(data=(str(data),), variants=("lora",), model=model, output=output, seeds=1, **more)
 
 
-def test_another_file_of_the_same_name_is_no_part_of_a_study(mine: Path) -> None:
+def test_another_file_of_the_same_name_takes_the_place_of_the_first(mine: Path) -> None:
+    """Results of both would be compared as if they were of one content."""
     output, one, two = (mine.parent / name for name in ("results", "one/train.csv", "two/train.csv"))
     write(one, ROWS[:40])
     write(two, ROWS[8:])
+    lines: list[str] = []
     first = resolve_study(EXPERIMENT, options_of(output, one))
-    StudyFile(first.name, "?", "x").with_sources(find_sources(first.templates)).write(first.folder)
-    for more in ({}, {"study": first.name}, {"plan": True}):
-        with pytest.raises(UsageError, match=f"'{first.name}' has results of {one}; {two} is another file"):
-            resolve_study(EXPERIMENT, options_of(output, two, **more))
-    assert resolve_study(EXPERIMENT, options_of(output, two, study="two")).name == "two"
-    write(one, ROWS[4:])  # the file that the study is of
-    assert resolve_study(EXPERIMENT, options_of(output, one)).name == first.name
+    study = StudyFile("s", "?", "x", tuple(finish(first))).with_sources(find_sources(first.templates))
+    second = resolve_study(EXPERIMENT, options_of(output, two))
+    assert (
+        drop_replaced(study, find_sources(second.templates), first.store, lines.append).configurations == ()
+    )
+    assert "configurations of its earlier content leave the study" in lines[0]
     write(two, ROWS[:40])  # what the study has, elsewhere
-    assert resolve_study(EXPERIMENT, options_of(output, two)).name == first.name
+    moved = resolve_study(EXPERIMENT, options_of(output, two))
+    assert drop_replaced(study, find_sources(moved.templates), first.store, lines.append) == study
+    assert len(lines) == 1
 
 
 def test_warnings_about_the_data_stay_with_the_study(mine: Path, run: Run) -> None:

@@ -14,7 +14,7 @@ from test_own_files import EXPERIMENT, finished, requested
 from untrained_base import base
 
 import orchestrator
-from orchestrator.launch.settings import find_only
+from orchestrator.launch.earlier_runs import find_only
 from orchestrator.launch.study import Study, resolve_study
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import AnalysisSettings, StudyFile
@@ -97,11 +97,22 @@ def test_the_study_of_the_config_is_looked_up_from_another_output(
         chosen(again, point.fingerprint[:12])
 
 
+def test_a_study_that_goes_on_from_its_file_asks_for_the_password_that_the_file_lacks(
+    options: StudyOptions,
+) -> None:
+    study = resolve_study(EXPERIMENT, options)
+    replace(study.file, tracking_uri="http://me:***@none.invalid").write(study.folder)
+    (study.folder / "study.yaml").write_text("seeds: 2\n")
+    resolve_study(EXPERIMENT, options)  # a command that is typed again says where its runs go
+    with pytest.raises(UsageError, match="passwords are not stored; give the option with the password"):
+        resolve_study(EXPERIMENT, replace(options, config=study.folder / "study.yaml"))
+
+
 def test_unknown_and_ambiguous_digits_are_one_line(options: StudyOptions) -> None:
     study = resolve_study(EXPERIMENT, options)
     fingerprints = [c.fingerprint for c in requested(study)]
     with pytest.raises(
-        UsageError, match=r"--only '0000000': no configurations .*; take one, for example of: "
+        UsageError, match=r"--only '0000000': no configurations .*; take one of these: "
     ) as refused:
         chosen(options, "0000000")
     assert fingerprints[0][:12] in str(refused.value)
@@ -110,7 +121,7 @@ def test_unknown_and_ambiguous_digits_are_one_line(options: StudyOptions) -> Non
     digit = next(digit for digit in firsts if firsts.count(digit) > 1)
     with pytest.raises(
         UsageError,
-        match=f"--only '{digit}': . configurations .* begin with it; take one, for example of: {digit}",
+        match=f"--only '{digit}': . configurations .* begin with it; give more digits: {digit}",
     ):
         find_only(replace(options, only=(digit,)), study.file, every, study.templates, study.store)
     with pytest.raises(UsageError, match="--only is empty"):

@@ -10,6 +10,7 @@ import pytest
 from in_process import SWEEP, Run, restored, run
 from untrained_base import base
 
+from orchestrator.finetune.models.catalogue import locate_pretrained
 from orchestrator.finetune.resolve.data_preparation import write_own_files
 from orchestrator.finetune.sources import own_files, own_variants
 from orchestrator.finetune.tasks import catalogue as tasks
@@ -106,6 +107,16 @@ def resolve(output: Path, task: Path, variant: Path, model: Path) -> Study:
         gpus_per_worker=0,
     )
     return resolve_study(EXPERIMENT, options)
+
+
+def test_a_worker_in_another_folder_finds_a_model_that_was_given_by_a_relative_path(
+    mine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(mine)
+    study = resolve(mine / "results", mine / "copy_task.py", mine / "scaled.py", Path("base"))
+    monkeypatch.chdir("/")
+    folder, _ = locate_pretrained(study.templates[0].model, study.store.bases)
+    assert folder == str(mine / "base")
 
 
 def requested(study: Study) -> list[Configuration]:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from points import configuration as small
@@ -14,13 +14,13 @@ from points import record, study_of
 
 from orchestrator.execution.ray import runtime
 from orchestrator.finetune.models.catalogue import UNPREPARED
-from orchestrator.launch.plan import find_card, print_plan
+from orchestrator.launch.plan import CARDS, find_card, print_plan
 from orchestrator.launch.run import choose_lanes
 from orchestrator.record.schema import Cost, Provenance
 from orchestrator.record.store import Store
 from orchestrator.record.tables import write_parquet
 from orchestrator.study.configuration import BatchConfig, Configuration, LRSchedule, ModelChoice
-from orchestrator.study.options import StudyOptions
+from orchestrator.study.options import Card, StudyOptions
 
 A10G = "NVIDIA A10G"
 
@@ -106,6 +106,13 @@ def test_what_was_not_measured_is_taken_as_the_mean_of_the_others(store: Store, 
     assert "GPU hours       unknown" in plan("NVIDIA L4", named(HUNDRED, model="an/unknown"))
 
 
+def test_a_task_that_was_not_measured_is_named(store: Store, plan: Plan) -> None:
+    trained(store, seconds=36.0)
+    said = plan(A10G, [*HUNDRED, *(replace(c, task=replace(c.task, name="other")) for c in HUNDRED)])
+    assert "GPU hours       about 1 on NVIDIA A10G\n" in said
+    assert "from 1 lanes measured on NVIDIA A10G, without other (not measured)\n" in said
+
+
 def test_an_unknown_time_is_reported_with_the_command_that_measures_it(store: Store, plan: Plan) -> None:
     trained(store, device="cpu")
     said = plan(A10G, [configuration(rate=1e-2), configuration(rate=3e-5)])
@@ -117,7 +124,7 @@ def test_hours_are_a_guess_between_two_shares_of_the_peak(plan: Plan) -> None:
     points = [replace(c, batches=BatchConfig(8, 2, max_length=512)) for c in named(HUNDRED, model="o/M-7B")]
     steps = points[0].lr_schedule.steps
     tokens = 100 * steps * 16 * 512
-    said = plan(None, points, plan=True, plan_gpu="h100", price_per_hour=3.0)
+    said = plan(None, points, plan=True, plan_gpu="H100", price_per_hour=3.0)
     assert f"Tokens          at most {tokens:,}\n" in said
     assert f"FLOPs           at most {4 * 7e9 * tokens:.2g}, without evaluations\n" in said
     low, high = (4 * 7e9 * tokens / (share * 989e12) / 3600 for share in (0.4, 0.15))
@@ -142,6 +149,10 @@ def test_hours_are_a_guess_between_two_shares_of_the_peak(plan: Plan) -> None:
 )  # fmt: skip
 def test_a_card_is_found_by_its_whole_name(device: str, card: str | None) -> None:
     assert find_card(device) == card
+
+
+def test_each_card_of_the_option_has_a_speed() -> None:
+    assert set(CARDS) == set(get_args(Card))
 
 
 def test_a_plan_without_gpus_mentions_none(store: Store, plan: Plan) -> None:

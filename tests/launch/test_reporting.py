@@ -49,7 +49,9 @@ def test_failures_are_listed_once_for_each_reason() -> None:
     assert first == f"  lora, dora: KeyError: 'g'; more: show {failed[0].fingerprint[:12]}"
     assert second == f"  pissa: x; more: show {failed[2].fingerprint[:12]}"
     many = [record(state="failed", reason=f"{seed} {'y' * 300}", seed=seed) for seed in range(7)]
-    lines = describe_failures(many, lambda *words: "")
+    *lines, last = describe_failures(many, lambda *words: "")
+    assert all("yyyy" in line for line in lines)
+    assert last == "  and 2 more reasons, in the report"
     assert max(map(len, lines)) < 230
 
 

@@ -21,7 +21,7 @@ from rich.console import Console
 
 from orchestrator.execution.progress import Progress
 from orchestrator.launch.run import start_writers
-from orchestrator.launch.study import load_trackers
+from orchestrator.launch.study import TRACKERS
 from orchestrator.record import run_values
 from orchestrator.record.other_trackers import TensorBoardTracker, WandbTracker, run_id
 from orchestrator.record.schema import LaneProgress, Record
@@ -299,18 +299,18 @@ def test_a_server_of_wandb_that_is_down_delays_nothing(store, make_record, monke
 @pytest.mark.parametrize(
     ("chosen", "line"),
     [
-        (["wandb"], "no API key here; set WANDB_API_KEY"),
-        (["tensorboard"], r"in the clone of this project, pip install .* -e '\.\[tensorboard\]'"),
+        ("wandb", "no API key here; set WANDB_API_KEY"),
+        ("tensorboard", r"in the clone of this project, pip install .* -e '\.\[tensorboard\]'"),
     ],
 )
 def test_a_tracker_that_cannot_be_used_is_refused_in_one_line(monkeypatch, tmp_path, chosen, line):
     monkeypatch.setenv("WANDB_MODE", "online")
     monkeypatch.delenv("WANDB_API_KEY")
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
-    if "tensorboard" in chosen:
+    if chosen == "tensorboard":
         monkeypatch.setitem(sys.modules, "tensorboard", None)
     with pytest.raises(UsageError, match=line):
-        load_trackers(chosen)
+        TRACKERS[chosen].check()
 
 
 def unreadable_list(folder: Path) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import pickle
 from dataclasses import replace
 
@@ -171,3 +172,25 @@ def test_warmup_is_rounded_up_but_not_by_rounding_errors() -> None:
     assert warmup_steps(LRSchedule(steps=60, warmup=0.05)) == 3
     assert warmup_steps(LRSchedule(steps=10, warmup=0.11)) == 2
     assert warmup_steps(LRSchedule(steps=1, warmup=0.001)) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "rule"),
+    [
+        ("rank", 0, "must be 1 or more"),
+        ("rank", 8.0, None),
+        ("rank", 2.9999999999, "must be a whole number"),
+        ("rank", 1e300, "must be 100000 or less; take 100000"),
+        ("rank", True, "must be a number"),
+        ("rank", "8", "must be a number"),
+        ("learning_rate", 1, None),
+        ("learning_rate", 0, "must be above 0"),
+        ("learning_rate", math.inf, "must be a finite number"),
+        ("learning_rate", math.nan, "must be a finite number"),
+        ("dropout", 1, "must be below 1"),
+        ("schedule", "step", "must be one of constant, linear, cosine"),
+        ("targets", "", "must be a text"),
+    ],
+)
+def test_a_value_breaks_a_bound_of_its_hyperparameter(name: str, value: object, rule: str | None) -> None:
+    assert configuration.HYPERPARAMETERS[name].find_violation(value) == rule

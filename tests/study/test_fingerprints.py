@@ -50,7 +50,7 @@ def configurations(bases: Path) -> Iterator[tuple[str, Configuration]]:
     for task, (name, options) in product(TASKS, OPTIONS.items()):
         is_first = (task, name) == (TASKS[0], "defaults")
         typed = StudyOptions(task=task, variants=catalogue.names() if is_first else ("lora",), **options)
-        chosen = resolve_options(typed, task, (), bases)
+        chosen = resolve_options(typed, task, bases)
         for found in build_configuration_templates(typed, chosen, model_catalogue.UNPREPARED, bases):
             yield f"{task} {name} {found.variant.name}", found
 

@@ -12,12 +12,7 @@ from torch import Tensor
 
 from orchestrator.finetune.data.batches import Batch, Row, compute_max_row_length, make_training_batch
 from orchestrator.finetune.data.device_batch import DeviceBatch
-from orchestrator.finetune.data.step_batches import (
-    Share,
-    StepBatches,
-    StepBatchLoader,
-    StepKey,
-)
+from orchestrator.finetune.data.step_batches import Share, StepBatches, StepBatchLoader, StepKey
 from orchestrator.finetune.device_copy import copy_without_waiting
 from orchestrator.finetune.engine.lane import BackwardResult, Lane
 from orchestrator.finetune.evaluation.baseline_scores import BaselineScores, Scores

@@ -11,12 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from orchestrator.finetune.models import model_checks, weight_files
 from orchestrator.finetune.models.base_model import BaseModel
-from orchestrator.finetune.models.catalogue import (
-    PACKAGED_MODELS,
-    UNPREPARED,
-    locate_pretrained,
-    task_bases,
-)
+from orchestrator.finetune.models.catalogue import PACKAGED_MODELS, UNPREPARED, locate_pretrained, task_bases
 from orchestrator.finetune.sources import base_store, hub_models
 from orchestrator.finetune.tasks.base import Task
 from orchestrator.study.configuration import ModelChoice

@@ -41,19 +41,11 @@ class ResolvedOptions:
     """The search space; None for a grid."""
 
 
-def resolve_tasks(
-    options: StudyOptions,
-    default_tasks: Sequence[str],
-    default_variants: Sequence[str],
-    bases: Path,
-    add_pins: bool = True,
-) -> list[ResolvedOptions]:
+def resolve_tasks(options: StudyOptions, bases: Path, add_pins: bool = True) -> list[ResolvedOptions]:
     """Resolve the options of a study for each of its tasks.
 
     Args:
-        options: The options of the command line.
-        default_tasks: The tasks to take if the options name none.
-        default_variants: The variants to take if the options name none.
+        options: The options of a study, with its variants, and its tasks or data.
         bases: The store's folder of base models.
         add_pins: Whether the commits of hub datasets that are used for the first time are stored there.
 
@@ -65,8 +57,8 @@ def resolve_tasks(
             tasks have the same name.
     """
     hub_data.set_pin_folder(bases, add_pins)  # before data are read
-    names = dict.fromkeys(load_data_tasks(options) or options.task or default_tasks)
-    resolved = [resolve_options(options, name, default_variants, bases) for name in names]
+    names = dict.fromkeys(load_data_tasks(options) or options.task or ())
+    resolved = [resolve_options(options, name, bases) for name in names]
     for name in resolved[0].variants:
         _try_variant(name, options)
     by_name: dict[str, Task] = {}
@@ -108,9 +100,7 @@ def _full_path(source: str) -> str:
     return os.path.abspath(source) if os.path.exists(source) else source
 
 
-def resolve_options(
-    options: StudyOptions, task_name: str, default_variants: Sequence[str], bases: Path
-) -> ResolvedOptions:
+def resolve_options(options: StudyOptions, task_name: str, bases: Path) -> ResolvedOptions:
     """Look up the variants, model, learning rates and search space of a study on one task.
 
     A grid without --set needs neither torch nor transformers, so that a wrong name is answered at once.
@@ -118,15 +108,13 @@ def resolve_options(
     Args:
         options: The options of the command line.
         task_name: The name of the task, or the path of the file that defines it.
-        default_variants: The variants where the options name none.
         bases: The store's folder of base models.
 
     Raises:
         UsageError: A variant, task, metric or model is unknown, an option for a head is given for a task
             without a head, or the learning rates, the values of --set or the search space are invalid.
     """
-    typed_names = options.variants or default_variants
-    variants = load_variants(typed_names)
+    variants = load_variants(options.variants or ())
     task = tasks.load(task_name)
     if task.has_head:
         metrics.check_metric(task)

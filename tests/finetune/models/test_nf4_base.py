@@ -98,7 +98,7 @@ def test_a_model_without_linear_layers_in_its_blocks_is_refused(tmp_path: Path) 
 def resolve(folder: Path, *variants: str) -> list[Configuration]:
     choice = prepare(folder)
     options = StudyOptions(task=("letters",), model=choice.name, variants=variants, dtype="nf4")
-    chosen = resolve_options(options, "letters", (), folder / "bases")
+    chosen = resolve_options(options, "letters", folder / "bases")
     return build_configuration_templates(options, chosen, choice.content, folder / "bases")
 
 

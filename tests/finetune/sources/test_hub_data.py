@@ -183,7 +183,7 @@ from orchestrator.finetune.sources import hub_data
 from orchestrator.study.options import StudyOptions
 of = hub_data.Table("org/moving", "train", {"text": str})
 bases = Path(sys.argv[1])
-resolve_tasks(StudyOptions(task=("letters",), variants=("lora",)), (), (), bases, add_pins=False)
+resolve_tasks(StudyOptions(task=("letters",), variants=("lora",)), bases, add_pins=False)
 found = [hub_data._resolve_source(of, "mine")[1], bases.exists()]
 hub_data.set_pin_folder(bases)
 found += [hub_data._resolve_source(of, "mine")[1] for _ in range(2)]

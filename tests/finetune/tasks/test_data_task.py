@@ -280,7 +280,7 @@ def resolve(store: Store, source: Path, model: Path, **options: Any) -> Configur
         evaluations=2,
         **options,
     )
-    (chosen,) = resolve_tasks(typed, (), (), store.bases)
+    (chosen,) = resolve_tasks(typed, store.bases)
     content = prepare_base_model(chosen.model, store.bases, lambda text: None)
     (template,) = build_configuration_templates(typed, chosen, content, store.bases)
     return replace(template, optimizer=replace(template.optimizer, learning_rate=1e-2))

@@ -67,7 +67,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def test_a_package_registers_a_task_that_is_known_by_its_code(site: Path, tmp_path: Path) -> None:
     options = StudyOptions(task=("doubling",), variants=("lora",))
-    resolved = resolve_options(options, "doubling", (), tmp_path)
+    resolved = resolve_options(options, "doubling", tmp_path)
     (template,) = build_configuration_templates(options, resolved, UNPREPARED, tmp_path)
     task = catalogue.get("doubling")
     assert (template.task.name, template.task.content) == ("doubling", task.content)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from synthetic import record
 
-from orchestrator.launch.settings import drop_abandoned, fix_settings, refuse_other_runs
+from orchestrator.launch.earlier_runs import drop_abandoned, fix_settings, refuse_other_runs
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import AnalysisSettings, StudyFile
 from orchestrator.util.errors import UsageError

@@ -14,6 +14,7 @@ from orchestrator.record.store import Store
 from orchestrator.record.study_file import AnalysisSettings, Source, StudyFile
 from orchestrator.study.configuration import Configuration
 from orchestrator.study.names import DEFAULT_STORE_NAME
+from orchestrator.study.option import flag
 from orchestrator.study.options import StudyOptions
 from orchestrator.util.errors import UsageError
 from variants import catalogue
@@ -22,8 +23,6 @@ from variants.variant_names import FILE_SUFFIX
 
 PLANNED_KINDS = frozenset({"replicates", "factors"})
 """Kinds of studies whose settings are fixed before there are results."""
-SHORT_FINGERPRINT = 12
-"""Digits of a fingerprint in a message."""
 
 
 def fix_settings(
@@ -32,8 +31,8 @@ def fix_settings(
     """Complete the settings of the analysis, and check that they agree with earlier runs of the study.
 
     Args:
-        settings: Settings of this command. If it does not give `max_replicates`, that is 0, the value is that
-            of the first run of the study.
+        settings: Settings of this command. A `max_replicates` of 0 stands for that of the study's first run,
+            or for `replicates` if there is none.
         file: The study before this command.
         is_search: True if a sampler chooses the points.
         replicates: Number of replicates of this command.
@@ -57,11 +56,7 @@ def fix_settings(
     if settings.kind == "replicates" and not settings.max_replicates:
         found = replace(found, max_replicates=before.max_replicates if before else replicates)
     for name in ("select", "margin", "max_replicates"):
-        option, new, then = (
-            f"--{name.replace('_', '-')}",
-            getattr(found, name),
-            getattr(before or found, name),
-        )
+        option, new, then = flag(name), getattr(found, name), getattr(before or found, name)
         if new != then:
             raise UsageError(
                 f"{option} {new}: study {file.name!r} began with {then}, which is fixed before there are "
@@ -129,35 +124,13 @@ def find_sources(templates: Sequence[Configuration]) -> list[Source]:
     return found
 
 
-def refuse_other_files(file: StudyFile, sources: Sequence[Source]) -> None:
-    """Check that a study was not made from other files of the same names as those of this command.
-
-    Two projects may each have a `train.csv`, and their studies must stay apart. Files with equal contents
-    count as the same file, so that a file may be moved.
-
-    Args:
-        file: The study before this command.
-        sources: The models, tasks and variants of this command; see `StudyFile.sources`.
-
-    Raises:
-        UsageError: It was.
-    """
-    mine = {source.name: source.path for source in sources if source.path}
-    for theirs in _earlier_contents(file, sources):
-        path = mine[theirs.name]
-        if _place(theirs.path) != _place(path):
-            raise UsageError(
-                f"--study {file.name!r} has results of {theirs.path}; {path} is another file of this name: "
-                "take another --study, or rename the file."
-            )
-
-
 def drop_replaced(
     file: StudyFile, sources: Sequence[Source], store: Store, notify: Callable[[str], None]
 ) -> StudyFile:
     """Return a study without the configurations that used a file whose content or data have changed.
 
-    The results of two contents under one name must not be compared. The records stay in the store.
+    The results of two contents under one name must not be compared. The records stay in the store. A file
+    that was moved has the same content.
 
     Args:
         file: The study before this run.
@@ -165,15 +138,19 @@ def drop_replaced(
         store: The store.
         notify: Called with one line for each changed file.
     """
-    earlier = _earlier_contents(file, sources)
+    names = {each.name for each in sources if each.path}
+    present = {(each.content, each.revision) for each in sources}
+    earlier = [s for s in file.sources if s.name in names and (s.content, s.revision) not in present]
     kept = set(file.configurations)
     for source in earlier:
         used = {fingerprint for fingerprint in kept if _uses(store, fingerprint, source)}
         kept -= used
+        (now,) = {each.path for each in sources if each.name == source.name}
+        change = "has changed" if now == source.path else f"is {now} now, not {source.path}"
         if used:
             notify(
-                f"{source.name} has changed: {len(used)} configurations of its earlier content leave the "
-                "study; their records stay in the store"
+                f"{source.name} {change}: {len(used)} configurations of its earlier content leave the study; "
+                "their records stay in the store"
             )
     others = tuple(each for each in file.sources if each not in earlier)
     return replace(file.keep(kept), sources=others)
@@ -191,18 +168,6 @@ def drop_abandoned(
     if settings.kind not in PLANNED_KINDS:
         return file
     return file.keep({*requested, *store.states()})
-
-
-def _earlier_contents(file: StudyFile, sources: Sequence[Source]) -> list[Source]:
-    """Return the sources of a study that have another content, or other data, in this run."""
-    names = {each.name for each in sources if each.path}
-    present = {(each.content, each.revision) for each in sources}
-    return [s for s in file.sources if s.name in names and (s.content, s.revision) not in present]
-
-
-def _place(path: str) -> str:
-    """Return what identifies a file or folder; for a dataset of the hub, its name."""
-    return os.path.realpath(path) if os.path.isabs(path) else path
 
 
 def _uses(store: Store, fingerprint: str, source: Source) -> bool:
@@ -240,15 +205,17 @@ def find_only(
             train it.
     """
     by_fingerprint = {configuration.fingerprint: configuration for configuration in requested}
-    stores = dict.fromkeys((*by_fingerprint, *file.configurations), store) | _study_of_config(options)
+    own = dict.fromkeys((*by_fingerprint, *file.configurations), store)
+    stores = _study_of_config(options) | own
     found = {}
     for digits in options.only or ():
         matching = [fingerprint for fingerprint in stores if fingerprint.startswith(digits.lower())]
         if len(matching) != 1:
-            some = ", ".join(each[:SHORT_FINGERPRINT] for each in (matching or list(stores))[:4])
+            some = ", ".join(each[:12] for each in (matching or list(stores))[:4])
+            fix = f"{'give more digits' if matching else 'take one of these'}{f': {some}' if some else ''}"
             raise UsageError(
                 f"--only {digits!r}: {len(matching) or 'no'} configurations of study {file.name!r} begin "
-                f"with it; take one, for example of: {some}."
+                f"with it; {fix}."
             )
         (fingerprint,) = matching
         found[fingerprint] = by_fingerprint.get(fingerprint) or _recall(
@@ -259,11 +226,8 @@ def find_only(
 
 def _study_of_config(options: StudyOptions) -> dict[str, Store]:
     """Return fingerprint -> store of the study whose study.yaml --config names, if it is one."""
-    if options.config is None:
-        return {}
-    folder = Path(os.path.abspath(options.config)).parent
-    file = StudyFile.read(folder)
-    if file is None:
+    folder = Path(os.path.abspath(options.config or "")).parent
+    if options.config is None or (file := StudyFile.read(folder)) is None:
         return {}
     store = (yaml.safe_load(options.config.read_text()) or {}).get("store")  # it was checked before
     root = folder.parent / DEFAULT_STORE_NAME if store is None else Path(store)
@@ -276,7 +240,7 @@ def _recall(fingerprint: str, store: Store, templates: Sequence[Configuration]) 
     Raises:
         UsageError: There is no record, or this command has other data, another model or other numerics.
     """
-    digits, record = fingerprint[:SHORT_FINGERPRINT], store.get(fingerprint)
+    digits, record = fingerprint[:12], store.get(fingerprint)
     if record is None:
         raise UsageError(
             f"--only {digits}: {store.root} has no record of it, and the options do not request it; repeat "
