@@ -119,7 +119,7 @@ class StudyMonitor(threading.Thread):
         """Optimizer steps by trainer."""
         self.error: Exception | None = None
         # The broker may take as long to start as a trainer.
-        self.silent_since: float | None = time.monotonic() + session.trainers.start_timeout
+        self.silent_since: float | None = time.monotonic() + session.settings.start_timeout
         """Time of the first poll without an answer; None after an answer."""
 
     def run(self) -> None:

@@ -185,11 +185,11 @@ def trial_limit(session: Session, is_search: bool = False, capacities: Sequence[
             search, it is the number of lanes that may be unfinished for the trainer; see
             `count_usable_lanes` in `broker/assignment.py`.
     """
-    num_trainers, trainers, cluster = session.num_trainers, session.trainers, session.cluster
+    num_trainers, settings, cluster = session.num_trainers, session.settings, session.cluster
     if session.is_elastic and not cluster.local:
-        least = MIN_AUTOSCALED_TRAINERS if trainers.gpus_per_worker else 0
+        least = MIN_AUTOSCALED_TRAINERS if settings.gpus_per_worker else 0
         num_trainers = max(least, 2 * num_trainers, session.autoscaler_capacity)
-    expected, most = trainers.expected_lanes, trainers.max_lanes
+    expected, most = settings.expected_lanes, settings.max_lanes
     if is_search:
         told = [min(one, most) for one in capacities[:num_trainers]]
     else:
@@ -210,7 +210,7 @@ def _make_algorithm(
     next_stage: Callable[[], Sequence[Configuration]],
 ) -> Any:
     """Return Tune's search algorithm; the monitor changes its `max_concurrent`."""
-    limit, lanes = trial_limit(session, search is not None), session.trainers.expected_lanes
+    limit, lanes = trial_limit(session, search is not None), session.settings.expected_lanes
     if search is not None:
         from orchestrator.execution.search.searcher import PerGroupSearcher
 
@@ -236,7 +236,7 @@ def _make_tuner(session: Session, algorithm: Any, callback: BrokerCallback) -> t
         ),
         run_config=tune.RunConfig(
             name=session.cluster.namespace,
-            storage_path=str(session.trainers.scratch),
+            storage_path=str(session.settings.scratch),
             verbose=0,
             callbacks=[callback],
             stop=AbortStopper(),

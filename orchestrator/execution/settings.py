@@ -42,8 +42,6 @@ class TrainerSettings:
     """Folder of the store, which has the same path on every node."""
     scratch: Path
     """Folder in the store for Ray's own files. It exists as long as the session."""
-    measures_lanes: bool = False
-    """If true, each trainer chooses its number of lanes by the memory of its first steps."""
     train_loop: str = "orchestrator.finetune.engine.loop:run"
     """The function that each worker runs, "module:function"; benchmarks replace it."""
 
@@ -51,6 +49,11 @@ class TrainerSettings:
     def uses_gpus(self) -> bool:
         """True if the workers compute on the GPUs that they reserve."""
         return self.gpus_per_worker > 0 and self.options.device != "cpu"
+
+    @property
+    def measures_lanes(self) -> bool:
+        """True if each trainer chooses its number of lanes by the memory of its first steps."""
+        return self.uses_gpus and self.options.lanes_per_trainer is None
 
     @property
     def expected_lanes(self) -> int:
@@ -72,7 +75,8 @@ class TrainerSettings:
 class Session:
     """The settings, storage and observers of one run of Ray Tune and its trainers."""
 
-    trainers: TrainerSettings
+    settings: TrainerSettings
+    """The settings of the trainers."""
     num_trainers: int
     """The number of trainers to start with."""
     cluster: Cluster
@@ -96,9 +100,9 @@ class Session:
     @property
     def scheduler(self) -> str:
         """The study's early stopping, or "none"."""
-        return self.trainers.options.scheduler
+        return self.settings.options.scheduler
 
     @property
     def is_elastic(self) -> bool:
         """True if the number of trainers follows the cluster's nodes, starting from `num_trainers`."""
-        return self.trainers.options.trainers is None
+        return self.settings.options.trainers is None

@@ -256,15 +256,13 @@ class Run:
             options.trainers, options.gpus_per_worker, options.workers_per_trainer
         )
         study.budget.set_gpus_per_trainer(gpus_per_worker * options.workers_per_trainer)
-        max_lanes, is_measured = choose_lanes(study, num_trainers, gpus_per_worker)
-        settings = TrainerSettings(
-            shared_options(options), max_lanes, gpus_per_worker, store.root, scratch_folder, is_measured
-        )
+        settings = TrainerSettings(shared_options(options), 0, gpus_per_worker, store.root, scratch_folder)
         if options.kernels == "liger" and not settings.uses_gpus:
             raise UsageError("--kernels liger: the trainers of this study have no GPU; take --kernels torch.")
+        max_lanes = choose_lanes(study, num_trainers, settings.uses_gpus)
         new_workers = autoscaler.worker_capacity(node_types, gpus_per_worker) or 0
         return Session(
-            trainers=settings,
+            settings=replace(settings, max_lanes=max_lanes),
             num_trainers=min(num_trainers, study.num_to_train),
             cluster=cluster,
             store=store,
@@ -332,32 +330,32 @@ def start_writers(study: Study, notify: Callable[[str], None]) -> TrackerWriters
     return writers
 
 
-def choose_lanes(study: Study, num_trainers: int, gpus_per_worker: float) -> tuple[int, bool]:
-    """Return the largest number of lanes of a trainer, and whether trainers choose by measurement.
+def choose_lanes(study: Study, num_trainers: int, uses_gpus: bool) -> int:
+    """Return the largest number of lanes of a trainer.
 
     Args:
         study: The study.
         num_trainers: Number of trainers; 0 counts as one.
-        gpus_per_worker: GPUs of each worker.
+        uses_gpus: True if the trainers compute on GPUs. Each of them then measures how many lanes fit.
     """
     options = study.options
     if options.lanes_per_trainer is not None:
-        return options.lanes_per_trainer, False
-    if gpus_per_worker > 0 and options.device != "cpu":
-        return MAX_MEASURED_LANES, True
+        return options.lanes_per_trainer
+    if uses_gpus:
+        return MAX_MEASURED_LANES
     # A search and early stopping decide by the results of other lanes, so fewer should train at once.
     is_plain_grid = options.search == "grid" and options.scheduler == "none"
     batches = [c.batches for c in (*study.templates, *study.pending)]  # `max_length` is 0 for images
     if is_plain_grid and all(0 < b.batch_size * b.max_length <= SHORT_LANE_TOKENS for b in batches):
         # With more lanes than its share, a trainer would train the lanes of others.
         share = -(-study.num_to_train // max(1, num_trainers))
-        return max(DEFAULT_LANES_PER_TRAINER, min(SHORT_LANES_PER_TRAINER, share)), False
-    return DEFAULT_LANES_PER_TRAINER, False
+        return max(DEFAULT_LANES_PER_TRAINER, min(SHORT_LANES_PER_TRAINER, share))
+    return DEFAULT_LANES_PER_TRAINER
 
 
 def _describe_trainers(session: Session) -> str:
     """Return one line that describes the cluster and the trainers."""
-    cluster, settings = session.cluster, session.trainers
+    cluster, settings = session.cluster, session.settings
     where = "Ray started here" if cluster.local else f"joined Ray, {len(cluster.nodes)} nodes"
     gpus = settings.gpus_per_worker * settings.options.workers_per_trainer
     each = f", {gpus:g} GPUs each" if gpus else ""

@@ -36,10 +36,11 @@ def make_session(
         gpus: GPUs of each worker.
         cluster: The nodes.
         elastic: Whether the number of trainers follows the nodes.
-        measures_lanes: Whether trainers choose their number of lanes.
+        measures_lanes: Whether trainers on GPUs choose their number of lanes.
         more: Further fields of the session.
     """
-    options = StudyOptions(trainers=None if elastic else num_trainers)
-    settings = TrainerSettings(options, max_lanes, gpus, Path("store"), Path("scratch"), measures_lanes)
+    lanes = None if measures_lanes else max_lanes
+    options = StudyOptions(trainers=None if elastic else num_trainers, lanes_per_trainer=lanes)
+    settings = TrainerSettings(options, max_lanes, gpus, Path("store"), Path("scratch"))
     progress = Progress(Path(), 0, 0, Console(file=io.StringIO()))
     return Session(settings, num_trainers, cluster, Store(Path("store")), progress, RunBudget(), **more)

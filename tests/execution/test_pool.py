@@ -40,7 +40,7 @@ def make_pool(
     pool = TrainerPool(session, None)
     pool.cluster = Cluster(tuple(Node(4, 1, 2**33) for _ in range(gpus)))
     names = [f"trainer-{n}" for n in range(placed + unplaced)]
-    pool.running = {name: TrainerRun(name, session.trainers, "space") for name in names}
+    pool.running = {name: TrainerRun(name, session.settings, "space") for name in names}
     pool.placed, pool.holders = frozenset(names[:placed]), frozenset(names[:holders])
     pool.num_started = len(names) + started
     return pool
@@ -170,7 +170,7 @@ def test_trainers_get_the_options_without_the_password_of_a_tracking_server() ->
 def test_gpu_workers_get_expandable_segments_where_they_work_unless_the_user_has_set_the_allocator(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    gpu, cpu = make_session(1, 4, 1.0).trainers, make_session(1, 4).trainers
+    gpu, cpu = make_session(1, 4, 1.0).settings, make_session(1, 4).settings
     names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
     on, off = (dict.fromkeys(names, f"expandable_segments:{value}") for value in (True, False))
     monkeypatch.setattr(trainer_run, "KERNEL_RELEASE", tmp_path / "osrelease")

@@ -13,6 +13,7 @@ from points import configuration as small
 from points import record, study_of
 
 from orchestrator.execution.ray import runtime
+from orchestrator.execution.settings import TrainerSettings
 from orchestrator.finetune.models.catalogue import UNPREPARED
 from orchestrator.launch.plan import CARDS, find_card, print_plan
 from orchestrator.launch.run import choose_lanes
@@ -218,7 +219,9 @@ def test_the_gpu_name_is_read_from_the_driver(tmp_path: Path, monkeypatch: pytes
 def test_trainers_measure_on_gpus_unless_the_number_is_typed(
     store: Store, options: StudyOptions, gpus: float, expected: tuple[int, bool]
 ) -> None:
-    assert choose_lanes(study_of(20 * POINTS, store, options), 2, gpus) == expected
+    settings = TrainerSettings(options, 0, gpus, store.root, store.scratch)
+    lanes = choose_lanes(study_of(20 * POINTS, store, options), 2, settings.uses_gpus)
+    assert (lanes, settings.measures_lanes) == expected
 
 
 @pytest.mark.parametrize(
@@ -237,7 +240,7 @@ def test_a_grid_of_short_micro_batches_has_more_lanes_on_a_cpu(
     store: Store, batches: BatchConfig, options: StudyOptions, expected: int
 ) -> None:
     points = [replace(POINTS[0], batches=BatchConfig(16, max_length=13)), replace(POINTS[1], batches=batches)]
-    assert choose_lanes(study_of(20 * points, store, options), 2, 0.0) == (expected, False)
+    assert choose_lanes(study_of(20 * points, store, options), 2, False) == expected
 
 
 @pytest.mark.parametrize(("num_per_trainer", "expected"), [(3, 4), (6, 6), (9, 8)])
@@ -245,4 +248,4 @@ def test_no_trainer_on_a_cpu_takes_more_than_its_share(
     store: Store, num_per_trainer: int, expected: int
 ) -> None:
     points = [replace(point, batches=BatchConfig(16, max_length=13)) for point in POINTS]
-    assert choose_lanes(study_of(num_per_trainer * points, store), 2, 0.0) == (expected, False)
+    assert choose_lanes(study_of(num_per_trainer * points, store), 2, False) == expected

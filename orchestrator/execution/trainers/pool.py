@@ -64,7 +64,7 @@ class TrainerPool:
     """
 
     def __init__(self, session: Session, broker: Any) -> None:
-        self.session, self.settings, self.broker = session, session.trainers, broker
+        self.session, self.settings, self.broker = session, session.settings, broker
         self.notify = session.progress.notify
         self.visibility = StorageVisibility(self.settings.scratch, session.cluster.nodes, self.notify)
         self.running: dict[str, TrainerRun] = {}

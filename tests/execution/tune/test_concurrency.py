@@ -57,8 +57,8 @@ def test_the_trials_of_trainers_that_measure_follow_their_lanes() -> None:
     assert trial_limit(measured, capacities=[8, 6]) == (8 + 1) + (6 + 1)
     assert trial_limit(measured, capacities=[1, 1]) == 2 * (4 + 1), "not measured yet"
     assert trial_limit(measured, is_search=True) == 2 * 4
-    assert make_session(1, 2, measures_lanes=True).trainers.expected_lanes == 2
-    assert make_session(1, 8).trainers.expected_lanes == 8
+    assert make_session(1, 2, gpus=1, measures_lanes=True).settings.expected_lanes == 2
+    assert make_session(1, 8).settings.expected_lanes == 8
 
 
 def test_a_search_follows_the_lanes_that_trainers_measure() -> None:
