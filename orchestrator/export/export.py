@@ -15,7 +15,7 @@ from orchestrator.export.model_card import CardFacts, Form, InputForm, format_sc
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration
-from orchestrator.study.names import other_folders, store_command
+from orchestrator.study.names import store_command
 from orchestrator.util import atomic_files
 from orchestrator.util.atomic_files import DamagedFileError
 from orchestrator.util.errors import UsageError
@@ -98,7 +98,7 @@ def export_lane(
     folder = folder or chosen.study.folder / "export" / name
     mark = {"study": chosen.study.name, "fingerprint": record.fingerprint, "form": form}
     if not _is_present(folder, mark):
-        lane = _load_lane(store, record.configuration, task, variant, _adapter_of(store, output, chosen))
+        lane = _load_lane(store, record.configuration, task, variant, _adapter_of(store, chosen))
         _write(store, chosen, lane, folder, mark)
     return Export(folder, form, record)
 
@@ -165,7 +165,7 @@ def _is_present(folder: Path, mark: dict[str, str]) -> bool:
     return False
 
 
-def _adapter_of(store: Store, output: Path, chosen: ChosenLane) -> Path:
+def _adapter_of(store: Store, chosen: ChosenLane) -> Path:
     """Return the file with the adapter of a lane.
 
     Raises:
@@ -173,11 +173,10 @@ def _adapter_of(store: Store, output: Path, chosen: ChosenLane) -> Path:
     """
     if (file := store.find_adapter(chosen.record.fingerprint)) is not None:
         return file
-    study = chosen.study
-    lane = chosen.record.fingerprint[:12]
-    command = study.again("--only", lane, "--save-adapters", "all", *other_folders(output, store.root))
+    lane = chosen.record.fingerprint
+    command = chosen.study.train_again([lane], "--save-adapters", "all", store=store.root)
     raise UsageError(
-        f"lane {lane}: its adapter was not kept (--save-adapters all keeps every "
+        f"lane {lane[:12]}: its adapter was not kept (--save-adapters all keeps every "
         f"one); to train it again, with its adapter: {command}"
     )
 

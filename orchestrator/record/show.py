@@ -19,7 +19,7 @@ from orchestrator.record.schema import (
 )
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile, read_studies
-from orchestrator.study.names import other_folders, store_command
+from orchestrator.study.names import store_command
 from orchestrator.util.errors import UsageError
 
 
@@ -109,10 +109,12 @@ def _format_rerun(record: Record, studies: list[StudyFile], output: Path, store:
     if not studies:
         yield f"No study under {output} requests this configuration, so no command trains it again."
         return
-    study, words = studies[0], ["--only", record.fingerprint[:12]]
-    words += ["--retry-failed"] if record.state == "failed" else other_folders(output, store.root)
+    study, fingerprint = studies[0], record.fingerprint
     yield f"To train it again (study {study.name}):"
-    yield f"  {study.again(*words)}"
+    if record.state == "failed":
+        yield f"  {study.again('--only', fingerprint[:12], '--retry-failed')}"
+    else:
+        yield f"  {study.train_again([fingerprint], store=store.root)}"
 
 
 def _wrap_pairs(pairs: Iterable[str], title: str = "") -> str:

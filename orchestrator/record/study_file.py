@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 from pydantic import Field
 
 from orchestrator.record.schema import Record
-from orchestrator.study.names import CONFIG_NAME
+from orchestrator.study.names import CONFIG_NAME, DEFAULT_STORE_NAME, other_folders
 from orchestrator.util import atomic_files
 from orchestrator.util.errors import UsageError, quote_value, suggest_nearest
 from orchestrator.util.graceful_interrupts import PROGRAM
@@ -129,6 +129,20 @@ class StudyFile:
         """
         config = ["--config", str(self.folder / CONFIG_NAME)]
         return shlex.join([PROGRAM, experiment or self.experiment, *config, *words])
+
+    def train_again(self, fingerprints: Iterable[str], *words: str, store: Path | None = None) -> str:
+        """Return the command that trains lanes of this study again.
+
+        It names another output folder and another store, because nothing is trained where a record is known.
+
+        Args:
+            fingerprints: The lanes.
+            *words: More options and their values.
+            store: The folder of their records; None for the one in the output folder.
+        """
+        output = self.folder.parent
+        folders = other_folders(output, store or output / DEFAULT_STORE_NAME)
+        return self.again("--only", *(each[:12] for each in fingerprints), *words, *folders)
 
     def with_sources(self, sources: Iterable[Source]) -> StudyFile:
         """Return this study with more sources, of which each replaces an earlier one of the same content."""

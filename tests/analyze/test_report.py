@@ -162,11 +162,23 @@ def of_study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Page]:
 def test_the_command_that_exports_names_the_folders_and_has_the_form_of_the_studys_command(
     tmp_path: Path,
 ) -> None:
-    study_file = replace(STUDY_FILE, command="lora-orchestrator study --dry-run")
-    write_report(study_file, [record()], tmp_path / "mine" / "lr-sensitivity", "", tmp_path / "shared")
-    page = Page((tmp_path / "mine" / "lr-sensitivity" / "report.html").read_text())
+    folder = tmp_path / "mine" / "lr-sensitivity"
+    study_file = replace(STUDY_FILE, command="lora-orchestrator study --dry-run", folder=folder)
+    write_report(study_file, [record()], folder, "", tmp_path / "shared")
+    page = Page((folder / "report.html").read_text())
     folders = f"--output {tmp_path / 'mine'} --store {tmp_path / 'shared'}"
     assert f"lora-orchestrator export lr-sensitivity {record().fingerprint[:12]} {folders}" in page.text
+
+
+def test_the_command_of_each_rate_trains_its_seeds_in_another_output_and_store(tmp_path: Path) -> None:
+    """With the folders of the study it would train nothing, because the results are known."""
+    folder, seeds = tmp_path / "mine" / "lr-sensitivity", [record(seed=seed) for seed in range(2)]
+    lanes = " ".join(each.fingerprint[:12] for each in seeds)
+    again = f"lora-orchestrator study --config {folder / 'study.yaml'} --only {lanes}"
+    output, other = f" --output {folder.parent}-again", tmp_path / "shared"
+    for store, folders in ((None, output), (other, f"{output} --store {other}-again")):
+        write_report(replace(STUDY_FILE, folder=folder), seeds, folder, "", store)
+        assert f"{again}{folders}" in Page((folder / "report.html").read_text()).text.splitlines()
 
 
 def test_a_report_is_four_whole_files_and_nothing_else(of_study: tuple[Path, Page]) -> None:

@@ -158,9 +158,7 @@ def test_a_printed_command_trains_a_recorded_configuration_in_another_output(
     (study.folder / "study.yaml").write_text(
         f"task: letters\nvariants: [lora, rslora]\nmodel: {options.model}\nlearning_rates: 5e-3\n"
     )
-    command = shlex.split(
-        study.file.again("--only", point.fingerprint[:12], "--output", str(tmp_path / "again"))
-    )
+    command = shlex.split(study.file.train_again([point.fingerprint], store=study.store.root))
     planned = run(ORCHESTRATOR, *command[1:], "--plan")
     assert planned.returncode == 0, planned.stderr
     assert "Learning rates  0.001\n" in planned.stdout

@@ -46,7 +46,7 @@ def _pictures(data: ReportData) -> Sequence[Picture]:
 def _values(data: ReportData) -> Mapping[str, Any]:
     def reproduce(point: CurvePoint) -> str:
         """Return the command that trains the runs of a point again."""
-        return data.study.again("--only", *(run.fingerprint[:12] for run in point.runs))
+        return data.study.train_again((run.fingerprint for run in point.runs), store=data.store)
 
     return {
         "has_run_counts": _has_run_counts(data.summary),
