@@ -38,6 +38,8 @@ class Design(ABC):
 
     reason: ClassVar[str] = ""
     """Why a later stage adds configurations, as a phrase; empty if it needs no reason."""
+    notes: Sequence[str] = ()
+    """What is left out of the study, one line each."""
 
     @abstractmethod
     def request(self, find: FindRecord) -> list[Configuration]:
@@ -273,6 +275,8 @@ class StarDesign(Design):
     levels: tuple[tuple[Configuration, ...], ...]
     """For each template, copies with one factor at another level."""
     seeds: Sequence[int]
+    notes: Sequence[str] = ()
+    """The factors and levels that are left out, and why, one line each."""
 
     def request(self, find: FindRecord) -> list[Configuration]:
         """Return the curves, and the arms of each template whose curve has ended."""
@@ -308,7 +312,7 @@ def _swept_rates(rates: Sequence[float], center: float) -> list[float]:
 def make_star(
     given: DesignInput, seeds: Sequence[int], factors: Sequence[str], num_levels: int, bases: Path
 ) -> StarDesign:
-    """Make the star design of a study, and print the factors and levels that are left out.
+    """Make the star design of a study.
 
     Args:
         given: The templates, and the rates of the curves.
@@ -331,9 +335,7 @@ def make_star(
             f"--factors {' '.join(factors)}: no variant of the study has one of them; "
             "take others, for example: rank batch_size."
         )
-    for note in dict.fromkeys(notes):
-        print(note)
-    return StarDesign(given, levels, seeds)
+    return StarDesign(given, levels, seeds, tuple(dict.fromkeys(notes)))
 
 
 def _levels(

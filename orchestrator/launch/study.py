@@ -288,6 +288,8 @@ def resolve_study(experiment: Experiment, given: StudyOptions, command: str = ""
         rates = {each.task.name: tuple(each.learning_rates) for each in tasks}
         assert experiment.make_design is not None
         study.design = experiment.make_design(options, DesignInput(study.templates, rates))
+        for note in study.design.notes:
+            console.print(note, soft_wrap=True)
     if options.only:
         study.look_up()
         study.design = FixedDesign(tuple(find_only(options, study.file, study.requested, templates, store)))
