@@ -57,11 +57,11 @@ def study_of(
     **more: Any,
 ) -> Study:
     """Return a study that trains these points and prints into a text. Every point counts as a template."""
-    from orchestrator.launch.experiment import Experiment
+    from orchestrator.experiments import load
     from orchestrator.launch.study import Study
 
     return Study(
-        experiment=Experiment(name="study", module="x", description="?", options_class=StudyOptions),
+        experiment=load("study"),
         given=options or StudyOptions(),
         options=options or StudyOptions(),
         store=store,

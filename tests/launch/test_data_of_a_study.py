@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 from in_process import SWEEP, Run, restored, run
-from test_own_files import EXPERIMENT, finished, mine, requested, resolve
+from orchestrator.experiments.lr_sensitivity import EXPERIMENT, CurveOptions
+from test_own_files import finished, mine, requested, resolve
 from untrained_base import base
 
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.launch.earlier_runs import drop_replaced, find_sources
 from orchestrator.launch.study import Study, resolve_study
 from orchestrator.record.study_file import StudyFile
-from orchestrator.study.options import StudyOptions
 
 __all__ = ["base", "mine", "restored", "run"]
 
@@ -70,10 +70,10 @@ def test_changed_data_of_a_task_file_leave_the_study(mine: Path) -> None:
     assert len(lines) == 1
 
 
-def options_of(output: Path, data: Path, **more: Any) -> StudyOptions:
+def options_of(output: Path, data: Path, **more: Any) -> CurveOptions:
     """Return the options of a study of LoRA on a data file."""
     model = str(output.parent / "mine" / "base")
-    return StudyOptions(data=(str(data),), variants=("lora",), model=model, output=output, seeds=1, **more)
+    return CurveOptions(data=(str(data),), variants=("lora",), model=model, output=output, seeds=1, **more)
 
 
 def test_another_file_of_the_same_name_takes_the_place_of_the_first(mine: Path) -> None:

@@ -13,20 +13,18 @@ from typing import Any
 
 import pytest
 from in_process import ORCHESTRATOR, Run, restored, run
+from orchestrator.experiments.lr_sensitivity import EXPERIMENT, CurveOptions
 from untrained_base import base
 
 from orchestrator.analyze import report_memo
 from orchestrator.finetune.models import loading
 from orchestrator.finetune.resolve import templates
 from orchestrator.finetune.resolve.model_limits import check_attach
-from orchestrator.launch.designs import WideningGrid
-from orchestrator.launch.experiment import Experiment
 from orchestrator.launch.study import resolve_study
 from orchestrator.record.schema import Evaluation, Record
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile
 from orchestrator.study.configuration import Configuration, ModelChoice
-from orchestrator.study.options import StudyOptions
 from orchestrator.util.errors import UsageError
 from variants import catalogue
 from variants.source_cache import source_digest
@@ -34,17 +32,6 @@ from variants.source_cache import source_digest
 __all__ = ["base", "restored", "run"]
 
 HEAVY = ("torch", "transformers", "mlflow", "ray", "scipy", "matplotlib", "plotly", "pyarrow", "pandas")
-EXPERIMENT = Experiment(
-    name="study",
-    module="lr_sensitivity",
-    description="?",
-    options_class=StudyOptions,
-    make_design=lambda options, given: WideningGrid(given, range(options.seed_count)),
-    variants=("lora",),
-    tasks=("letters",),
-    dry_run_variants=("lora",),
-    dry_run_tasks=("letters",),
-)
 MAIN = """
 import runpy, sys
 class Refuse:
@@ -75,7 +62,7 @@ def words(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> list[s
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     catalogue._built_in_traits.cache_clear()  # so that they are kept in this cache folder
     output, rates = tmp_path / "results", ("1e-3", "1e-2")
-    options = StudyOptions(
+    options = CurveOptions(
         task=("letters",), variants=("lora", "rslora"), model=str(base), learning_rates=rates, seeds=2,
         output=output, gpus_per_worker=0,
     )  # fmt: skip
@@ -89,7 +76,7 @@ def words(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> list[s
         )
     return [
         *("study", "--task", "letters", "--variants", "lora", "rslora", "--model", str(base), "--seeds", "2"),
-        *("--learning-rates", *rates, "--widen", "0", "--output", str(output)),
+        *("--learning-rates", *rates, "--output", str(output)),
     ]
 
 
@@ -122,7 +109,7 @@ def test_what_fits_the_base_model_is_tried_once(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(loading, "build_meta_model", count_built)
     monkeypatch.setattr(templates, "check_attach", spy)
-    options = StudyOptions(task=("letters",), variants=("lora", "pissa"), output=tmp_path / "new", plan=True)
+    options = CurveOptions(task=("letters",), variants=("lora", "pissa"), output=tmp_path / "new", plan=True)
 
     def count_tried(**changed: Any) -> int:
         before = len(tried)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from in_process import SWEEP, Run, restored, run
+from orchestrator.experiments.lr_sensitivity import EXPERIMENT, CurveOptions
 from untrained_base import base
 
 from orchestrator.finetune.models.catalogue import locate_pretrained
@@ -15,14 +16,11 @@ from orchestrator.finetune.resolve.data_preparation import write_own_files
 from orchestrator.finetune.sources import own_files, own_variants
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.finetune.tasks.task_file import hash_code
-from orchestrator.launch.designs import WideningGrid
-from orchestrator.launch.experiment import Experiment
 from orchestrator.launch.study import Study, resolve_study
 from orchestrator.record.schema import Evaluation, Record
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile
 from orchestrator.study.configuration import Configuration
-from orchestrator.study.options import StudyOptions
 from orchestrator.util.errors import UsageError
 from variants import catalogue
 
@@ -61,17 +59,6 @@ from variants.baseline.lora import LoRA
 class Scaled(LoRA):
     peft = None
 '''
-EXPERIMENT = Experiment(
-    name="study",
-    module="lr_sensitivity",
-    description="?",
-    options_class=StudyOptions,
-    make_design=lambda options, given: WideningGrid(given, range(options.seed_count)),
-    variants=("lora",),
-    tasks=("letters",),
-    dry_run_variants=("lora",),
-    dry_run_tasks=("letters",),
-)
 
 
 @pytest.fixture
@@ -98,7 +85,7 @@ def renamed(mine: Path) -> Path:
 
 def resolve(output: Path, task: Path, variant: Path, model: Path) -> Study:
     """Resolve a study of LoRA and a variant in a file, with two seeds."""
-    options = StudyOptions(
+    options = CurveOptions(
         task=(str(task),),
         variants=("lora", str(variant)),
         model=str(model),
@@ -300,7 +287,7 @@ def test_two_files_of_one_name_are_refused(mine: Path, option: str, added: str) 
     (other / name).write_text((mine / name).read_text() + added)
     files = {"task": (str(mine / "copy_task.py"),), "variants": ("lora",)}
     files[option] = (str(mine / name), str(other / name))
-    options = StudyOptions(**files, model=str(mine / "base"), output=mine / "results")  # type: ignore[arg-type]
+    options = CurveOptions(**files, model=str(mine / "base"), output=mine / "results")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match=f"--{option}: .*have the same name; rename one of them"):
         resolve_study(EXPERIMENT, options)
 
@@ -321,7 +308,7 @@ def test_files_of_equal_content_are_refused(mine: Path) -> None:
         ((task,), (*variants, str(mine / "again.py")), "'scaled.py' and 'again.py' have the same content"),
         ((task, str(mine / "more.py")), variants, "'copy_task.py' and 'more.py' have the same content"),
     ):
-        options = StudyOptions(task=tasks_typed, variants=variants_typed, **given)  # type: ignore[arg-type]
+        options = CurveOptions(task=tasks_typed, variants=variants_typed, **given)  # type: ignore[arg-type]
         with pytest.raises(UsageError, match=message):
             resolve_study(EXPERIMENT, options)
 
