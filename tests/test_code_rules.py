@@ -24,7 +24,7 @@ BUDGETS = {
     "orchestrator/util": (10, 639),
     "variants": (128, 6717),
     "experiments": (16, 2073),
-    "tests": (297, 32685),
+    "tests": (298, 32582),
 }
 """Package -> (modules, lines of code) that it may have at most: today's sizes, with room for two modules and
 for the lines up to the next hundred. A change that makes one smaller lowers its numbers; one that raises them

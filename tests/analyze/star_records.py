@@ -7,34 +7,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+from configurations import template
 
 from orchestrator.record.schema import Evaluation, Record
-from orchestrator.study.configuration import (
-    BatchConfig,
-    Configuration,
-    LRSchedule,
-    ModelChoice,
-    OptimizerConfig,
-    TaskChoice,
-    VariantChoice,
-)
+from orchestrator.study.configuration import Configuration
 from orchestrator.study.factors import Factor, factor_levels, load_factors, resweep_rates
 from orchestrator.study.space import apply_values, get_value
 
 RATES = tuple(float(f"{10 ** (k / 4):.3g}") for k in range(-14, -3))  # 3.16e-4 to 1e-1, 4 a decade
 FACTORS = ("alpha", "rank", "batch_size", "dropout", "schedule")
-
-
-def template(variant: str = "lora", task: str = "letters", **extra: float) -> Configuration:
-    """Return the default configuration of a variant."""
-    return Configuration(
-        variant=VariantChoice(variant, alpha=None if variant == "hira" else 16.0, extra=extra),
-        task=TaskChoice(task, "r1", 960, 200, 200, "exact_match", 0.0),
-        model=ModelChoice("letters-base", "c0ffee"),
-        optimizer=OptimizerConfig(1.0),
-        lr_schedule=LRSchedule(60),
-        batches=BatchConfig(16),
-    )
 
 
 @dataclass(frozen=True)

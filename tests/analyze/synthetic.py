@@ -6,21 +6,16 @@ The scores come from a dry run of the task `letters` with five variants, seven r
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
+
+from configurations import template
 
 from orchestrator.analyze.results import Summary
 from orchestrator.analyze.summary import summarize
 from orchestrator.record.schema import Evaluation, Provenance, Record, RecordState
 from orchestrator.record.study_file import StudyFile
-from orchestrator.study.configuration import (
-    BatchConfig,
-    Configuration,
-    LRSchedule,
-    ModelChoice,
-    OptimizerConfig,
-    TaskChoice,
-    VariantChoice,
-)
+from orchestrator.study.configuration import LRSchedule
 
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 NOTHING = (0.0, 0.0, 0.0)
@@ -85,13 +80,13 @@ def record(
     `validation`. In a stopped record, `validation` is the last validation score during training.
     """
     state = state or ("diverged" if validation is None else "finished")
-    configuration = Configuration(
-        variant=VariantChoice(variant, rank=rank, alpha=alpha, extra=extra or {}),
-        task=TaskChoice(task, "r1", 960, 200, 200, "exact_match", floor),
-        model=ModelChoice(model, "c0ffee"),
-        optimizer=OptimizerConfig(learning_rate=rate),
-        lr_schedule=LRSchedule(steps=steps),
-        batches=BatchConfig(16),
+    point = template(variant, task, rate, **(extra or {}))
+    configuration = replace(
+        point,
+        variant=replace(point.variant, rank=rank, alpha=alpha),
+        task=replace(point.task, floor=floor),
+        model=replace(point.model, name=model),
+        lr_schedule=LRSchedule(steps),
         seed=seed,
     )
     scores: list[Evaluation] = []

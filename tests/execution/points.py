@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from io import StringIO
 from typing import TYPE_CHECKING, Any
 
+from configurations import template
 from rich.console import Console
 
 from orchestrator.record.schema import Evaluation, Record
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile
-from orchestrator.study.configuration import (
-    BatchConfig,
-    Configuration,
-    LRSchedule,
-    ModelChoice,
-    OptimizerConfig,
-    TaskChoice,
-    VariantChoice,
-)
+from orchestrator.study.configuration import BatchConfig, Configuration, LRSchedule
 from orchestrator.study.options import StudyOptions
 
 if TYPE_CHECKING:
@@ -29,13 +23,10 @@ STEPS = 4  # a lane reports after each of its steps
 
 
 def configuration(variant: str = "lora", rate: float = 1e-3, seed: int = 0) -> Configuration:
-    return Configuration(
-        VariantChoice(variant),
-        TaskChoice("letters", "r0", 8, 8, 8, "exact_match", 0.0),
-        ModelChoice("base", "c0"),
-        OptimizerConfig(rate),
-        LRSchedule(STEPS),
-        BatchConfig(8),
+    return replace(
+        template(variant, rate=rate),
+        lr_schedule=LRSchedule(STEPS),
+        batches=BatchConfig(8),
         evaluations=STEPS,
         seed=seed,
     )

@@ -15,17 +15,13 @@ from ray.tune.search import Searcher
 from orchestrator.execution.search import journal
 from orchestrator.execution.search.budget import SearchBudget, open_search
 from orchestrator.execution.search.searcher import PerGroupSearcher
+from orchestrator.finetune.resolve.option_names import variant_hyperparameters
 from orchestrator.record.schema import Evaluation, Record
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration, LRSchedule, Value
 from orchestrator.study.space import Space, apply_values, parse_space
 
 STEPS = 90
-OWN: dict[str, dict[str, Value]] = {
-    "lora": {"rank": 8, "alpha": 16.0, "dropout": 0.0},
-    "hira": {"rank": 8, "dropout": 0.0},
-    "full": {},
-}
 ASHA = "asha loss=min first=30 eta=4 last=30"
 
 
@@ -34,9 +30,9 @@ def build(variant: str, values: Mapping[str, Value]) -> Configuration:
     return apply_values(point, values)
 
 
-def own(*variants: str) -> dict[str, dict[str, Value]]:
+def own(*variants: str) -> dict[str, Mapping[str, Value]]:
     """Return the settings of variants."""
-    return {variant: OWN[variant] for variant in variants}
+    return {variant: variant_hyperparameters(variant) for variant in variants}
 
 
 def space(*words: str, variants: tuple[str, ...] = ("lora", "hira")) -> Space:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import pytest
 from points import configuration
 from scipy.stats import qmc
+from search_drive import own, space
 
 from orchestrator.execution.search.groups import SearchGroup, make_groups
 from orchestrator.execution.search.samplers import (
@@ -19,32 +20,14 @@ from orchestrator.execution.search.samplers import (
     to_optuna_params,
 )
 from orchestrator.study.configuration import Configuration, Value
-from orchestrator.study.space import Space, apply_values, parse_space
+from orchestrator.study.space import Space, parse_space
 
-OWN: dict[str, dict[str, Value]] = {
-    "lora": {"rank": 8, "alpha": 16.0, "dropout": 0.0},
-    "hira": {"rank": 8, "dropout": 0.0},
-    "lora_plus": {"rank": 8, "alpha": 16.0, "dropout": 0.0, "ratio": 16.0},
-    "full": {},
-}
 WORDS = ("rank=4,8,16,32", "alpha=log:4:64", "lora_plus.ratio=log:1:64", "schedule=linear,cosine")
 
 
 def groups(over: Space, replicate: int = 0) -> list[SearchGroup]:
     templates = [configuration(variant) for variant in over]
     return list(make_groups({"letters": over}, templates, (replicate,), "letters").values())
-
-
-def build(variant: str, found: Mapping[str, Value]) -> Configuration:
-    return apply_values(configuration(variant), found)
-
-
-def own(*variants: str) -> dict[str, dict[str, Value]]:
-    return {variant: OWN[variant] for variant in variants}
-
-
-def space(*words: str, variants: tuple[str, ...] = tuple(OWN)) -> Space:
-    return parse_space(words, own(*variants), (1e-4, 1.0))
 
 
 def test_qmc_fills_every_stratum_of_the_learning_rate_and_is_more_even_than_random() -> None:
@@ -125,7 +108,7 @@ def test_what_the_variant_refuses_is_passed_over() -> None:
 def test_values_and_draws_are_each_others_inverse() -> None:
     from optuna import create_study
 
-    over = space(*WORDS, "lora_plus.rank=logint:2:64")["lora_plus"]
+    over = space(*WORDS, "lora_plus.rank=logint:2:64", variants=("lora_plus",))["lora_plus"]
     study = create_study(sampler=make_sampler("random", 8, 0))
     for _ in range(20):
         found = from_optuna_params(over, study.ask(fixed_distributions=distributions(over)).params)

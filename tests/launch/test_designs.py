@@ -9,7 +9,8 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from star_records import RATES, Surface, make_record, template
+from configurations import template
+from star_records import RATES, Surface, make_record
 
 from orchestrator.finetune.models.catalogue import UNPREPARED
 from orchestrator.launch.designs import (

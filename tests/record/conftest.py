@@ -8,18 +8,11 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from configurations import template
 from in_process import restored, run
 
 from orchestrator.record.schema import Cost, Evaluation, ItemResults, Provenance, Record, StepMetrics
-from orchestrator.study.configuration import (
-    BatchConfig,
-    Configuration,
-    LRSchedule,
-    ModelChoice,
-    OptimizerConfig,
-    TaskChoice,
-    VariantChoice,
-)
+from orchestrator.study.configuration import BatchConfig, Configuration, LRSchedule
 
 __all__ = ["MakeRecord", "configuration", "make_record", "record", "restored", "run"]
 
@@ -27,15 +20,9 @@ MakeRecord = Callable[..., Record]
 
 
 def configuration(seed: int = 0, rate: float = 1e-3, variant: str = "lora", **extra: Any) -> Configuration:
-    return Configuration(
-        variant=VariantChoice(variant, extra=extra),
-        task=TaskChoice("letters", "0123456789abcdef" * 4, 512, 128, 256, "exact_match", 0.05),
-        model=ModelChoice("letters-base", "c0ffee"),
-        optimizer=OptimizerConfig(rate),
-        lr_schedule=LRSchedule(20),
-        batches=BatchConfig(8),
-        seed=seed,
-    )
+    point = template(variant, rate=rate, **extra)
+    task = replace(point.task, floor=0.05)
+    return replace(point, task=task, lr_schedule=LRSchedule(20), batches=BatchConfig(8), seed=seed)
 
 
 def record(

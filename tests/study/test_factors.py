@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from star_records import template
+from configurations import template
 
 from orchestrator.study import factors
 from orchestrator.study.configuration import HYPERPARAMETERS, BatchConfig

@@ -1,33 +1,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from itertools import groupby, pairwise
 
 import pytest
+from configurations import template
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.study.configuration import (
-    BatchConfig,
-    Configuration,
-    LRSchedule,
-    ModelChoice,
-    OptimizerConfig,
-    TaskChoice,
-    VariantChoice,
-)
 from orchestrator.study.grids import build_grid, parse_learning_rates, refine_rates, training_order
 
-TEMPLATE = Configuration(
-    VariantChoice("lora"),
-    TaskChoice("letters", "r0", 96, 32, 32, "exact_match", 0.0),
-    ModelChoice("letters-base", "c0"),
-    OptimizerConfig(1.0),
-    LRSchedule(60),
-    BatchConfig(16),
-)
-TEMPLATES = [replace(TEMPLATE, variant=VariantChoice(name)) for name in ("lora", "hira", "dora")]
+TEMPLATES = [template(name) for name in ("lora", "hira", "dora")]
 
 
 def test_a_grid_is_every_template_at_every_rate_and_seed() -> None:

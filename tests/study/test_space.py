@@ -4,29 +4,22 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import replace
 
+from configurations import template
 from hypothesis import given
 from hypothesis import strategies as st
-from test_grids import TEMPLATE
 
-from orchestrator.study.configuration import HYPERPARAMETERS, Configuration, Value, VariantChoice
+from orchestrator.finetune.resolve.option_names import variant_hyperparameters
+from orchestrator.study.configuration import HYPERPARAMETERS, Configuration, Value
 from orchestrator.study.space import Dimension, apply_values, parse_fixed_values, parse_space
+from variants import catalogue
 
-OWN: dict[str, dict[str, Value]] = {
-    "lora": {"rank": 8, "alpha": 16.0, "dropout": 0.0},
-    "hira": {"rank": 8, "dropout": 0.0},
-    "relora": {"rank": 8, "alpha": 16.0, "dropout": 0.0, "merges": 3, "warmup": 0.01},
-    "pissa": {"rank": 8, "alpha": 16.0, "dropout": 0.0, "svd": "exact", "shared": True},
-    "full": {},
-}
+OWN = {v: variant_hyperparameters(v) for v in ("lora", "hira", "relora", "pissa", "oft", "full")}
 RATES = (1e-4, 1e-3, 1e-1)
 
 
-def template(variant: str) -> Configuration:
-    extra = {k: v for k, v in OWN[variant].items() if k not in ("rank", "alpha", "dropout")}
-    made = VariantChoice(variant, alpha=16.0 if "alpha" in OWN[variant] else None, extra=extra)
-    return replace(TEMPLATE, variant=made)
+def default(variant: str) -> Configuration:
+    return template(variant, **catalogue.traits(variant).extra_defaults)
 
 
 def parsed(*words: str, fixed: tuple[str, ...] = ()) -> dict[str, list[str]]:
@@ -60,26 +53,27 @@ def test_a_setting_of_a_variant_may_have_the_name_of_a_hyperparameter() -> None:
         "warmup=0:0.5",
         "relora.warmup=0:0.1",
     ]
-    point = apply_values(template("relora"), {"warmup": 0.2, "relora.warmup": 0.05})
+    point = apply_values(default("relora"), {"warmup": 0.2, "relora.warmup": 0.05})
     assert (point.lr_schedule.warmup, point.variant.extra["warmup"]) == (0.2, 0.05)
 
 
 def test_values_enter_the_configuration() -> None:
     point = apply_values(
-        template("lora"),
+        default("lora"),
         {"learning_rate": 0.01, "rank": 4, "lora.alpha": 8.0, "hira.rank": 2, "batch_size": 32},
     )
     assert point.optimizer.learning_rate == 0.01
     assert (point.variant.rank, point.variant.alpha) == (4, 8.0)
     assert (point.batches.batch_size, point.batches.accumulation) == (32, 1)
-    assert apply_values(template("lora"), {"rank": 4, "lora.rank": 2}).variant.rank == 2
+    assert apply_values(default("lora"), {"rank": 4, "lora.rank": 2}).variant.rank == 2
 
 
 def test_fixed_values_are_typed_by_the_setting() -> None:
     found = parse_fixed_values(
-        ["relora.merges=2", "weight-decay=0.01", "pissa.shared=false", "pissa.svd=fast"], OWN
+        ["relora.merges=2", "weight-decay=0.01", "oft.cayley-neumann=false", "pissa.svd=fast"], OWN
     )
-    assert found == {"relora.merges": 2, "weight_decay": 0.01, "pissa.shared": False, "pissa.svd": "fast"}
+    values = {"relora.merges": 2, "weight_decay": 0.01, "oft.cayley_neumann": False, "pissa.svd": "fast"}
+    assert found == values
     assert isinstance(found["relora.merges"], int)
 
 
@@ -130,7 +124,7 @@ def test_every_draw_lies_in_the_space_and_its_spelling_is_its_value(words: list[
                 number = rng.uniform(low, high)
                 values[d.key] = d.to_value(min(d.high, max(d.low, math.exp(number) if d.log else number)))
             assert inside(d, values[d.key]), (d, values[d.key])
-        point = apply_values(template(variant), values)
+        point = apply_values(default(variant), values)
         assert Configuration.from_json(point.to_json()).fingerprint == point.fingerprint
         rate = point.optimizer.learning_rate
         ends = [e for d in dimensions if d.name == "learning_rate" for e in (d.low, d.high)]

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from star_records import RATES, Surface, make_record, star_records, template
+from configurations import template
+from star_records import RATES, Surface, make_record, star_records
 
 from orchestrator.analyze.factors.factor_results import FactorStudy, VariantFactors
 from orchestrator.analyze.results import Summary

@@ -12,22 +12,17 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+from hub_folder import configuration, small
 from image_data import CLASSES, TEST, TRAIN, picture, write
 from scripted import Script, leases, train
-from tiny_images import MAKE, choice, load
+from tiny_images import MAKE, load
 
 from orchestrator.finetune.sources.hub_data import DATA_FOLDER_VARIABLE
 from orchestrator.finetune.tasks import catalogue
 from orchestrator.finetune.tasks.base import SPLITS
 from orchestrator.finetune.tasks.hub_image_task import LEARNING_RATES, HubImageTask, _all_examples
 from orchestrator.record.store import Store
-from orchestrator.study.configuration import (
-    BatchConfig,
-    Configuration,
-    LRSchedule,
-    OptimizerConfig,
-    VariantChoice,
-)
+from orchestrator.study.configuration import BatchConfig, LRSchedule, OptimizerConfig
 from orchestrator.util.errors import UsageError
 
 
@@ -66,16 +61,14 @@ def test_end_to_end(
 ) -> None:
     task, folder = task_of(name), models_of[kind]
     write(task, root, CLASSES[name])
-    small = replace(task.defaults, train_size=90, validation_size=5, test_size=TEST)
-    monkeypatch.setattr(type(task), "defaults", small)
-    one = Configuration(
-        VariantChoice("lora", rank=4, alpha=8.0),
-        task.choice(),
-        choice(folder),
-        OptimizerConfig(5e-3, weight_decay=small.weight_decay),
-        LRSchedule(20, small.schedule, small.warmup),
-        BatchConfig(16, 1, small.max_length),
-        evaluations=2,
+    small(task, monkeypatch, 90, 5, TEST)
+    one = configuration(
+        task,
+        folder,
+        store.bases,
+        optimizer=OptimizerConfig(5e-3, weight_decay=task.defaults.weight_decay),
+        lr_schedule=LRSchedule(20, task.defaults.schedule, task.defaults.warmup),
+        batches=BatchConfig(16, 1, task.defaults.max_length),
     )
     source = Script(leases([one]))
     train(source, store, lanes=1, load_base_model=lambda _, task: load(folder, task))
@@ -126,9 +119,7 @@ def test_splits_share_no_image_and_contain_the_whole_published_test_set(
     assert not set(digests["test"]) & {*digests["train"], *digests["validation"]}
     assert {e.answer for e in task.examples("test", 12)} == {"0", "1", "2"}  # not sorted by class
     assert task.examples("train", 20) == task.examples("train", 30)[:20]
-    monkeypatch.setattr(
-        type(task), "defaults", replace(task.defaults, train_size=90, validation_size=5, test_size=TEST)
-    )
+    small(task, monkeypatch, 90, 5, TEST)
     with pytest.raises(UsageError, match=r"'dtd' has \d+ validation examples, 400 are needed"):
         task.load(replace(task.choice(), validation_size=400))
 

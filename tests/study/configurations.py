@@ -1,0 +1,28 @@
+"""A configuration for tests that train nothing."""
+
+from __future__ import annotations
+
+from orchestrator.study.configuration import (
+    BatchConfig,
+    Configuration,
+    LRSchedule,
+    ModelChoice,
+    OptimizerConfig,
+    TaskChoice,
+    Value,
+    VariantChoice,
+)
+
+
+def template(
+    variant: str = "lora", task: str = "letters", rate: float = 1.0, **extra: Value
+) -> Configuration:
+    """Return the default configuration of a variant on a task, at a learning rate."""
+    return Configuration(
+        variant=VariantChoice(variant, alpha=None if variant == "hira" else 16.0, extra=extra),
+        task=TaskChoice(task, "r1", 960, 200, 200, "exact_match", 0.0),
+        model=ModelChoice("letters-base", "c0ffee"),
+        optimizer=OptimizerConfig(rate),
+        lr_schedule=LRSchedule(60),
+        batches=BatchConfig(16),
+    )
