@@ -423,6 +423,7 @@ def check_uri(uri: str, option: str = "--tracking-uri") -> None:
     Raises:
         UsageError: The URI has no scheme or lacks its password, its server does not answer, or its file
             cannot be written or is damaged.
+        OSError: The disk of its file is full or cannot be used.
     """
     shown = f"{option} {redact_secrets(uri)!r}"
     if REDACTED in uri:
@@ -430,14 +431,16 @@ def check_uri(uri: str, option: str = "--tracking-uri") -> None:
     if "://" not in uri or uri.startswith("file:") or uri == "sqlite://":
         raise UsageError(f"{shown}: must be sqlite:///FILE, or a server's address such as http://host:5000")
     path = sqlite_path(uri)
+    if path is not None and not os.path.exists(path):
+        with atomic_files.remove_created_folders(path.parent):  # `connect` makes it, if the study starts
+            atomic_files.make_folder(option, path.parent)
+        return
     try:
         if path is None:
             connect(uri).search_experiments(max_results=1)
-        elif path.exists():
+        else:
             with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as database:
                 database.execute("select count(*) from sqlite_master").fetchone()
-        else:
-            atomic_files.check_writable(path.parent)
     except Exception as error:  # of MLflow, SQLAlchemy, a driver that is not installed, or the disk
         if "database is locked" not in str(error):  # by a study that writes now
             raise UsageError(

@@ -89,8 +89,8 @@ class Store:
         self._states: dict[_Stamp, RecordState | None] = {}
         self._warned: set[str] = set()
         if create:
-            atomic_files.check_writable(self.root)
-            atomic_files.check_writable(self.records_folder)
+            for folder in (self.root, self.records_folder):
+                atomic_files.make_folder("--store or --output", folder, needs_links=True)
         elif not os.path.isdir(self.records_folder):  # Path.is_dir raises OSError for a name that is too long
             raise UsageError(f"--store {self.root}: there is no store here; name an earlier study's")
 

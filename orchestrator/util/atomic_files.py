@@ -301,32 +301,13 @@ def _remove_empty(folders: Sequence[Path]) -> None:
                 os.rmdir(inner)
 
 
-def make_folder(option: str, folder: Path) -> None:
+def make_folder(option: str, folder: Path, needs_links: bool = False) -> None:
     """Create a folder if needed, and write a test file there.
 
     Args:
-        option: The option that names it, and its value.
+        option: The option that names it, for the error.
         folder: The folder.
-
-    Raises:
-        UsageError: It is no folder, or cannot be written.
-        OSError: The disk is full or cannot be used (see `describe_disk_error`); the error names the folder.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        error.filename = str(folder)
-        if describe_disk_error(error):
-            raise
-        raise UsageError(
-            f"{option}: {folder} cannot be written ({error.strerror}); take another one."
-        ) from None
-
-
-def check_writable(folder: Path) -> None:
-    """Create the folder of a store if needed, and write a test file there.
+        needs_links: Check that its file system has hard links, too.
 
     Raises:
         UsageError: It is no folder, cannot be written, or its file system has no hard links.
@@ -336,15 +317,14 @@ def check_writable(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".probe-", dir=folder) as probe:
             (Path(probe) / "a").write_text("probe")
-            os.link(Path(probe) / "a", Path(probe) / "b")
+            if needs_links:
+                os.link(Path(probe) / "a", Path(probe) / "b")
     except OSError as error:
         error.filename = str(folder)
         if describe_disk_error(error):
             raise
-        raise UsageError(
-            f"store {folder}: must be a folder that can be written and has hard links "
-            f"({error.strerror or error}); choose another --store or --output"
-        ) from error
+        rule = f"must be a folder that can be written{' and has hard links' if needs_links else ''}"
+        raise UsageError(f"{folder}: {rule} ({error.strerror or error}); take another {option}.") from error
 
 
 def canonical_json(data: Any) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import threading
@@ -306,8 +307,27 @@ def test_a_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
     file.write_bytes(b"no database" * 500)
     with pytest.raises(UsageError, match=r"not a database.*remove it"):
         check_uri(f"sqlite:///{file}")
-    with pytest.raises(UsageError, match=str(file)):
-        check_uri(f"sqlite:///{file}/below/mlflow.db")
+
+
+def test_the_check_of_a_file_leaves_no_folder_and_names_the_option(tmp_path: Path) -> None:
+    check_uri(f"sqlite:///{tmp_path}/new/inside/mlflow.db")
+    (tmp_path / "file").touch()
+    folder = tmp_path / "file" / "below"
+    with pytest.raises(UsageError) as refused:
+        check_uri(f"sqlite:///{folder}/mlflow.db", "MLFLOW_TRACKING_URI")
+    rule = "must be a folder that can be written (Not a directory)"
+    assert str(refused.value) == f"{folder}: {rule}; take another MLFLOW_TRACKING_URI."
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_the_file_of_mlflow_needs_no_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr("os.link", refuse)
+    check_uri(f"sqlite:///{tmp_path}/mlflow.db")
+    with pytest.raises(UsageError, match=r"hard links .*take another --store or --output"):
+        Store(tmp_path / "store")
 
 
 def test_the_variable_of_mlflow_is_the_default_and_its_password_is_not_printed(
