@@ -17,7 +17,7 @@ from orchestrator.execution.run_budget import RunBudget
 from orchestrator.launch.study import Study
 from orchestrator.record.schema import MAX_FAILURES, Record
 from orchestrator.record.store import Store
-from orchestrator.record.study_file import PICTURES, REPORT_FILES, AnalysisSettings, StudyFile
+from orchestrator.record.study_file import PICTURES, REPORT_FILES, AnalysisSettings, StudyFile, read_studies
 from orchestrator.record.tables import CURVES_FILE, PARQUET_FILE, write_parquet
 from orchestrator.record.tracker import StudyEnd, TrackerWriter, TrackerWriters
 from orchestrator.util import timeouts
@@ -183,7 +183,7 @@ def _write_report(
     from orchestrator.analyze.table import render_summary
 
     folder = study.folder
-    write_parquet(study.store, study.options.output)
+    write_parquet(study.store, read_studies(study.options.output).values())
     uri = redact_secrets(study.tracking_uri)
     summary = write_report(study.file, records, folder, uri, study.store.root)
     report_memo.remember(folder, inputs)
@@ -273,8 +273,9 @@ class AdapterKeeper:
     store: Store
     settings: AnalysisSettings
     """The settings of the study's analysis, by which lanes are compared."""
-    others: Set[str] = frozenset()
-    """Fingerprints of lanes that other studies list or have trained; their adapters are not removed."""
+    others: Set[str] | None = frozenset()
+    """Fingerprints of lanes that other studies list or have trained; their adapters are not removed. None if
+    they are not known; no adapter is removed then."""
     lanes: dict[str, ScoredLane] = field(default_factory=dict)
     """Fingerprint -> the lane, of all records that were added."""
 
@@ -286,6 +287,8 @@ class AdapterKeeper:
 
         An error of the disk is logged and not raised, because no result depends on a kept adapter.
         """
+        if self.others is None:
+            return
         self.lanes |= {record.fingerprint: score_lane(record, self.settings) for record in records}
         # Trainers write an adapter before its record, so only lanes with a record are judged.
         files = {path.stem: path for path in self.store.list_adapters("best") if path.stem in self.lanes}

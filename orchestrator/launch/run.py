@@ -29,10 +29,9 @@ from orchestrator.launch.earlier_runs import (
 from orchestrator.launch.experiment import Experiment
 from orchestrator.launch.plan import Plan, print_plan
 from orchestrator.launch.study import Study, resolve_study
-from orchestrator.record.maintenance import lanes_of_others
 from orchestrator.record.mlflow import MlflowTracker, configured_uri
 from orchestrator.record.schema import Record, current_commit
-from orchestrator.record.study_file import LOCK_FILE, StudyFile, data_warnings
+from orchestrator.record.study_file import LOCK_FILE, StudyFile, data_warnings, lanes_of_others
 from orchestrator.record.tracker import StudyEnd, TrackerWriter, TrackerWriters
 from orchestrator.study.config import write_config
 from orchestrator.study.configuration import Configuration

@@ -10,7 +10,6 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -22,7 +21,6 @@ from orchestrator.record.study_file import LOCK_FILE, REPORT_FILES, STUDY_FILE, 
 from orchestrator.record.tables import write_parquet
 from orchestrator.record.tracker import StudyEnd, describe_error
 from orchestrator.util import atomic_files
-from orchestrator.util.errors import UsageError
 from orchestrator.util.redaction import redact_secrets
 
 Describe = Callable[[StudyFile, Sequence[Record]], tuple[str, Mapping[str, float]]]
@@ -88,21 +86,11 @@ def _ended(store: Store) -> Iterator[Path]:
             yield path
 
 
-def lanes_of_others(output: Path, study: StudyFile) -> set[str]:
-    """Return the fingerprints of lanes whose adapters a study must not remove, because it shares them."""
-    found = set(study.reused)
-    for path in output.glob(f"*/{STUDY_FILE}"):
-        with suppress(UsageError):  # a damaged file of another study must not end this one
-            other = StudyFile.read(path.parent)
-            if other is not None and other.name != study.name:
-                found.update(other.configurations)
-    return found
-
-
 def _temporary(store: Store, output: Path) -> Iterator[Path]:
     folders = [store.root, *store.root.glob("*"), store.data, *store.records_folder.glob("*")]
     folders += [*store.adapters.glob("*"), *store.checkpoints.glob("*/*"), output]
-    folders += [each.folder / name for each in read_studies(output).values() for name in ("", "export")]
+    studies = [path.parent for path in output.glob(f"*/{STUDY_FILE}")]
+    folders += [study / name for study in studies for name in ("", "export")]
     for folder in dict.fromkeys(path.resolve() for path in folders if path.is_dir()):
         for path in sorted(folder.glob(".*")):
             is_base = folder.name == store.bases.name and _TEMPORARY_BASE.fullmatch(path.name)
@@ -142,12 +130,12 @@ def sync_projections(
     Raises:
         UsageError: A tracking URI cannot be used.
     """
-    studies = read_studies(output).values()
-    uris = [tracking_uri or study_uri(study.tracking_uri, store) for study in studies]
+    studies = read_studies(output)
+    uris = [tracking_uri or study_uri(study.tracking_uri, store) for study in studies.values()]
     for uri in set(uris):
         check_uri(uri)
-    notify(f"{write_parquet(store, output)}: {len(store.states())} records")
-    for uri, study in zip(uris, studies, strict=True):
+    notify(f"{write_parquet(store, studies.values())}: {len(store.states())} records")
+    for uri, study in zip(uris, studies.values(), strict=True):
         name, tracker = study.name, MlflowTracker(uri)
         try:
             with FileLock(study.folder / LOCK_FILE, timeout=0):

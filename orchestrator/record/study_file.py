@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 from pydantic import Field
 
 from orchestrator.record.schema import Record
-from orchestrator.study.names import CONFIG_NAME, DEFAULT_STORE_NAME, other_folders
+from orchestrator.study.names import CONFIG_NAME, DEFAULT_STORE_NAME, nearest_valid_name, other_folders
 from orchestrator.util import atomic_files
 from orchestrator.util.errors import UsageError, quote_value, suggest_nearest
 from orchestrator.util.graceful_interrupts import PROGRAM
@@ -249,34 +249,52 @@ def record_look(study: StudyFile, replicates: int) -> None:
 def read_studies(output: Path) -> dict[str, StudyFile]:
     """Read all studies in an output folder.
 
-    A copy in a folder of another name is left out, with a warning.
+    A file that `StudyFile.read` refuses is left out, with a warning.
 
     Returns:
         Name of each study -> its content, sorted by name.
-
-    Raises:
-        UsageError: A file is no study, is damaged, or was written by another version of this program.
     """
     found = {}
     for path in sorted(output.glob(f"*/{STUDY_FILE}")):
-        study = StudyFile._read(path.parent)
-        if study is not None and study.name != path.parent.name:
-            name = quote_value(study.name)
-            _log.warning("%s belongs to the study %s: left out until the folder has this name", path, name)
-        elif study is not None:
-            found[study.name] = study
+        try:
+            if (study := StudyFile.read(path.parent)) is not None:
+                found[study.name] = study
+        except UsageError as error:
+            _log.warning("%s (left out until then)", error)
     return found
 
 
 def find_study(output: Path, name: str) -> StudyFile:
-    """Return the study `name` in an output folder.
+    """Return the study `name` in an output folder. The files of other studies are not read.
 
     Raises:
-        UsageError: There is no such study; the error names the nearest one.
+        UsageError: There is no such study; the error names the nearest one. Or `StudyFile.read` refuses it.
     """
-    studies = read_studies(output)
-    if not studies:
+    study = StudyFile.read(output / name) if name == nearest_valid_name(name) else None
+    if study is not None:
+        return study
+    names = sorted(path.parent.name for path in output.glob(f"*/{STUDY_FILE}"))
+    if not names:
         raise UsageError(f"study {name!r}: there is no study under {output}; name its folder with --output")
-    if name not in studies:
-        raise UsageError(f"study {name!r}: not under {output}. {suggest_nearest(name, studies)}")
-    return studies[name]
+    raise UsageError(f"study {name!r}: not under {output}. {suggest_nearest(name, names)}")
+
+
+def lanes_of_others(output: Path, study: StudyFile) -> set[str] | None:
+    """Return the fingerprints of lanes whose adapters a study must not remove, because it shares them.
+
+    Returns:
+        The fingerprints. None if a file of another study cannot be read, after a warning: any lane may then
+        be shared.
+    """
+    found = set(study.reused)
+    for path in output.glob(f"*/{STUDY_FILE}"):
+        if path.parent.name == study.name:
+            continue
+        try:
+            other = StudyFile._read(path.parent)
+        except UsageError as error:
+            _log.warning("%s (all adapters are kept until then)", error)
+            return None
+        if other is not None and other.name != study.name:  # a copy in a folder of another name
+            found.update(other.configurations)
+    return found

@@ -7,7 +7,6 @@ columns are the fields of the configuration and of the record, see `record/schem
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,15 +25,12 @@ from orchestrator.record.schema import (
     column_values,
 )
 from orchestrator.record.store import Store
-from orchestrator.record.study_file import read_studies
+from orchestrator.record.study_file import StudyFile
 from orchestrator.study import configuration
 from orchestrator.util.atomic_files import replace_atomically
-from orchestrator.util.errors import UsageError
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-_log = logging.getLogger(__name__)
 
 PARQUET_FILE = "records.parquet"
 CURVES_FILE = "curves.parquet"
@@ -42,40 +38,30 @@ CURVES_FILE = "curves.parquet"
 _METADATA = {"record_schema_version": str(SCHEMA_VERSION)}
 
 
-def write_parquet(store: Store, output: Path | None = None) -> Path:
+def write_parquet(store: Store, studies: Iterable[StudyFile] = ()) -> Path:
     """Write `records.parquet` and `curves.parquet` in the store's folder.
 
     Args:
         store: The store.
-        output: The folder with the studies' folders, from which the column `studies` is filled, and
-            `task_title` for users' tasks. None: the lists are empty, and the title is the task's name.
+        studies: The studies from which the column `studies` is filled, and `task_title` for users' tasks.
+            Without them, the lists are empty, and the title is the task's name.
 
     Returns:
         The path of `records.parquet`.
     """
     import pyarrow.parquet
 
-    studies, titles = _read_studies(output) if output is not None else ({}, {})
-    tables = make_tables(store.records(), studies, titles)
+    names: dict[str, list[str]] = {}
+    titles: dict[str, str] = {}
+    for study in studies:
+        for fingerprint in study.configurations:
+            names.setdefault(fingerprint, []).append(study.name)
+        titles |= {source.content: source.title for source in study.sources if source.title}
+    tables = make_tables(store.records(), names, titles)
     for name, table in zip((PARQUET_FILE, CURVES_FILE), tables, strict=True):
         with replace_atomically(store.root / name) as temporary:
             pyarrow.parquet.write_table(table, temporary)
     return store.root / PARQUET_FILE
-
-
-def _read_studies(output: Path) -> tuple[dict[str, list[str]], dict[str, str]]:
-    """Return fingerprint -> names of the studies that have requested it, and content of a task -> title."""
-    studies: dict[str, list[str]] = {}
-    titles: dict[str, str] = {}
-    try:
-        for name, study in read_studies(output).items():
-            for fingerprint in study.configurations:
-                studies.setdefault(fingerprint, []).append(name)
-            titles |= {source.content: source.title for source in study.sources if source.title}
-    except UsageError as error:  # another study's file must not prevent this study's report
-        _log.warning("%s: the column `studies` of %s is empty: %s", output, PARQUET_FILE, error)
-        return {}, {}
-    return studies, titles
 
 
 def make_tables(

@@ -15,7 +15,7 @@ from orchestrator.analyze.study_frames import load
 from orchestrator.analyze.task_titles import entitle
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
-from orchestrator.record.study_file import Source, StudyFile
+from orchestrator.record.study_file import Source, StudyFile, read_studies
 from orchestrator.record.tables import write_parquet
 
 
@@ -64,7 +64,10 @@ def test_tables_have_the_title_beside_the_name_of_the_file(tmp_path: Path) -> No
             "words": "words",
         }
     assert {panel.task for panel in loaded.summary.panels} == titles
-    assert set(pq.read_table(write_parquet(store, tmp_path))["task_title"].to_pylist()) == titles
+    assert (
+        set(pq.read_table(write_parquet(store, read_studies(tmp_path).values()))["task_title"].to_pylist())
+        == titles
+    )
 
 
 def test_two_tasks_with_one_title_stay_two() -> None:

@@ -13,10 +13,9 @@ from orchestrator.analyze.best_lanes import best_lanes
 from orchestrator.analyze.page import mlflow_ui_command
 from orchestrator.analyze.summary import summarize
 from orchestrator.launch.reporting import AdapterKeeper, describe_failures, export_words
-from orchestrator.record.maintenance import lanes_of_others
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store, adapter_file_name
-from orchestrator.record.study_file import AnalysisSettings, StudyFile
+from orchestrator.record.study_file import AnalysisSettings, StudyFile, lanes_of_others
 
 LETTERS, DIGITS, FAILED = record(), record(task="digits"), record(task="digits", state="failed")
 
@@ -163,18 +162,25 @@ def test_an_adapter_of_a_trainer_whose_record_the_driver_has_not_seen_stays(stor
     assert kept(store) == names([better])
 
 
-def test_the_lanes_of_other_studies_and_earlier_ones_are_not_removed(store: Store, tmp_path: Path) -> None:
+def test_the_lanes_of_other_studies_and_earlier_ones_are_not_removed(
+    store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     own = {rate: record(rate=rate, validation=rate) for rate in (1e-4, 1e-3, 1e-2, 1e-1)}
     shared, reused, mine, best = (each.fingerprint for each in own.values())
     study = StudyFile("rates", "", "", (shared, reused, mine, best), reused=(reused,))
     study.write(tmp_path / "rates")
     StudyFile("other", "", "", (shared,)).write(tmp_path / "other")
-    StudyFile("damaged", "", "").write(tmp_path / "damaged")
-    (tmp_path / "damaged" / "study.json").write_text("{")
+    study.write(tmp_path / "a copy")
     for each in own.values():
         write(store, each)
-    keeper = AdapterKeeper(store, AnalysisSettings(), lanes_of_others(tmp_path, study))
-    keeper.keep_best(own.values())
+    (tmp_path / "damaged").mkdir()
+    damaged = tmp_path / "damaged" / "study.json"
+    damaged.write_text("{")
+    AdapterKeeper(store, AnalysisSettings(), lanes_of_others(tmp_path, study)).keep_best(own.values())
+    assert kept(store) == {shared, reused, mine, best}, "the damaged study may share any lane"
+    assert str(damaged) in caplog.text
+    damaged.unlink()
+    AdapterKeeper(store, AnalysisSettings(), lanes_of_others(tmp_path, study)).keep_best(own.values())
     assert kept(store) == {shared, reused, best}
 
 

@@ -119,17 +119,24 @@ def test_show_of_a_failed_record_has_its_traceback(run, results, make_record):
     assert "exact_match none" in done.stdout
 
 
-def test_an_invalid_study_file_is_named(run, results):
-    (results / "results/rates/study.json").write_bytes(add_checksum('{"schema_version": 1, "name": 3}'))
-    run(ORCHESTRATOR, "sync").assert_refused("results/rates/study.json: not a study")
-
-
-@pytest.mark.parametrize("newer", [{"schema_version": 2}, {"nights": 3}], ids=["version", "field"])
-def test_a_study_file_of_another_program_is_refused(run, results, newer):
+@pytest.mark.parametrize(
+    "fault", ["{", {"name": 3}, {"name": "a"}, {"schema_version": 2}, {"nights": 3}], ids=str
+)
+def test_a_bad_study_file_is_named_and_stops_that_study_only(run, results, make_record, caplog, fault):
+    empty_database(results / "results/store/mlflow.db")
     file = results / "results/rates/study.json"
     data = json.loads(verify_checksum(file.read_bytes()))
-    file.write_bytes(add_checksum(json.dumps(data | newer)))
-    run(ORCHESTRATOR, "sync").assert_refused("rates/study.json", *newer)
+    file.write_bytes(fault.encode() if isinstance(fault, str) else add_checksum(json.dumps(data | fault)))
+    run(ORCHESTRATOR, "report", "rates").assert_refused("results/rates/study.json: ")
+    for words in (["report", "second"], ["gc"], ["show", make_record(seed=0).fingerprint[:12]], ["sync"]):
+        caplog.clear()
+        done = run(ORCHESTRATOR, *words)
+        assert done.returncode == 0, done.stderr
+        warned = [record.getMessage() for record in caplog.records]
+        assert len(warned) == (words[0] in ("show", "sync")), warned
+        assert all("results/rates/study.json: " in line for line in warned)
+    assert "second: 1 of 2 configurations" in done.stdout
+    assert "rates: " not in done.stdout
 
 
 def test_a_closed_pipe_is_no_error():
@@ -150,6 +157,9 @@ def test_a_growing_study_keeps_its_list_of_reused_configurations(tmp_path):
     assert list(read_studies(tmp_path)) == ["s"]
     with pytest.raises(UsageError, match="no study under"):
         find_study(tmp_path / "s", "s")
+    for name in ("", ".", "..", "x/../s", str(tmp_path / "s"), "S"):
+        with pytest.raises(UsageError, match="not under"):
+            find_study(tmp_path, name)
 
 
 # -- gc
