@@ -11,20 +11,20 @@ FOLDERS = ("docs", "experiments", "orchestrator", "tests", "variants")
 PRIVATE_OF_RAY = re.compile(r"\bray(?:\.\w+)*\._[a-z]\w+")
 PRIVATE_OF_RAY_FILE = ROOT / "orchestrator" / "execution" / "ray" / "private.py"
 BUDGETS = {
-    "orchestrator": (322, 25651),
+    "orchestrator": (322, 25672),
     "orchestrator/analyze": (92, 6947),
     "orchestrator/cli": (4, 300),
     "orchestrator/cluster": (3, 246),
-    "orchestrator/execution": (38, 3401),
+    "orchestrator/execution": (38, 3407),
     "orchestrator/export": (4, 460),
     "orchestrator/finetune": (138, 9425),
-    "orchestrator/launch": (8, 1301),
+    "orchestrator/launch": (8, 1316),
     "orchestrator/record": (12, 1659),
     "orchestrator/study": (9, 1193),
     "orchestrator/util": (10, 626),
     "variants": (128, 6717),
     "experiments": (16, 2073),
-    "tests": (298, 32615),
+    "tests": (299, 32725),
 }
 """Package -> (modules, lines of code) that it may have at most: today's sizes, with room for two modules and
 for the lines up to the next hundred. A change that makes one smaller lowers its numbers; one that raises them

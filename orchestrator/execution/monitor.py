@@ -19,10 +19,9 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError
 from orchestrator.execution.broker.assignment import parse_trainer_name
 from orchestrator.execution.broker.lane_entry import LeasePhase
 from orchestrator.execution.ray.errors import format_ray_error
-from orchestrator.execution.rungs import scheduler_settings
+from orchestrator.execution.rungs import find_settled
 from orchestrator.execution.settings import Session
 from orchestrator.execution.trainers.pool import BrokerState, TrainerPool
-from orchestrator.record.schema import MAX_FAILURES
 from orchestrator.study.configuration import Configuration
 from orchestrator.util import timeouts
 from orchestrator.util.graceful_interrupts import interrupt_main_thread
@@ -234,11 +233,8 @@ class StudyMonitor(threading.Thread):
         self.incarnation = incarnation
 
     def _forget_recorded_stops(self) -> None:
-        store = self.session.store
         for trial, (configuration, _) in list(self.pending_stops.items()):
-            fingerprint = configuration.fingerprint
-            settings = scheduler_settings(self.session.scheduler, configuration)
-            if store.get_reusable(fingerprint, settings) or store.count_failures(fingerprint) >= MAX_FAILURES:
+            if find_settled(self.session.store, configuration.fingerprint, self.session.scheduler):
                 del self.pending_stops[trial]
 
     def _read_ended_lanes(self, updates: dict[str, Any]) -> None:

@@ -1,16 +1,21 @@
-"""The steps at which early stopping compares lanes, and the text form of its settings. No Ray is imported.
+"""The steps at which early stopping compares lanes, its settings, and what needs no training under it.
 
 All schedulers compare validation losses; lower is better. No scheduler compares before the first evaluation
-after the warm-up, because a high learning rate shows its effect only then.
+after the warm-up, because a high learning rate shows its effect only then. No Ray is imported.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from orchestrator.finetune.engine.lane_state import evaluation_steps
+from orchestrator.record.schema import FINAL_STATES, MAX_FAILURES, Record
 from orchestrator.study.configuration import Configuration, warmup_steps
 from orchestrator.study.grids import training_order
+
+if TYPE_CHECKING:
+    from orchestrator.record.store import Store
 
 REDUCTION_FACTOR = 4
 """Under ASHA, one lane in this many continues to the next rung; see docs/early_stopping.md."""
@@ -50,6 +55,24 @@ def scheduler_settings(scheduler: str, configuration: Configuration) -> str:
     if scheduler == "median":
         return f"{first} samples={MIN_SAMPLES}"
     return f"{first} eta={REDUCTION_FACTOR} last={last_rung(configuration)}"
+
+
+def find_settled(store: Store, fingerprint: str, scheduler: str) -> Record | None:
+    """Return the record of a configuration that is not trained any further; None if it is to be trained.
+
+    It is the result under this early stopping, if there is one: a final record, or a stopped one with the
+    same settings. Else it is the failed record of a configuration that has failed too often.
+
+    Args:
+        store: The records.
+        fingerprint: The configuration.
+        scheduler: The study's early stopping, or "none".
+    """
+    record = store.get(fingerprint)
+    if record is None or record.state in FINAL_STATES:
+        return record
+    reusable = store.get_reusable(fingerprint, scheduler_settings(scheduler, record.configuration))
+    return reusable or (record if store.count_failures(fingerprint) >= MAX_FAILURES else None)
 
 
 def submission_order(

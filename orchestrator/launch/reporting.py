@@ -15,7 +15,7 @@ from orchestrator.analyze import report_memo
 from orchestrator.analyze.best_lanes import LaneGoal, ScoredLane, best_lanes, rank_lanes, score_lane
 from orchestrator.execution.run_budget import RunBudget
 from orchestrator.launch.study import Study
-from orchestrator.record.schema import MAX_FAILURES, Record
+from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import PICTURES, REPORT_FILES, AnalysisSettings, StudyFile, read_studies
 from orchestrator.record.tables import CURVES_FILE, PARQUET_FILE, write_parquet
@@ -223,17 +223,17 @@ def print_missing_results(study: Study) -> int:
     Returns:
         The exit code of the run, see `run_study`.
     """
-    store, budget = study.store, study.budget
-    missing = [c.fingerprint for c in study.requested if not study.has_result(c)]
+    missing = [c.fingerprint for c in study.without_result()]
     num_unsampled = study.total - len(study.requested)
     if not missing and not num_unsampled:
         return 0
-    can_continue = num_unsampled or any(store.count_failures(f) < MAX_FAILURES for f in missing)
-    if budget.stop_reason and can_continue:
-        line = f"Ended by {budget.stop_reason}: {study.describe_progress()}; to go on: {study.file.command}"
+    can_continue = num_unsampled or any(study.settled(f) is None for f in missing)
+    if (reason := study.budget.stop_reason) and can_continue:
+        line = f"Ended by {reason}: {study.describe_progress()}; to go on: {study.command}"
         study.console.print(line, markup=False, soft_wrap=True)
         return EXIT_LIMIT_REACHED
-    failed = [r for f in missing if store.count_failures(f) and (r := store.get(f)) is not None]
+    records = [study.store.get(fingerprint) for fingerprint in missing]
+    failed = [each for each in records if each is not None and each.state == "failed"]
     advice = ":" if failed else "; see the messages above"
     unsampled = f", {num_unsampled} were not sampled" if num_unsampled else ""
     study.console.print(f"{len(missing)} configurations failed{unsampled}{advice}", markup=False)

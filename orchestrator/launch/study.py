@@ -16,7 +16,7 @@ from rich.console import Console
 
 from orchestrator.execution.ray import autoscaler, runtime
 from orchestrator.execution.run_budget import RunBudget
-from orchestrator.execution.rungs import scheduler_settings
+from orchestrator.execution.rungs import find_settled
 from orchestrator.finetune.models.catalogue import UNPREPARED, find_content, prepare_base_model
 from orchestrator.finetune.resolve.option_names import ResolvedOptions, resolve_tasks
 from orchestrator.finetune.resolve.templates import build_configuration_templates
@@ -25,7 +25,7 @@ from orchestrator.launch.earlier_runs import find_only
 from orchestrator.launch.experiment import Experiment
 from orchestrator.record.mlflow import check_uri, resolve_uri, study_uri
 from orchestrator.record.other_trackers import TensorBoardTracker, WandbTracker
-from orchestrator.record.schema import MAX_FAILURES, Record
+from orchestrator.record.schema import FINAL_STATES, Record
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile
 from orchestrator.record.tracker import MakeTracker
@@ -84,8 +84,8 @@ class Study:
     """Those that this run trains."""
     expected: int = 0
     """Expected number of configurations of all stages of the design; 0 after the last stage."""
-    _settled: dict[str, Record] = field(default_factory=dict)
-    """Fingerprint -> what `settled` has returned."""
+    _settled: dict[str, tuple[object, Record | None]] = field(default_factory=dict)
+    """Fingerprint -> the stamps of its record files when they were read, and what `settled` found in them."""
 
     @property
     def name(self) -> str:
@@ -101,16 +101,13 @@ class Study:
 
     def look_up(self) -> None:
         """Name the configurations and divide them by the records in the store."""
-        self._settled.clear()
         if self.design is None:
             self.search = self.open_search()
             self.requested = list(self.search.configurations.values())
         else:
             self.requested = self.design.request(self.settled)
-        self.satisfied = [c for c in self.requested if self.has_result(c)]
-        self.retries_exhausted = [c for c in self.requested if self.is_exhausted(c.fingerprint)]
-        known = self.known_fingerprints()
-        self.pending = [c for c in self.requested if c.fingerprint not in known]
+        self.satisfied, self.retries_exhausted, self.pending = [], [], []
+        self._divide(self.requested)
         self.expected = len(self.design.outline()) if self.design and self.pending else 0
 
     def open_search(self) -> SearchBudget:
@@ -126,31 +123,49 @@ class Study:
             self.options.replicate_count,
         )
 
+    def _divide(self, configurations: Sequence[Configuration]) -> list[Configuration]:
+        """Sort configurations by what the store knows of them, and return those that are to be trained."""
+        new: list[Configuration] = []
+        for each in configurations:
+            record = self.settled(each.fingerprint)
+            known = self.satisfied if self.has_result(each) else self.retries_exhausted
+            (new if record is None else known).append(each)
+        self.pending += new
+        return new
+
     def known_fingerprints(self) -> set[str]:
-        """Return the fingerprints of the configurations that are not trained any more."""
+        """Return the fingerprints of the configurations that this run did not have to train."""
         return {c.fingerprint for c in (*self.satisfied, *self.retries_exhausted)}
 
     def settled(self, fingerprint: str) -> Record | None:
         """Return the record of a configuration that the study does not train any further; else None.
 
         Such a configuration has finished, diverged, been stopped by the study's own early stopping, or failed
-        too often. No design uses the curve and the results per item, which take most of the memory, so the
-        record is kept without them.
+        too often. Its files are read again when one of them has changed. No design uses the curve and the
+        results per item, which take most of the memory, so the record is kept without them.
         """
-        if fingerprint not in self._settled and (record := self.store.get(fingerprint)) is not None:
-            is_failed = record.state == "failed"
-            if self.is_exhausted(fingerprint) if is_failed else self.has_result(record.configuration):
-                self._settled[fingerprint] = replace(record, curve=(), items={})
-        return self._settled.get(fingerprint)
-
-    def is_exhausted(self, fingerprint: str) -> bool:
-        """Return whether a configuration has failed too often to be tried again."""
-        return self.store.count_failures(fingerprint) >= MAX_FAILURES
+        stamps = [_stamp(self.store.record_path(fingerprint, kind)) for kind in ("", "stopped", "failed")]
+        before, record = self._settled.get(fingerprint, (None, None))
+        if before != stamps:
+            record = find_settled(self.store, fingerprint, self.options.scheduler)
+            record = record and replace(record, curve=(), items={})
+            self._settled[fingerprint] = stamps, record
+        is_retried = self.options.plan and self.options.retry_failed  # a run resets the failures instead
+        return None if is_retried and record is not None and record.state == "failed" else record
 
     def has_result(self, configuration: Configuration) -> bool:
         """Return whether the store has a result of this configuration under the study's early stopping."""
-        stopping_settings = scheduler_settings(self.options.scheduler, configuration)
-        return self.store.get_reusable(configuration.fingerprint, stopping_settings) is not None
+        record = self.settled(configuration.fingerprint)
+        return record is not None and record.state != "failed"
+
+    def without_result(self) -> list[Configuration]:
+        """Return the requested configurations that have no result."""
+        states = self.store.states()  # Parsing every record would take long.
+        return [
+            c
+            for c in self.requested
+            if states.get(c.fingerprint) not in FINAL_STATES and not self.has_result(c)
+        ]
 
     # -- what is to do
 
@@ -192,14 +207,12 @@ class Study:
         """Add the point of a search, or a later stage of the design, also to `study.json`.
 
         Returns:
-            The configurations that have no result in the store.
+            The configurations that are to be trained.
         """
-        known = {c.fingerprint for c in configurations if self.has_result(c)}
-        new = [c for c in configurations if c.fingerprint not in known]
+        new = self._divide(configurations)
         self.requested += configurations
-        self.satisfied += [c for c in configurations if c.fingerprint in known]
-        self.pending += new
-        self.file = self.file.with_configurations([c.fingerprint for c in configurations], known)
+        added = [c.fingerprint for c in configurations]
+        self.file = self.file.with_configurations(added, self.known_fingerprints())
         self.file.write(self.folder)
         return new
 
@@ -207,9 +220,7 @@ class Study:
 
     def describe_progress(self) -> str:
         """Return a sentence with the number of configurations done and the GPU hours of this run."""
-        states = self.store.states()  # Reading every record would take long.
-        recorded = [c for c in self.requested if states.get(c.fingerprint) not in (None, "failed")]
-        done = sum(states[c.fingerprint] != "stopped" or self.has_result(c) for c in recorded)
+        done = len(self.requested) - len(self.without_result())
         used = self.budget.format_usage()
         return f"{done} of {self.total} configurations are done{f', {used} used' if used else ''}"
 
@@ -295,6 +306,15 @@ def resolve_study(experiment: Experiment, given: StudyOptions, command: str = ""
         study.design = FixedDesign(tuple(find_only(options, study.file, study.requested, templates, store)))
         study.search = None
     return study
+
+
+def _stamp(path: Path) -> tuple[int, int, int] | None:
+    """Return what changes when a record file is written; None if there is no file."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns, status.st_size
 
 
 def _build_templates(

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from points import study_of
 from search_drive import STEPS, Drive, build, record, score, space
 
 from orchestrator.execution.search.budget import open_search
@@ -87,6 +88,20 @@ def test_a_point_that_failed_three_times_counts_and_is_not_tried_again(tmp_path:
     second = Drive(tmp_path, space(variants=("lora",)))
     assert [t.state.name for t in second.optuna_trials("lora")] == ["FAIL"]
     assert second.all() == {"lora": 5}
+
+
+def test_a_new_point_that_has_failed_three_times_elsewhere_is_a_failure_and_is_not_trained(
+    tmp_path: Path,
+) -> None:
+    drive = Drive(tmp_path, space("learning_rate=1e-3,1e-2", variants=("lora",)), points=2)
+    worn = build("lora", {"learning_rate": 1e-3})
+    for _ in range(3):
+        drive.store.put(record(worn, "failed"))
+    study = study_of([], drive.store, search=drive.budget, templates=(worn,))
+    drive.budget.on_point = lambda point: study.add([point])
+    assert drive.all() == {"lora": 1}
+    assert sorted(t.state.name for t in drive.optuna_trials("lora")) == ["COMPLETE", "FAIL"]
+    assert (study.retries_exhausted, study.pending) == ([worn], drive.given)
 
 
 def test_a_result_of_another_study_counts_and_is_not_trained(tmp_path: Path) -> None:

@@ -44,8 +44,8 @@ MUTATIONS: list[Mutation] = [
     Mutation(
         "what is known is trained again",
         "orchestrator/launch/study.py",
-        "self.pending = [c for c in self.requested if c.fingerprint not in known]",
-        "self.pending = list(self.requested)",
+        "            record = self.settled(each.fingerprint)\n",
+        "            record = None\n",
         "test_01_dry_run.py::test_a_small_dry_run_is_trained_once",
     ),
     Mutation(

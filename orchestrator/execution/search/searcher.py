@@ -12,11 +12,10 @@ from optuna import Study, Trial
 from optuna.trial import FrozenTrial, TrialState
 from ray.tune.search import Searcher
 
-from orchestrator.execution.rungs import scheduler_settings
+from orchestrator.execution.rungs import find_settled
 from orchestrator.execution.search import journal, samplers
 from orchestrator.execution.search.budget import SearchBudget
 from orchestrator.execution.search.groups import SearchGroup
-from orchestrator.record.schema import MAX_FAILURES
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration, Value
 
@@ -182,10 +181,11 @@ class PerGroupSearcher(Searcher):
 
     def _stored_result(self, configuration: Configuration) -> PointResult | None:
         """Return the result in the store, or None if the point is to be trained."""
-        fingerprint, task = configuration.fingerprint, configuration.task
-        record = self.store.get_reusable(fingerprint, scheduler_settings(self.scheduler, configuration))
+        task, record = configuration.task, find_settled(self.store, configuration.fingerprint, self.scheduler)
         if record is None:
-            return PointResult("FAIL") if self.store.count_failures(fingerprint) >= MAX_FAILURES else None
+            return None
+        if record.state == "failed":
+            return PointResult("FAIL")
         if record.state != "stopped":
             return PointResult("COMPLETE", record.score("validation"))
         seen = [
