@@ -11,15 +11,15 @@ FOLDERS = ("docs", "experiments", "orchestrator", "tests", "variants")
 PRIVATE_OF_RAY = re.compile(r"\bray(?:\.\w+)*\._[a-z]\w+")
 PRIVATE_OF_RAY_FILE = ROOT / "orchestrator" / "execution" / "ray" / "private.py"
 BUDGETS = {
-    "orchestrator": (322, 25672),
+    "orchestrator": (322, 25662),
     "orchestrator/analyze": (92, 6947),
     "orchestrator/cli": (4, 300),
     "orchestrator/cluster": (3, 246),
-    "orchestrator/execution": (38, 3407),
+    "orchestrator/execution": (38, 3403),
     "orchestrator/export": (4, 460),
-    "orchestrator/finetune": (138, 9425),
+    "orchestrator/finetune": (138, 9423),
     "orchestrator/launch": (8, 1316),
-    "orchestrator/record": (12, 1659),
+    "orchestrator/record": (12, 1655),
     "orchestrator/study": (9, 1193),
     "orchestrator/util": (10, 626),
     "variants": (128, 6717),

@@ -103,10 +103,8 @@ def progress_values(progress: LaneProgress, timestamp: int, earlier: tuple[int, 
     if not progress.step:
         rate = rate_values(progress.configuration)
         return [Value(key, 0, value, timestamp) for key, value in rate.items()]
-    values = {(key, each.step): value for each in progress.curve for key, value in _step_values(each)}
-    values["train_loss", progress.step] = progress.train_loss
-    values |= {(f"validation_{key}", progress.step): value for key, value in progress.scores.items()}
-    untimed = [(key, step, value) for (key, step), value in values.items()]
+    untimed = [(key, each.step, value) for each in progress.curve for key, value in _step_values(each)]
+    untimed += [(f"validation_{key}", progress.step, value) for key, value in progress.scores.items()]
     return _add_times(untimed, {earlier[0]: min(earlier[1], timestamp), progress.step: timestamp})
 
 

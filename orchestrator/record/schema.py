@@ -8,7 +8,6 @@ Parquet files and of the frames of `orchestrator.load`, and `show` prints it. A 
 from __future__ import annotations
 
 import json
-import math
 import platform
 import re
 import socket
@@ -223,10 +222,9 @@ class LaneProgress:
     """Optimizer steps taken; 0 at the start."""
     scores: Mapping[str, float] = field(default_factory=dict)
     """Score name -> value on the validation split; empty at the start."""
-    train_loss: float = math.nan
-    """Training loss of this step, as in `StepMetrics`; NaN at the start."""
     curve: tuple[StepMetrics, ...] = ()
-    """A selection of the steps since the last evaluation, see `run_values.select_live_steps`."""
+    """A selection of the steps since the last evaluation, this one included, see
+    `run_values.select_live_steps`."""
 
 
 def column_types(part: type) -> dict[str, Any]:

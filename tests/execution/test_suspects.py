@@ -41,7 +41,7 @@ class Trainer:
     def step(self, core: BrokerCore, fingerprint: str, saved: dict[str, int]) -> None:
         attempt, point, _ = self.held[fingerprint]
         saved[fingerprint] = step = saved.get(fingerprint, 0) + 1
-        self.held[fingerprint] = (attempt, point, Report(fingerprint, attempt, step, {"loss": 1.0}, 1.0))
+        self.held[fingerprint] = (attempt, point, Report(fingerprint, attempt, step, {"loss": 1.0}))
         self.taken += 1
         core.exchange(self.name, self.held, self.taken, 0.0)
         if step == STEPS:

@@ -113,14 +113,15 @@ def test_the_linked_table_is_sorted_by_the_mean_over_seeds(
 def progress_of(record: Record, *steps: int) -> list[LaneProgress]:
     """Return the start of a record's lane, and its evaluations at these steps, as the driver sees them.
 
-    Of the training curve every other step is shown.
+    Of the training curve, every other step and those of the evaluations are shown.
     """
     scores = {e.step: e.scores for e in record.evaluations if e.split == "validation"}
-    losses = {step.step: step.loss for step in record.curve}
     found, previous = [LaneProgress(record.configuration)], 0
     for step in steps:
-        shown = tuple(s for s in record.curve if previous < s.step <= step and s.step % 2 == 0)
-        found.append(LaneProgress(record.configuration, step, scores[step], losses[step], shown))
+        shown = tuple(
+            s for s in record.curve if previous < s.step <= step and (s.step % 2 == 0 or s.step == step)
+        )
+        found.append(LaneProgress(record.configuration, step, scores[step], shown))
         previous = step
     return found
 

@@ -57,7 +57,7 @@ def progress_of(record: Record, *steps: int) -> list[LaneProgress]:
     found, previous = [LaneProgress(record.configuration)], 0
     for step in steps:
         since = tuple(each for each in shown if previous < each.step <= step)
-        found.append(LaneProgress(record.configuration, step, scores[step], since[-1].loss, since))
+        found.append(LaneProgress(record.configuration, step, scores[step], since))
         previous = step
     return found
 

@@ -194,9 +194,7 @@ class BrokerCore:
                 view.group_key = view.group_key or configuration.group_key
             if report is not None and entry.add_report(trainer_id, report):
                 self._on_group_progress(configuration.group_key)
-                self.progress.append(
-                    LaneProgress(configuration, report.step, report.scores, report.train_loss, report.curve)
-                )
+                self.progress.append(LaneProgress(configuration, report.step, report.scores, report.curve))
         for fingerprint in view.lanes - set(held):
             view.lanes.discard(fingerprint)
             self._requeue_lost(trainer_id, fingerprint, now)

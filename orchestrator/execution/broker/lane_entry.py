@@ -23,7 +23,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from math import nan
 from typing import NamedTuple
 
 from orchestrator.finetune.engine.lane_source import Directive, Report
@@ -157,9 +156,8 @@ class LaneEntry:
         The reports of a stopped record end with the last one that its scheduler saw.
         """
         last = record.steps if record.stopped_at is None else record.stopped_at
-        losses, attempt = {step.step: step.loss for step in record.curve}, record.provenance.attempt
         self.reports = [
-            Report(self.fingerprint, attempt, e.step, e.scores, losses.get(e.step, nan))
+            Report(self.fingerprint, record.provenance.attempt, e.step, e.scores)
             for e in record.evaluations
             if e.split == "validation" and e.step <= last
         ]

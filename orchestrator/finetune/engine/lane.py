@@ -246,7 +246,6 @@ class Lane:
 
     def queue_reports(self, after_step: int = 0) -> None:
         """Queue a report for each validation evaluation after step `after_step`, in order."""
-        losses = {s.step: s.loss for s in self.curve}
         shown = select_live_steps(
             self.curve, self.configuration.lr_schedule.steps, {e.step for e in self.evaluations}
         )
@@ -255,7 +254,7 @@ class Lane:
             if e.step > after_step:
                 since = tuple(s for s in shown if previous < s.step <= e.step)
                 self.pending_reports.append(
-                    Report(self.fingerprint, self.lease.attempt, e.step, e.scores, losses[e.step], since)
+                    Report(self.fingerprint, self.lease.attempt, e.step, e.scores, since)
                 )
             previous = e.step
 

@@ -63,10 +63,9 @@ class Report:
     """Optimizer steps that the lane has taken."""
     scores: Mapping[str, float]
     """Score name -> value, validation split."""
-    train_loss: float
-    """Training loss of that step, in nats per target (squared error for a regression task)."""
     curve: tuple[StepMetrics, ...] = ()
-    """Some of the steps since the last report (see `select_live_steps`), for curves that are shown live."""
+    """Some of the steps since the last report, this one included (see `select_live_steps`), for curves that
+    are shown live."""
 
 
 class LaneSource(Protocol):

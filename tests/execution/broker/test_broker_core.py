@@ -123,15 +123,14 @@ def test_the_driver_sees_the_start_and_every_new_report_of_a_lane_once() -> None
     (lease,) = core.lease("a", None, 1, 0.0).leases
     curves = {step: (StepMetrics(step, 2.0, 1e-3, 0.5),) for step in (5, 10)}
     reports = [
-        Report(point.fingerprint, lease.attempt, step, {"loss": 1.0 / step}, 2.0, curves[step])
-        for step in (5, 10)
+        Report(point.fingerprint, lease.attempt, step, {"loss": 1.0 / step}, curves[step]) for step in (5, 10)
     ]
     for report in (reports[0], reports[0], reports[1]):  # every exchange repeats the last report
         core.exchange("a", {point.fingerprint: (lease.attempt, point, report)}, report.step, 0.0)
     assert core.progress == [
-        LaneProgress(point, train_loss=core.progress[0].train_loss),
-        LaneProgress(point, 5, {"loss": 0.2}, 2.0, curves[5]),
-        LaneProgress(point, 10, {"loss": 0.1}, 2.0, curves[10]),
+        LaneProgress(point),
+        LaneProgress(point, 5, {"loss": 0.2}, curves[5]),
+        LaneProgress(point, 10, {"loss": 0.1}, curves[10]),
     ]
     assert [report.curve for report in core.entries[point.fingerprint].reports] == [(), ()], "trials get none"
 
@@ -152,7 +151,7 @@ def test_a_trainer_taken_for_dead_must_drop_its_lane_and_only_its_final_record_c
     core.remove_trainer("zombie", 1.0)
     (new,) = core.lease("b", None, 1, 1.0).leases
     assert new.attempt != old.attempt
-    report = Report(point.fingerprint, old.attempt, 1, {}, 1.0)
+    report = Report(point.fingerprint, old.attempt, 1, {})
     held = {point.fingerprint: (old.attempt, point, report)}
     assert core.exchange("zombie", held, 0, 2.0) == {point.fingerprint: Directive.DROP}
     assert core.next_report(point.fingerprint, 0, 9.0) is None
@@ -177,8 +176,8 @@ def test_drained_trainers_return_all_lanes_and_get_no_more() -> None:
         core.lease("trainer-0.a", None, 3, 0.0)
         reported, stopped, training = points
         held: dict[str, HeldLane] = {
-            reported.fingerprint: (1, reported, Report(reported.fingerprint, 1, 1, {}, 1.0)),
-            stopped.fingerprint: (1, stopped, Report(stopped.fingerprint, 1, 1, {}, 1.0)),
+            reported.fingerprint: (1, reported, Report(reported.fingerprint, 1, 1, {})),
+            stopped.fingerprint: (1, stopped, Report(stopped.fingerprint, 1, 1, {})),
             training.fingerprint: (1, training, None),
         }
         core.exchange("trainer-0.a", held, 2, 0.0)

@@ -42,7 +42,7 @@ class FakeTrainer:
             f: (
                 lane.attempt,
                 lane.configuration,
-                Report(f, lane.attempt, lane.reported, {"loss": 1.0}, 1.0) if lane.reported else None,
+                Report(f, lane.attempt, lane.reported, {"loss": 1.0}) if lane.reported else None,
             )
             for f, lane in self.lanes.items()
         }
