@@ -23,9 +23,6 @@ import pytest
 from orchestrator.cli.program import run_command
 from orchestrator.execution.rungs import lane_evaluation_steps
 from orchestrator.experiments import MODULES
-from orchestrator.finetune.models.catalogue import prepare_base_model
-from orchestrator.finetune.resolve.option_names import resolve_tasks
-from orchestrator.finetune.resolve.templates import build_configuration_templates
 from orchestrator.record.schema import Evaluation, Provenance, Record
 from orchestrator.record.store import Store
 from orchestrator.study.grids import build_grid
@@ -268,11 +265,11 @@ def keep_known(options: StudyOptions, loss: float, score: float = 0.5) -> set[st
     Returns:
         The fingerprints of the configurations.
     """
+    from resolved import resolve_one_task  # `python -m tests.execution.chaos` does not find it
+
     store = Store(options.store_folder)
     options = replace(options, task=options.task or ("letters",), variants=options.variants or ("lora",))
-    (chosen,) = resolve_tasks(options, store.bases)
-    content = prepare_base_model(chosen.model, store.bases, lambda text: None)
-    templates = build_configuration_templates(options, chosen, content, store.bases)
+    chosen, templates = resolve_one_task(options, store.bases)
     found = set()
     for configuration in build_grid(templates, chosen.learning_rates, range(options.seed_count)):
         steps, metric = lane_evaluation_steps(configuration), configuration.task.metric

@@ -7,19 +7,12 @@ from typing import Any
 
 import pytest
 from points import study_of
+from resolved import bases, resolve_one_task
 
 from orchestrator.execution.search.budget import open_search
 from orchestrator.execution.search.groups import make_groups
 from orchestrator.execution.search.samplers import draw_points
-from orchestrator.finetune.models.catalogue import prepare_base_model
-from orchestrator.finetune.resolve.option_names import resolve_options
-from orchestrator.finetune.resolve.templates import (
-    build_configuration_templates,
-    find_settings_error,
-)
-from orchestrator.finetune.tasks.local.letters import Letters
-from orchestrator.finetune.tasks.local.reviews import Reviews
-from orchestrator.finetune.tasks.pretraining import Recipe
+from orchestrator.finetune.resolve.templates import find_settings_error
 from orchestrator.launch.plan import print_plan
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration
@@ -27,23 +20,13 @@ from orchestrator.study.options import StudyOptions
 from orchestrator.study.space import Space
 from orchestrator.util.errors import UsageError
 
-SMALL = Recipe(1, 2, 1e-3, hidden_size=16, intermediate_size=32, layers=1, heads=2)
-
-
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("bases")
-    for task in (Letters(SMALL), Reviews(SMALL)):
-        (root / task.name).mkdir()
-        task.pretrain(root / task.name, lambda text: None)
-    return root
+__all__ = ["bases"]
 
 
 def resolved(bases: Path, task: str = "letters", **options: Any) -> tuple[list[Configuration], Space | None]:
-    typed = StudyOptions(**{"variants": ("lora", "hira"), "model": str(bases / task)} | options)
-    chosen = resolve_options(typed, task, bases)
-    content = prepare_base_model(chosen.model, bases, lambda text: None)
-    return build_configuration_templates(typed, chosen, content, bases), chosen.space
+    usual = {"task": (task,), "variants": ("lora", "hira"), "model": str(bases / task)}
+    chosen, made = resolve_one_task(StudyOptions(**usual | options), bases)
+    return made, chosen.space
 
 
 ALL = (

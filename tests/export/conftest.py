@@ -7,13 +7,11 @@ from pathlib import Path
 
 import pytest
 from in_process import ORCHESTRATOR, Ended, Run, restored, run
+from resolved import resolve_one_task
 from scripted import Script, leases, train
 from trained_study import RATES, STUDY, Trained
 
 from orchestrator.finetune.models import loading
-from orchestrator.finetune.models.catalogue import prepare_base_model
-from orchestrator.finetune.resolve.option_names import resolve_tasks
-from orchestrator.finetune.resolve.templates import build_configuration_templates
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile
 from orchestrator.study.grids import build_grid
@@ -39,9 +37,7 @@ def trained_once(letters_bases: Path, tmp_path_factory: pytest.TempPathFactory) 
             steps=40,
             output=output,
         )
-        (chosen,) = resolve_tasks(options, store.bases)
-        content = prepare_base_model(chosen.model, store.bases, lambda text: None)
-        templates = build_configuration_templates(options, chosen, content, store.bases)
+        chosen, templates = resolve_one_task(options, store.bases)
         configurations += build_grid(templates, chosen.learning_rates, range(1))
     with one_thread():
         for configuration in configurations:

@@ -16,6 +16,7 @@ import pytest
 from data_rows import CHATS, MAILS, PAIRS, SUMS, write
 from encoders import save
 from image_data import picture
+from resolved import resolve_one_task
 from scripted import Script, get_record, leases, train
 from tiny_images import vit
 from transformers import AutoTokenizer, BertForSequenceClassification, ViTForImageClassification
@@ -23,10 +24,7 @@ from transformers import AutoTokenizer, BertForSequenceClassification, ViTForIma
 from orchestrator.export.export import export_lane
 from orchestrator.export.lane_choice import LaneQuery
 from orchestrator.finetune.models import loading
-from orchestrator.finetune.models.catalogue import prepare_base_model
 from orchestrator.finetune.resolve.data_preparation import prepare_datasets, write_own_files
-from orchestrator.finetune.resolve.option_names import resolve_tasks
-from orchestrator.finetune.resolve.templates import build_configuration_templates
 from orchestrator.finetune.sources.base_store import suppress_transformers_logging
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.finetune.tasks.examples import Example
@@ -108,9 +106,7 @@ def trained(output: Path, name: str, source: Path, base: Path) -> Record:
         evaluations=1,
     )
     store = Store(output / "store")
-    (chosen,) = resolve_tasks(options, store.bases)
-    content = prepare_base_model(chosen.model, store.bases, lambda text: None)
-    (template,) = build_configuration_templates(options, chosen, content, store.bases)
+    _, (template,) = resolve_one_task(options, store.bases)
     made = replace(template, optimizer=replace(template.optimizer, learning_rate=1e-3))
     write_own_files([made], store.data)
     prepare_datasets([made], store.bases, store.data, lambda line: None)

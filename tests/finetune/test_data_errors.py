@@ -11,11 +11,10 @@ import hub_folder
 import pytest
 from data_rows import CHATS, MAILS, SUMS, write
 from in_process import SWEEP, Run, restored, run
+from resolved import resolve_one_task
 
-from orchestrator.finetune.models.catalogue import prepare_base_model
 from orchestrator.finetune.resolve.data_preparation import report_data
 from orchestrator.finetune.resolve.option_names import resolve_tasks
-from orchestrator.finetune.resolve.templates import build_configuration_templates
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.study.options import StudyOptions
 from orchestrator.util.errors import UsageError
@@ -125,9 +124,7 @@ def test_a_row_that_is_too_long_is_named_unless_max_length_is_given(model: Path,
 
     def templates(**options: Any) -> Any:
         typed = StudyOptions(data=("m.csv",), variants=("lora",), model=str(model), **options)
-        (chosen,) = resolve_tasks(typed, tmp_path)
-        content = prepare_base_model(chosen.model, tmp_path, lambda text: None)
-        return build_configuration_templates(typed, chosen, content, tmp_path)
+        return resolve_one_task(typed, tmp_path)[1]
 
     words = [
         "m.csv: row 8 (line 9) has 5009 tokens",

@@ -14,46 +14,29 @@ import torch
 from data_rows import CHATS, MAILS, write
 from image_data import picture
 from in_process import SWEEP, Run, restored, run
+from resolved import bases, resolve_one_task
 from tiny_images import vit
 
 from orchestrator.finetune.data import dataset_cache
 from orchestrator.finetune.models import catalogue as model_catalogue
 from orchestrator.finetune.models import loading, model_checks
 from orchestrator.finetune.resolve.data_preparation import prepare_datasets
-from orchestrator.finetune.resolve.option_names import resolve_options
-from orchestrator.finetune.resolve.templates import build_configuration_templates
 from orchestrator.finetune.sources.base_store import suppress_transformers_logging
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.finetune.tasks.base import Example
 from orchestrator.finetune.tasks.examples import Image, find_overlaps
 from orchestrator.finetune.tasks.local import letters
-from orchestrator.finetune.tasks.local.letters import Letters
 from orchestrator.finetune.tasks.local.reviews import Reviews
-from orchestrator.finetune.tasks.pretraining import Recipe
 from orchestrator.study.configuration import BatchConfig, Configuration, ModelChoice
 from orchestrator.study.options import StudyOptions
 from orchestrator.util.errors import UsageError
 
-__all__ = ["restored", "run"]
-
-SMALL = Recipe(1, 2, 1e-3, hidden_size=16, intermediate_size=32, layers=1, heads=2)
-
-
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder of small base models of the tasks."""
-    root = tmp_path_factory.mktemp("bases")
-    for task in (Letters(SMALL), Reviews(SMALL)):
-        (root / task.name).mkdir()
-        task.pretrain(root / task.name, lambda text: None)
-    return root
+__all__ = ["bases", "restored", "run"]
 
 
 def resolve_configurations(bases: Path, task: str = "reviews", **options: Any) -> list[Configuration]:
-    study_options = StudyOptions(**{"variants": ("lora",), "model": str(bases / task)} | options)
-    chosen = resolve_options(study_options, task, bases)
-    content = model_catalogue.prepare_base_model(chosen.model, bases, lambda text: None)
-    return build_configuration_templates(study_options, chosen, content, bases)
+    usual = {"task": (task,), "variants": ("lora",), "model": str(bases / task)}
+    return resolve_one_task(StudyOptions(**usual | options), bases)[1]
 
 
 def test_inputs_that_two_splits_share_are_counted_those_that_are_trained_on_and_tested_first() -> None:
@@ -145,12 +128,10 @@ SEES_ANSWER = "its tokens attend to later ones, so it would see the answer"
 
 def plan_and_load_calls(folder: Path, root: Path) -> list[Callable[[], object]]:
     """Return two functions for the model in a folder: one plans a `letters` study, one loads the weights."""
-    study_options = StudyOptions(variants=("lora",), model=str(folder))
-    chosen = resolve_options(study_options, "letters", root)
-    content = model_catalogue.prepare_base_model(str(folder), root, lambda text: None)
+    choice = ModelChoice(str(folder), model_catalogue.prepare_base_model(str(folder), root))
     return [
-        lambda: build_configuration_templates(study_options, chosen, content, root),
-        lambda: loading.load_base_model(ModelChoice(str(folder), content), root, "cpu", chosen.task),
+        lambda: resolve_configurations(root, "letters", model=str(folder)),
+        lambda: loading.load_base_model(choice, root, "cpu", tasks.get("letters")),
     ]
 
 
@@ -232,16 +213,13 @@ def test_a_model_with_too_few_positions_is_refused(tmp_path: Path) -> None:
         folder = encoders.save(
             "roberta" if padding else "bert", tmp_path / str(room), max_position_embeddings=room
         )
-        study_options = StudyOptions(variants=("lora",), model=str(folder))
-        chosen = resolve_options(study_options, "reviews", tmp_path)
-        content = model_catalogue.prepare_base_model(str(folder), tmp_path, lambda text: None)
         if room - padding >= most:
-            build_configuration_templates(study_options, chosen, content, tmp_path)
+            resolve_configurations(tmp_path, model=str(folder))
             continue
         with pytest.raises(
             UsageError, match=f"positions for {most - 1} tokens, .* up to {most}; take"
         ) as caught:
-            build_configuration_templates(study_options, chosen, content, tmp_path)
+            resolve_configurations(tmp_path, model=str(folder))
         assert "\n" not in str(caught.value)
 
 

@@ -11,14 +11,12 @@ import hub_folder
 import pytest
 from data_rows import CHATS, MAILS, PAIRS, SUMS, task_of, write
 from image_data import picture
+from resolved import resolve_one_task
 from scripted import Script, get_record, leases, train
 
 from orchestrator.finetune.evaluation import metrics
 from orchestrator.finetune.models import loading
-from orchestrator.finetune.models.catalogue import prepare_base_model
 from orchestrator.finetune.resolve.data_preparation import prepare_datasets, write_own_files
-from orchestrator.finetune.resolve.option_names import resolve_tasks
-from orchestrator.finetune.resolve.templates import build_configuration_templates
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.finetune.tasks.base import SPLITS
 from orchestrator.finetune.tasks.data_task import DataTask
@@ -280,9 +278,7 @@ def resolve(store: Store, source: Path, model: Path, **options: Any) -> Configur
         evaluations=2,
         **options,
     )
-    (chosen,) = resolve_tasks(typed, store.bases)
-    content = prepare_base_model(chosen.model, store.bases, lambda text: None)
-    (template,) = build_configuration_templates(typed, chosen, content, store.bases)
+    _, (template,) = resolve_one_task(typed, store.bases)
     return replace(template, optimizer=replace(template.optimizer, learning_rate=1e-2))
 
 
