@@ -6,11 +6,6 @@ import shlex
 
 from orchestrator.analyze import formatting
 
-COMMAND = (
-    "python experiments/lr_sensitivity.py --dry-run --variants lora pissa "
-    "--learning-rates=1e-3:1e-1:2 --seeds 3"
-)
-
 
 def test_rates_are_short_and_exact_rates_read_back_as_the_same_number() -> None:
     assert [formatting.rate(r) for r in (3e-4, 0.01, 1.1247e-5, 1.0)] == ["3e-4", "1e-2", "1.12e-5", "1e0"]

@@ -10,14 +10,14 @@ from pathlib import Path
 import preset_data
 import pytest
 import study
+from configurations import shipped
 from hub_folder import small
-from orchestrator.experiments.lr_sensitivity import CurveOptions
 from ray.cluster_utils import Cluster
 
 from orchestrator.analyze.published.published_selection import MARK
 from orchestrator.finetune.sources import hub_data
 from orchestrator.finetune.tasks import catalogue
-from orchestrator.study.config import make_options, shipped_studies
+from orchestrator.study.config import shipped_studies
 
 pytestmark = [pytest.mark.ray, pytest.mark.nightly, pytest.mark.timeout(900)]
 VARIANTS = ("lora", "lora_plus")
@@ -50,7 +50,7 @@ def preset_cluster(no_cluster: None, tmp_path_factory: pytest.TempPathFactory) -
 def test_a_preset_is_trained_and_reported(
     name: str, tmp_path: Path, preset_cluster: Cluster, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    preset, _ = make_options(CurveOptions, {"config": name}, "study")
+    preset = shipped(name)
     tasks = preset.task or ()
     model = preset_data.save_model(tmp_path / "model", name)
     shorter = ("--train-size", "64") if preset.train_size else ()

@@ -1,4 +1,4 @@
-"""Small data and base models for all presets, and options that reduce a preset to their size."""
+"""Small data and base models for all presets."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ import glue_data
 import hub_folder
 import image_data
 import tiny_images
-from orchestrator.experiments.lr_sensitivity import CurveOptions
+from configurations import shipped
 
 from orchestrator.finetune.tasks import catalogue
 from orchestrator.finetune.tasks.hub_image_task import HubImageTask
-from orchestrator.study.config import make_options
 
 SIZES = {
     "metamathqa": (100, 4, 6),
@@ -28,14 +27,9 @@ SIZES = {
 """Examples for training, validation and test in the folders, by task."""
 
 
-def tasks_of(preset: str) -> tuple[str, ...]:
-    """Return the tasks of a study that comes with the program."""
-    return make_options(CurveOptions, {"config": preset}, "study")[0].task or ()
-
-
 def write(root: Path, preset: str) -> Path:
     """Write the data of a preset's tasks to a folder, and return it."""
-    for task in tasks_of(preset):
+    for task in shipped(preset).task or ():
         found = catalogue.get(task)
         if isinstance(found, HubImageTask):
             image_data.write(found, root, image_data.CLASSES[task])

@@ -1,7 +1,12 @@
-"""A configuration for tests that train nothing."""
+"""A configuration, and the options of the studies that come with the program, for tests to change."""
 
 from __future__ import annotations
 
+from typing import Any
+
+from orchestrator.experiments.lr_sensitivity import CurveOptions
+
+from orchestrator.study.config import make_options
 from orchestrator.study.configuration import (
     BatchConfig,
     Configuration,
@@ -26,3 +31,8 @@ def template(
         lr_schedule=LRSchedule(60),
         batches=BatchConfig(16),
     )
+
+
+def shipped(name: str, **typed: Any) -> CurveOptions:
+    """Return the options of a study that comes with the program, and of options typed beside its name."""
+    return make_options(CurveOptions, {"config": name, **typed}, "study")[0]

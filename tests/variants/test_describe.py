@@ -10,12 +10,10 @@ import pytest
 from variants import catalogue
 from variants.__main__ import main
 from variants.api import VariantSettings
-from variants.describe import describe, describe_all
+from variants.describe import describe
 from variants.testing.cases import Case
 from variants.testing.rig import attach_lanes
 from variants.traits import Traits
-
-ENTRIES = describe_all()
 
 
 def output(capsys: pytest.CaptureFixture[str], *words: str) -> str:

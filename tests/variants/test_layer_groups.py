@@ -11,7 +11,6 @@ from variants.api import VariantSettings
 from variants.attach import Adapters, attach
 
 SETTINGS = VariantSettings(2, None, extra={"rank_factor": 8})
-RANK = 16
 SHAPES = {"blocks.0": (6, 9), "blocks.1": (12, 6), "blocks.2": (9, 12)}
 
 
