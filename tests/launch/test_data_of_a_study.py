@@ -77,7 +77,7 @@ def options_of(output: Path, data: Path, **more: Any) -> CurveOptions:
 
 
 def test_another_file_of_the_same_name_takes_the_place_of_the_first(mine: Path) -> None:
-    """Results of both would be compared as if they were of one content."""
+    """Otherwise, results of both would be compared as if they were of one content."""
     output, one, two = (mine.parent / name for name in ("results", "one/train.csv", "two/train.csv"))
     write(one, ROWS[:40])
     write(two, ROWS[8:])
@@ -85,10 +85,12 @@ def test_another_file_of_the_same_name_takes_the_place_of_the_first(mine: Path) 
     first = resolve_study(EXPERIMENT, options_of(output, one))
     study = StudyFile("s", "?", "x", tuple(finish(first))).with_sources(find_sources(first.templates))
     second = resolve_study(EXPERIMENT, options_of(output, two))
-    assert (
-        drop_replaced(study, find_sources(second.templates), first.store, lines.append).configurations == ()
+    assert second.name == first.name, "the default name has the file's name"
+    after = drop_replaced(study, find_sources(second.templates), first.store, lines.append)
+    assert after.configurations == ()
+    assert lines[0].startswith(
+        f"train.csv is {two} now, not {one}: {len(study.configurations)} configurations of its earlier"
     )
-    assert "configurations of its earlier content leave the study" in lines[0]
     write(two, ROWS[:40])  # what the study has, elsewhere
     moved = resolve_study(EXPERIMENT, options_of(output, two))
     assert drop_replaced(study, find_sources(moved.templates), first.store, lines.append) == study

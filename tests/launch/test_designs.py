@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 from configurations import template
+from orchestrator.experiments.hyperparameter_sensitivity import SensitivityOptions
 from star_records import RATES, Surface, make_record
 
+from orchestrator.experiments import load
 from orchestrator.finetune.models.catalogue import UNPREPARED
 from orchestrator.launch.designs import (
     Design,
@@ -26,7 +28,7 @@ from orchestrator.launch.designs import (
 )
 from orchestrator.record.schema import Record
 from orchestrator.study.configuration import Configuration
-from orchestrator.study.factors import default_rate, resweep_rates
+from orchestrator.study.factors import default_rate, find_changed_factor, load_factors, resweep_rates
 from orchestrator.study.grids import parse_learning_rates
 from orchestrator.util.errors import UsageError
 
@@ -275,8 +277,35 @@ def test_a_level_that_the_variant_refuses_is_said_and_left_out(tmp_path: Path) -
     assert [c.variant.extra["final"] for c in design.levels[0]] == [0.3]
 
 
-def test_a_task_s_own_grid_is_refined_to_a_number_of_rates_a_decade() -> None:
-    refined = given("lora", rates=(1e-3, 1e-2, 1.0)).refined(4).learning_rates["letters"]
-    assert refined[:5] == (1e-3, 1.78e-3, 3.16e-3, 5.62e-3, 1e-2)
-    assert refined[-1] == 1.0
-    assert given("lora", rates=COARSE).refined(0).learning_rates["letters"] == COARSE
+EIGHT = ["alpha", "rank", "batch_size", "dropout", "warmup", "weight_decay", "schedule", "steps"]
+
+
+@pytest.mark.parametrize(
+    ("options", "factors", "levels", "seeds"),
+    [
+        (SensitivityOptions(), EIGHT, 2, 5),
+        (SensitivityOptions(dry_run=True), ["alpha", "batch_size"], 2, 2),
+        (SensitivityOptions(factors=("rank", "dropout"), levels=1, seeds=3), ["rank", "dropout"], 1, 3),
+    ],
+    ids=["defaults", "dry run", "typed"],
+)
+def test_a_study_of_factors_refines_the_task_s_own_grid_and_has_its_factors(
+    options: SensitivityOptions, factors: list[str], levels: int, seeds: int
+) -> None:
+    own = given("lora", rates=(1e-3, 1e-2, 1.0))
+    design = load("sensitivity").make_design(options, own)
+    curve = design.request({}.get)
+    rates = [c.optimizer.learning_rate for c in curve if c.seed == 0]
+    assert rates[:5] == [1e-3, 1.78e-3, 3.16e-3, 5.62e-3, 1e-2]
+    assert (len(rates), rates[-1]) == (13, 1.0)
+    assert len(curve) == seeds * len(rates)
+    known = load_factors()
+    changed = [find_changed_factor(c, own.templates[0], [*known.values()]) for c in design.levels[0]]
+    assert changed == [known[name] for name in factors for _ in range(levels)]
+
+
+def test_a_study_of_factors_leaves_typed_rates_as_they_are() -> None:
+    options = SensitivityOptions(learning_rates=("1e-3:1e-1:2",), seeds=1)
+    rates = parse_learning_rates(options.learning_rates)
+    curve = load("sensitivity").make_design(options, given("lora", rates=rates)).request({}.get)
+    assert tuple(c.optimizer.learning_rate for c in curve) == rates
