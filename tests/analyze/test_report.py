@@ -96,9 +96,9 @@ def test_equal_seeds_do_not_make_a_score_certain(tmp_path: Path, kind: str, has_
     names = tuple(r.fingerprint for r in records)
     chosen = replace(STUDY_FILE, configurations=names, settings=settings)
     summary = write_report(chosen, records, tmp_path, DATABASE)
-    console = Console(width=80, file=io.StringIO(), highlight=False)
+    console = Console(record=True, width=80, file=io.StringIO(), highlight=False)
     console.print(render_summary(summary))
-    terminal = console.file.getvalue()  # type: ignore[attr-defined]
+    terminal = console.export_text()
     page = Page((tmp_path / "report.html").read_text()).text
     numbers = json.loads((tmp_path / "summary.json").read_text())
     assert all(low < high for low, high in _intervals(numbers))

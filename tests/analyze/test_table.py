@@ -20,9 +20,9 @@ def printed(records: list[Record]) -> str:
 
 
 def show(summary: Summary) -> str:
-    console = Console(width=80, file=io.StringIO(), force_terminal=False)
+    console = Console(record=True, width=80, file=io.StringIO(), force_terminal=False)
     console.print(render_summary(summary))
-    return console.file.getvalue()  # type: ignore[attr-defined]
+    return console.export_text()
 
 
 def test_verdicts_come_first_with_outcome_answer_design_and_what_would_narrow_it() -> None:

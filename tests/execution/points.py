@@ -57,7 +57,7 @@ def study_of(
         options=options or StudyOptions(),
         store=store,
         file=StudyFile("s", "?", "x", folder=store.root),
-        console=Console(file=StringIO(), width=300),
+        console=Console(record=True, file=StringIO(), width=300),
         requested=list(points),
         pending=list(points),
         **{"templates": tuple(points), **more},

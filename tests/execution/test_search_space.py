@@ -78,7 +78,7 @@ def test_a_plan_says_what_is_fixed_and_the_budget_of_each_variant(bases: Path, t
     wanted, store = list(search.configurations.values()), Store(tmp_path / "store")
     study = study_of(wanted, store, options, templates=tuple(made), search=search)
     print_plan(study)
-    said = study.console.file.getvalue()  # type: ignore[attr-defined]
+    said = study.console.export_text()
     assert "Space, lora     16 points of rank=2,4 lora.alpha=log:1:64\n" in said
     assert "Space, hira     2 points of rank=2,4\n" in said
     assert "Learning rate   0.01\n" in said

@@ -51,7 +51,7 @@ def plan(store: Store, monkeypatch: pytest.MonkeyPatch) -> Plan:
         monkeypatch.setattr(runtime, "gpu_name", lambda: gpu or "")
         study = study_of(left, store, StudyOptions(**options), templates=tuple(left[:1]))
         print_plan(study)
-        return study.console.file.getvalue()  # type: ignore[attr-defined]
+        return study.console.export_text()
 
     monkeypatch.setattr(runtime, "running_cluster_address", lambda: None)
     return said
