@@ -24,7 +24,7 @@ BUDGETS = {
     "orchestrator/util": (10, 626),
     "variants": (128, 6717),
     "experiments": (16, 2073),
-    "tests": (299, 32725),
+    "tests": (300, 32724),
 }
 """Package -> (modules, lines of code) that it may have at most: today's sizes, with room for two modules and
 for the lines up to the next hundred. A change that makes one smaller lowers its numbers; one that raises them

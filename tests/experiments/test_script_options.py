@@ -28,6 +28,10 @@ def test_every_replicate_can_be_a_search_on_every_task(run: Run) -> None:
     done = run(TUNED, "--dry-run", "--plan", "--replicates", "3", *arguments)
     assert done.returncode == 0, done.stderr
     assert "Search          qmc, 12 searches" in done.stdout
+    said = " ".join(done.stdout.split())
+    for name, rates in (("lora", "0.001:0.3"), ("digits/lora", "0.0001:0.4")):
+        space = f"8 points of learning_rate=log:{rates}, in each of {2 * 3} searches"
+        assert f"Space, {name} {space}" in said
     assert f"Configurations  {2 * 2 * 3 * 8}, of them 0 known" in done.stdout
 
 
