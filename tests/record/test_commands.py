@@ -67,6 +67,23 @@ def test_sync_rebuilds_both_projections(results, run):
     assert f"configurations in {other}" in run(ORCHESTRATOR, "sync", "--tracking-uri", other).stdout
 
 
+def test_a_record_that_mlflow_refuses_keeps_no_other_from_it(results, run, make_record):
+    """An incomplete run has another value of a parameter, and MLflow does not allow a parameter to change."""
+    uri = empty_database(results / "results/store/mlflow.db")
+    client, refused = MlflowClient(uri, uri), make_record(seed=0).fingerprint
+    experiment = client.create_experiment("rates")
+    spoilt = client.create_run(experiment, tags={"study": "rates", "fingerprint": refused})
+    client.log_param(spoilt.info.run_id, "rank", "many")
+    done = run(ORCHESTRATOR, "sync")
+    assert (done.returncode, done.stderr) == (1, "")
+    _, rates, why, second = done.stdout.splitlines()
+    assert rates.startswith("rates: 3 of 4 configurations")
+    assert why.startswith(f"rates: MLflow refuses 1 more, first {refused[:12]}: Changing param values")
+    assert second.startswith("second: 1 of 2 configurations")
+    states = {each.data.tags.get("state") for each in client.search_runs([experiment])}
+    assert {"diverged", "stopped", "failed"} < states
+
+
 def test_sync_leaves_the_runs_of_a_running_study_alone(results, run):
     uri = empty_database(results / "results/store/mlflow.db")
     client = MlflowClient(uri, uri)

@@ -205,7 +205,8 @@ def writer_of(uri: str, store: Store) -> Callable[[StudyFile], TrackerWriter]:
 def close(writer: TrackerWriter, timeout: float = 240, end: StudyEnd | None = None) -> int:
     """Log the queue of a writer, end the study's own run, and return the number of pending records."""
     writer.begin_close(end or StudyEnd(), timeout)
-    return writer.wait_closed()
+    writer.wait_closed()
+    return writer.pending_count
 
 
 def states_of(uri: str, study: StudyFile) -> dict[str, str]:
