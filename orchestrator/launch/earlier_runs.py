@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import yaml
 
 from orchestrator.finetune.tasks import catalogue as tasks
+from orchestrator.launch.designs import FixedDesign
+from orchestrator.launch.study import Study
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import AnalysisSettings, Source, StudyFile
 from orchestrator.study.configuration import Configuration
@@ -25,23 +27,18 @@ PLANNED_KINDS = frozenset({"replicates", "factors"})
 """Kinds of studies whose settings are fixed before there are results."""
 
 
-def fix_settings(
-    settings: AnalysisSettings, file: StudyFile, is_search: bool, replicates: int, variants: Iterable[str]
-) -> AnalysisSettings:
-    """Complete the settings of the analysis, and check that they agree with earlier runs of the study.
+def fix_settings(study: Study) -> AnalysisSettings:
+    """Return the settings of the analysis, after a check that they agree with earlier runs of the study.
 
-    Args:
-        settings: Settings of this command. A `max_replicates` of 0 stands for that of the study's first run,
-            or for `replicates` if there is none.
-        file: The study before this command.
-        is_search: True if a sampler chooses the points.
-        replicates: Number of replicates of this command.
-        variants: Names of the variants of the study.
+    Without --max-replicates, the planned maximum is that of the study's first run, or the replicates of this
+    command if there is none.
 
     Raises:
         UsageError: The first run of the study had another kind, selection, margin or planned maximum, or this
             command has more replicates than planned.
     """
+    file, replicates = study.file, study.options.replicate_count
+    settings = study.experiment.settings(study.options)
     before = file.settings if file.configurations else None
     if before is not None and before.kind != settings.kind and {before.kind, settings.kind} & PLANNED_KINDS:
         raise UsageError(
@@ -50,7 +47,8 @@ def fix_settings(
         )
     if settings.kind not in PLANNED_KINDS:
         # The points of a search are not a curve over the learning rate.
-        return replace(settings, kind="search") if is_search else settings
+        return settings if study.options.search == "grid" else replace(settings, kind="search")
+    variants = dict.fromkeys(template.variant.name for template in study.templates)
     unverified = tuple(name for name in variants if catalogue.traits(name).verified_by is VerifiedBy.NONE)
     found = replace(settings, unverified=unverified)
     if settings.kind == "replicates" and not settings.max_replicates:
@@ -71,36 +69,24 @@ def fix_settings(
     return found
 
 
-def refuse_other_runs(
-    file: StudyFile,
-    requested: Iterable[Configuration],
-    templates: Iterable[Configuration],
-    replicates: int,
-    store: Store,
-) -> None:
+def refuse_other_runs(study: Study) -> None:
     """Check that a comparison has no earlier runs of the same tunings that this command does not request.
 
     A tuning consists of the runs of one task, variant and replicate. If some of them had other settings, the
     best one would be chosen among runs that are not comparable.
 
-    Args:
-        file: The study before this command.
-        requested: Configurations of this command.
-        templates: One configuration per task and variant.
-        replicates: Number of replicates of this command.
-        store: The records.
-
     Raises:
         UsageError: The study has such runs.
     """
-    asked = {c.fingerprint for c in requested}
-    tuned = {(template.task.name, template.variant.name) for template in templates}
-    records = [store.get(fingerprint) for fingerprint in file.configurations if fingerprint not in asked]
-    others = [record.configuration for record in records if record is not None]
+    asked = {c.fingerprint for c in study.requested}
+    tuned = {(template.task.name, template.variant.name) for template in study.templates}
+    earlier = [fingerprint for fingerprint in study.file.configurations if fingerprint not in asked]
+    others = [r.configuration for fingerprint in earlier if (r := study.store.get(fingerprint)) is not None]
+    replicates = study.options.replicate_count
     unlike = sum((c.task.name, c.variant.name) in tuned and c.seed < replicates for c in others)
     if unlike:
         raise UsageError(
-            f"--study {file.name!r}: it has {unlike} runs of the same tunings that this command does not "
+            f"--study {study.name!r}: it has {unlike} runs of the same tunings that this command does not "
             "ask for (other steps, rates, rank, ..., or other numerics), and a choice among "
             "both would compare unlike runs; repeat its options, or take another --study."
         )
@@ -124,50 +110,44 @@ def find_sources(templates: Sequence[Configuration]) -> list[Source]:
     return found
 
 
-def drop_replaced(
-    file: StudyFile, sources: Sequence[Source], store: Store, notify: Callable[[str], None]
-) -> StudyFile:
-    """Return a study without the configurations that used a file whose content or data have changed.
+def drop_replaced(study: Study) -> StudyFile:
+    """Return the file of a study without configurations that used a file whose content or data have changed.
 
     The results of two contents under one name must not be compared. The records stay in the store. A file
-    that was moved has the same content.
+    that was moved has the same content. A line is printed for each changed file.
 
-    Args:
-        file: The study before this run.
-        sources: The models, tasks and variants of this run; see `StudyFile.sources`.
-        store: The store.
-        notify: Called with one line for each changed file.
+    Returns:
+        The file of the study, also with the sources of this run.
     """
+    file, sources = study.file, find_sources(study.templates)
     names = {each.name for each in sources if each.path}
     present = {(each.content, each.revision) for each in sources}
     earlier = [s for s in file.sources if s.name in names and (s.content, s.revision) not in present]
     kept = set(file.configurations)
     for source in earlier:
-        used = {fingerprint for fingerprint in kept if _uses(store, fingerprint, source)}
+        used = {fingerprint for fingerprint in kept if _uses(study.store, fingerprint, source)}
         kept -= used
         (now,) = {each.path for each in sources if each.name == source.name}
         change = "has changed" if now == source.path else f"is {now} now, not {source.path}"
         if used:
-            notify(
+            study.console.print(
                 f"{source.name} {change}: {len(used)} configurations of its earlier content leave the study; "
                 "their records stay in the store"
             )
     others = tuple(each for each in file.sources if each not in earlier)
-    return replace(file.keep(kept), sources=others)
+    return replace(file.keep(kept), sources=others).with_sources(sources)
 
 
-def drop_abandoned(
-    file: StudyFile, settings: AnalysisSettings, requested: Iterable[str], store: Store
-) -> StudyFile:
-    """Return the study without configurations that have no record and that this command does not request.
+def drop_abandoned(study: Study) -> StudyFile:
+    """Return the file of a study without configurations that have no record and that are not requested.
 
     An earlier command with other options requested them. A comparison of tuned variants and a study of
     factors have no final answer while one of their configurations has not ended, and the abandoned ones would
     never end.
     """
-    if settings.kind not in PLANNED_KINDS:
-        return file
-    return file.keep({*requested, *store.states()})
+    if study.file.settings.kind not in PLANNED_KINDS:
+        return study.file
+    return study.file.keep({*(c.fingerprint for c in study.requested), *study.store.states()})
 
 
 def _uses(store: Store, fingerprint: str, source: Source) -> bool:
@@ -181,47 +161,37 @@ def _uses(store: Store, fingerprint: str, source: Source) -> bool:
     return source.content in (record.configuration.model.content, record.configuration.variant.revision)
 
 
-def find_only(
-    options: StudyOptions,
-    file: StudyFile,
-    requested: Iterable[Configuration],
-    templates: Sequence[Configuration],
-    store: Store,
-) -> list[Configuration]:
-    """Return the configurations that --only names.
+def keep_only(study: Study) -> None:
+    """Reduce a study to the configurations that --only names, and look it up again.
 
     Each is one that the study requests without --only, or one that has a record: in this study, or in the
     study whose study.yaml --config names.
 
     Args:
-        options: Options of the study.
-        file: The study before this command.
-        requested: The configurations that its design or its search requests.
-        templates: One configuration per task and variant.
-        store: The records.
+        study: The study, after `look_up`.
 
     Raises:
         UsageError: No configuration, or more than one, begins with some digits, or this command cannot
             train it.
     """
-    by_fingerprint = {configuration.fingerprint: configuration for configuration in requested}
-    own = dict.fromkeys((*by_fingerprint, *file.configurations), store)
-    stores = _study_of_config(options) | own
+    by_fingerprint = {configuration.fingerprint: configuration for configuration in study.requested}
+    own = dict.fromkeys((*by_fingerprint, *study.file.configurations), study.store)
+    stores = _study_of_config(study.options) | own
     found = {}
-    for digits in options.only or ():
+    for digits in study.options.only or ():
         matching = [fingerprint for fingerprint in stores if fingerprint.startswith(digits.lower())]
         if len(matching) != 1:
             some = ", ".join(each[:12] for each in (matching or list(stores))[:4])
             fix = f"{'give more digits' if matching else 'take one of these'}{f': {some}' if some else ''}"
             raise UsageError(
-                f"--only {digits!r}: {len(matching) or 'no'} configurations of study {file.name!r} begin "
+                f"--only {digits!r}: {len(matching) or 'no'} configurations of study {study.name!r} begin "
                 f"with it; {fix}."
             )
         (fingerprint,) = matching
-        found[fingerprint] = by_fingerprint.get(fingerprint) or _recall(
-            fingerprint, stores[fingerprint], templates
-        )
-    return list(found.values())
+        known = by_fingerprint.get(fingerprint)
+        found[fingerprint] = known or _recall(fingerprint, stores[fingerprint], study)
+    study.design, study.search = FixedDesign(tuple(found.values())), None
+    study.look_up()
 
 
 def _study_of_config(options: StudyOptions) -> dict[str, Store]:
@@ -234,7 +204,7 @@ def _study_of_config(options: StudyOptions) -> dict[str, Store]:
     return dict.fromkeys(file.configurations, Store(root, create=False)) if root.is_dir() else {}
 
 
-def _recall(fingerprint: str, store: Store, templates: Sequence[Configuration]) -> Configuration:
+def _recall(fingerprint: str, store: Store, study: Study) -> Configuration:
     """Return a configuration from its record, with the names that its files have in this study.
 
     Raises:
@@ -246,9 +216,9 @@ def _recall(fingerprint: str, store: Store, templates: Sequence[Configuration]) 
             f"--only {digits}: {store.root} has no record of it, and the options do not request it; repeat "
             "the options of its study."
         )
-    names = StudyFile("", "", "").with_sources(find_sources(templates))
-    configuration = names.rename(record).configuration
-    if _origin(configuration) not in map(_origin, templates):
+    named = study.file.with_sources(find_sources(study.templates))
+    configuration = named.rename(record).configuration
+    if _origin(configuration) not in map(_origin, study.templates):
         raise UsageError(
             f"--only {digits}: {configuration.variant.name} on {configuration.task.name} was trained with "
             "other data, another base model or another version of the program; repeat the options and files "

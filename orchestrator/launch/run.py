@@ -24,6 +24,7 @@ from orchestrator.launch.earlier_runs import (
     drop_replaced,
     find_sources,
     fix_settings,
+    keep_only,
     refuse_other_runs,
 )
 from orchestrator.launch.experiment import Experiment
@@ -97,9 +98,12 @@ def run_study(experiment: Experiment, options: StudyOptions, command: str = "") 
     with atomic_files.remove_created_folders(options.output, options.store_folder, after=after):
         study = resolve_study(experiment, options, command)
         study.look_up()
+        if options.only:
+            keep_only(study)
         if study.num_to_train and not options.plan:
             runtime.check_start()
     if options.plan:
+        drop_replaced(study)  # prints what would leave the study; the result is not used
         return StudyResult(0, study.folder, study.options, print_plan(study))
     atomic_files.make_folder("--study", study.folder)
     refusal = f"study {study.name!r} is running already in {study.folder}; wait, or take another --study."
@@ -119,21 +123,18 @@ def run_study(experiment: Experiment, options: StudyOptions, command: str = "") 
 
 def _begin(study: Study) -> None:
     """Look up what this run trains, prepare its datasets and write `study.json` and study.yaml."""
-    experiment, options, store = study.experiment, study.options, study.store
-    earlier = StudyFile.read(study.folder)
-    sources = find_sources(study.templates)
-    study.file = drop_replaced(earlier or study.file, sources, store, study.console.print)
+    options, store = study.options, study.store
+    earlier = StudyFile.read(study.folder)  # again, because another command may have run the study until now
+    study.file = earlier or study.file
+    study.file = drop_replaced(study)
     store.remove_stale_scratch()
     if options.retry_failed:
         for configuration in study.requested:
             store.reset_failures(configuration.fingerprint)
-    study.look_up()  # again: another command may have run the study until now
-    variants = dict.fromkeys(template.variant.name for template in study.templates)
-    is_search, replicates = options.search != "grid", options.replicate_count
-    settings = experiment.settings(options)
-    settings = fix_settings(settings, study.file, is_search, replicates, variants)
-    if settings.kind == "replicates" and not options.only:
-        refuse_other_runs(study.file, study.requested, study.templates, replicates, store)
+    study.look_up()
+    study.file = replace(study.file, settings=fix_settings(study))
+    if study.file.settings.kind == "replicates" and not options.only:
+        refuse_other_runs(study)
     write_own_files(study.templates, store.data)  # also for `export`, if nothing is trained
     if study.num_to_train:
         to_prepare = [*study.templates, *study.pending]
@@ -141,20 +142,20 @@ def _begin(study: Study) -> None:
         report_data(to_prepare, store.bases, study.console.print, options.max_length is not None)
     if study.search is not None:
         study.search.save()
-    requested, known = [c.fingerprint for c in study.requested], study.known_fingerprints()
     if not options.only:
-        study.file = drop_abandoned(study.file, settings, requested, store)
+        study.file = drop_abandoned(study)
+    requested, known = [c.fingerprint for c in study.requested], study.known_fingerprints()
     continues = bool(options.only) and earlier is not None  # the study's own command stays
     study.file = replace(
         study.file.with_configurations(requested, known),
         command=study.file.command if continues else study.command,
         tracking_uri=redact_secrets(configured_uri(options.tracking_uri)),
-        settings=settings,
-    ).with_sources(sources)
+    )
     study.file.write(study.folder)
     if not continues:
         comment = f"The options of this study. To go on: {study.file.again()}"
-        write_config(study.folder, experiment.name, study.given, comment, model_catalogue.built_in_names())
+        names = model_catalogue.built_in_names()
+        write_config(study.folder, study.experiment.name, study.given, comment, names)
     nothing = "" if study.num_to_train else ", nothing to train"
     study.console.print(f"{study.name}: {len(known)} of {study.total} known{nothing}")
     if study.retries_exhausted:

@@ -20,8 +20,7 @@ from orchestrator.execution.rungs import find_settled
 from orchestrator.finetune.models.catalogue import UNPREPARED, find_content, prepare_base_model
 from orchestrator.finetune.resolve.option_names import ResolvedOptions, resolve_tasks
 from orchestrator.finetune.resolve.templates import build_configuration_templates
-from orchestrator.launch.designs import Design, DesignInput, FixedDesign
-from orchestrator.launch.earlier_runs import find_only
+from orchestrator.launch.designs import Design, DesignInput
 from orchestrator.launch.experiment import Experiment
 from orchestrator.record.mlflow import check_uri, resolve_uri, study_uri
 from orchestrator.record.other_trackers import TensorBoardTracker, WandbTracker
@@ -301,10 +300,6 @@ def resolve_study(experiment: Experiment, given: StudyOptions, command: str = ""
         study.design = experiment.make_design(options, DesignInput(study.templates, rates))
         for note in study.design.notes:
             console.print(note, soft_wrap=True)
-    if options.only:
-        study.look_up()
-        study.design = FixedDesign(tuple(find_only(options, study.file, study.requested, templates, store)))
-        study.search = None
     return study
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 from in_process import SWEEP, Run, restored, run
 from orchestrator.experiments.lr_sensitivity import EXPERIMENT, CurveOptions
+from rich.console import Console
 from test_own_files import finished, mine, requested, resolve
 from untrained_base import base
 
@@ -44,30 +47,27 @@ def write(path: Path, rows: Sequence[tuple[str, str]]) -> Path:
 ROWS = [(f"a b c d {letter} {other}", "a b") for letter in "cdefghij" for other in "klmnop"]
 
 
+def dropped(study: Study, file: StudyFile) -> tuple[StudyFile, str]:
+    """Return what a study leaves of a file, and what it prints."""
+    console = Console(record=True, file=StringIO(), width=1000)
+    left = drop_replaced(replace(study, file=file, console=console))
+    return left, console.export_text()
+
+
 def test_changed_data_of_a_task_file_leave_the_study(mine: Path) -> None:
     names = (mine / "copy_task.py", mine / "scaled.py", mine / "base")
     first = resolve(mine / "results", *names)
-    lines: list[str] = []
     study = StudyFile("s", "?", "x", tuple(finish(first))).with_sources(find_sources(first.templates))
-    same = drop_replaced(study, find_sources(first.templates), first.store, lines.append)
-    assert same.configurations == study.configurations
-    assert not lines
+    assert dropped(first, study) == (study, "")
     (mine / "words.txt").write_text("h g f e")
     second = resolve(mine / "results", *names)
     both = study.with_configurations(finish(second), ())
-    after = drop_replaced(both, find_sources(second.templates), second.store, lines.append)
+    after, line = dropped(second, both)
     assert set(after.configurations) == {c.fingerprint for c in requested(second)}
-    (line,) = lines
     assert line.startswith(
         "copy_task.py has changed: 4 configurations of its earlier content leave the study"
     )
-    assert drop_replaced(
-        after.with_sources(find_sources(second.templates)),
-        find_sources(second.templates),
-        second.store,
-        lines.append,
-    )
-    assert len(lines) == 1
+    assert dropped(second, after) == (after, "")
 
 
 def options_of(output: Path, data: Path, **more: Any) -> CurveOptions:
@@ -81,20 +81,19 @@ def test_another_file_of_the_same_name_takes_the_place_of_the_first(mine: Path) 
     output, one, two = (mine.parent / name for name in ("results", "one/train.csv", "two/train.csv"))
     write(one, ROWS[:40])
     write(two, ROWS[8:])
-    lines: list[str] = []
     first = resolve_study(EXPERIMENT, options_of(output, one))
     study = StudyFile("s", "?", "x", tuple(finish(first))).with_sources(find_sources(first.templates))
     second = resolve_study(EXPERIMENT, options_of(output, two))
     assert second.name == first.name, "the default name has the file's name"
-    after = drop_replaced(study, find_sources(second.templates), first.store, lines.append)
+    after, line = dropped(second, study)
     assert after.configurations == ()
-    assert lines[0].startswith(
+    assert line.startswith(
         f"train.csv is {two} now, not {one}: {len(study.configurations)} configurations of its earlier"
     )
     write(two, ROWS[:40])  # what the study has, elsewhere
     moved = resolve_study(EXPERIMENT, options_of(output, two))
-    assert drop_replaced(study, find_sources(moved.templates), first.store, lines.append) == study
-    assert len(lines) == 1
+    after, line = dropped(moved, study)
+    assert (after.configurations, line) == (study.configurations, "")
 
 
 def test_warnings_about_the_data_stay_with_the_study(mine: Path, run: Run) -> None:

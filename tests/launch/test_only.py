@@ -10,16 +10,16 @@ from typing import Any
 
 import pytest
 from in_process import ORCHESTRATOR, Run, restored, run
-from test_own_files import EXPERIMENT, finished, requested
+from orchestrator.experiments.lr_sensitivity import EXPERIMENT, CurveOptions
+from test_own_files import finished, requested
 from untrained_base import base
 
 import orchestrator
-from orchestrator.launch.earlier_runs import find_only
+from orchestrator.launch.earlier_runs import keep_only
 from orchestrator.launch.study import Study, resolve_study
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import AnalysisSettings, StudyFile
 from orchestrator.study.configuration import Configuration
-from orchestrator.study.options import StudyOptions
 from orchestrator.util.errors import UsageError
 
 __all__ = ["base", "restored", "run"]
@@ -28,16 +28,24 @@ RATES = ("1e-3", "1e-2")
 
 
 @pytest.fixture
-def options(tmp_path: Path, base: Path) -> StudyOptions:
+def options(tmp_path: Path, base: Path) -> CurveOptions:
     """Return the options of a plan of 8 configurations."""
-    return StudyOptions(
+    return CurveOptions(
         task=("letters",), variants=("lora", "rslora"), model=str(base), learning_rates=RATES, seeds=2,
         output=tmp_path / "results", study="x", gpus_per_worker=0, plan=True,
     )  # fmt: skip
 
 
-def chosen(options: StudyOptions, *digits: str, **more: Any) -> list[Configuration]:
-    return requested(resolve_study(EXPERIMENT, replace(options, only=digits, **more)))
+def chosen(options: CurveOptions, *digits: str, **more: Any) -> list[Configuration]:
+    return resolve(replace(options, only=digits, **more)).requested
+
+
+def resolve(options: CurveOptions) -> Study:
+    """Return the study that --only leaves."""
+    study = resolve_study(EXPERIMENT, options)
+    study.look_up()
+    keep_only(study)
+    return study
 
 
 def record(study: Study, configurations: Sequence[Configuration]) -> None:
@@ -47,18 +55,17 @@ def record(study: Study, configurations: Sequence[Configuration]) -> None:
     study.file.with_configurations([c.fingerprint for c in configurations], ()).write(study.folder)
 
 
-def test_configurations_that_the_study_requests_are_found_and_planned_alone(options: StudyOptions) -> None:
+def test_configurations_that_the_study_requests_are_found_and_planned_alone(options: CurveOptions) -> None:
     everything = requested(resolve_study(EXPERIMENT, options))
     first, last = everything[0], everything[-1]
     only = replace(options, only=(first.fingerprint[:10].upper(), last.fingerprint))
-    study = resolve_study(EXPERIMENT, only)
-    study.look_up()
+    study = resolve(only)
     assert study.pending == [first, last]
     assert (study.total, study.name_next_stage()) == (2, [])
     assert chosen(options, first.fingerprint, first.fingerprint[:9]) == [first]
 
 
-def test_a_recorded_configuration_that_the_options_no_longer_request_is_found(options: StudyOptions) -> None:
+def test_a_recorded_configuration_that_the_options_no_longer_request_is_found(options: CurveOptions) -> None:
     study = resolve_study(EXPERIMENT, options)
     point = requested(study)[0]
     record(study, [point])
@@ -68,21 +75,21 @@ def test_a_recorded_configuration_that_the_options_no_longer_request_is_found(op
         chosen(options, digits, learning_rates=("5e-3",), study="y")
 
 
-def test_a_point_of_a_search_is_found_by_its_record(options: StudyOptions) -> None:
+def test_a_point_of_a_search_is_found_by_its_record(options: CurveOptions) -> None:
     study = resolve_study(EXPERIMENT, options)
     template = study.templates[0]
     point = replace(template, optimizer=replace(template.optimizer, learning_rate=4.56e-3))
     record(study, [point])
     search: dict[str, Any] = {"search": "optuna", "learning_rates": None, "seeds": None}
-    found = resolve_study(EXPERIMENT, replace(options, only=(point.fingerprint[:12],), **search))
-    assert requested(found) == [point]
+    found = resolve(replace(options, only=(point.fingerprint[:12],), **search))
+    assert found.requested == [point]
     assert found.search is None
     assert not (found.folder / "search.json").exists()
 
 
 @pytest.mark.parametrize("store", ["", "elsewhere"])
 def test_the_study_of_the_config_is_looked_up_from_another_output(
-    options: StudyOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store: str
+    options: CurveOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store: str
 ) -> None:
     """Its store is beside its folder, unless study.yaml names another one."""
     root = tmp_path / store if store else None
@@ -98,7 +105,7 @@ def test_the_study_of_the_config_is_looked_up_from_another_output(
 
 
 def test_a_study_that_goes_on_from_its_file_asks_for_the_password_that_the_file_lacks(
-    options: StudyOptions,
+    options: CurveOptions,
 ) -> None:
     study = resolve_study(EXPERIMENT, options)
     replace(study.file, tracking_uri="http://me:***@none.invalid").write(study.folder)
@@ -108,7 +115,7 @@ def test_a_study_that_goes_on_from_its_file_asks_for_the_password_that_the_file_
         resolve_study(EXPERIMENT, replace(options, config=study.folder / "study.yaml"))
 
 
-def test_unknown_and_ambiguous_digits_are_one_line(options: StudyOptions) -> None:
+def test_unknown_and_ambiguous_digits_are_one_line(options: CurveOptions) -> None:
     study = resolve_study(EXPERIMENT, options)
     fingerprints = [c.fingerprint for c in requested(study)]
     with pytest.raises(
@@ -123,19 +130,18 @@ def test_unknown_and_ambiguous_digits_are_one_line(options: StudyOptions) -> Non
         UsageError,
         match=f"--only '{digit}': . configurations .* begin with it; give more digits: {digit}",
     ):
-        find_only(replace(options, only=(digit,)), study.file, every, study.templates, study.store)
+        keep_only(replace(study, options=replace(options, only=(digit,)), requested=every))
     with pytest.raises(UsageError, match="--only is empty"):
         replace(options, only=())
 
 
-def test_what_this_command_cannot_train_is_refused(options: StudyOptions, tmp_path: Path) -> None:
+def test_what_this_command_cannot_train_is_refused(options: CurveOptions) -> None:
     study = resolve_study(EXPERIMENT, options)
     template = study.templates[0]
     other_base = replace(template, model=replace(template.model, content="other"))
     other_numerics = replace(template, loop_numerics=template.loop_numerics + 1)
-    store = Store(tmp_path / "store")
     for point in (other_base, other_numerics):
-        store.put(finished(point))
+        study.store.put(finished(point))
     file = StudyFile("x", "", "", (other_base.fingerprint, other_numerics.fingerprint, "f" * 64))
     for digits, message in (
         (other_base.fingerprint[:20], "lora on letters was trained with other data, another base model or"),
@@ -143,13 +149,13 @@ def test_what_this_command_cannot_train_is_refused(options: StudyOptions, tmp_pa
         ("f" * 64, "has no record of it, and the options do not request it"),
     ):
         with pytest.raises(UsageError, match=message) as refused:
-            find_only(replace(options, only=(digits,)), file, [], study.templates, store)
+            keep_only(replace(study, options=replace(options, only=(digits,)), file=file))
         assert str(refused.value).startswith("--only ")
         assert "\n" not in str(refused.value)
 
 
 def test_a_printed_command_trains_a_recorded_configuration_in_another_output(
-    options: StudyOptions, run: Run, tmp_path: Path
+    options: CurveOptions, run: Run, tmp_path: Path
 ) -> None:
     """The options of study.yaml need not request it any more."""
     study = resolve_study(EXPERIMENT, options)

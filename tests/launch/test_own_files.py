@@ -134,9 +134,12 @@ def test_configurations_of_the_earlier_content_of_a_file_leave_the_study(mine: P
     changed = requested(resolve(output, *names))
     for configuration in changed:
         Store(output / "store").put(finished(configuration))
+    planned = run(*arguments, "--plan")
+    line = "scaled.py has changed: 2 configurations of its earlier content leave the study"
+    assert line in planned.stdout.replace("\n", " ")
+    assert StudyFile.read(output / "s") == before, "a plan writes nothing"
     second = run(*arguments)
     assert second.returncode == 0, second.stderr
-    line = "scaled.py has changed: 2 configurations of its earlier content leave the study"
     assert line in second.stdout.replace("\n", " ")
     after = StudyFile.read(output / "s")
     assert before is not None

@@ -125,4 +125,4 @@ def test_a_run_that_a_limit_ends_goes_on_with_its_own_command(store: Store) -> N
     study = study_of(POINTS[:1], store, command="study --only 123")
     study.budget.request_stop()
     assert print_missing_results(study) == 3
-    assert study.console.file.getvalue().endswith("; to go on: study --only 123\n")  # type: ignore[attr-defined]
+    assert study.console.export_text().endswith("; to go on: study --only 123\n")
