@@ -284,17 +284,16 @@ class Run:
             self.keeper.keep_best([record], reporting.MAX_RUNNING_BYTES)
 
     def _add(self, *configurations: Configuration) -> list[Configuration]:
-        """Add configurations to the study and to the progress, and return those without a result."""
+        """Add configurations to the study and to the progress, and return those that are to be trained."""
         new = self.study.add(configurations)
         self.progress.cached += len(configurations) - len(new)
         self.progress.total, self.progress.max_steps = self.study.total, self.study.max_steps()
         return new
 
     def _next_stage(self) -> list[Configuration]:
-        """Return the configurations of the design's next stage that have no result.
+        """Return the configurations of the design's next stage that are to be trained.
 
-        A stage whose configurations all have results is added and skipped. All earlier configurations must
-        have ended.
+        A stage without such configurations is added and skipped. All earlier configurations must have ended.
 
         Returns:
             The configurations to train; an empty list ends the study.
