@@ -24,12 +24,32 @@ SCORES_FILE = SHIPPED_FOLDER / "scores.csv"
 REFERENCE = "LoRA"
 """Published name of the variant with which the others are compared."""
 TASKS = {
-    "gsm8k": ("gsm8k", "GSM8K", "Llama-3.1-8B on MetaMathQA, accuracy on GSM8K"),
-    "humaneval": ("humaneval", "HumanEval", "Llama-3.1-8B on CodeFeedback, pass@1 on HumanEval"),
-    "glue": ("glue_average", "GLUE", "RoBERTa-base on the nine GLUE tasks, average of their metrics"),
-    "images": ("image_average", "Images", "CLIP ViT-B/16 on seven image tasks, average accuracy"),
+    "gsm8k": (
+        "gsm8k",
+        "published-gsm8k-r8",
+        "GSM8K",
+        "Llama-3.1-8B on MetaMathQA, accuracy on GSM8K",
+    ),
+    "humaneval": (
+        "humaneval",
+        "published-humaneval",
+        "HumanEval",
+        "Llama-3.1-8B on CodeFeedback, pass@1 on HumanEval",
+    ),
+    "glue": (
+        "glue_average",
+        "published-glue",
+        "GLUE",
+        "RoBERTa-base on the nine GLUE tasks, average of their metrics",
+    ),
+    "images": (
+        "image_average",
+        "published-images",
+        "Images",
+        "CLIP ViT-B/16 on seven image tasks, average accuracy",
+    ),
 }
-"""Name on the command line -> name in scores.csv, title and description of the task."""
+"""Name on the command line -> name in scores.csv, and `config`, `title` and `description` of `ScoreTable`."""
 DRAWS = 20_000
 """Number of simulated repetitions of the study."""
 REPEAT_QUANTILES = (0.05, 0.95)
@@ -50,6 +70,8 @@ class ScoreTable:
 
     task: str
     """The task's name on the command line."""
+    config: str
+    """The value of --config with the same protocol."""
     title: str
     description: str
     variants: tuple[str, ...]
@@ -163,7 +185,7 @@ def read_table(task: str) -> ScoreTable:
     """
     if task not in TASKS:
         raise UsageError(f"--task {task!r}: no published scores. {suggest_nearest(task, TASKS)}")
-    name, title, description = TASKS[task]
+    name, *texts = TASKS[task]
     cells: dict[str, dict[float, float]] = {}
     with SCORES_FILE.open(newline="") as file:
         for row in csv.DictReader(file):
@@ -172,7 +194,7 @@ def read_table(task: str) -> ScoreTable:
     rates = sorted(cells[REFERENCE])
     scores = np.array([[own[rate] for rate in rates] for own in cells.values()])
     scores.setflags(write=False)
-    return ScoreTable(task, title, description, tuple(cells), tuple(rates), scores)
+    return ScoreTable(task, *texts, tuple(cells), tuple(rates), scores)
 
 
 def summarize_task(table: ScoreTable, noise: Sequence[float] = tuple(SEED_NOISE)) -> PublishedTask:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from orchestrator.analyze.published.published_scores import REFERENCE, SEED_NOISE, PublishedTask
 from orchestrator.analyze.verdict import Verdict
+from orchestrator.util.graceful_interrupts import PROGRAM
 
 SOURCE = "arXiv 2601.22708"
 
@@ -20,7 +21,7 @@ def published_verdicts(tasks: Sequence[PublishedTask]) -> tuple[Verdict, ...]:
     Args:
         tasks: The tasks, at least one, with the same variants and the same assumed noise.
     """
-    design, task = _design(tasks), tasks[0].table.task
+    design = _design(tasks)
     return (
         Verdict(
             "Tuned LoRA matches or beats most variants.",
@@ -28,7 +29,7 @@ def published_verdicts(tasks: Sequence[PublishedTask]) -> tuple[Verdict, ...]:
             _ranks(tasks),
             design,
             "Replicated tuning of the same protocol gives an interval:",
-            f"lora-orchestrator tuned --config published-{'gsm8k-r8' if task == 'gsm8k' else task}",
+            f"{PROGRAM} tuned --config {tasks[0].table.config}",
         ),
         Verdict(
             "At one fixed learning rate the winner depends on the rate.",
@@ -44,7 +45,7 @@ def published_verdicts(tasks: Sequence[PublishedTask]) -> tuple[Verdict, ...]:
             _range_over_rates(tasks),
             design,
             "This study varies the rate and other hyperparameters alike:",
-            "lora-orchestrator sensitivity",
+            f"{PROGRAM} sensitivity",
         ),
     )
 

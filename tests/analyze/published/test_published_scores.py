@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from orchestrator.analyze.published.published_scores import TASKS, PublishedTask, read_table, summarize_task
+from orchestrator.study.config import SHIPPED_FOLDER
 
 
 @pytest.fixture(scope="module")
@@ -18,6 +19,7 @@ def test_there_are_660_cells_of_twenty_variants() -> None:
     assert [table.scores.shape for table in tables] == [(20, 8), (20, 8), (20, 7), (20, 10)]
     assert sum(table.scores.size for table in tables) == 660
     assert all(np.isfinite(table.scores).all() for table in tables)
+    assert all((SHIPPED_FOLDER / f"{table.config}.yaml").exists() for table in tables)
 
 
 @pytest.mark.parametrize(
