@@ -16,8 +16,9 @@ from orchestrator.finetune.engine.checkpoint_writer import CheckpointSchedule, C
 from orchestrator.finetune.engine.engine import Engine
 from orchestrator.finetune.engine.lane import Lane
 from orchestrator.finetune.engine.lane_state import LaneState
+from orchestrator.finetune.engine.slots import MeasuredLanes
 from orchestrator.finetune.failures import Fault, StoreFullError, classify_error
-from orchestrator.record.lane_capacity import LaneCapacity, MeasuredLanes
+from orchestrator.record.lane_capacity import LaneCapacity
 from orchestrator.record.schema import FINAL_STATES, Record, RecordState, current_provenance
 from orchestrator.record.store import Store, adapter_file_name
 from orchestrator.util import timeouts
@@ -210,7 +211,7 @@ class LaneRecorder:
             measured: The number, and its reasons.
         """
         try:
-            self._capacity(group_key).write_measured(measured)
+            self._capacity(group_key).write_measured(measured.lanes)
         except OSError as error:
             self.warn(f"the number of lanes is not remembered: {error}")
         self.notify(f"{measured.lanes} lanes at once on {self.engine.device_key}: {measured}")

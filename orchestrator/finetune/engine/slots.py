@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 from orchestrator.finetune.engine.lane import Lane
 from orchestrator.finetune.engine.lane_state import LaneState
-from orchestrator.record.lane_capacity import MeasuredLanes
 from orchestrator.study.options import MAX_MEASURED_LANES
 from orchestrator.util import timeouts
 
@@ -24,6 +23,27 @@ SATURATING_TOKENS = 9_000
 time in which the host launches kernels. For Qwen3-0.6B and 2,000 tokens a lane, the default study's steps are
 predicted to take 41.9, 28.2 and 20.8 hours of an H200 with 1, 2 and 4 lanes (24.8, 17.0 and 12.6 with fused
 kernels); 8 lanes save nothing more. The number leaves room for rows that are a little longer."""
+
+
+@dataclass(frozen=True)
+class MeasuredLanes:
+    """The number of lanes that a trainer chose by measurement, and the reasons."""
+
+    lanes: int
+    """The number of lanes that train at once."""
+    fitting: int
+    """The number of lanes that fit into memory, by linear extrapolation."""
+    one_lane_bytes: int
+    """The peak memory of a step with one lane."""
+    two_lanes_bytes: int
+    """The peak memory of a step with two lanes."""
+    tokens: int
+    """Mean number of tokens in a micro-batch of one lane."""
+
+    def __str__(self) -> str:
+        one, two = self.one_lane_bytes / 2**30, self.two_lanes_bytes / 2**30
+        reason = "" if self.lanes == self.fitting else f", {self.tokens} tokens per lane and micro-batch"
+        return f"one lane needs {one:.1f} GiB, two {two:.1f}: {self.fitting} fit{reason}"
 
 
 def limit_lanes(fitting: int, tokens: int) -> int:

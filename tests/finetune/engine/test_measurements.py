@@ -29,8 +29,9 @@ from scripted import (
 from orchestrator.finetune.engine import answer_wait
 from orchestrator.finetune.engine.engine import Engine
 from orchestrator.finetune.engine.lane_source import Directive, Lease
+from orchestrator.finetune.engine.recorder import LaneRecorder
 from orchestrator.finetune.engine.rounds import process_start
-from orchestrator.finetune.engine.slots import MEASURED_STEPS, MEMORY_SHARE, LaneMemory
+from orchestrator.finetune.engine.slots import MEASURED_STEPS, MEMORY_SHARE, LaneMemory, MeasuredLanes
 from orchestrator.finetune.evaluation import evaluate as evaluation
 from orchestrator.record.schema import TIME_FIELDS
 from orchestrator.record.store import Store
@@ -115,17 +116,18 @@ def device_key(store: Store) -> str:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, whose memory is measured")
-def test_steps_on_a_gpu_are_measured(store: Store) -> None:
+def test_steps_on_a_gpu_are_measured(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     def load(choice: object, task: object) -> object:
         base_model = tiny_base_model(configuration().model)
         return replace(base_model, model=base_model.model.cuda(), device=torch.device("cuda", 0))
 
     source = Script(leases(configuration(seed=seed, steps=12) for seed in range(10)))
+    found: list[MeasuredLanes] = []
+    monkeypatch.setattr(LaneRecorder, "write_measured_lanes", lambda _, key, measured: found.append(measured))
     train(source, store, lanes=8, is_measured=True, load_base_model=load)
-    (path,) = store.lane_capacity.glob("*.json")
-    found = json.loads(path.read_text())["measured"]
-    assert 0 < found["one_lane_bytes"] < found["two_lanes_bytes"] < GIB
-    assert max(map(len, source.held)) == found["lanes"] == 8
+    (measured,) = found
+    assert 0 < measured.one_lane_bytes < measured.two_lanes_bytes < GIB
+    assert max(map(len, source.held)) == measured.lanes == 8
 
 
 STEPS = 8
