@@ -11,20 +11,20 @@ FOLDERS = ("docs", "experiments", "orchestrator", "tests", "variants")
 PRIVATE_OF_RAY = re.compile(r"\bray(?:\.\w+)*\._[a-z]\w+")
 PRIVATE_OF_RAY_FILE = ROOT / "orchestrator" / "execution" / "ray" / "private.py"
 BUDGETS = {
-    "orchestrator": (322, 25659),
-    "orchestrator/analyze": (92, 6947),
+    "orchestrator": (322, 25689),
+    "orchestrator/analyze": (92, 6969),
     "orchestrator/cli": (4, 300),
     "orchestrator/cluster": (3, 246),
     "orchestrator/execution": (38, 3403),
     "orchestrator/export": (4, 460),
-    "orchestrator/finetune": (138, 9423),
+    "orchestrator/finetune": (138, 9434),
     "orchestrator/launch": (8, 1301),
-    "orchestrator/record": (12, 1667),
+    "orchestrator/record": (12, 1664),
     "orchestrator/study": (9, 1193),
     "orchestrator/util": (10, 626),
     "variants": (128, 6717),
     "experiments": (16, 2073),
-    "tests": (300, 32759),
+    "tests": (300, 32774),
 }
 """Package -> (modules, lines of code) that it may have at most: today's sizes, with room for two modules and
 for the lines up to the next hundred. A change that makes one smaller lowers its numbers; one that raises them

@@ -291,7 +291,7 @@ class AdapterKeeper:
             return
         self.lanes |= {record.fingerprint: score_lane(record, self.settings) for record in records}
         # Trainers write an adapter before its record, so only lanes with a record are judged.
-        files = {path.stem: path for path in self.store.list_adapters("best") if path.stem in self.lanes}
+        files = {path.stem: path for path in self.store.best_adapters() if path.stem in self.lanes}
         kept, total = set(self.others), 0
         for place, lanes in enumerate(zip_longest(*rank_lanes(self.lanes.values()).values())):
             for lane in filter(None, lanes):

@@ -33,7 +33,7 @@ _TEMPORARY = re.compile(
 _TEMPORARY_BASE = re.compile(r"\..+-[a-z0-9_]{8}")
 
 
-def find_garbage(store: Store, output: Path, older_than: float = 3600.0) -> dict[str, list[Path]]:
+def find_garbage(store: Store, output: Path, older_than: float) -> dict[str, list[Path]]:
     """Find the files and folders that no study needs. Other processes may run studies at the same time.
 
     Args:

@@ -30,7 +30,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 from filelock import FileLock, Timeout
 
@@ -52,9 +52,6 @@ _SUFFIXES: Mapping[RecordState, str] = {
 """Suffix of a record's file name, behind the fingerprint."""
 
 _Stamp = tuple[str, int, int]  # path, modification time in ns, size
-
-Keep = Literal["best", "all"]
-"""Which adapters a study keeps: those of its best lanes, or of all lanes that it trains."""
 
 
 def adapter_file_name(fingerprint: str) -> str:
@@ -241,9 +238,9 @@ class Store:
 
     # -- adapters and scratch folders
 
-    def list_adapters(self, keep: Keep) -> list[Path]:
-        """Return the adapters in `best` or `all`, sorted; the stem of a name is the fingerprint."""
-        return sorted((self.adapters / keep).glob("[!.]*.safetensors"))
+    def best_adapters(self) -> list[Path]:
+        """Return the adapters in `best`, sorted; the stem of a name is the fingerprint."""
+        return sorted((self.adapters / "best").glob("[!.]*.safetensors"))
 
     def find_adapter(self, fingerprint: str) -> Path | None:
         """Return the file with the adapter of a lane; None if it is not kept."""

@@ -1,10 +1,4 @@
-"""`study.json`: the record of what a study has requested, from which its projections can be rebuilt.
-
-<output>/<study>/study.json
-{"schema_version", "name", "question", "command", "experiment", "configurations": [fingerprint, ...],
- "reused": [fingerprint, ...], "tracking_uri", "settings": {...}, "looks": [replicates, ...],
- "sources": [{"content", "name", "path", "title", "revision", "warnings"}, ...]}
-"""
+"""`study.json`: the record of what a study has requested, from which its projections can be rebuilt."""
 
 from __future__ import annotations
 

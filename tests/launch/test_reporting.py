@@ -96,7 +96,7 @@ def store(tmp_path: Path) -> Store:
 
 
 def kept(store: Store) -> set[str]:
-    return {path.stem for path in store.list_adapters("best")}
+    return {path.stem for path in store.best_adapters()}
 
 
 BEST_FIRST = ((1e-2, 0), (1e-2, 1), (1e-3, 1), (1e-3, 0), (1e-4, 0), (1e-4, 1), (1e-1, 0), (1e-1, 1))

@@ -211,7 +211,7 @@ def store(tmp_path) -> Store:
 
 def _collect(store: Store, output: Path) -> dict[str, list[Path]]:
     """Remove the garbage, and return what was found."""
-    found = find_garbage(store, output)
+    found = find_garbage(store, output, 3600.0)
     assert all(path.exists() for paths in found.values() for path in paths), "nothing is removed by looking"
     remove_garbage(store, found)
     return {kind: paths for kind, paths in found.items() if paths}

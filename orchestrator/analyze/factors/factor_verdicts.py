@@ -36,7 +36,7 @@ def _verdict(task: TaskFactors, margin: float, study: StudyFile, missing: bool) 
         _alias_sentence(task),
     )
     step, seeds = _next_step(task, margin) if outcome == "undecided" else ("", None)
-    next_command = study.again("--seeds", str(seeds)) if seeds and study.command else ""
+    next_command = study.again("--seeds", str(seeds)) if seeds else ""
     if missing:
         step, next_command = "Some configurations have not ended; the same command continues.", study.command
     return Verdict(

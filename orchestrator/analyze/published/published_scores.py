@@ -185,7 +185,7 @@ def read_table(task: str) -> ScoreTable:
     """
     if task not in TASKS:
         raise UsageError(f"--task {task!r}: no published scores. {suggest_nearest(task, TASKS)}")
-    name, *texts = TASKS[task]
+    name, config, title, description = TASKS[task]
     cells: dict[str, dict[float, float]] = {}
     with SCORES_FILE.open(newline="") as file:
         for row in csv.DictReader(file):
@@ -194,7 +194,7 @@ def read_table(task: str) -> ScoreTable:
     rates = sorted(cells[REFERENCE])
     scores = np.array([[own[rate] for rate in rates] for own in cells.values()])
     scores.setflags(write=False)
-    return ScoreTable(task, *texts, tuple(cells), tuple(rates), scores)
+    return ScoreTable(task, config, title, description, tuple(cells), tuple(rates), scores)
 
 
 def summarize_task(table: ScoreTable, noise: Sequence[float] = tuple(SEED_NOISE)) -> PublishedTask:

@@ -152,7 +152,7 @@ def next_step(task: TaskComparison, study: StudyFile) -> tuple[str, str]:
     if replicates > task.planned:
         text += f" That is beyond the {task.planned} planned ones, so it is a study of its own."
         options += ["--max-replicates", str(replicates), "--study", f"{study.name}-{replicates}"]
-    return text, study.again(*options) if study.command else ""
+    return text, study.again(*options)
 
 
 def _over_tasks(found: TunedComparison) -> Verdict:
