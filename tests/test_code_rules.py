@@ -11,7 +11,7 @@ FOLDERS = ("docs", "experiments", "orchestrator", "tests", "variants")
 PRIVATE_OF_RAY = re.compile(r"\bray(?:\.\w+)*\._[a-z]\w+")
 PRIVATE_OF_RAY_FILE = ROOT / "orchestrator" / "execution" / "ray" / "private.py"
 BUDGETS = {
-    "orchestrator": (322, 25689),
+    "orchestrator": (322, 25671),
     "orchestrator/analyze": (92, 6969),
     "orchestrator/cli": (4, 300),
     "orchestrator/cluster": (3, 246),
@@ -19,12 +19,12 @@ BUDGETS = {
     "orchestrator/export": (4, 460),
     "orchestrator/finetune": (138, 9434),
     "orchestrator/launch": (8, 1301),
-    "orchestrator/record": (12, 1664),
-    "orchestrator/study": (9, 1193),
+    "orchestrator/record": (12, 1641),
+    "orchestrator/study": (9, 1198),
     "orchestrator/util": (10, 626),
     "variants": (128, 6717),
     "experiments": (16, 2073),
-    "tests": (300, 32774),
+    "tests": (300, 32784),
 }
 """Package -> (modules, lines of code) that it may have at most: today's sizes, with room for two modules and
 for the lines up to the next hundred. A change that makes one smaller lowers its numbers; one that raises them

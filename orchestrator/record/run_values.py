@@ -10,15 +10,7 @@ import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from orchestrator.record.schema import (
-    Bytes,
-    Cost,
-    LaneProgress,
-    Record,
-    StepMetrics,
-    column_types,
-    column_values,
-)
+from orchestrator.record.schema import COLUMNS, Cost, LaneProgress, Record, StepMetrics, column_values
 from orchestrator.study.configuration import Configuration
 
 MAX_LIVE_STEPS = 50
@@ -154,9 +146,8 @@ def untimed_values(record: Record, curve: Sequence[StepMetrics]) -> Iterator[tup
     for evaluation in record.evaluations:
         for key, value in evaluation.scores.items():
             yield f"{evaluation.split}_{key}", evaluation.step, value
-    sizes = [name for name, kind in column_types(Cost).items() if kind == Bytes]
-    final = {**record.scores(), "seconds": record.cost.seconds, **column_values(record.cost)}
-    for name, value in final.items():
+    sizes = [name for name, each in COLUMNS[Cost].items() if each.unit == "bytes"]
+    for name, value in (record.results() | column_values(record.cost)).items():
         if value is not None and (value or name not in sizes):
             yield name, record.steps, value
 

@@ -1,8 +1,8 @@
 """The record: the result of one configuration, written by a worker and read by everything else.
 
-A field of `Record`, `Cost`, `Provenance` or `StepMetrics` with a type of `COLUMN_TYPES` is a column of the
-Parquet files and of the frames of `orchestrator.load`, and `show` prints it. A field of `Cost` or
-`StepMetrics` is also a metric of MLflow and the other trackers. No other module lists the fields.
+Each field of `Record`, `Cost`, `Provenance` and `StepMetrics` without `NO_COLUMN` is a column of the Parquet
+files and of the frames of `orchestrator.load`. `show` prints the columns of `Cost` and `Provenance`; those of
+`Cost` and `StepMetrics` are also metrics of MLflow and the other trackers. No other module lists the fields.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ import re
 import socket
 import subprocess
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import TypeAdapter
 
-from orchestrator.study.configuration import Configuration
+from orchestrator.study.configuration import Configuration, Field, read_fields
 
 SCHEMA_VERSION = 1
 """Version of the record's JSON, to be raised when a field changes its meaning."""
@@ -38,28 +38,24 @@ RecordState = Literal["finished", "diverged", "stopped", "failed"]
 FINAL_STATES = ("finished", "diverged")
 """The states of a record that is reused for every later request of its configuration."""
 
-Seconds = Annotated[float, "s"]
-Bytes = Annotated[int, "bytes"]
+NO_COLUMN = Field(column="")
+Seconds = Annotated[float, Field(unit="s")]
+Bytes = Annotated[int, Field(unit="bytes")]
 """A size; 0 if it was not measured."""
-UnixTime = Annotated[float, "UTC"]
+UnixTime = Annotated[float, Field(unit="UTC")]
 """Seconds since the epoch."""
 
 COLUMN_TYPES: Mapping[Any, str] = {
     str: "string",
-    RecordState: "string",
     int: "int64",
-    Bytes: "int64",
     float: "float64",
-    Seconds: "float64",
-    UnixTime: "timestamp",
     tuple[int, ...]: "list<int64>",
     Mapping[str, str]: "string",
 }
-"""Type of a field -> Arrow type of its column. A field of another type is no column."""
+"""Type of a field -> Arrow type of its column, unless its unit is "UTC"."""
 
 # JSON has no NaN and infinities, which the curve of a diverged lane may hold; they are written as strings.
 _WITH_NAN = {"ser_json_inf_nan": "strings"}
-_NO_COLUMN = {"column": ""}
 
 
 @dataclass(frozen=True)
@@ -72,7 +68,7 @@ class StepMetrics:
 
     __pydantic_config__: ClassVar = _WITH_NAN
     step: int
-    loss: float = field(metadata={"column": "train_loss"})
+    loss: Annotated[float, Field(column="train_loss")]
     learning_rate: float
     gradient_norm: float
 
@@ -155,27 +151,27 @@ class Record:
 
     __pydantic_config__: ClassVar = _WITH_NAN
     fingerprint: str
-    configuration: Configuration
+    configuration: Annotated[Configuration, NO_COLUMN]
     state: RecordState
     steps: int
     """Optimizer steps taken."""
     reason: str = ""
     """Why the lane ended, for any state but finished."""
-    traceback: str = field(default="", metadata=_NO_COLUMN)
-    curve: tuple[StepMetrics, ...] = ()
-    evaluations: tuple[Evaluation, ...] = ()
-    baseline_scores: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    traceback: Annotated[str, NO_COLUMN] = ""
+    curve: Annotated[tuple[StepMetrics, ...], NO_COLUMN] = ()
+    evaluations: Annotated[tuple[Evaluation, ...], NO_COLUMN] = ()
+    baseline_scores: Annotated[Mapping[str, Mapping[str, float]], NO_COLUMN] = field(default_factory=dict)
     """Split -> scores of the base model without an adapter."""
-    items: Mapping[str, ItemResults] = field(default_factory=dict)
+    items: Annotated[Mapping[str, ItemResults], NO_COLUMN] = field(default_factory=dict)
     """Split -> results per item. A finished record has "validation" and "test"."""
-    cost: Cost = Cost()
-    provenance: Provenance = Provenance()
-    stopping_settings: str = field(default="", metadata={"column": "scheduler"})
+    cost: Annotated[Cost, NO_COLUMN] = Cost()
+    provenance: Annotated[Provenance, NO_COLUMN] = Provenance()
+    stopping_settings: Annotated[str, Field(column="scheduler")] = ""
     """For a stopped record: the settings of the early stopping that stopped it."""
     stopped_at: int | None = None
     """For a stopped record: the last step whose scores early stopping had seen. A lane that continued from a
     checkpoint may have been trained further."""
-    schema_version: int = field(default=SCHEMA_VERSION, metadata=_NO_COLUMN)
+    schema_version: Annotated[int, NO_COLUMN] = SCHEMA_VERSION
 
     def score(self, split: Literal["validation", "test"]) -> float | None:
         """Return the task's metric at the end of training.
@@ -190,12 +186,15 @@ class Record:
         last = [e for e in self.evaluations if e.split == split]
         return last[-1].scores[self.configuration.task.metric] if last else None
 
-    def scores(self) -> dict[str, float | None]:
-        """Return `SCORES` by name: the task's metric at the end of training, and without an adapter."""
+    def results(self) -> dict[str, float | None]:
+        """Return `RESULTS` by name.
+
+        They are the task's metric at the end of training and without an adapter, and `Cost.seconds`.
+        """
         metric, before = self.configuration.task.metric, self.baseline_scores
         values = self.score("validation"), self.score("test")
         untrained = (before.get(split, {}).get(metric) for split in ("validation", "test"))
-        return dict(zip(SCORES, (*values, *untrained), strict=True))
+        return dict(zip(RESULTS, (*values, *untrained, self.cost.seconds), strict=True))
 
     def to_json(self) -> dict[str, Any]:
         """Return the record as a JSON object, with NaN and infinities as strings."""
@@ -227,35 +226,25 @@ class LaneProgress:
     `run_values.select_live_steps`."""
 
 
-def column_types(part: type) -> dict[str, Any]:
-    """Return the columns that the fields of a class make: name -> type, a key of `COLUMN_TYPES`.
-
-    A field's metadata may have another name for the "column", or an empty one for a field that is no column.
-    """
-    return {name: kind for name, (_, kind) in _columns(part).items()}
-
-
-def column_values(part: Any) -> dict[str, Any]:
-    """Return the values of the columns that the fields of an object make, by name."""
-    owner: type = part.__class__
-    return {name: getattr(part, attribute) for name, (attribute, _) in _columns(owner).items()}
+def _find_columns(part: type) -> dict[str, Field]:
+    found = {each.column: each for each in read_fields(part) if each.column}
+    for each in found.values():
+        if each.value_type not in COLUMN_TYPES:
+            raise TypeError(f"{part.__name__}.{each.field}: must have a type of COLUMN_TYPES, or NO_COLUMN")
+    return found
 
 
-@lru_cache(maxsize=4)
-def _columns(part: type) -> dict[str, tuple[str, Any]]:
-    """Return name of a column -> name and type of its field."""
-    types = get_type_hints(part, include_extras=True)
-    return {
-        each.metadata.get("column", each.name): (each.name, types[each.name])
-        for each in fields(part)
-        if each.metadata.get("column") != "" and types[each.name] in COLUMN_TYPES
-    }
-
-
-SCORES = ("validation_score", "test_score", "untrained_validation_score", "untrained_test_score")
-"""The columns of `Record.scores`."""
-TIME_FIELDS = tuple(name for name, kind in column_types(Cost).items() if kind == Seconds)
+COLUMNS = {part: _find_columns(part) for part in (Record, Cost, Provenance, StepMetrics)}
+"""Class -> column -> field."""
+RESULTS = ("validation_score", "test_score", "untrained_validation_score", "untrained_test_score", "seconds")
+"""The columns of `Record.results`."""
+TIME_FIELDS = tuple(name for name, each in COLUMNS[Cost].items() if each.unit == "s")
 """The fields of `Cost` in seconds."""
+
+
+def column_values(part: Record | Cost | Provenance | StepMetrics) -> dict[str, Any]:
+    """Return the values of the columns that the fields of an object make, by name."""
+    return {name: getattr(part, each.field) for name, each in COLUMNS[type(part)].items()}
 
 
 @lru_cache(maxsize=1)

@@ -7,16 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
-from orchestrator.record.schema import (
-    Bytes,
-    Cost,
-    Provenance,
-    Record,
-    Seconds,
-    UnixTime,
-    column_types,
-    column_values,
-)
+from orchestrator.record.schema import COLUMNS, Cost, Provenance, Record
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile, read_studies
 from orchestrator.study.names import store_command
@@ -89,18 +80,18 @@ def _format_scores(record: Record) -> Iterator[str]:
 
 def _format_columns(part: Cost | Provenance) -> Iterator[str]:
     """Yield the columns that are not empty, with their units."""
-    types = column_types(type(part))
-    for name, value in column_values(part).items():
+    for name, each in COLUMNS[type(part)].items():
+        value = getattr(part, each.field)
         if not value:
             continue
-        if types[name] == Seconds:
+        if each.unit == "s":
             yield f"{name} {value:.1f} s"
-        elif types[name] == Bytes:
+        elif each.unit == "bytes":
             yield f"{name} {value / 2**20:.0f} MiB"
-        elif types[name] == UnixTime:
+        elif each.unit == "UTC":
             yield f"{name} {datetime.fromtimestamp(value, UTC):%Y-%m-%d %H:%M:%S} UTC"
         elif isinstance(value, Mapping):
-            yield from (f"{key} {each}" for key, each in value.items())
+            yield from (f"{key} {text}" for key, text in value.items())
         else:
             yield f"{name} {', '.join(map(str, value)) if isinstance(value, tuple) else value}"
 

@@ -13,20 +13,20 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.record.schema import (
     COLUMN_TYPES,
+    COLUMNS,
+    RESULTS,
     SCHEMA_VERSION,
-    SCORES,
     Cost,
     Evaluation,
     Provenance,
     Record,
     StepMetrics,
-    UnixTime,
-    column_types,
     column_values,
 )
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile
 from orchestrator.study import configuration
+from orchestrator.study.configuration import Field
 from orchestrator.util.atomic_files import replace_atomically
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def make_tables(
     Columns of the runs: `fingerprint`; `studies`; every hyperparameter under its name in
     `Configuration.to_columns()` (a variant's own as `variant_<name>`, numbers as float64); `task_title`, the
     name of the task for a reader; the columns of the record, its cost and its provenance (`versions` is a
-    JSON object); `Record.scores`; every score of the last evaluation of a split as `validation_<score>` and
+    JSON object); `Record.results`; every score of the last evaluation of a split as `validation_<score>` and
     `test_<score>`, for any state. The table's metadata has the version of the schema under
     `record_schema_version`.
 
@@ -98,10 +98,9 @@ def _to_row(record: Record, studies: Sequence[str], titles: Mapping[str, str]) -
     row["task_title"] = titles.get(task.content, task.name)
     for evaluation in record.evaluations:  # in the order of steps, so that the last one stays
         row |= _scores_of(evaluation)
-    row |= {**record.scores(), "seconds": record.cost.seconds}
+    row |= record.results()
     for part in (record, record.cost, record.provenance):
-        types = column_types(type(part))
-        row |= {name: _plain(value, types[name]) for name, value in column_values(part).items()}
+        row |= {name: _plain(getattr(part, each.field), each) for name, each in COLUMNS[type(part)].items()}
     return row
 
 
@@ -109,9 +108,9 @@ def _scores_of(evaluation: Evaluation) -> dict[str, float]:
     return {f"{evaluation.split}_{name}": float(value) for name, value in evaluation.scores.items()}
 
 
-def _plain(value: Any, kind: Any) -> Any:
+def _plain(value: Any, column: Field) -> Any:
     """Return the value of a field for Arrow."""
-    if kind == UnixTime:
+    if column.unit == "UTC":
         return round(value * 1000)
     return json.dumps(dict(value), sort_keys=True) if isinstance(value, Mapping) else value
 
@@ -134,8 +133,20 @@ def _curve_schema() -> pa.Schema:
     """Return the columns of the curves of any record."""
     import pyarrow as pa
 
-    steps = [(name, pa.type_for_alias(COLUMN_TYPES[t])) for name, t in column_types(StepMetrics).items()]
-    return pa.schema([("fingerprint", pa.dictionary(pa.int32(), pa.string())), *steps], _METADATA)
+    types = {"fingerprint": pa.dictionary(pa.int32(), pa.string()), **_arrow_types(COLUMNS[StepMetrics])}
+    return pa.schema(types.items(), _METADATA)
+
+
+def _arrow_types(columns: Mapping[str, Field]) -> dict[str, pa.DataType]:
+    import pyarrow as pa
+
+    def arrow_type(column: Field) -> pa.DataType:
+        if column.unit == "UTC":
+            return pa.timestamp("ms", tz="UTC")
+        alias = COLUMN_TYPES[column.value_type]
+        return pa.list_(pa.int64()) if alias == "list<int64>" else pa.type_for_alias(alias)
+
+    return {name: arrow_type(column) for name, column in columns.items()}
 
 
 def _concatenate(curves: Sequence[pa.Table]) -> pa.Table:
@@ -153,15 +164,10 @@ def _to_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
     """
     import pyarrow as pa
 
-    def arrow(types: Mapping[str, Any]) -> dict[str, pa.DataType]:
-        special = {"timestamp": pa.timestamp("ms", tz="UTC"), "list<int64>": pa.list_(pa.int64())}
-        aliases = {name: COLUMN_TYPES[kind] for name, kind in types.items()}
-        return {name: special.get(alias) or pa.type_for_alias(alias) for name, alias in aliases.items()}
-
-    parts = [column_types(part) for part in (Record, Cost, Provenance)]
-    results = arrow(parts[0] | dict.fromkeys((*SCORES, "seconds"), float) | parts[1] | parts[2])
+    results = _arrow_types(COLUMNS[Record]) | dict.fromkeys(RESULTS, pa.float64())
+    results |= _arrow_types(COLUMNS[Cost] | COLUMNS[Provenance])
     types = {"fingerprint": results.pop("fingerprint"), "studies": pa.list_(pa.string())}
-    types |= arrow(configuration.column_types())
+    types |= _arrow_types(configuration.COLUMNS)
     types["task_title"] = pa.string()
     for name in sorted({name for row in rows for name in row} - types.keys() - results.keys()):
         types[name] = _infer_type([row[name] for row in rows if row.get(name) is not None])

@@ -18,6 +18,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cached_property, lru_cache
+from types import UnionType
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import pydantic
@@ -34,9 +35,10 @@ Value = float | int | str | bool
 
 @dataclass(frozen=True, kw_only=True)
 class Field:
-    """A field of a configuration as a column of tables and trackers.
+    """A field of a configuration or of a record as a column of tables and trackers.
 
-    Only `column` and `omit_default` are written in annotations. The other attributes follow from the field.
+    Only `column`, `omit_default` and `unit` are written in annotations. The other attributes follow from the
+    field.
     """
 
     column: str | None = None
@@ -45,10 +47,13 @@ class Field:
     omit_default: bool = False
     """True for a field that was added after records had been written: with its default, the fingerprint is as
     without the field, so that these records are found again."""
+    unit: str = ""
+    """Unit of a number of a record: "s", "bytes", or "UTC" for a time in seconds since the epoch."""
     part: str = ""
     """Field of `Configuration` whose field this is; empty for a field of `Configuration` itself."""
     field: str = ""
     value_type: type[Value] = str
+    """The field's type without None, str if it is a Literal. In a record, it may be a tuple or a mapping."""
     choices: tuple[str, ...] = ()
     """All valid values, if the type is a Literal."""
     default: Any = None
@@ -309,19 +314,19 @@ def _identity(configuration: Configuration) -> dict[str, Any]:
     return data
 
 
-def _read_fields(owner: type, part: str = "") -> Iterator[Field]:
-    """Yield the fields of a dataclass of the configuration and of its parts."""
+def read_fields(owner: type, part: str = "") -> Iterator[Field]:
+    """Yield the fields of a dataclass, and those of its fields that are dataclasses and have no `Field`."""
     hints = get_type_hints(owner, include_extras=True)
     for each in fields(owner):
         hint = hints[each.name]
         if isinstance(hint, type) and is_dataclass(hint):
-            yield from _read_fields(hint, each.name)
+            yield from read_fields(hint, each.name)
             continue
         plain, *notes = get_args(hint) if get_origin(hint) is Annotated else (hint,)
         found: Field = next((note for note in notes if isinstance(note, Field)), Field())
         facts: dict[str, Any] = {"part": part, "field": each.name, "default": each.default}
         facts["choices"] = get_args(plain) if get_origin(plain) is Literal else ()
-        facts["value_type"] = str if facts["choices"] else (get_args(plain) or (plain,))[0]
+        facts["value_type"] = str if facts["choices"] else _without_none(plain)
         if found.column is None:
             facts["column"] = getattr(found, "name", "") or _column_name(part, each.name)
         if isinstance(found, Hyperparameter):
@@ -329,25 +334,26 @@ def _read_fields(owner: type, part: str = "") -> Iterator[Field]:
         yield replace(found, **facts)
 
 
+def _without_none(hint: Any) -> Any:
+    return get_args(hint)[0] if isinstance(hint, UnionType) else hint
+
+
 def _column_name(part: str, field: str) -> str:
+    if not part:
+        return field
     if field == "name":
         return part
     needs_part = part in ("task", "divergence") or field in ("numerics", "revision", "content")
     return f"{part}_{field}" if needs_part else field
 
 
-FIELDS: tuple[Field, ...] = tuple(_read_fields(Configuration))
+FIELDS: tuple[Field, ...] = tuple(read_fields(Configuration))
 """All fields of a configuration, those of its parts included, in the order of their declaration."""
 HYPERPARAMETERS = {each.name: each for each in FIELDS if isinstance(each, Hyperparameter)}
 """Name of a hyperparameter -> its field."""
-
-
-def column_types() -> dict[str, type]:
-    """Return column -> Python type (str, int or float) of the columns that every configuration has.
-
-    The variants' own settings and the texts that may be empty are left out.
-    """
-    return {each.column: each.value_type for each in FIELDS if each.column and each.default != ""}
+COLUMNS = {each.column: each for each in FIELDS if each.column and each.default != ""}
+"""Column -> field of the columns that every configuration has. The variants' own settings and the texts that
+may be empty are left out."""
 
 
 @lru_cache(maxsize=1)

@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from orchestrator.record import schema
 from orchestrator.record.run_values import untimed_values
 from orchestrator.record.schema import Cost, Provenance
 from orchestrator.record.store import Store
@@ -79,6 +80,18 @@ def test_a_field_is_a_column_and_a_cost_is_a_metric(store, make_record):
         pq.read_schema(write_parquet(store)).names
     )
     assert costs <= {name for name, _, _ in untimed_values(record, ())}
+    store.put(make_record(state="stopped", seed=1, stopped_at=10))
+    assert pq.read_table(write_parquet(store))["stopped_at"].drop_null().to_pylist() == [10]
+
+
+def test_a_field_whose_type_has_no_column_must_say_that_it_is_none():
+    @dataclass
+    class Part:
+        steps: int
+        is_shared: bool
+
+    with pytest.raises(TypeError, match=r"^Part.is_shared: "):
+        schema._find_columns(Part)
 
 
 def test_every_configuration_has_the_names_of_its_studies(store, make_record, tmp_path):

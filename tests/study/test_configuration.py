@@ -103,7 +103,7 @@ def test_every_field_is_in_a_column() -> None:
     assert flat["variant_svd"] == "exact"
     assert flat["task_train_size"] == 960
     assert (flat["schedule"], flat["steps_horizon"], flat["divergence_share"]) == ("cosine", 60, 0.1)
-    types = configuration.column_types()
+    types = {name: each.value_type for name, each in configuration.COLUMNS.items()}
     assert all(value is None or type(value) is types[name] for name, value in flat.items() if name in types)
     assert flat.keys() - types.keys() == {"variant_svd"}
     for each in configuration.FIELDS:
