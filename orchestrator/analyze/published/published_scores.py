@@ -61,7 +61,7 @@ Floats = npt.NDArray[np.float64]
 def published_variants() -> dict[str, str]:
     """Return the variants of the survey: name in this project -> published name."""
     variants = tomllib.loads((SHIPPED_FOLDER / "variants.toml").read_text())
-    return {own["name"]: title for title, own in variants.items()}
+    return {own: title for title, own in variants.items()}
 
 
 @dataclass(frozen=True)
