@@ -54,13 +54,14 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 def _option_tables() -> str:
     """Return a table of the options of each section of the commands that train, from their fields."""
+    from orchestrator.cli.commands import COMMANDS
     from orchestrator.cli.parsing import free_hyperparameters
-    from orchestrator.experiments import MODULES, load, options_of
+    from orchestrator.experiments import MODULES, options_of
     from orchestrator.study.option import defaults, flag, help_texts, sections
 
     lines, done = [], set()
-    for name in MODULES:
-        options_class = load(name).options_class
+    commands = {**{name: options_of(name) for name in MODULES}, "published": COMMANDS["published"]}
+    for command, options_class in commands.items():
         values, texts = defaults(options_class), help_texts(options_class)
         for title, names in sections(options_class).items():
             if title in done:
@@ -68,7 +69,7 @@ def _option_tables() -> str:
             done.add(title)
             lines += [
                 "",
-                f"### {title.capitalize()} options of `{name}`",
+                f"### {title.capitalize()} options of `{command}`",
                 "",
                 "| option | default | meaning |",
                 "| --- | --- | --- |",
@@ -77,7 +78,7 @@ def _option_tables() -> str:
                 default = (
                     " ".join(map(str, values[each])) if isinstance(values[each], tuple) else values[each]
                 )
-                shown = "" if default in (None, "", False) else f"`{default}`"
+                shown = "" if default is None or default is False or default == "" else f"`{default}`"
                 lines.append(f"| `{flag(each)}` | {shown} | {texts[each].replace('|', chr(92) + '|')} |")
     lines += ["", "### Hyperparameters", "", "| option | meaning |", "| --- | --- |"]
     for name, each in free_hyperparameters(options_of("study")).items():
