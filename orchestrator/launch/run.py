@@ -105,7 +105,7 @@ def run_study(experiment: Experiment, options: StudyOptions, command: str = "") 
     if options.plan:
         drop_replaced(study)  # prints what would leave the study; the result is not used
         return StudyResult(0, study.folder, study.options, print_plan(study))
-    atomic_files.make_folder("--study", study.folder)
+    atomic_files.make_folder(f"--study {study.name!r}", study.folder)
     refusal = f"study {study.name!r} is running already in {study.folder}; wait, or take another --study."
     with (
         runtime.exclusive_lock(study.folder / LOCK_FILE, refusal),

@@ -247,7 +247,7 @@ def resolve_study(experiment: Experiment, given: StudyOptions, command: str = ""
     _require_hardware(experiment, given)
     given = experiment.fill_defaults(given)
     options = autoscaler.adapt_options(given)
-    make_folder("--output", options.output)
+    make_folder(f"--output {str(options.output)!r}", options.output)
     store = Store(options.store_folder)
     tracking_uri = resolve_uri(options.tracking_uri, store)
     trackers = {str(name): TRACKERS[name] for name in options.tracker if name != "none"}

@@ -433,7 +433,7 @@ def check_uri(uri: str, option: str = "--tracking-uri") -> None:
     path = sqlite_path(uri)
     if path is not None and not os.path.exists(path):
         with atomic_files.remove_created_folders(path.parent):  # `connect` makes it, if the study starts
-            atomic_files.make_folder(option, path.parent)
+            atomic_files.make_folder(shown, path.parent)
         return
     try:
         if path is None:

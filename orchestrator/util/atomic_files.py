@@ -301,13 +301,13 @@ def _remove_empty(folders: Sequence[Path]) -> None:
                 os.rmdir(inner)
 
 
-def make_folder(option: str, folder: Path, needs_links: bool = False) -> None:
+def make_folder(option: str, folder: Path, is_store: bool = False) -> None:
     """Create a folder if needed, and write a test file there.
 
     Args:
-        option: The option that names it, for the error.
+        option: The option that names it, and its value, for the error.
         folder: The folder.
-        needs_links: Check that its file system has hard links, too.
+        is_store: Check what a store needs as well: space for a record, and hard links.
 
     Raises:
         UsageError: It is no folder, cannot be written, or its file system has no hard links.
@@ -316,15 +316,17 @@ def make_folder(option: str, folder: Path, needs_links: bool = False) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".probe-", dir=folder) as probe:
-            (Path(probe) / "a").write_text("probe")
-            if needs_links:
+            if is_store:
+                (Path(probe) / "a").write_text("probe")
                 os.link(Path(probe) / "a", Path(probe) / "b")
     except OSError as error:
         error.filename = str(folder)
         if describe_disk_error(error):
             raise
-        rule = f"must be a folder that can be written{' and has hard links' if needs_links else ''}"
-        raise UsageError(f"{folder}: {rule} ({error.strerror or error}); take another {option}.") from error
+        rule = f"must be a folder that can be written{' and has hard links' if is_store else ''}"
+        raise UsageError(
+            f"{option}: {folder} {rule} ({error.strerror or error}); take another one."
+        ) from error
 
 
 def canonical_json(data: Any) -> bytes:
