@@ -1,4 +1,4 @@
-"""What the parts of a session share: the study's options, and what one run has determined besides."""
+"""The settings of a session and of its trainers: the study's options, and what is known once it starts."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ if TYPE_CHECKING:
 
 
 def shared_options(options: StudyOptions) -> StudyOptions:
-    """Return the options that trainers get: of the class `StudyOptions`, and without the tracking URI.
+    """Return the options that Ray sends to trainers, without those of the experiment and the tracking URI.
 
-    A class of an experiment might be sent to the workers as code. The URI may hold a password, and Ray shows
-    the settings of a trainer.
+    An experiment defines its options in a subclass. Ray would send a subclass of the script `__main__` as
+    code, which a worker cannot always load. The URI may contain a password, and Ray's dashboard shows the
+    settings of a trainer.
     """
     names = [each.name for each in fields(StudyOptions) if each.name != "tracking_uri"]
     return StudyOptions(**{name: getattr(options, name) for name in names})

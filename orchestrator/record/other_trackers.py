@@ -31,10 +31,10 @@ DEFAULT_PROJECT = "lora-orchestrator"
 
 
 class _OptionalTracker(Tracker, ABC):
-    """A tracker of a package that may be missing. It logs each version of a record once.
+    """A tracker whose package is an optional dependency. It logs each version of a record once.
 
-    A text file lists the records that have been logged. It lies in the folder of the tracker's files, so that
-    it is deleted with them.
+    A text file lists the records that have been logged. It is in the folder of the tracker's files, and is
+    deleted with them.
 
     Args:
         folder: The study's folder. The tracker's files are in a subfolder with the name of the package.
@@ -145,7 +145,7 @@ class WandbTracker(_OptionalTracker):
         self._runs.pop(record.fingerprint).finish(1 if record.state == "failed" else 0)
 
     def finish(self, end: StudyEnd) -> None:
-        """End the runs of lanes that are not finished; a later run of the study continues them."""
+        """End the runs of the lanes still in training. A later run of the study continues them."""
         while self._runs:
             self._runs.popitem()[1].finish(1)
 
@@ -226,7 +226,7 @@ class TensorBoardTracker(_OptionalTracker):
         """Fingerprint of a lane in training -> file, and step and Unix milliseconds of the last progress."""
 
     def start(self, study: StudyFile, tags: Mapping[str, str]) -> None:
-        """Forget open files. After an error, the lanes in training begin new files."""
+        """Prepare the tracker to log. After an error, every lane in training gets a new event file."""
         self._live.clear()
 
     def log_progress(self, progress: LaneProgress) -> None:

@@ -61,7 +61,7 @@ REPORT_WAIT_SECONDS = 20.0
 IDLE_TRAINER_SECONDS = 60.0
 """Time without a lane after which a trainer ends."""
 SPILL_SECONDS = 1.0
-"""Time for which a lane has been parked until it makes room for one that waits."""
+"""Time after which a parked lane makes room for a lane that waits."""
 MIN_CHECKPOINT_SECONDS = 60.0
 """The shortest interval between two checkpoints of a lane. A lane that trains for less is not saved before
 its end."""
@@ -120,7 +120,7 @@ SANDBOX_SETUP_SECONDS = 60.0
 # -- polling and printing
 
 SOURCE_POLL_SECONDS = 0.1
-"""The shortest interval between two requests of one kind of a trainer to the broker; longer while the broker
+"""The shortest interval between a trainer's requests of one kind to the broker. It is longer while the broker
 answers slowly."""
 SESSION_POLL_SECONDS = 0.5
 """Interval at which the driver asks the broker for changes."""

@@ -48,7 +48,7 @@ class Overlay:
     seeds: int
     """Number of seeds."""
     curves: tuple[OwnCurve, ...]
-    """In the order of `published_variants`."""
+    """One for each variant with published scores, in the order of `published_variants`."""
     unpublished: tuple[str, ...]
     """Variants of the study without published scores; they are not drawn."""
 

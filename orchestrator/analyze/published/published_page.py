@@ -26,7 +26,6 @@ from orchestrator.analyze.published.published_scores import (
 )
 from orchestrator.analyze.published.published_verdicts import SOURCE, published_verdicts
 from orchestrator.analyze.verdict import Verdict
-from orchestrator.study.names import DEFAULT_STORE_NAME
 from orchestrator.util import atomic_files
 from orchestrator.util.graceful_interrupts import PROGRAM
 
@@ -205,8 +204,8 @@ def show_published(
     task_names: Sequence[str],
     noise: Sequence[float],
     output: Path,
+    store: Path,
     overlay: str | None = None,
-    store: Path | None = None,
 ) -> None:
     """Print the report on the published scores and write its files to `<output>/published`.
 
@@ -214,14 +213,14 @@ def show_published(
         task_names: Names of published tasks, see `TASKS`; ignored with `overlay`.
         noise: Assumed standard deviations of a score over seeds, in points.
         output: The output folder.
+        store: The folder of the store.
         overlay: The name of an own study in the output folder, to be drawn over the published curves. Only
             the published tasks of that study are shown.
-        store: The folder of that study's records; None for the folder `store` in the output folder.
 
     Raises:
         UsageError: A task is unknown, or the study cannot be drawn.
     """
-    overlays = read_overlays(overlay, output, store or output / DEFAULT_STORE_NAME) if overlay else ()
+    overlays = read_overlays(overlay, output, store) if overlay else ()
     names = [each.task for each in overlays] or list(dict.fromkeys(task_names))
     tasks = [summarize_task(read_table(name), noise or tuple(SEED_NOISE)) for name in names]
     folder = output / FOLDER

@@ -18,10 +18,10 @@ from orchestrator.util import timeouts
 NEVER = -float("inf")
 """A time before all others, on any clock."""
 LATENCY_FACTOR = 20.0
-"""The interval of requests is at least this many times the last answer's latency, so that a trainer waits
-little."""
+"""Smallest ratio of the interval between requests to the latency of the last answer. It limits the share of
+time that a trainer waits for answers."""
 MAX_SLOWDOWN = 20.0
-"""That interval is at most this many times the shortest one, so that a trainer still notices a stop soon."""
+"""Largest ratio of the interval between requests to SOURCE_POLL_SECONDS. It limits the delay of a stop."""
 
 
 @dataclass

@@ -58,7 +58,7 @@ class LaneTimer:
         self.counted_until = now
 
     def begin_work(self, lanes: Sequence[Lane]) -> None:
-        """Add the time that has passed since the last step or evaluation, before another one begins."""
+        """Charge the lanes with the time since the last step or evaluation, before the next one begins."""
         self.add(lanes, "other_seconds" if self.has_started else "start_seconds")
         self.has_started = self.has_started or bool(lanes)
 
@@ -92,7 +92,7 @@ class TrainingRounds:
             time.sleep(timeouts.SOURCE_POLL_SECONDS)
 
     def is_idle(self) -> bool:
-        """Return whether the last round began IDLE_TRAINER_SECONDS ago, by the clock of rank 0."""
+        """Return whether no round has begun for IDLE_TRAINER_SECONDS, by the clock of rank 0."""
         return self.active.process_group.broadcast_from_rank0(
             lambda: time.monotonic() - self.busy_at > timeouts.IDLE_TRAINER_SECONDS
         )
