@@ -20,6 +20,7 @@ five around the best rate, and that of the published default. Eight factors with
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
@@ -43,7 +44,11 @@ MIN_CURVE_RATES = 5
 class SensitivityOptions(StudyOptions):
     """The factors of a study of all hyperparameters."""
 
-    unused: ClassVar[tuple[str, ...]] = ("search", "sampler", "points", "space", "scheduler")
+    unused: ClassVar[Mapping[str, str]] = {
+        "search": "the design of this study is fixed; take grid",
+        **dict.fromkeys(("sampler", "points", "space"), "it is for a search; leave it out"),
+        "scheduler": "a stopped run has no final score to compare; take none",
+    }
 
     factors: Annotated[Words | None, Option("NAME", commas=True)] = None
     """Hyperparameters to compare with the learning rate: names of orchestrator/study/factors.toml (alpha rank
@@ -58,12 +63,6 @@ class SensitivityOptions(StudyOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.search != "grid":
-            raise UsageError(f"--search {self.search}: the design of this study is fixed; take grid.")
-        if self.scheduler != "none":
-            raise UsageError(
-                f"--scheduler {self.scheduler}: a stopped run has no final score to compare; take none."
-            )
         rates = self.learning_rates
         if rates is not None and len(parse_learning_rates(rates)) < MIN_CURVE_RATES:
             raise UsageError(
@@ -89,7 +88,6 @@ def make_design(options: SensitivityOptions, given: DesignInput) -> Design:
 
 EXPERIMENT = Experiment(
     name="sensitivity",
-    module="hyperparameter_sensitivity",
     description=__doc__,
     options_class=SensitivityOptions,
     make_design=make_design,
@@ -103,4 +101,4 @@ EXPERIMENT = Experiment(
 if __name__ == "__main__":
     from orchestrator.cli.program import main
 
-    main("sensitivity")
+    main(EXPERIMENT.name)

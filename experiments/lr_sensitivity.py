@@ -58,7 +58,6 @@ def make_design(options: CurveOptions, given: DesignInput) -> Design:
 
 EXPERIMENT = Experiment(
     name="study",
-    module="lr_sensitivity",
     description=__doc__,
     options_class=CurveOptions,
     make_design=make_design,
@@ -71,4 +70,4 @@ EXPERIMENT = Experiment(
 if __name__ == "__main__":
     from orchestrator.cli.program import main
 
-    main("study")
+    main(EXPERIMENT.name)

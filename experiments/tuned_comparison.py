@@ -16,6 +16,7 @@ The rehearsal tunes three variants over four rates in five replicates on two tas
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
@@ -35,7 +36,8 @@ if TYPE_CHECKING:
 class ComparisonOptions(StudyOptions):
     """Replicates of the tuning, and what counts as a difference."""
 
-    unused: ClassVar[tuple[str, ...]] = ("seeds",)
+    unused: ClassVar[Mapping[str, str]] = {"seeds": "each replicate has a seed of its own; take --replicates"}
+    always: ClassVar[tuple[str, ...]] = (BASELINE,)
 
     replicates: Annotated[int | None, Field(ge=2, le=10_000)] = None
     """How often every variant is tuned. Replicate k has the seed k and a grid shifted by an offset of its
@@ -52,10 +54,6 @@ class ComparisonOptions(StudyOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         count = self.replicate_count
-        if self.seeds is not None:
-            raise UsageError(
-                f"--seeds {self.seeds}: each replicate has a seed of its own; take --replicates {self.seeds}."
-            )
         if self.max_replicates is not None and self.max_replicates < count:
             raise UsageError(
                 f"--max-replicates {self.max_replicates}: must be at least the replicates of this command, "
@@ -79,7 +77,7 @@ def complete(options: ComparisonOptions) -> ComparisonOptions:
     Raises:
         UsageError: The baseline is the only variant.
     """
-    compared = {canonical_name(name): name for name in (BASELINE, *(options.variants or ()))}
+    compared = {canonical_name(name): name for name in (*options.always, *(options.variants or ()))}
     if len(compared) < 2:
         raise UsageError(
             f"--variants {BASELINE}: it is what the others are compared with; name one more, for example "
@@ -100,7 +98,6 @@ def make_design(options: ComparisonOptions, given: DesignInput) -> Design:
 
 EXPERIMENT = Experiment(
     name="tuned",
-    module="tuned_comparison",
     description=__doc__,
     options_class=ComparisonOptions,
     make_design=make_design,
@@ -115,4 +112,4 @@ EXPERIMENT = Experiment(
 if __name__ == "__main__":
     from orchestrator.cli.program import main
 
-    main("tuned")
+    main(EXPERIMENT.name)

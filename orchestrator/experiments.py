@@ -10,11 +10,11 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from orchestrator.study.option import Options
 from orchestrator.util.errors import UsageError, suggest_nearest
 
 if TYPE_CHECKING:
     from orchestrator.launch.experiment import Experiment
+    from orchestrator.study.options import StudyOptions
 
 __path__ = [str(Path(__file__).parents[1] / "experiments")]
 
@@ -22,9 +22,8 @@ MODULES = {
     "study": "lr_sensitivity",
     "tuned": "tuned_comparison",
     "sensitivity": "hyperparameter_sensitivity",
-    "published": "published",
 }
-"""Name of the command -> file without `.py`."""
+"""Name of the command that runs an experiment -> its file without `.py`."""
 
 
 def load(name: str) -> Experiment:
@@ -39,8 +38,8 @@ def load(name: str) -> Experiment:
     return experiment
 
 
-def options_of(name: str) -> type[Options]:
-    """Return the class of the options of an experiment.
+def options_of(name: str) -> type[StudyOptions]:
+    """Return the class of the options of an experiment, for `study.config.make_options`.
 
     Raises:
         UsageError: There is no such experiment.

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from orchestrator import experiments
-from orchestrator.launch.experiment import Experiment
 from orchestrator.study.config import make_options
-from orchestrator.study.options import StudyOptions
-from orchestrator.util.errors import UsageError, suggest_nearest
 from orchestrator.util.graceful_interrupts import borrowed_signals
 
 if TYPE_CHECKING:
@@ -34,12 +31,11 @@ class Study:
     def __init__(
         self, experiment: str = "study", *, config: str | PathLike[str] | None = None, **options: object
     ) -> None:
-        self.experiment = _find_experiment(experiment)
+        self.experiment = experiments.load(experiment)
         typed = {**options, "config": config}
         given = {name: value for name, value in typed.items() if value is not None}
-        options_class: type[Any] = self.experiment.options_class
-        name, options_of = self.experiment.name, experiments.options_of
-        self.options: StudyOptions = make_options(options_class, given, name, options_of)[0]
+        options_class = self.experiment.options_class
+        self.options = make_options(options_class, given, experiment, experiments.options_of)[0]
 
     def __repr__(self) -> str:
         words = (self.options.shown(name) for name in self.options.given())
@@ -77,14 +73,3 @@ def run(study: Study) -> StudyResult:
 
     with borrowed_signals("run(study)"):
         return run_study(study.experiment, study.options)
-
-
-def _find_experiment(name: str) -> Experiment:
-    by_name = {command: command for command in experiments.MODULES} | {
-        module: command for command, module in experiments.MODULES.items()
-    }
-    found = experiments.load(by_name[name]) if name in by_name else None
-    if found is None or not found.trains:
-        names = [name for name in experiments.MODULES if experiments.load(name).trains]
-        raise UsageError(f"experiment {name!r}: there is none. {suggest_nearest(name, names)}")
-    return found

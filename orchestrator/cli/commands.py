@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from orchestrator.experiments.published import Published
 from orchestrator.study.option import Count, Option, Text
 from orchestrator.study.options import StoreOptions, StudyOptions
 from orchestrator.util import atomic_files
@@ -19,7 +20,7 @@ from orchestrator.util.errors import UsageError
 class Sync(StoreOptions):
     """Rebuild records.parquet and the MLflow runs of every study from the store."""
 
-    tracking_uri: str | None = None
+    tracking_uri: Text | None = None
     """MLflow tracking server. Default: the one that each study used."""
 
     def run(self) -> int:
@@ -178,9 +179,9 @@ class Export(StoreOptions):
     """The study's name."""
     fingerprint: Annotated[str, Option("[FINGERPRINT]", position=True)] = ""
     """First digits of the fingerprint of a lane, in place of the best one."""
-    variant: str | None = None
+    variant: Text | None = None
     """The best lane of this variant."""
-    task: str | None = None
+    task: Text | None = None
     """The best lane on this task; needed in a study of several tasks."""
     merge: bool = False
     """Write a plain model of transformers, with the adapter in its weights, in place of the adapter."""
@@ -214,5 +215,6 @@ COMMANDS: dict[str, type[Any]] = {
     "sync": Sync,
     "gc": Gc,
     "fetch-model": FetchModel,
+    "published": Published,
 }
 """Name of each command -> the class of its options, whose method `run` returns the exit code."""

@@ -44,7 +44,8 @@ def parse(options_class: Any, words: Sequence[str], program: str, description: s
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    texts = help_texts(options_class)
+    wants_help = bool({"-h", "--help"} & set(words))
+    texts = help_texts(options_class) if wants_help else {}
     for title, names in sections(options_class).items():
         group = parser.add_argument_group(f"{title} options")
         for name in names:

@@ -11,7 +11,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import orchestrator
 from orchestrator.util import command
@@ -75,7 +75,8 @@ def run_command(name: str, words: Sequence[str], program: str) -> int:
     Raises:
         UsageError: There is no such command, or one of its options is wrong.
     """
-    if not set(HELP_OPTIONS) & set(words):
+    wants_help = bool(set(HELP_OPTIONS) & set(words))
+    if not wants_help:
         print_status("Reading libraries, data, models and records ...")
     from orchestrator import experiments
     from orchestrator.cli.commands import COMMANDS
@@ -83,18 +84,18 @@ def run_command(name: str, words: Sequence[str], program: str) -> int:
     from orchestrator.study.config import make_options
 
     if name in COMMANDS:
-        typed = parse(COMMANDS[name], words, program, inspect.getdoc(COMMANDS[name]) or "")
+        description = (inspect.getdoc(COMMANDS[name]) or "").replace(f"{PROGRAM} {name}", program)
+        typed = parse(COMMANDS[name], words, program, description)
         return int(make_options(COMMANDS[name], typed)[0].run())
     if name not in experiments.MODULES:
         choices = [_typed_name(each) for each in (*experiments.MODULES, *COMMANDS)]
         raise UsageError(f"{name!r} is no command of {_program()}. {suggest_nearest(name, choices)}")
     experiment = experiments.load(name)
-    description = experiment.description.replace(f"{PROGRAM} {name}", program)
-    typed = parse(experiment.options_class, words, program, f"{description.strip()}\n\n{_known_names()}")
-    options_class: type[Any] = experiment.options_class
-    options, file = make_options(options_class, typed, name, experiments.options_of)
-    if experiment.show is not None:
-        return experiment.show(options)
+    description = experiment.description.strip().replace(f"{PROGRAM} {name}", program)
+    if wants_help:
+        description += f"\n\n{_known_names()}"
+    typed = parse(experiment.options_class, words, program, description)
+    options, file = make_options(experiment.options_class, typed, name, experiments.options_of)
     from orchestrator.launch.run import run_study
 
     try:

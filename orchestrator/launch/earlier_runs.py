@@ -14,8 +14,9 @@ from orchestrator.launch.designs import FixedDesign
 from orchestrator.launch.study import Study
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import AnalysisSettings, Source, StudyFile
+from orchestrator.study.config import find_config
 from orchestrator.study.configuration import Configuration
-from orchestrator.study.names import DEFAULT_STORE_NAME
+from orchestrator.study.names import CONFIG_NAME, DEFAULT_STORE_NAME
 from orchestrator.study.option import flag
 from orchestrator.study.options import StudyOptions
 from orchestrator.util.errors import UsageError
@@ -139,11 +140,11 @@ def drop_replaced(study: Study) -> StudyFile:
 
 
 def drop_abandoned(study: Study) -> StudyFile:
-    """Return the file of a study without configurations that have no record and that are not requested.
+    """Return the study's file without configurations that an earlier command requested and did not train.
 
-    An earlier command with other options requested them. A comparison of tuned variants and a study of
-    factors have no final answer while one of their configurations has not ended, and the abandoned ones would
-    never end.
+    They have no record, and this command, which has other options, does not train them either. A comparison
+    of tuned variants, or a study of factors, has a final answer only when all of its configurations have
+    ended. These would never end.
     """
     if study.file.settings.kind not in PLANNED_KINDS:
         return study.file
@@ -196,11 +197,11 @@ def keep_only(study: Study) -> None:
 
 def _study_of_config(options: StudyOptions) -> dict[str, Store]:
     """Return fingerprint -> store of the study whose study.yaml --config names, if it is one."""
-    folder = Path(os.path.abspath(options.config or "")).parent
-    if options.config is None or (file := StudyFile.read(folder)) is None:
+    path = Path(os.path.abspath(find_config(str(options.config))))
+    if path.name != CONFIG_NAME or (file := StudyFile.read(path.parent)) is None:
         return {}
-    store = (yaml.safe_load(options.config.read_text()) or {}).get("store")  # it was checked before
-    root = folder.parent / DEFAULT_STORE_NAME if store is None else Path(store)
+    store = (yaml.safe_load(path.read_text()) or {}).get("store")  # it was checked before
+    root = path.parent.parent / DEFAULT_STORE_NAME if store is None else Path(store)
     return dict.fromkeys(file.configurations, Store(root, create=False)) if root.is_dir() else {}
 
 

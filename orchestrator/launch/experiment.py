@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.record.study_file import AnalysisSettings, StudyKind
-from orchestrator.study.option import Options
 from orchestrator.study.options import StudyOptions
 
 if TYPE_CHECKING:
@@ -26,25 +25,21 @@ class Experiment:
 
     name: str
     """Name of the command."""
-    module: str
-    """Name of the file in `experiments/`; with the task and the model it is the default name of a study."""
     description: str
     """The text above the options in `--help`. Its first line is the question."""
-    options_class: type[Options]
-    make_design: Callable[[Any, DesignInput], Design] | None = None
+    options_class: type[StudyOptions]
+    make_design: Callable[[Any, DesignInput], Design]
     """Makes the design from the options, unless a search chooses the points."""
     complete: Callable[[Any], StudyOptions] = lambda options: options
     """Returns the options with further defaults of this experiment. They have variants and tasks already."""
-    show: Callable[[Any], int] | None = None
-    """Answers the question without a study, and returns the exit code."""
     kind: StudyKind = "curve"
-    variants: tuple[str, ...] = ()
+    variants: tuple[str, ...]
     """Default of --variants."""
-    tasks: tuple[str, ...] = ()
+    tasks: tuple[str, ...]
     """Default of --task."""
-    dry_run_variants: tuple[str, ...] = ()
+    dry_run_variants: tuple[str, ...]
     """Default of --variants with --dry-run."""
-    dry_run_tasks: tuple[str, ...] = ()
+    dry_run_tasks: tuple[str, ...]
     """Default of --task with --dry-run."""
 
     @property
@@ -53,9 +48,9 @@ class Experiment:
         return self.description.partition("\n")[0]
 
     @property
-    def trains(self) -> bool:
-        """True if the experiment is a study, which has records and a report."""
-        return issubclass(self.options_class, StudyOptions)
+    def module(self) -> str:
+        """Name of the file without `.py`; with the task and the model it is the default name of a study."""
+        return self.options_class.__module__.rpartition(".")[2]
 
     def fill_defaults(self, options: StudyOptions) -> StudyOptions:
         """Return the options with the variants and tasks of this experiment, and its other defaults."""

@@ -273,7 +273,7 @@ def _measured_seconds(
     try:
         finished = [("state", "==", "finished")]
         runs = pd.read_parquet(path, columns=columns, filters=finished)
-    except (OSError, ValueError, KeyError):  # another process replaces it, or it is damaged
+    except (OSError, ValueError):  # it is damaged; the next report writes it again from the records
         return None
     card, wanted = find_card(device), {(c.task.name, c.model.name) for c in to_train}
     runs = runs.loc[[place in wanted for place in zip(runs.task, runs.model, strict=True)]]

@@ -31,7 +31,7 @@ SHIPPED_FOLDER = Path(__file__).parents[1] / "published"
 EXPERIMENT = "experiment"
 """The key with the experiment of a study."""
 _NULL = "tag:yaml.org,2002:null"
-_OPTION = re.compile(r"--([a-z][a-z-]*)")
+_OPTION = re.compile(r"--([a-z][a-z0-9-]*)")
 _Options = TypeVar("_Options", bound=Options)
 
 
@@ -97,7 +97,8 @@ def make_options(
     values = _fold_hyperparameters(options_class, names)
     if values.get("config") is None:
         return options_class(**values), None
-    file = read_config(str(values["config"]), options_class, experiment, options_of)
+    name = convert(options_class, "config", values["config"], "--config")
+    file = read_config(str(name), options_class, experiment, options_of)
     try:
         return options_class(**_merge(options_class, file.values, values)), file
     except UsageError as error:
@@ -110,13 +111,17 @@ def _fold_hyperparameters(options_class: type[Options], values: Mapping[str, Any
     folded = {name: value for name, value in values.items() if name in options}
     words = [f"{name}={value}" for name, value in values.items() if name not in options and value is not None]
     for name, _, text in (word.partition("=") for word in words):
-        try:
-            parse_value(HYPERPARAMETERS[name], text)
-        except ValueError as error:
-            raise UsageError(f"{flag(name)}: {error}") from None
+        _check_hyperparameter(name, text, flag(name))
     if words:
         folded["set"] = (*convert(options_class, "set", folded.get("set", ()), "--set"), *words)
     return folded
+
+
+def _check_hyperparameter(name: str, text: str, label: str) -> None:
+    try:
+        parse_value(HYPERPARAMETERS[name], text)
+    except ValueError as error:
+        raise UsageError(f"{label}: {error}") from None
 
 
 def _merge(options_class: type[Options], file: Mapping[str, Any], typed: Mapping[str, Any]) -> dict[str, Any]:
@@ -134,7 +139,7 @@ def _merge(options_class: type[Options], file: Mapping[str, Any], typed: Mapping
     keys |= {setting_key(word) for words in added.values() for word in words}
     keys -= {""}
     variants = convert(options_class, "variants", typed.get("variants"), "--variants") or ()
-    owners = {"", *map(canonical_name, variants)}
+    owners = {"", *map(canonical_name, variants), *options_class.always}
     result = {
         name: value
         for name, value in file.items()
@@ -177,24 +182,30 @@ def read_config(
     entries.sort(key=lambda entry: entry[0].value != EXPERIMENT)  # it says which options there are
     try:
         for key, node in entries:
-            line, value = key.start_mark.line + 1, _plain(node)
-            if key.value == EXPERIMENT:
-                if options_of is not None and value != experiment:
-                    written_for = options_of(value)
-                continue
-            option = find_option(key.value, written_for, HYPERPARAMETERS)
-            if option == "config":
-                raise UsageError("config: a file cannot name another one; leave it out.")
+            line = key.start_mark.line + 1
+            value = _plain(node)
+            is_experiment = key.value == EXPERIMENT
+            option = EXPERIMENT if is_experiment else find_option(key.value, written_for, HYPERPARAMETERS)
             if option in lines:
                 raise UsageError(f"{option} is in line {lines[option]} already; take one of the two away.")
+            lines[option] = line
+            if option == "config":
+                raise UsageError("config: a file cannot name another one; leave it out.")
+            if is_experiment:
+                if options_of is not None and value != experiment:
+                    written_for = options_of(str(value))
+                continue
             if option in defaults(written_for):
                 value = convert(written_for, option, value, option)
-            values[option], lines[option] = value, line
+            elif value is not None:
+                _check_hyperparameter(option, str(value), option)
+            values[option] = value
     except UsageError as error:
         raise UsageError(f"{path}, line {line}: {error}") from None
     values = _fold_hyperparameters(written_for, values)
     folder = path.parent if path.parent.name not in ("", "..") else Path(os.path.abspath(path)).parent
-    if (folder / "study.json").exists():  # the file of a study, whose folder may have been moved
+    # The file of a study, whose folder may have been moved.
+    if path.name == CONFIG_NAME and (folder / "study.json").exists():
         values = {"study": folder.name, "output": folder.parent, **values}
     if written_for is not options_class:
         shared = defaults(options_class).keys() - {"study", *options_class.unused}
@@ -248,7 +259,7 @@ def _plain(node: Any) -> Any:
     """Return a node as text, None, or a list or mapping of texts.
 
     Raises:
-        UsageError: Lists or mappings are inside others.
+        UsageError: Lists or mappings are inside others, or a mapping has a key twice.
     """
     if isinstance(node, yaml.ScalarNode):
         return None if node.tag == _NULL else node.value
@@ -257,7 +268,10 @@ def _plain(node: Any) -> Any:
         raise UsageError(f"a list inside a list (line {node.start_mark.line + 1}); write plain words.")
     if isinstance(node, yaml.SequenceNode):
         return [each.value for each in nodes]
-    return {key.value: value.value for key, value in node.value}
+    values = {key.value: value.value for key, value in node.value}
+    if len(values) < len(node.value):
+        raise UsageError("a key of the mapping occurs twice; name it once.")
+    return values
 
 
 def write_config(

@@ -64,7 +64,7 @@ class Hyperparameter(Field):
     """A field whose value a user may set and a search may vary, with the bounds of its values."""
 
     help: str = ""
-    """One sentence for --help."""
+    """One sentence for --help; empty if an option of its own sets the hyperparameter."""
     name: str = ""
     """Name in --set, --space and --factors; the field's name if empty."""
     gt: float | None = None
@@ -75,6 +75,11 @@ class Hyperparameter(Field):
     """Significant digits of a sampled number. Reports show three digits, so they show the exact value."""
     searchable: bool = True
     """False if a search cannot vary it, because its points would not be comparable or need other data."""
+
+    @property
+    def bounds(self) -> Any:
+        """The bounds as pydantic's annotation of a number."""
+        return pydantic.Field(gt=self.gt, ge=self.ge, lt=self.lt, le=self.le, allow_inf_nan=False)
 
     def find_violation(self, value: object) -> str | None:
         """Return the rule that `value` violates, as a phrase for an error message; None if it is valid."""
@@ -91,8 +96,7 @@ class Hyperparameter(Field):
 
 @lru_cache
 def _bounds(number: Hyperparameter) -> TypeAdapter[float]:
-    limits: dict[str, Any] = {name: getattr(number, name) for name in ("gt", "ge", "lt", "le")}
-    return TypeAdapter(Annotated[float, pydantic.Field(allow_inf_nan=False, **limits)])
+    return TypeAdapter(Annotated[float, number.bounds])
 
 
 @dataclass(frozen=True)
@@ -107,10 +111,10 @@ class VariantChoice:
     """
 
     name: str
-    rank: Annotated[int, Hyperparameter("Rank of the update.", ge=1, le=100_000)] = 8
-    alpha: Annotated[float | None, Hyperparameter("LoRA's alpha, which scales the update.", gt=0)] = 16.0
-    dropout: Annotated[float, Hyperparameter("Rate at which adapter inputs are zeroed.", ge=0, lt=1)] = 0.0
-    targets: Annotated[str, Hyperparameter("Layers that get an adapter.", searchable=False)] = "blocks"
+    rank: Annotated[int, Hyperparameter(ge=1, le=100_000)] = 8
+    alpha: Annotated[float | None, Hyperparameter(gt=0)] = 16.0
+    dropout: Annotated[float, Hyperparameter(ge=0, lt=1)] = 0.0
+    targets: Annotated[str, Hyperparameter(searchable=False)] = "blocks"
     extra: Annotated[Mapping[str, Value], Field(column="")] = field(default_factory=dict)
     numerics: int = 1
     revision: str = ""
@@ -127,9 +131,7 @@ class TaskChoice:
 
     name: str
     revision: str
-    train_size: Annotated[
-        int, Hyperparameter("Number of training examples.", ge=1, le=10_000_000, searchable=False)
-    ]
+    train_size: Annotated[int, Hyperparameter(ge=1, le=10_000_000, searchable=False)]
     validation_size: int
     test_size: int
     metric: Annotated[str, Field(column="")]
@@ -161,13 +163,13 @@ class OptimizerConfig:
     rate of a task's head; None stands for `learning_rate`.
     """
 
-    learning_rate: Annotated[float, Hyperparameter("Peak of the learning rate.", gt=0)]
+    learning_rate: Annotated[float, Hyperparameter(gt=0)]
     weight_decay: Annotated[float, Hyperparameter("Weight decay of AdamW. Default: the task's.", ge=0)] = 0.0
     beta1: Annotated[float, Hyperparameter("Decay of AdamW's mean gradient.", ge=0, lt=1, digits=6)] = 0.9
     beta2: Annotated[float, Hyperparameter("Decay of AdamW's mean square.", ge=0, lt=1, digits=6)] = 0.999
     epsilon: Annotated[float, Hyperparameter("Term in the denominator of AdamW.", gt=0)] = 1e-8
     clip_norm: Annotated[float, Hyperparameter("Norm to which larger gradients are scaled down.", gt=0)] = 1.0
-    head_learning_rate: Annotated[float | None, Hyperparameter("Learning rate of the head.", gt=0)] = None
+    head_learning_rate: Annotated[float | None, Hyperparameter(gt=0)] = None
 
 
 @dataclass(frozen=True)
@@ -178,10 +180,8 @@ class LRSchedule:
     cosine curve ends at `final_factor` times the peak; a constant one ignores `final_factor`.
     """
 
-    steps: Annotated[
-        int, Hyperparameter("Optimizer steps.", column="steps_horizon", ge=1, le=10_000_000, searchable=False)
-    ]
-    name: Annotated[LRScheduleName, Hyperparameter("Curve of the learning rate.", "schedule")] = "cosine"
+    steps: Annotated[int, Hyperparameter(column="steps_horizon", ge=1, le=10_000_000, searchable=False)]
+    name: Annotated[LRScheduleName, Hyperparameter(name="schedule")] = "cosine"
     warmup: Annotated[
         float, Hyperparameter("Fraction of the steps in warm-up. Default: the task's.", ge=0, le=1)
     ] = 0.05
@@ -195,7 +195,7 @@ class BatchConfig:
     Training examples of more than `max_length` tokens are truncated.
     """
 
-    batch_size: Annotated[int, Hyperparameter("Examples per optimizer step.", ge=1, le=1_000_000)]
+    batch_size: Annotated[int, Hyperparameter(ge=1, le=1_000_000)]
     accumulation: int = 1
     max_length: int = 512
 

@@ -62,7 +62,10 @@ def store_command(*words: str, output: Path | None, store: Path | None = None) -
 
 
 def other_folders(output: Path, store: Path) -> list[str]:
-    """Return the options with which a command trains again what a store has: another output and store."""
+    """Return --output with a new folder, and --store with another if the store is apart.
+
+    With these options a command trains again the configurations that the store has records of.
+    """
     words = ["--output", f"{output}-again"]
     return [*words, "--store", f"{store}-again"] if _is_apart(output, store) else words
 

@@ -1,7 +1,8 @@
-"""An option is a field of a dataclass: its type, bounds, default and help are said there, once.
+"""Options: the fields of dataclasses that derive from `Options`.
 
-From the field follow the command line, the file of --config, the arguments of `orchestrator.Study`, and
-study.yaml. A value of any of them is converted and checked here, with one line for a wrong one.
+A field declares the type, the bounds, the default and the help of an option. The command line, the file of
+--config, the arguments of `orchestrator.Study` and study.yaml are made from the fields. This module converts
+and checks the values of all four. A wrong value raises an error of one line.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import os
 import sys
 from collections.abc import Collection, Mapping
 from dataclasses import MISSING, dataclass, fields, replace
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
@@ -36,12 +37,16 @@ Examples = Annotated[int, Field(ge=1, le=10_000_000)]
 
 @dataclass(frozen=True)
 class Option:
-    """An option: what its type does not say, as metadata in `Annotated`, and what follows from its type."""
+    """The properties of an option beside its bounds, default and help.
+
+    A field has it as metadata in `Annotated`. `Options.declared` adds the last three, which follow from the
+    field's annotation.
+    """
 
     value: str = ""
     """The word for a value in `--help`. With "=" in it, such as NAME=VALUE, each word is a pair."""
     paths: bool = False
-    """True if its words may be files or folders; those of other options may be files that end in .py."""
+    """True if a value may be any file or folder. A value of another option may be a file that ends in .py."""
     commas: bool = False
     """True if a word may hold several, separated by commas."""
     sets: str = ""
@@ -51,18 +56,22 @@ class Option:
     needs: str = ""
     """The option without which this one has no meaning."""
     saved: bool = True
-    """False if it concerns one run, so that study.yaml leaves it out."""
+    """False if the option concerns one run only; study.yaml then leaves it out."""
     position: bool = False
-    """True if it is given without its name."""
+    """True if the value is given without the name of the option."""
     section: str = ""
     """Title of the section of `--help` that begins with this option."""
     plain_type: Any = str
-    """The type without bounds and without None: `tuple` for a list of words. `Options.declared` sets it, and
-    `choices` and `adapter`."""
+    """The type without bounds and without None; `tuple` for a list of words."""
     choices: tuple[str, ...] = ()
     """All values, or words of a list, if there is a fixed set of them."""
-    adapter: Any = None
-    """pydantic's adapter, which converts and checks a value."""
+    hint: Any = str
+    """The annotation."""
+
+    @cached_property
+    def adapter(self) -> pydantic.TypeAdapter[Any]:
+        """The converter of pydantic, which also checks a value."""
+        return pydantic.TypeAdapter(self.hint)
 
     @property
     def is_pairs(self) -> bool:
@@ -78,9 +87,11 @@ class Options:
         UsageError: A value has another type, or breaks a bound or a rule.
     """
 
-    unused: ClassVar[tuple[str, ...]] = ()
-    """Options of the shared sections that this experiment refuses. `--help` leaves them out, and a file of
-    another experiment does not give them."""
+    unused: ClassVar[Mapping[str, str]] = {}
+    """Options of the shared sections that this experiment refuses -> the reason and the fix, for the error.
+    `--help` leaves them out, and a file of another experiment does not give them."""
+    always: ClassVar[tuple[str, ...]] = ()
+    """Variants that a study of this experiment always has."""
 
     def __post_init__(self) -> None:
         for name, default in defaults(type(self)).items():
@@ -89,12 +100,15 @@ class Options:
                 object.__setattr__(self, name, convert(type(self), name, value, flag(name)))
         given = self.given()
         for name in given:
+            if name in self.unused:
+                raise UsageError(f"{self.shown(name)}: {self.unused[name]}.")
             option = self.declared()[name]
             if option.rival in given:
                 both = f"{self.shown(name)} and {self.shown(option.rival)} both say the same"
                 raise UsageError(f"{both}; take one of the two away.")
             if option.needs and option.needs not in given:
-                needs = f"has no meaning without {flag(option.needs)}; add it, or leave this out"
+                needed = " ".join([flag(option.needs), ", ".join(self.declared()[option.needs].choices[1:])])
+                needs = f"has no meaning without {needed.strip()}; add it, or leave this out"
                 raise UsageError(f"{self.shown(name)} {needs}.")
 
     @classmethod
@@ -113,8 +127,7 @@ class Options:
                 kind = tuple if get_origin(plain) is tuple else plain
                 word = get_args(plain)[0] if kind is tuple else plain
                 choices = get_args(word) if get_origin(word) is Literal else ()
-                adapter = pydantic.TypeAdapter(hint)
-                found[name] = replace(option, plain_type=kind, choices=choices, adapter=adapter)
+                found[name] = replace(option, plain_type=kind, choices=choices, hint=hint)
         return found
 
     def given(self) -> dict[str, Any]:
@@ -137,7 +150,7 @@ def flag(name: str) -> str:
 
 
 def defaults(options_class: Any) -> dict[str, Any]:
-    """Return the default of each option that has one: name -> value."""
+    """Return the default of each option: name -> value; MISSING for one that must be given."""
     return {
         each.name: each.default if each.default_factory is MISSING else each.default_factory()
         for each in fields(options_class)
@@ -182,7 +195,7 @@ def find_option(key: str, options_class: Any, others: Collection[str] = ()) -> s
     Args:
         key: The option in any spelling: `learning-rates`, `--learning_rates`.
         options_class: Class of the options.
-        others: Further names.
+        others: Further valid names.
 
     Raises:
         UsageError: There is no such option; the error names the nearest one.
@@ -210,7 +223,7 @@ def convert(options_class: Any, name: str, value: object, label: str) -> Any:
     option = options_class.declared()[name]
     plain = option.plain_type
     if isinstance(value, Mapping) and option.is_pairs:
-        value = [f"{key}={each}" for key, each in value.items()]
+        value = [f"{key}={_text_of(each)}" for key, each in value.items()]
     if plain is tuple:
         words = [value] if isinstance(value, (str, int, float, os.PathLike)) else value
         value = [_word(word) for word in words] if isinstance(words, (list, tuple)) else words
@@ -226,6 +239,13 @@ def convert(options_class: Any, name: str, value: object, label: str) -> Any:
         return option.adapter.validate_python(value)
     except pydantic.ValidationError as error:
         raise UsageError(f"{label} {_explain(option, error.errors()[0], value)}") from None
+
+
+def _text_of(value: object) -> str:
+    """Return the value of a pair as on the command line: `true`, `4,8,16`."""
+    if isinstance(value, (list, tuple)):
+        return ",".join(map(_text_of, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _word(value: object) -> object:

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from orchestrator.study import names
 from orchestrator.study.config import find_config, shipped_studies
+from orchestrator.study.configuration import HYPERPARAMETERS, Dtype, LRScheduleName
 from orchestrator.study.grids import parse_learning_rates, parse_positive_number
 from orchestrator.study.option import Count, Examples, Option, Options, Positive, Text, Words, flag
 from orchestrator.study.space import setting_key
@@ -74,11 +75,11 @@ class StudyOptions(StoreOptions):
     seed 0."""
     set: Annotated[tuple[Text, ...], Option("NAME=VALUE")] = ()
     """Fixed values, NAME=VALUE each; names as in --space, e.g. `lora_plus.ratio=4 weight_decay=0.01`."""
-    rank: Annotated[int, Field(ge=1, le=100_000), Option(sets="rank")] = 8
+    rank: Annotated[int, HYPERPARAMETERS["rank"].bounds, Option(sets="rank")] = 8
     """Rank of the update."""
-    alpha: Annotated[Positive, Option(sets="alpha")] = 16.0
+    alpha: Annotated[float, HYPERPARAMETERS["alpha"].bounds, Option(sets="alpha")] = 16.0
     """LoRA's alpha; the update is scaled by alpha/rank (rsLoRA: alpha/sqrt(rank)). HiRA has none."""
-    dropout: Annotated[float, Field(ge=0, lt=1), Option(sets="dropout")] = 0.0
+    dropout: Annotated[float, HYPERPARAMETERS["dropout"].bounds, Option(sets="dropout")] = 0.0
     """Probability that an input of an adapter is zeroed in training."""
     targets: Annotated[Text, Option("LAYERS", sets="targets")] = "blocks"
     """Layers that get an adapter: `blocks` (every linear layer of the model's blocks), a comma-separated list
@@ -128,11 +129,13 @@ class StudyOptions(StoreOptions):
     """Early stopping by validation loss, separately for each variant and task: none, asha, median (Ray
     Tune's). Stopped lanes are shown as censored; without early stopping they continue. With --evaluations 10,
     asha takes about a third of the steps (docs/early_stopping.md)."""
-    steps: Annotated[Examples | None, Option(section="training", sets="steps")] = None
+    steps: Annotated[
+        int | None, HYPERPARAMETERS["steps"].bounds, Option(section="training", sets="steps")
+    ] = None
     """Optimizer steps of a fine-tune. Default: the task's."""
     epochs: Annotated[Positive | None, Option(sets="steps", rival="steps")] = None
     """Passes over the training examples, in place of --steps."""
-    train_size: Annotated[Examples | None, Option(sets="train_size")] = None
+    train_size: Annotated[int | None, HYPERPARAMETERS["train_size"].bounds, Option(sets="train_size")] = None
     """Number of training examples, the first ones of the task's sequence. Default: the task's."""
     test_size: Examples | None = None
     """Number of test examples, the first ones of the task's sequence. With more of them, smaller differences
@@ -140,7 +143,7 @@ class StudyOptions(StoreOptions):
     evaluations: Annotated[int | None, Field(ge=1, le=100_000)] = None
     """Number of evenly spaced evaluations of a fine-tune on the validation split. Default: the task's. Early
     stopping acts at evaluations only; another number makes other configurations."""
-    batch_size: Annotated[int | None, Field(ge=1, le=1_000_000)] = None
+    batch_size: Annotated[int | None, HYPERPARAMETERS["batch_size"].bounds, Option(sets="batch_size")] = None
     """Examples per optimizer step. Default: the task's."""
     max_length: Examples | None = None
     """Longest training example in tokens. Default: the task's."""
@@ -149,14 +152,14 @@ class StudyOptions(StoreOptions):
     rounding (with dropout, other masks). Must divide the batch size. Default: the task's."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: less memory, more time, the same numbers."""
-    lr_schedule: Annotated[Literal["constant", "linear", "cosine"] | None, Option(sets="schedule")] = None
+    lr_schedule: Annotated[LRScheduleName | None, Option(sets="schedule")] = None
     """Learning rate schedule after a linear warm-up. Default: the task's."""
     head_learning_rate: Annotated[str, Option("RATE", sets="head_learning_rate")] = "same"
     """Learning rate of a classification task's head: `same` (that of all other tensors), or a number."""
     base_dropout: Literal["on", "off"] | None = None
     """Dropout of the base model itself in training: on or off (0.1 in RoBERTa, BERT, DeBERTa and GPT-2;
     Llama and Qwen have none). Default: the task's; on for GLUE's tasks, whose published runs had it."""
-    dtype: Literal["float32", "bfloat16", "nf4"] | None = None
+    dtype: Dtype | None = None
     """Data type of the frozen base; adapters are float32. `nf4` (as in QLoRA) quantizes the weights of the
     blocks' linear layers to 4 bits when the model is loaded: less memory, more time. The rest of the model
     is bfloat16. Default: the task's."""
@@ -228,6 +231,8 @@ class StudyOptions(StoreOptions):
         self._check_resources()
         if self.batch_size is not None:
             self.check_batch_size(self.batch_size)
+        if "none" in self.tracker and len(self.tracker) > 1:
+            raise UsageError(f"{self.shown('tracker')}: none stands alone; take the others alone, or none.")
         if self.study is not None:
             self.study_folder(self.study)
 
@@ -276,9 +281,12 @@ class StudyOptions(StoreOptions):
         setters = {sets: name for name in self.given() if (sets := self.declared()[name].sets)}
         for option, words in (("--set", self.set), ("--space", self.space or ())):
             for word in words:
-                if setter := setters.get(setting_key(word)):
+                key = setting_key(word)
+                if (option, key) == ("--space", "batch_size"):
+                    continue  # --batch-size then gives the size for which --accumulation is chosen
+                if setter := setters.get(key):
                     both = f"{option} {word!r} and {flag(setter)}"
-                    raise UsageError(f"{both} both set {setting_key(word)}; take one of the two away.")
+                    raise UsageError(f"{both} both set {key}; take one of the two away.")
 
     def _check_resources(self) -> None:
         gpus = self.gpus_per_worker

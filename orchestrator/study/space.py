@@ -270,7 +270,7 @@ def _parse_dimension(dimension: Dimension, text: str) -> Dimension:
     """Return a dimension with the values that the SPEC in `text` gives it."""
     hyperparameter = dimension.hyperparameter
     if not hyperparameter.searchable:
-        raise ValueError(f"a search cannot vary {dimension.name}; take hyperparameter_sensitivity.py.")
+        raise ValueError(f"a search cannot vary {dimension.name}; take `lora-orchestrator sensitivity`.")
     if ":" in text:
         return _parse_interval(dimension, text)
     texts = [each for each in text.split(",") if each]

@@ -96,6 +96,21 @@ def test_a_lane_is_evaluated_as_often_as_requested_and_at_most_once_a_step(bases
         StudyOptions(evaluations=0)
 
 
+@pytest.mark.parametrize(
+    ("given", "steps"),
+    [
+        ({"batch_size": 4, "train_size": 80}, 40),
+        ({"set": ("batch_size=4", "train_size=80")}, 40),
+        ({"set": ("train_size=80", "lora.batch_size=8")}, 20),
+    ],
+)
+def test_epochs_are_passes_over_the_rows_that_are_trained_on(
+    given: dict[str, Any], steps: int, bases: Path
+) -> None:
+    (one,) = resolve_configurations(bases, epochs=2, **given)
+    assert one.lr_schedule.steps == steps
+
+
 def test_the_sizes_of_the_splits_can_be_set_and_are_other_configurations(bases: Path) -> None:
     (usual,) = resolve_configurations(bases)
     (one,) = resolve_configurations(bases, train_size=100, test_size=1000)

@@ -59,6 +59,7 @@ COMMANDS: dict[str, Case] = {
     "a tuning over one rate": ("tuned --dry-run --plan --learning-rates 1e-3", "letters 1 rate"),
     "a curve of one rate": ("sensitivity --dry-run --plan --learning-rates 1e-3", "--learning-rates 5"),
     "factors in a search": ("sensitivity --dry-run --plan --search qmc", "--search qmc grid"),
+    "factors at points": ("sensitivity --dry-run --plan --points 4", "--points 4"),
     "factors and early stopping": ("sensitivity --dry-run --plan --scheduler asha", "--scheduler asha none"),
     "an unknown factor": ("sensitivity --dry-run --plan --factors alhpa", "'alhpa' alpha"),
     "a factor of another variant": (
@@ -121,6 +122,9 @@ OPTIONS: dict[str, Case] = {
     "a tracking server that is a word": ("--tracking-uri mlflow", "'mlflow' sqlite:///"),
     "a tracking server that is away": ("--tracking-uri http://127.0.0.1:9", "http://127.0.0.1:9"),
     "an unknown tracker": ("--tracker wanbd", "'wanbd' wandb"),
+    "a tracker beside none": ("--tracker none tensorboard", "--tracker none tensorboard"),
+    "two batch sizes": ("--batch-size 32 --set batch_size=64", "'batch_size=64' --batch-size"),
+    "points of a grid": ("--search grid --points 4", "--points 4 --search random optuna"),
     "a study's name with a slash": ("--study a/b", "--study 'a/b' a-b"),
     "a study's name of control characters": ("--study 'a\x1b[31mb'", r"--study \x1b[31m"),
     "a study's name of the folder above": ("--study ..", "--study '..'"),

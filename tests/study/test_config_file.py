@@ -57,6 +57,39 @@ def test_the_file_of_a_study_names_it_by_its_folder(tmp_path: Path, monkeypatch:
     assert (options.study, options.output) == ("mine", tmp_path / "results")
     other, _ = make_options(ComparisonOptions, {"config": "study.yaml"}, "tuned", options_of)
     assert (other.study, other.output) == (None, tmp_path / "results")
+    Path("copy.yaml").write_text("experiment: study\n")
+    assert parsed(CurveOptions, "--config", "copy.yaml").study is None, "a copy begins a study of its own"
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("rank: 4\nweight_decay: abc", "line 2: weight_decay: 'abc'"),
+        ("rank: 4\nset: {warmup: 0, warmup: 1}", "line 2: .*twice"),
+        ("rank: 4\nexperiment: study\nexperiment: tuned", "line 3: .*line 2"),
+        ("experiment:", "'None'"),
+        ("experiment: [study]", r"\['study'\]"),
+        ("experiment: published\nweight_decay: 0.1", "'published'"),
+    ],
+)
+def test_a_fault_in_a_file_names_its_line(text: str, named: str, tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_text(text)
+    with pytest.raises(UsageError, match=named):
+        make_options(CurveOptions, {"config": tmp_path / "s.yaml"}, "study", options_of)
+
+
+def test_the_settings_of_the_baseline_stay_beside_typed_variants(tmp_path: Path) -> None:
+    file = tmp_path / "s.yaml"
+    file.write_text("set: [lora.alpha=32, pissa.alpha=8, dora.alpha=4]\n")
+    typed = {"config": file, "variants": "pissa"}
+    assert make_options(CurveOptions, typed, "study")[0].set == ("pissa.alpha=8",)
+    assert make_options(ComparisonOptions, typed, "tuned")[0].set == ("lora.alpha=32", "pissa.alpha=8")
+
+
+def test_python_gives_pairs_as_values(tmp_path: Path) -> None:
+    given = {"set": {"eva.whiten": True}, "space": {"rank": [4, 8]}, "search": "qmc"}
+    options = make_options(CurveOptions, given, "study")[0]
+    assert (options.set, options.space) == (("eva.whiten=true",), ("rank=4,8",))
 
 
 def test_what_has_no_meaning_beside_a_typed_option_is_left_out(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from orchestrator.finetune.tasks.base import Task
 from orchestrator.finetune.tasks.data_task import DataTask
 from orchestrator.study import space
 from orchestrator.study.configuration import (
+    HYPERPARAMETERS,
     BatchConfig,
     Configuration,
     LRSchedule,
@@ -40,7 +41,6 @@ from variants import catalogue
 from variants.source_cache import cached, source_digest
 from variants.traits import AdaptationScope
 
-MAX_STEPS = 10_000_000
 _PROGRAM = Path(__file__).parents[2]
 
 
@@ -80,7 +80,6 @@ def build_configuration_templates(
     if isinstance(task, DataTask):
         task.load(choice)  # refuses sizes that the data do not have, also for a plan
     max_length = _max_length(options, task, model, bases)
-    steps = _count_steps(options, choice.train_size, batch_size, defaults.steps)
     publishes_best = options.select == "published" and task.publishes_best_evaluation
     templates = [
         Configuration(
@@ -89,15 +88,18 @@ def build_configuration_templates(
             model=model,
             # The learning rate is a placeholder: the grid or the search sets it.
             optimizer=OptimizerConfig(1.0, defaults.weight_decay, head_learning_rate=head_rate),
-            lr_schedule=LRSchedule(steps, options.lr_schedule or defaults.schedule, defaults.warmup),
+            lr_schedule=LRSchedule(
+                options.steps or defaults.steps, options.lr_schedule or defaults.schedule, defaults.warmup
+            ),
             batches=BatchConfig(batch_size // accumulation, accumulation, max_length),
             base_dropout=options.base_dropout or defaults.base_dropout,
-            evaluations=min(options.evaluations or defaults.evaluations, steps),
+            evaluations=options.evaluations or defaults.evaluations,
             test_evaluations="every" if publishes_best else "last",
         )
         for name in resolved.variants
     ]
     templates = [apply_values(t, _applicable_values(t.variant.name, resolved.fixed)) for t in templates]
+    templates = [apply_values(t, {"steps": _count_steps(t, options.epochs)}) for t in templates]
     _check_sizes(templates, options, task)
     check_fit(templates, options, resolved, bases)
     return templates
@@ -120,25 +122,18 @@ def _check_sizes(templates: Sequence[Configuration], options: StudyOptions, task
             )
 
 
-def _count_steps(options: StudyOptions, train_size: int, batch_size: int, default: int) -> int:
-    """Return the optimizer steps of a fine-tune: from --steps, --epochs, or the task's default.
-
-    Args:
-        options: The options of the command line.
-        train_size: Number of training examples.
-        batch_size: Number of examples in an optimizer step.
-        default: The task's default number of steps.
+def _count_steps(template: Configuration, epochs: float | None) -> int:
+    """Return the optimizer steps of a fine-tune: those of --epochs, else of the template.
 
     Raises:
         UsageError: --epochs gives too many steps.
     """
-    if options.epochs is None:
-        return options.steps or default
-    steps = max(1, int(options.epochs * train_size / batch_size))
-    if steps > MAX_STEPS:
-        raise UsageError(
-            f"--epochs {options.epochs:g}: {steps} steps of {batch_size}; must be {MAX_STEPS} or less."
-        )
+    if epochs is None:
+        return template.lr_schedule.steps
+    batch_size = template.batches.batch_size * template.batches.accumulation
+    steps = max(1, int(epochs * template.task.train_size / batch_size))
+    if broken := HYPERPARAMETERS["steps"].find_violation(steps):
+        raise UsageError(f"--epochs {epochs:g}: {steps} steps of {batch_size}; {broken}.")
     return steps
 
 

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from orchestrator.experiments.published import PublishedOptions
+from orchestrator.experiments.published import Published
 from synthetic import record
 
 from orchestrator.analyze.published.published_overlay import make_overlays
@@ -38,7 +38,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for each in records:
         store.put(each)
     StudyFile("mine", "?", "command", tuple(r.fingerprint for r in records)).write(output / "mine")
-    show_published(list(TASKS), (), output, overlay="mine")
+    show_published(list(TASKS), (), output, output / "store", "mine")
     return output / "published"
 
 
@@ -122,4 +122,4 @@ def test_a_study_that_cannot_be_drawn_is_refused_in_one_line(records: list[Recor
 @pytest.mark.parametrize("noise", [0.0, -1.0, float("nan")])
 def test_a_noise_that_is_none_is_refused(noise: float) -> None:
     with pytest.raises(UsageError, match="--noise"):
-        PublishedOptions(noise=(1.0, noise))
+        Published(noise=(1.0, noise))
