@@ -11,24 +11,23 @@ FOLDERS = ("docs", "experiments", "orchestrator", "tests", "variants")
 PRIVATE_OF_RAY = re.compile(r"\bray(?:\.\w+)*\._[a-z]\w+")
 PRIVATE_OF_RAY_FILE = ROOT / "orchestrator" / "execution" / "ray" / "private.py"
 BUDGETS = {
-    "orchestrator": (322, 25688),
-    "orchestrator/analyze": (92, 6968),
+    "orchestrator": (322, 25680),
+    "orchestrator/analyze": (92, 6982),
     "orchestrator/cli": (4, 304),
     "orchestrator/cluster": (3, 246),
     "orchestrator/execution": (38, 3403),
     "orchestrator/export": (4, 460),
     "orchestrator/finetune": (138, 9435),
-    "orchestrator/launch": (8, 1299),
+    "orchestrator/launch": (8, 1300),
     "orchestrator/record": (12, 1641),
-    "orchestrator/study": (9, 1225),
+    "orchestrator/study": (9, 1202),
     "orchestrator/util": (10, 628),
     "variants": (128, 6717),
     "experiments": (16, 2063),
-    "tests": (300, 32829),
+    "tests": (300, 32834),
 }
-"""Package -> (modules, lines of code) that it may have at most: today's sizes, with room for two modules and
-for the lines up to the next hundred. A change that makes one smaller lowers its numbers; one that raises them
-says what that is worth."""
+"""Package -> (modules, lines of code) that it may have at most. A change that makes one smaller
+lowers its numbers; a change that raises one says what that is worth."""
 DOC_WORDS = 52_753
 """Words that all pages may have together."""
 

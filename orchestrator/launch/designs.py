@@ -25,7 +25,8 @@ from orchestrator.record.schema import Record
 from orchestrator.study.configuration import HYPERPARAMETERS, Configuration, Value
 from orchestrator.study.factors import Factor, choose_factors, default_rate, factor_levels, resweep_rates
 from orchestrator.study.grids import build_grid, check_grid_size, refine_rates, round_rate
-from orchestrator.study.space import VARIANT_HYPERPARAMETERS, apply_values, format_value, get_value
+from orchestrator.study.option import format_value
+from orchestrator.study.space import VARIANT_HYPERPARAMETERS, apply_values, get_value
 from orchestrator.util.errors import UsageError
 
 FindRecord = Callable[[str], Record | None]

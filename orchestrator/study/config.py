@@ -68,7 +68,6 @@ def shipped_studies() -> dict[str, Path]:
 
 
 OptionsOf = Callable[[str], type[Options]]
-"""Function of the name of an experiment that returns the class of its options."""
 
 
 def make_options(
@@ -84,8 +83,8 @@ def make_options(
         typed: Option or hyperparameter -> value. A hyperparameter without an option of its own, such as
             `weight_decay`, becomes a word of `set`.
         experiment: The experiment that is run.
-        options_of: For a file of another experiment. It gives the options that both experiments use, except
-            the study's name.
+        options_of: Returns the class of the options of an experiment, for a file of another one. Such a file
+            gives the options that both use, except the study's name.
 
     Returns:
         The options, and the file or None.
@@ -94,11 +93,11 @@ def make_options(
         UsageError: An option is unknown or has a wrong value, or the file cannot be read.
     """
     names = {find_option(key, options_class, HYPERPARAMETERS): value for key, value in typed.items()}
-    values = _fold_hyperparameters(options_class, names)
+    checked = {name: _check(options_class, name, value, flag(name)) for name, value in names.items()}
+    values = _fold_hyperparameters(options_class, checked)
     if values.get("config") is None:
         return options_class(**values), None
-    name = convert(options_class, "config", values["config"], "--config")
-    file = read_config(str(name), options_class, experiment, options_of)
+    file = read_config(str(values["config"]), options_class, experiment, options_of)
     try:
         return options_class(**_merge(options_class, file.values, values)), file
     except UsageError as error:
@@ -109,19 +108,19 @@ def _fold_hyperparameters(options_class: type[Options], values: Mapping[str, Any
     """Write hyperparameters without an option of their own as words of `set`."""
     options = defaults(options_class)
     folded = {name: value for name, value in values.items() if name in options}
-    words = [f"{name}={value}" for name, value in values.items() if name not in options and value is not None]
-    for name, _, text in (word.partition("=") for word in words):
-        _check_hyperparameter(name, text, flag(name))
-    if words:
-        folded["set"] = (*convert(options_class, "set", folded.get("set", ()), "--set"), *words)
-    return folded
+    words = [f"{name}={value}" for name, value in values.items() if name not in options]
+    return folded | ({"set": (*folded.get("set", ()), *words)} if words else {})
 
 
-def _check_hyperparameter(name: str, text: str, label: str) -> None:
+def _check(options_class: type[Options], name: str, value: object, label: str) -> Any:
+    """Return the value of an option with its type, or that of a hyperparameter as it is."""
+    if name in defaults(options_class):
+        return convert(options_class, name, value, label)
     try:
-        parse_value(HYPERPARAMETERS[name], text)
+        parse_value(HYPERPARAMETERS[name], str(value))
     except ValueError as error:
         raise UsageError(f"{label}: {error}") from None
+    return value
 
 
 def _merge(options_class: type[Options], file: Mapping[str, Any], typed: Mapping[str, Any]) -> dict[str, Any]:
@@ -133,12 +132,11 @@ def _merge(options_class: type[Options], file: Mapping[str, Any], typed: Mapping
     """
     facts = options_class.declared()
     pairs = [name for name in {*file, *typed} if facts[name].is_pairs]
-    added = {n: convert(options_class, n, typed[n], flag(n)) or () for n in pairs if n in typed}
+    added = {name: typed[name] or () for name in pairs if name in typed}
     rivals = {facts[name].rival for name in typed}
-    keys = {facts[name].sets for name in typed}
+    keys = {sets for name in typed if (sets := facts[name].sets)}
     keys |= {setting_key(word) for words in added.values() for word in words}
-    keys -= {""}
-    variants = convert(options_class, "variants", typed.get("variants"), "--variants") or ()
+    variants = typed.get("variants") or ()
     owners = {"", *map(canonical_name, variants), *options_class.always}
     result = {
         name: value
@@ -182,24 +180,19 @@ def read_config(
     entries.sort(key=lambda entry: entry[0].value != EXPERIMENT)  # it says which options there are
     try:
         for key, node in entries:
-            line = key.start_mark.line + 1
-            value = _plain(node)
-            is_experiment = key.value == EXPERIMENT
-            option = EXPERIMENT if is_experiment else find_option(key.value, written_for, HYPERPARAMETERS)
+            line, option = key.start_mark.line + 1, key.value
+            if option != EXPERIMENT:
+                option = find_option(option, written_for, HYPERPARAMETERS)
             if option in lines:
                 raise UsageError(f"{option} is in line {lines[option]} already; take one of the two away.")
             lines[option] = line
             if option == "config":
                 raise UsageError("config: a file cannot name another one; leave it out.")
-            if is_experiment:
-                if options_of is not None and value != experiment:
-                    written_for = options_of(str(value))
+            if option == EXPERIMENT:
+                if options_of is not None and node.value != experiment:
+                    written_for = options_of(str(_plain(node)))
                 continue
-            if option in defaults(written_for):
-                value = convert(written_for, option, value, option)
-            elif value is not None:
-                _check_hyperparameter(option, str(value), option)
-            values[option] = value
+            values[option] = _check(written_for, option, _plain(node), option)
     except UsageError as error:
         raise UsageError(f"{path}, line {line}: {error}") from None
     values = _fold_hyperparameters(written_for, values)

@@ -88,15 +88,14 @@ class Hyperparameter(Field):
         if self.value_type is str:
             return None if isinstance(value, str) and value else "must be a text"
         try:
-            number = _bounds(self).validate_python(value, strict=True)
+            number = self._number.validate_python(value, strict=True)
         except ValidationError as error:
             return broken_rule(error.errors()[0])
         return "must be a whole number" if self.value_type is int and not number.is_integer() else None
 
-
-@lru_cache
-def _bounds(number: Hyperparameter) -> TypeAdapter[float]:
-    return TypeAdapter(Annotated[float, number.bounds])
+    @cached_property
+    def _number(self) -> TypeAdapter[float]:
+        return TypeAdapter(Annotated[float, self.bounds])
 
 
 @dataclass(frozen=True)
@@ -274,15 +273,6 @@ class Configuration:
             adapter.validate_python(adapter.dump_python(self)), mode="json"
         )
         return data
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Configuration:
-        """Return the configuration in a JSON object.
-
-        Raises:
-            pydantic.ValidationError: The object is not a configuration.
-        """
-        return _type_adapter().validate_python(data)
 
     def to_columns(self) -> dict[str, float | int | str | None]:
         """Return the fields as flat columns, name -> value, for Parquet, MLflow and the analysis.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
 from typing import Literal
@@ -17,7 +17,8 @@ from typing import Literal
 from pydantic import TypeAdapter
 
 from orchestrator.study.configuration import Configuration, Value
-from orchestrator.study.space import VARIANT_HYPERPARAMETERS, apply_values, format_value, get_value
+from orchestrator.study.option import format_value
+from orchestrator.study.space import VARIANT_HYPERPARAMETERS, get_value
 from orchestrator.util.errors import UsageError, suggest_nearest
 from variants.variant_names import canonical_key
 
@@ -169,36 +170,6 @@ def _clip(factor: Factor, template: Configuration, value: Value) -> Value:
         largest = template.task.train_size // parts
         return parts * max(1, min(round(int(value) / parts), largest))
     return value
-
-
-def normalize(configuration: Configuration) -> Configuration:
-    """Replace learning rate and seed by placeholders, so that all runs of a curve are equal."""
-    optimizer = replace(configuration.optimizer, learning_rate=1.0)  # the same placeholder as in templates
-    return replace(configuration, optimizer=optimizer, seed=0)
-
-
-def find_changed_factor(
-    configuration: Configuration, default: Configuration, factors: Sequence[Factor]
-) -> Factor | None:
-    """Return the one factor in which a configuration differs from the default.
-
-    Args:
-        configuration: A configuration from `normalize`.
-        default: The default configuration, from `normalize`.
-        factors: Factors of the study.
-
-    Returns:
-        The factor; None if the configuration is the default, or differs in more or in something else.
-    """
-    for factor in factors:
-        value, changed = get_value(default, factor.name), get_value(configuration, factor.name)
-        if value is None or changed in (None, value):
-            continue
-        restored = apply_values(configuration, {factor.name: value})
-        # `apply_values` lowers the number of evaluations of a configuration with few steps.
-        if replace(restored, evaluations=default.evaluations) == default:
-            return factor
-    return None
 
 
 def resweep_rates(rates: Sequence[float], center: float) -> tuple[float, ...]:

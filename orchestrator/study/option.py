@@ -223,7 +223,7 @@ def convert(options_class: Any, name: str, value: object, label: str) -> Any:
     option = options_class.declared()[name]
     plain = option.plain_type
     if isinstance(value, Mapping) and option.is_pairs:
-        value = [f"{key}={_text_of(each)}" for key, each in value.items()]
+        value = [f"{key}={format_value(each)}" for key, each in value.items()]
     if plain is tuple:
         words = [value] if isinstance(value, (str, int, float, os.PathLike)) else value
         value = [_word(word) for word in words] if isinstance(words, (list, tuple)) else words
@@ -241,11 +241,13 @@ def convert(options_class: Any, name: str, value: object, label: str) -> Any:
         raise UsageError(f"{label} {_explain(option, error.errors()[0], value)}") from None
 
 
-def _text_of(value: object) -> str:
-    """Return the value of a pair as on the command line: `true`, `4,8,16`."""
+def format_value(value: object) -> str:
+    """Return the value of a hyperparameter, or a list of values, as on the command line: `true`, `4,8,16`."""
     if isinstance(value, (list, tuple)):
-        return ",".join(map(_text_of, value))
-    return str(value).lower() if isinstance(value, bool) else str(value)
+        return ",".join(map(format_value, value))
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:.10g}" if isinstance(value, float) else str(value)
 
 
 def _word(value: object) -> object:

@@ -302,8 +302,9 @@ class StudyOptions(StoreOptions):
             if self.plan_gpu is not None:
                 raise UsageError(f"--plan-gpu {self.plan_gpu!r} with {cpu}: take one of the two away.")
         if self.max_gpu_hours is not None and gpus == 0:
-            limit = self.shown("max_gpu_hours")
-            raise UsageError(f"{limit} with --gpus-per-worker 0: no GPU is held; take --max-hours.")
+            raise UsageError(
+                f"{self.shown('max_gpu_hours')}: --gpus-per-worker 0 holds no GPU; take --max-hours."
+            )
 
     def check_batch_size(self, batch_size: int) -> None:
         """Check that a batch can be split into micro-batches and between workers.

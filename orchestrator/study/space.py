@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from orchestrator.study.configuration import HYPERPARAMETERS, Configuration, Hyperparameter, Value
+from orchestrator.study.option import format_value
 from orchestrator.util.errors import UsageError, suggest_nearest
 from variants.variant_names import canonical_key
 
@@ -137,13 +138,6 @@ def get_value(configuration: Configuration, key: str) -> Value | None:
         return configuration.batches.batch_size * configuration.batches.accumulation
     value: Value | None = getattr(getattr(configuration, hyperparameter.part), hyperparameter.field)
     return None if (name, value) == ("rank", 0) else value  # Rank 0 stands for no rank.
-
-
-def format_value(value: Value) -> str:
-    """Format a value as on the command line."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    return f"{value:.10g}" if isinstance(value, float) else str(value)
 
 
 def parse_fixed_values(words: Sequence[str], defaults: Defaults) -> dict[str, Value]:

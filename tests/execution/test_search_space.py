@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from configurations import read_configuration
 from points import study_of
 from resolved import bases, resolve_one_task
 
@@ -61,7 +62,7 @@ def test_every_point_of_a_wide_space_is_a_configuration_that_the_variant_takes(
         assert configuration is not None
         assert find_settings_error(configuration) is None
         assert configuration.optimizer.learning_rate == point["learning_rate"]
-        assert Configuration.from_json(configuration.to_json()) == configuration
+        assert read_configuration(configuration.to_json()) == configuration
 
 
 def test_a_plan_says_what_is_fixed_and_the_budget_of_each_variant(bases: Path, tmp_path: Path) -> None:

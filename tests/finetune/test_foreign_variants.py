@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from configurations import read_configuration
 from scripted import Script, SimulatedCrashError, configuration, dies_at, leases, numbers_of, solo, train
 
 from orchestrator.finetune.models.catalogue import UNPREPARED
@@ -71,7 +72,7 @@ def test_a_study_resolves_the_name_its_settings_and_the_version_of_the_code(
     assert changed.fingerprint != one.fingerprint
     assert changed.group_key != one.group_key
     assert lora.variant.revision == ""
-    assert Configuration.from_json(one.to_json()) == one
+    assert read_configuration(one.to_json()) == one
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -14,6 +14,7 @@ from configurations import template
 from orchestrator.experiments.hyperparameter_sensitivity import SensitivityOptions
 from star_records import RATES, Surface, make_record
 
+from orchestrator.analyze.factors.star_data import find_changed_factor
 from orchestrator.experiments import load
 from orchestrator.finetune.models.catalogue import UNPREPARED
 from orchestrator.launch.designs import (
@@ -28,7 +29,7 @@ from orchestrator.launch.designs import (
 )
 from orchestrator.record.schema import Record
 from orchestrator.study.configuration import Configuration
-from orchestrator.study.factors import default_rate, find_changed_factor, load_factors, resweep_rates
+from orchestrator.study.factors import default_rate, load_factors, resweep_rates
 from orchestrator.study.grids import parse_learning_rates
 from orchestrator.util.errors import UsageError
 

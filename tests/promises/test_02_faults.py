@@ -162,6 +162,7 @@ def test_ctrl_c_once_and_twice(study: Study, undisturbed: Path) -> None:
     result = as_a_user.end(process)
     assert result.code == 130, result
     assert f"--study {NAME}" in result.err.splitlines()[-1], "the command that goes on"
+    assert f"report {NAME}" in result.out, "the command that writes the report"
     study.assert_nothing_runs()
     last = dict(sorted(study.steps(trainer)))
     assert max(last.values()) < STEPS

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pydantic
 from orchestrator.experiments.lr_sensitivity import CurveOptions
 
 from orchestrator.study.config import make_options
@@ -17,6 +18,9 @@ from orchestrator.study.configuration import (
     Value,
     VariantChoice,
 )
+
+read_configuration = pydantic.TypeAdapter(Configuration).validate_python
+"""Returns the configuration in a JSON object."""
 
 
 def template(

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from configurations import template
+from configurations import read_configuration, template
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import get_scheduler
@@ -28,7 +28,7 @@ POINT = template(rate=1e-3, svd="exact")
 
 def test_a_configuration_survives_json_and_pickle() -> None:
     for copy in (
-        Configuration.from_json(json.loads(canonical_json(POINT.to_json()))),
+        read_configuration(json.loads(canonical_json(POINT.to_json()))),
         pickle.loads(pickle.dumps(POINT)),
     ):
         assert copy == POINT
@@ -91,7 +91,7 @@ def test_a_new_field_with_its_default_changes_no_fingerprint(monkeypatch: pytest
     known["optimizer"]["head_learning_rate"] = 1e-3
     known["model"]["name"] = ""
     monkeypatch.setattr(configuration, "FIELDS", added)
-    read = Configuration.from_json(known | {"model": POINT.to_json()["model"]})
+    read = read_configuration(known | {"model": POINT.to_json()["model"]})
     assert read.fingerprint == hashlib.sha256(canonical_json(known)).hexdigest()
     assert replace(read, optimizer=OptimizerConfig(1e-3, clip_norm=2.0)).fingerprint != read.fingerprint
 

@@ -6,15 +6,14 @@ from dataclasses import replace
 
 from configurations import template
 
+from orchestrator.analyze.factors.star_data import find_changed_factor, normalize
 from orchestrator.study import factors
 from orchestrator.study.configuration import HYPERPARAMETERS, BatchConfig
 from orchestrator.study.factors import (
     choose_factors,
     default_rate,
     factor_levels,
-    find_changed_factor,
     load_factors,
-    normalize,
     resweep_rates,
 )
 from orchestrator.study.space import apply_values

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 
-from configurations import template
+from configurations import read_configuration, template
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -125,7 +125,7 @@ def test_every_draw_lies_in_the_space_and_its_spelling_is_its_value(words: list[
                 values[d.key] = d.to_value(min(d.high, max(d.low, math.exp(number) if d.log else number)))
             assert inside(d, values[d.key]), (d, values[d.key])
         point = apply_values(default(variant), values)
-        assert Configuration.from_json(point.to_json()).fingerprint == point.fingerprint
+        assert read_configuration(point.to_json()).fingerprint == point.fingerprint
         rate = point.optimizer.learning_rate
         ends = [e for d in dimensions if d.name == "learning_rate" for e in (d.low, d.high)]
         assert float(f"{rate:.3g}") == rate or rate in ends

@@ -25,7 +25,7 @@ from orchestrator.analyze.run_labels import USABLE, RunLabel
 from orchestrator.analyze.statistics.score_bounds import DIFFERENCE_BOUNDS, cut_interval
 from orchestrator.analyze.statistics.usable import UsableShare, usable_share
 from orchestrator.study.factors import RATE, default_rate, is_near, load_factors, resweep_rates
-from orchestrator.study.space import format_value
+from orchestrator.study.option import format_value
 
 PerSeed = NDArray[np.float64]
 HALF_DECADE, FACTOR_2 = 0.5, math.log10(2)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import compress
 
 import numpy as np
@@ -20,8 +20,8 @@ from orchestrator.analyze.scores import Split, finite_score
 from orchestrator.analyze.statistics.peak import Peak, find_peak
 from orchestrator.record.schema import Record
 from orchestrator.study.configuration import Configuration, Value
-from orchestrator.study.factors import Factor, default_rate, find_changed_factor, is_near, normalize
-from orchestrator.study.space import get_value
+from orchestrator.study.factors import Factor, default_rate, is_near
+from orchestrator.study.space import apply_values, get_value
 
 Scores = NDArray[np.float64]
 Runs = Mapping[tuple[float, int], Record]
@@ -292,3 +292,33 @@ def _level_order(factor: Factor, levels: Sequence[Value]) -> list[int]:
         return sorted(range(len(levels)), key=lambda i: float(levels[i]))
     listed = list(factor.levels)
     return sorted(range(len(levels)), key=lambda i: listed.index(levels[i]) if levels[i] in listed else -1)
+
+
+def normalize(configuration: Configuration) -> Configuration:
+    """Replace learning rate and seed by placeholders, so that all runs of a curve are equal."""
+    optimizer = replace(configuration.optimizer, learning_rate=1.0)  # the same placeholder as in templates
+    return replace(configuration, optimizer=optimizer, seed=0)
+
+
+def find_changed_factor(
+    configuration: Configuration, default: Configuration, factors: Sequence[Factor]
+) -> Factor | None:
+    """Return the one factor in which a configuration differs from the default.
+
+    Args:
+        configuration: A configuration from `normalize`.
+        default: The default configuration, from `normalize`.
+        factors: Factors of the study.
+
+    Returns:
+        The factor; None if the configuration is the default, or differs in more or in something else.
+    """
+    for factor in factors:
+        value, changed = get_value(default, factor.name), get_value(configuration, factor.name)
+        if value is None or changed in (None, value):
+            continue
+        restored = apply_values(configuration, {factor.name: value})
+        # `apply_values` lowers the number of evaluations of a configuration with few steps.
+        if replace(restored, evaluations=default.evaluations) == default:
+            return factor
+    return None
