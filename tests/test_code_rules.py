@@ -11,7 +11,7 @@ FOLDERS = ("docs", "experiments", "orchestrator", "tests", "variants")
 PRIVATE_OF_RAY = re.compile(r"\bray(?:\.\w+)*\._[a-z]\w+")
 PRIVATE_OF_RAY_FILE = ROOT / "orchestrator" / "execution" / "ray" / "private.py"
 BUDGETS = {
-    "orchestrator": (322, 25680),
+    "orchestrator": (322, 25677),
     "orchestrator/analyze": (92, 6982),
     "orchestrator/cli": (4, 304),
     "orchestrator/cluster": (3, 246),
@@ -20,7 +20,7 @@ BUDGETS = {
     "orchestrator/finetune": (138, 9435),
     "orchestrator/launch": (8, 1300),
     "orchestrator/record": (12, 1641),
-    "orchestrator/study": (9, 1202),
+    "orchestrator/study": (9, 1199),
     "orchestrator/util": (10, 628),
     "variants": (128, 6717),
     "experiments": (16, 2063),

@@ -282,10 +282,9 @@ class StudyOptions(StoreOptions):
         for option, words in (("--set", self.set), ("--space", self.space or ())):
             for word in words:
                 key = setting_key(word)
-                if (option, key) == ("--space", "batch_size"):
-                    continue  # --batch-size then gives the size for which --accumulation is chosen
-                if setter := setters.get(key):
-                    both = f"{option} {word!r} and {flag(setter)}"
+                # Beside --space, --batch-size gives the size for which --accumulation is chosen.
+                if key in setters and (option, key) != ("--space", "batch_size"):
+                    both = f"{option} {word!r} and {flag(setters[key])}"
                     raise UsageError(f"{both} both set {key}; take one of the two away.")
 
     def _check_resources(self) -> None:
@@ -302,9 +301,8 @@ class StudyOptions(StoreOptions):
             if self.plan_gpu is not None:
                 raise UsageError(f"--plan-gpu {self.plan_gpu!r} with {cpu}: take one of the two away.")
         if self.max_gpu_hours is not None and gpus == 0:
-            raise UsageError(
-                f"{self.shown('max_gpu_hours')}: --gpus-per-worker 0 holds no GPU; take --max-hours."
-            )
+            limit = self.shown("max_gpu_hours")
+            raise UsageError(f"{limit} with --gpus-per-worker 0: no GPU is held; take --max-hours.")
 
     def check_batch_size(self, batch_size: int) -> None:
         """Check that a batch can be split into micro-batches and between workers.
