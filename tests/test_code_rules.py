@@ -11,7 +11,7 @@ FOLDERS = ("docs", "experiments", "orchestrator", "tests", "variants")
 PRIVATE_OF_RAY = re.compile(r"\bray(?:\.\w+)*\._[a-z]\w+")
 PRIVATE_OF_RAY_FILE = ROOT / "orchestrator" / "execution" / "ray" / "private.py"
 BUDGETS = {
-    "orchestrator": (322, 25677),
+    "orchestrator": (322, 25678),
     "orchestrator/analyze": (92, 6982),
     "orchestrator/cli": (4, 304),
     "orchestrator/cluster": (3, 246),
@@ -21,10 +21,10 @@ BUDGETS = {
     "orchestrator/launch": (8, 1300),
     "orchestrator/record": (12, 1641),
     "orchestrator/study": (9, 1199),
-    "orchestrator/util": (10, 628),
+    "orchestrator/util": (10, 629),
     "variants": (128, 6717),
     "experiments": (16, 2063),
-    "tests": (300, 32834),
+    "tests": (300, 32838),
 }
 """Package -> (modules, lines of code) that it may have at most. A change that makes one smaller
 lowers its numbers; a change that raises one says what that is worth."""

@@ -197,7 +197,7 @@ def keep_only(study: Study) -> None:
 
 def _study_of_config(options: StudyOptions) -> dict[str, Store]:
     """Return fingerprint -> store of the study whose study.yaml --config names, if it is one."""
-    path = Path(os.path.abspath(find_config(str(options.config))))
+    path = Path(os.path.abspath(find_config(str(options.config or ""))))
     if path.name != CONFIG_NAME or (file := StudyFile.read(path.parent)) is None:
         return {}
     store = (yaml.safe_load(path.read_text()) or {}).get("store")  # it was checked before

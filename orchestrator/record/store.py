@@ -87,7 +87,7 @@ class Store:
         self._warned: set[str] = set()
         if create:
             for folder in (self.root, self.records_folder):
-                atomic_files.make_folder("--store or --output", folder, is_store=True)
+                atomic_files.make_folder("--store", folder, is_store=True)
         elif not os.path.isdir(self.records_folder):  # Path.is_dir raises OSError for a name that is too long
             raise UsageError(f"--store {self.root}: there is no store here; name an earlier study's")
 

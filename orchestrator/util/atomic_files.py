@@ -324,8 +324,9 @@ def make_folder(option: str, folder: Path, is_store: bool = False) -> None:
         if describe_disk_error(error):
             raise
         rule = f"must be a folder that can be written{' and has hard links' if is_store else ''}"
+        another = option.partition(" ")[0]
         raise UsageError(
-            f"{option}: {folder} {rule} ({error.strerror or error}); take another one."
+            f"{option}: {folder} {rule} ({error.strerror or error}); take another {another}."
         ) from error
 
 

@@ -319,7 +319,7 @@ def test_the_check_of_a_file_leaves_no_folder_and_names_the_option(tmp_path: Pat
         check_uri(f"sqlite:///{folder}/mlflow.db", "MLFLOW_TRACKING_URI")
     rule = "must be a folder that can be written (Not a directory)"
     uri = f"MLFLOW_TRACKING_URI 'sqlite:///{folder}/mlflow.db'"
-    assert str(refused.value) == f"{uri}: {folder} {rule}; take another one."
+    assert str(refused.value) == f"{uri}: {folder} {rule}; take another MLFLOW_TRACKING_URI."
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
@@ -329,7 +329,7 @@ def test_the_file_of_mlflow_needs_no_hard_links(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr("os.link", refuse)
     check_uri(f"sqlite:///{tmp_path}/mlflow.db")
-    with pytest.raises(UsageError, match=r"--store or --output: .*hard links .*take another"):
+    with pytest.raises(UsageError, match=r"--store: .*hard links .*take another --store"):
         Store(tmp_path / "store")
 
 

@@ -123,7 +123,13 @@ def test_steps_on_a_gpu_are_measured(store: Store, monkeypatch: pytest.MonkeyPat
 
     source = Script(leases(configuration(seed=seed, steps=12) for seed in range(10)))
     found: list[MeasuredLanes] = []
-    monkeypatch.setattr(LaneRecorder, "write_measured_lanes", lambda _, key, measured: found.append(measured))
+    write = LaneRecorder.write_measured_lanes
+
+    def spy(self: LaneRecorder, group_key: str, measured: MeasuredLanes) -> None:
+        found.append(measured)
+        write(self, group_key, measured)
+
+    monkeypatch.setattr(LaneRecorder, "write_measured_lanes", spy)
     train(source, store, lanes=8, is_measured=True, load_base_model=load)
     (measured,) = found
     assert 0 < measured.one_lane_bytes < measured.two_lanes_bytes < GIB
