@@ -9,6 +9,7 @@ from pathlib import Path
 
 import yaml
 
+from orchestrator.finetune.models.catalogue import UNPREPARED
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.launch.designs import FixedDesign
 from orchestrator.launch.study import Study
@@ -219,7 +220,10 @@ def _recall(fingerprint: str, store: Store, study: Study) -> Configuration:
         )
     named = study.file.with_sources(find_sources(study.templates))
     configuration = named.rename(record).configuration
-    if _origin(configuration) not in map(_origin, study.templates):
+    model = configuration.model
+    prepared = {replace(model, content=UNPREPARED): model}  # a plan prepares no base model
+    templates = [replace(each, model=prepared.get(each.model, each.model)) for each in study.templates]
+    if _origin(configuration) not in map(_origin, templates):
         raise UsageError(
             f"--only {digits}: {configuration.variant.name} on {configuration.task.name} was trained with "
             "other data, another base model or another version of the program; repeat the options and files "

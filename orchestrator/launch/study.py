@@ -159,12 +159,9 @@ class Study:
 
     def without_result(self) -> list[Configuration]:
         """Return the requested configurations that have no result."""
-        states = self.store.states()  # Parsing every record would take long.
-        return [
-            c
-            for c in self.requested
-            if states.get(c.fingerprint) not in FINAL_STATES and not self.has_result(c)
-        ]
+        # Parsing every record would take long.
+        final = {name for name, state in self.store.states().items() if state in FINAL_STATES}
+        return [c for c in self.requested if c.fingerprint not in final and not self.has_result(c)]
 
     # -- what is to do
 

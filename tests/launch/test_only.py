@@ -15,6 +15,7 @@ from test_own_files import finished, requested
 from untrained_base import base
 
 import orchestrator
+from orchestrator.finetune.models.catalogue import UNPREPARED
 from orchestrator.launch.earlier_runs import keep_only
 from orchestrator.launch.study import Study, resolve_study
 from orchestrator.record.store import Store
@@ -152,6 +153,21 @@ def test_what_this_command_cannot_train_is_refused(options: CurveOptions) -> Non
             keep_only(replace(study, options=replace(options, only=(digits,)), file=file))
         assert str(refused.value).startswith("--only ")
         assert "\n" not in str(refused.value)
+
+
+def test_a_plan_names_a_recorded_configuration_before_its_base_model_is_prepared(
+    options: CurveOptions,
+) -> None:
+    study = resolve_study(EXPERIMENT, options)
+    point = requested(study)[0]
+    record(study, [point])
+    file = StudyFile("x", "", "", (point.fingerprint,))
+    unprepared = replace(point.model, content=UNPREPARED)
+    templates = tuple(replace(each, model=unprepared) for each in study.templates)
+    only = replace(options, only=(point.fingerprint,))
+    planned = replace(study, options=only, file=file, templates=templates, requested=[])
+    keep_only(planned)
+    assert planned.requested == [point]
 
 
 def test_a_printed_command_trains_a_recorded_configuration_in_another_output(
