@@ -9,26 +9,26 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("docs", "experiments", "orchestrator", "tests", "variants")
 PRIVATE_OF_RAY = re.compile(r"\bray(?:\.\w+)*\._[a-z]\w+")
-PRIVATE_OF_RAY_FILE = ROOT / "orchestrator" / "execution" / "ray" / "private.py"
+PRIVATE_OF_RAY_FILE = ROOT / "orchestrator" / "execution" / "private_ray.py"
 BUDGETS = {
-    "orchestrator": (322, 25678),
+    "orchestrator": (300, 24717),
     "orchestrator/analyze": (92, 6982),
     "orchestrator/cli": (4, 304),
-    "orchestrator/cluster": (3, 246),
-    "orchestrator/execution": (38, 3403),
+    "orchestrator/cluster": (3, 230),
+    "orchestrator/execution": (16, 2535),
     "orchestrator/export": (4, 460),
     "orchestrator/finetune": (138, 9435),
-    "orchestrator/launch": (8, 1300),
+    "orchestrator/launch": (8, 1288),
     "orchestrator/record": (12, 1641),
-    "orchestrator/study": (9, 1199),
-    "orchestrator/util": (10, 629),
+    "orchestrator/study": (9, 1203),
+    "orchestrator/util": (10, 560),
     "variants": (128, 6717),
-    "experiments": (16, 2063),
-    "tests": (300, 32852),
+    "experiments": (16, 2062),
+    "tests": (295, 32691),
 }
 """Package -> (modules, lines of code) that it may have at most. A change that makes one smaller
 lowers its numbers; a change that raises one says what that is worth."""
-DOC_WORDS = 52_753
+DOC_WORDS = 49_092
 """Words that all pages may have together."""
 
 

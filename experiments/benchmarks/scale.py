@@ -149,7 +149,7 @@ def _run_study(options: ScaleOptions, configurations: Sequence[Configuration], s
     import ray
     from simulated_training import train_simulated
 
-    from orchestrator.execution.ray.runtime import Cluster, Node
+    from orchestrator.execution.ray_cluster import Cluster, Node
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     cluster = Cluster(

@@ -34,7 +34,7 @@ from orchestrator.study.configuration import Configuration
 from variants import catalogue
 
 if TYPE_CHECKING:
-    from orchestrator.execution.ray.runtime import Cluster
+    from orchestrator.execution.ray_cluster import Cluster
 
 SPLITS = ("validation", "test")
 UNTRAINED_LOSS = 2.5
@@ -246,8 +246,7 @@ def train_simulated(
     """
     from rich.console import Console
 
-    from orchestrator.execution.progress import Progress
-    from orchestrator.execution.run_budget import RunBudget
+    from orchestrator.execution.progress import Progress, RunBudget
     from orchestrator.execution.session import train
     from orchestrator.execution.settings import Session, TrainerSettings
     from orchestrator.study.options import StudyOptions

@@ -12,9 +12,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from orchestrator.execution.ray import autoscaler, runtime
-from orchestrator.execution.ray.errors import format_ray_error
-from orchestrator.execution.ray.runtime import Cluster
+from orchestrator.execution import ray_cluster
+from orchestrator.execution.ray_cluster import Cluster, format_ray_error
 from orchestrator.record import schema
 from orchestrator.record.store import Store
 from orchestrator.util import atomic_files, timeouts
@@ -52,9 +51,9 @@ def check_machines(
     with atomic_files.remove_created_folders(store_folder):
         if not report("store", lambda: f"{Store(store_folder).root} can be written"):
             return False
-        if runtime.running_cluster_address() is None:
-            return report("nodes", lambda: check_capacity(runtime.estimate_local_cluster(), *request))
-        with runtime.connect() as cluster:
+        if ray_cluster.running_cluster_address() is None:
+            return report("nodes", lambda: check_capacity(ray_cluster.estimate_local_cluster(), *request))
+        with ray_cluster.connect() as cluster:
             # A list, so that every check runs even if another has failed.
             return all(
                 [
@@ -100,41 +99,23 @@ def require_usable_cluster(cluster: Cluster, store: Path) -> None:
 def check_capacity(
     cluster: Cluster, trainers: int | None, gpus_per_worker: float | None, workers_per_trainer: int
 ) -> str:
-    """Check whether the trainers have room now, or on nodes that the autoscaler may start.
+    """Return the nodes, and for how many of the wanted trainers they have room; a joined cluster may grow.
 
     Args:
         cluster: The nodes that are running.
         trainers: Number of trainers; None for as many as fit.
-        gpus_per_worker: GPUs of each worker; None for 1 if a node has GPUs or may be started with GPUs.
+        gpus_per_worker: GPUs of each worker; None for 1 if a node has GPUs.
         workers_per_trainer: Workers of each trainer.
 
-    Returns:
-        The line of output: the nodes, and the number of trainers for which there is room.
-
     Raises:
-        UsageError: There is room for no trainer, and the autoscaler can start no node for one.
+        UsageError: This machine, which has no Ray yet, has no room.
     """
-    startable = autoscaler.startable_node_types(cluster)
-    if gpus_per_worker is None and any(kind.has_gpus for kind in startable):
-        gpus_per_worker = 1.0
     wanted, gpus = cluster.plan_trainers(trainers, gpus_per_worker, workers_per_trainer)
     room = cluster.trainer_capacity(gpus, workers_per_trainer)
     cpus, all_gpus = (sum(getattr(node, name) for node in cluster.nodes) for name in ("cpus", "gpus"))
     where = "this machine" if cluster.local else _nodes(len(cluster.nodes))
     found = f"{where}, {cpus:g} CPUs, {all_gpus:g} GPUs: room for {room} of {max(room, wanted)} trainers"
-    if room >= wanted:
-        return found
-    names = ", ".join(f"{kind.max_nodes} {kind.name}" for kind in startable)
-    more = autoscaler.worker_capacity(startable, gpus)  # None: the nodes' sizes are unknown
-    if startable and more != 0:
-        return f"{found}; the autoscaler may start {names}"
-    if room:
-        return f"{found}; the others wait for nodes to join"
-    needs = f"{gpus:g} GPU and a CPU" if gpus else "a CPU and 2 GiB"
-    raise UsageError(
-        f"{found} ({workers_per_trainer} times {needs} each); start such nodes (ray start --address), or "
-        "change --gpus-per-worker or --workers-per-trainer"
-    )
+    return found if room >= wanted else f"{found}; the others wait for nodes to join"
 
 
 def node_versions() -> dict[str, str]:
@@ -275,7 +256,7 @@ def call_on_nodes(
             silent[name] = f"no answer in {timeouts.NODE_RESPONSE_SECONDS:g} s"
         except Exception as error:  # any type: a missing package there, a dead node
             silent[name] = format_ray_error(error)
-    alive = {node.id for node in runtime.usable_nodes()} if silent else set()
+    alive = {node.id for node in ray_cluster.usable_nodes()} if silent else set()
     if faults := [f"{name} ({reason})" for name, reason in silent.items() if named[name] in alive]:
         raise UsageError(
             f"this package does not run on {_shorten(faults)}; install it there as here, and read Ray's logs "

@@ -4,8 +4,8 @@
 
 Open-source Ray does not read spot notices. The watcher asks the machine's metadata service every few seconds.
 After a notice, it makes Ray drain this machine's node within the seconds that are left. The node's trainers
-save their lanes and return them (docs/faults.md). A machine that is no spot machine never gets a notice. The
-watcher ends when the raylet that it found at its start ends.
+save their lanes and return them (docs/architecture.md, "When something fails"). A machine that is no spot
+machine never gets a notice. The watcher ends when the raylet that it found at its start ends.
 """
 
 from __future__ import annotations

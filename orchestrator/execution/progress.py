@@ -1,4 +1,4 @@
-"""The progress of a running study: a live line on a terminal, plain lines elsewhere, and log files.
+"""The limits of a run and its progress: a live line on a terminal, plain lines elsewhere, and log files.
 
 The lines also go to `study.log`. Output of Ray goes to `ray.log`.
 """
@@ -6,6 +6,7 @@ The lines also go to `study.log`. Output of Ray goes to `ray.log`.
 from __future__ import annotations
 
 import io
+import math
 import time
 from collections import Counter
 from contextlib import ExitStack, redirect_stderr, redirect_stdout, suppress
@@ -20,10 +21,92 @@ from rich.text import Text
 
 from orchestrator.record.schema import Record
 from orchestrator.util import timeouts
+from orchestrator.util.errors import UsageError
 
-MAX_LINE_LENGTH = 80
+INTERRUPTED = "Ctrl-C"
+"""The stop reason after Ctrl-C or SIGTERM."""
 MIN_MEASURED_STEPS = 5
 """Optimizer steps, of all lanes, whose pace is an estimate of the remaining time."""
+
+
+@dataclass
+class RunBudget:
+    """The time limits of a run, and the reason to stop it.
+
+    The driver calls `update` at every poll. Earlier runs of the same study do not count.
+    """
+
+    max_hours: float | None = None
+    max_gpu_hours: float | None = None
+    started_at: float = field(default_factory=time.monotonic)
+    """Start of the run in seconds, on the clock of `update`."""
+    gpus_per_trainer: float = 0.0
+    """GPUs that all workers of a trainer reserve together."""
+    used_gpu_hours: float = 0.0
+    """GPU hours that trainers have reserved so far, from their first to their last call of the broker."""
+    stop_reason: str = ""
+    """The reason to stop: the limit as the user typed it, or INTERRUPTED; empty while the run continues."""
+    interrupted_at: float | None = None
+    """Monotonic time of Ctrl-C in seconds; None without Ctrl-C."""
+    _last_update: tuple[float, int] | None = None
+    """Time of the last update, and the number of trainers that were alive."""
+
+    def set_gpus_per_trainer(self, gpus_per_trainer: float) -> None:
+        """Set the number of GPUs that each trainer reserves.
+
+        Raises:
+            UsageError: GPU hours are limited and the trainers reserve no GPU.
+        """
+        if self.max_gpu_hours is not None and not gpus_per_trainer:
+            raise UsageError(
+                f"--max-gpu-hours {self.max_gpu_hours:g}: the trainers hold no GPU; take --max-hours."
+            )
+        self.gpus_per_trainer = gpus_per_trainer
+
+    @property
+    def is_interrupted(self) -> bool:
+        """True if the user has interrupted the run."""
+        return self.interrupted_at is not None
+
+    @property
+    def save_timeout(self) -> float:
+        """Seconds that trainers get to save their lanes."""
+        return timeouts.INTERRUPT_SAVE_SECONDS if self.is_interrupted else timeouts.SAVE_SECONDS
+
+    def interrupt_seconds_left(self) -> float:
+        """Return the seconds left until the deadline after Ctrl-C; infinity without Ctrl-C."""
+        if self.interrupted_at is None:
+            return math.inf
+        return timeouts.INTERRUPT_DEADLINE_SECONDS - (time.monotonic() - self.interrupted_at)
+
+    def request_stop(self, reason: str = INTERRUPTED) -> None:
+        """Make the next update return a stop reason; Ctrl-C replaces an earlier reason."""
+        if reason == INTERRUPTED:
+            self.stop_reason, self.interrupted_at = reason, time.monotonic()
+        self.stop_reason = self.stop_reason or reason
+
+    def update(self, live_trainers: int, now: float) -> str:
+        """Add the GPU hours since the last update, and return the stop reason.
+
+        A trainer that has started since the last update counts from now on. A trainer that has ended since
+        then counts until now.
+
+        Args:
+            live_trainers: Number of trainers that are alive.
+            now: Monotonic time in seconds.
+        """
+        before, earlier_trainers = self._last_update or (now, 0)
+        self.used_gpu_hours += self.gpus_per_trainer * earlier_trainers * (now - before) / 3600
+        self._last_update = now, live_trainers
+        if self.max_hours is not None and now - self.started_at >= self.max_hours * 3600:
+            self.request_stop(f"--max-hours {self.max_hours:g}")
+        if self.max_gpu_hours is not None and self.used_gpu_hours >= self.max_gpu_hours:
+            self.request_stop(f"--max-gpu-hours {self.max_gpu_hours:g}")
+        return self.stop_reason
+
+    def format_usage(self) -> str:
+        """Return the GPU hours used, as text; empty for a study without GPUs."""
+        return f"{self.used_gpu_hours:.3g} GPU hours" if self.gpus_per_trainer else ""
 
 
 class _LogFile(io.TextIOWrapper):
@@ -78,8 +161,8 @@ class Progress:
     _seen: set[str] = field(default_factory=set)
     _live: Live | None = None
     _log: _LogFile | None = None
-    _last_plain: float = 0.0
-    _last_line: str = ""
+    _last_plain: tuple[float, str] = (-math.inf, "")
+    """Time and text of the last line of `refresh` where there is no terminal."""
 
     def __enter__(self) -> Progress:
         with ExitStack() as stack:
@@ -97,7 +180,7 @@ class Progress:
         """Print a permanent line, and write it to `study.log`."""
         if self._live is None:  # the terminal may have echoed ^C; a live display clears its line itself
             self.console.control(Control(ControlType.CARRIAGE_RETURN, (ControlType.ERASE_IN_LINE, 0)))
-        self.console.print(text, markup=False)
+        self.console.print(text, markup=False, soft_wrap=True)
         self._write_log(text)
 
     def add_record(self, record: Record) -> None:
@@ -121,11 +204,10 @@ class Progress:
     def refresh(self) -> None:
         """Refresh the live line; where there is no terminal, print it from time to time if it has changed."""
         if not self.console.is_terminal:
-            if time.monotonic() - self._last_plain > timeouts.PLAIN_LINE_INTERVAL_SECONDS:
-                self._last_plain = time.monotonic()
-                if (line := self.status_line()) != self._last_line:
-                    self._last_line = line
-                    self.notify(line)
+            (shown_at, shown), line, now = self._last_plain, self.status_line(), time.monotonic()
+            if line != shown and now - shown_at > timeouts.PLAIN_LINE_INTERVAL_SECONDS:
+                self._last_plain = now, line
+                self.notify(line)
             return
         if self._live is None:  # an earlier start would overwrite the message of a Ctrl-C during Ray's start
             live = Live(console=self.console, transient=True, redirect_stdout=False, redirect_stderr=False)
@@ -133,26 +215,19 @@ class Progress:
         self._live.update(Text(self.status_line(), no_wrap=True, overflow="ellipsis"))
 
     def status_line(self) -> str:
-        """Return the live line, without its least important parts if it is longer than 80 columns."""
-        lines = [self._format_status(without) for without in range(5)]
-        return next((line for line in lines if len(line) <= MAX_LINE_LENGTH), lines[-1])
-
-    def _format_status(self, num_omitted: int) -> str:
+        """Return the live line, the most important numbers first: a narrow terminal shows its beginning."""
         parts = [f"{self.cached + self.ended.total()}/{self.total} done"]
-        if num_omitted < 3:
-            parts.append(f"{self.training} training")
-        if self.max_steps and num_omitted < 2:
-            parts.append(f"{self.steps_taken}/{self.max_steps - self._saved_steps} steps")
         if self.live_trainers == 0:
             parts.append(f"waiting for {self.waiting_for}" if self.waiting_for else "trainers start")
-        for state in ("diverged", "stopped", "failed"):
-            if self.ended[state]:
-                parts.append(f"{self.ended[state]} {state}")
-        if self.best is not None and num_omitted < 4:
-            score, name = self.best
-            parts.append(f"best {score:.3f}" if num_omitted else f"best {score:.3f} {name}")
         if (left := self.seconds_left()) is not None:
             parts.append(f"{format_duration(left)} left")
+        states = ("failed", "diverged", "stopped")
+        parts += [f"{self.ended[state]} {state}" for state in states if self.ended[state]]
+        parts.append(f"{self.training} training")
+        if self.max_steps:
+            parts.append(f"{self.steps_taken}/{self.max_steps - self._saved_steps} steps")
+        if self.best is not None:
+            parts.append("best {:.3f} {}".format(*self.best))
         return " | ".join(parts)
 
     def count_steps(self, steps_taken: int) -> None:

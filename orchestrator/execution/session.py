@@ -1,117 +1,46 @@
-"""Training of configurations on a cluster: Tune's trials, a pool of trainers, and the broker between them."""
+"""The driver of a training session: it runs Tune; a thread beside it follows the broker and the trainers."""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from functools import partial
-from itertools import count
 from typing import TYPE_CHECKING, Any
 
-from ray import tune
-from ray.tune.search import ConcurrencyLimiter
-from ray.tune.search.basic_variant import BasicVariantGenerator
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
-from orchestrator.execution.broker.actor import start_broker
-from orchestrator.execution.monitor import ABORTED, AbortStopper, BrokerCallback, PendingStops, StudyMonitor
-from orchestrator.execution.ray.private import (
-    light_trial_actors,
-    make_trial,
-    retry_after_death_in_reset,
-    withhold_cloud_credentials_from_trials,
-)
-from orchestrator.execution.rungs import submission_order
+from orchestrator.execution import tune
+from orchestrator.execution.broker import EndedLane, Updates
+from orchestrator.execution.broker_actor import start_broker
+from orchestrator.execution.lane_entry import LeasePhase
+from orchestrator.execution.private_ray import light_trial_actors
+from orchestrator.execution.ray_cluster import format_ray_error
+from orchestrator.execution.schedulers import submission_order
 from orchestrator.execution.settings import Session
-from orchestrator.execution.trainers.pool import TrainerPool
-from orchestrator.execution.tune.per_group_scheduler import LiveTrialFIFOScheduler, PerGroupScheduler
-from orchestrator.execution.tune.trial import TRIAL_MEMORY_BYTES, LaneTrial
+from orchestrator.execution.trainers import TrainerPool
+from orchestrator.execution.trial import TRIAL_MEMORY_BYTES, LightTrialActor
+from orchestrator.record.schema import LaneProgress
 from orchestrator.study.configuration import Configuration
+from orchestrator.util import timeouts
 from orchestrator.util.errors import StudyError
+from orchestrator.util.graceful_interrupts import interrupt_main_thread
 
 if TYPE_CHECKING:
-    from orchestrator.execution.search.budget import SearchBudget
+    from orchestrator.execution.search import Search
 
-withhold_cloud_credentials_from_trials()
-
-MAX_TRIAL_FAILURES = 20
-"""Failures of one trial process that Tune survives. Trials run no code of users, but may lose their node."""
 MIN_AUTOSCALED_TRAINERS = 8
 """Number of trainers that the limit for an autoscaled cluster allows for, as on one node with eight GPUs."""
-
-
-class LaneTrainable(tune.Trainable):
-    """The trainable class that the driver registers with Tune. Trial processes run `LaneTrial` instead."""
-
-
-class ConfigurationListGenerator(BasicVariantGenerator):
-    """Generator of one trial per configuration, in the given order, one stage after another.
-
-    This class replaces `grid_search`, for which Ray 2.60 copies the whole grid once per trial. A copy takes
-    0.36 s with 5,000 configurations.
-
-    Args:
-        configurations: The configurations of the first stage.
-        max_concurrent: The largest number of unfinished trials; None for no limit.
-        next_stage: Called whenever all trials have ended. Returns the configurations of the next stage; an
-            empty sequence ends the experiment.
-    """
-
-    def __init__(
-        self,
-        configurations: Sequence[Configuration],
-        max_concurrent: int | None = None,
-        next_stage: Callable[[], Sequence[Configuration]] = tuple,
-    ) -> None:
-        super().__init__(max_concurrent=max_concurrent or 0)
-        self._queue, self._next_stage = deque(configurations), next_stage
-        self._numbers = count()
-        self._spec: dict[str, Any] = {}
-
-    def add_configurations(self, experiments: Any) -> None:
-        """Take the experiment from Tune, which gives exactly one."""
-        (experiment,) = experiments
-        self._spec, self._total_samples = experiment.spec, len(self._queue)
-
-    def next_trial(self) -> Any:
-        """Return the next trial; None while the limit is reached, between stages and at the end."""
-        if self.is_finished() or 0 < self.max_concurrent <= len(self._live_trials):
-            return None
-        if not self._queue:
-            if self._live_trials:  # the next stage depends on their results
-                return None
-            self._queue.extend(self._next_stage())
-            if not self._queue:
-                self.set_finished()
-                return None
-            self._total_samples += len(self._queue)
-        one = {**self._spec, "config": {"configuration": self._queue.popleft()}}
-        trial = make_trial(self._uuid_prefix, next(self._numbers), one)
-        self._live_trials.add(trial.trial_id)
-        return trial
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}  # Tune pickles the generator into its scratch folder
-
-    def save_to_dir(self, dirpath: str, session_str: str = "", **more: Any) -> None:
-        """Save nothing, because a study is resumed from its records."""
-
-
-class SearchLimiter(ConcurrencyLimiter):
-    """Limit the unfinished points of a search; `max_concurrent` may change while the search runs."""
-
-    def get_state(self) -> dict[str, Any]:
-        """Return nothing, because a search is continued by the command of its study."""
-        return {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}  # Tune pickles its search algorithm into its scratch folder
 
 
 def train(
     session: Session,
     known: Sequence[Configuration],
     pending: Sequence[Configuration],
-    search: SearchBudget | None = None,
+    search: Search | None = None,
     next_stage: Callable[[], Sequence[Configuration]] = tuple,
 ) -> int:
     """Train configurations, until all have ended or the budget is used up.
@@ -132,23 +61,28 @@ def train(
             trainers and the broker have ended by then.
         Exception: Any error of the monitor, such as OSError for a full disk.
     """
-    ABORTED.clear()
-    algorithm = _make_algorithm(session, known, pending, search, next_stage)
+    tune.ABORTED.clear()
+    searcher = _make_searcher(session, known, pending, search, next_stage)
     broker = start_broker(session.store, session.scheduler)
     pool = TrainerPool(session, broker)
-    pending_stops: PendingStops = {}
 
-    def follow_trainers(updates: Mapping[str, Any]) -> None:
-        capacities = updates["max_lanes" if search is None else "usable_lanes"]
-        algorithm.max_concurrent = trial_limit(session, search is not None, capacities)
+    def follow_trainers(updates: Updates) -> None:
+        capacities = updates.max_lanes if search is None else updates.usable_lanes
+        session_now = replace(session, cluster=pool.cluster)
+        searcher.max_concurrent = trial_limit(session_now, search is not None, capacities)
 
-    monitor = StudyMonitor(session, broker, pool, pending_stops, follow_trainers)
+    monitor = StudyMonitor(session, broker, pool, follow_trainers)
     monitor.start()
     try:
-        callback = BrokerCallback(broker, pending_stops)
-        with light_trial_actors(LaneTrainable, LaneTrial), retry_after_death_in_reset():
-            results = _make_tuner(session, algorithm, callback).fit()
-        monitor.wait_for_pending_stops()
+        with light_trial_actors(tune.LaneTrainable, LightTrialActor) as on_add:
+            scheduler = (
+                tune.LiveTrialFIFOScheduler(on_add)
+                if session.scheduler == "none"
+                else tune.PerGroupScheduler(session.scheduler, session.cached, session.tune_per_seed, on_add)
+            )
+            name, folder = session.cluster.namespace, session.settings.scratch
+            results = tune.make_tuner(searcher, scheduler, broker, name, folder).fit()
+        monitor.wait_until_no_lane_is_open()
     finally:
         monitor.close()
     if monitor.error is not None:
@@ -172,23 +106,21 @@ def trial_limit(session: Session, is_search: bool = False, capacities: Sequence[
     `TrainerSettings.expected_lanes`. In a grid on this machine alone, such a trainer counts with one trial,
     because the processes of more trials would delay its start.
 
-    All trial processes together may use half of the memory that Ray manages, including the memory of nodes
-    that an autoscaler may start. The other half is for trainers. An elastic pool on a joined cluster grows
-    only if lanes wait, so its limit is computed for more trainers than it has. Their number is the largest of
-    twice its trainers, the trainers for which an autoscaler may start nodes, and, with GPUs,
-    `MIN_AUTOSCALED_TRAINERS`.
+    All trial processes together may use half of the memory that Ray manages; the other half is for trainers.
+    An elastic pool on a joined cluster grows only if lanes wait, so its limit is computed for twice its
+    trainers, and with GPUs for at least `MIN_AUTOSCALED_TRAINERS`.
 
     Args:
         session: The number of trainers and of their lanes, and the nodes with their memory.
         is_search: True if trials are suggested by a search.
         capacities: For each trainer that has reported its limit, the number of lanes that it can hold. In a
             search, it is the number of lanes that may be unfinished for the trainer; see
-            `count_usable_lanes` in `broker/assignment.py`.
+            `count_usable_lanes` in `broker.py`.
     """
     num_trainers, settings, cluster = session.num_trainers, session.settings, session.cluster
     if session.is_elastic and not cluster.local:
         least = MIN_AUTOSCALED_TRAINERS if settings.gpus_per_worker else 0
-        num_trainers = max(least, 2 * num_trainers, session.autoscaler_capacity)
+        num_trainers = max(least, 2 * num_trainers, 2 * len(capacities))
     expected, most = settings.expected_lanes, settings.max_lanes
     if is_search:
         told = [min(one, most) for one in capacities[:num_trainers]]
@@ -198,53 +130,179 @@ def trial_limit(session: Session, is_search: bool = False, capacities: Sequence[
     if cluster.local and not is_search:
         expected = 1
     wanted = sum(told) + max(0, num_trainers - len(told)) * expected
-    memory = max(cluster.memory, session.autoscaler_memory)
-    return max(1, min(wanted, int(memory / 2 / TRIAL_MEMORY_BYTES)))
+    return max(1, min(wanted, int(cluster.memory / 2 / TRIAL_MEMORY_BYTES)))
 
 
-def _make_algorithm(
+def _make_searcher(
     session: Session,
     known: Sequence[Configuration],
     pending: Sequence[Configuration],
-    search: SearchBudget | None,
+    search: Search | None,
     next_stage: Callable[[], Sequence[Configuration]],
 ) -> Any:
-    """Return Tune's search algorithm; the monitor changes its `max_concurrent`."""
+    """Return Tune's searcher; the monitor changes its `max_concurrent`."""
     limit, lanes = trial_limit(session, search is not None), session.settings.expected_lanes
     if search is not None:
-        from orchestrator.execution.search.searcher import PerGroupSearcher
+        from orchestrator.execution.searcher import PerGroupSearcher
 
-        searcher = PerGroupSearcher(search, session.store, session.scheduler, lanes, session.cached)
-        return SearchLimiter(searcher, limit)
+        return PerGroupSearcher(search, session.scheduler, lanes, session.cached, limit)
     order = partial(submission_order, session.scheduler, lanes=lanes, num_trainers=session.num_trainers)
-    return ConfigurationListGenerator(order(known, pending), limit, lambda: order((), next_stage()))
+    return tune.ConfigurationQueue(order(known, pending), limit, lambda: order((), next_stage()))
 
 
-def _make_tuner(session: Session, algorithm: Any, callback: BrokerCallback) -> tune.Tuner:
-    is_search = not isinstance(algorithm, ConfigurationListGenerator)
-    return tune.Tuner(
-        tune.with_resources(LaneTrainable, tune.PlacementGroupFactory([{"memory": TRIAL_MEMORY_BYTES}])),
-        tune_config=tune.TuneConfig(
-            search_alg=algorithm,
-            num_samples=-1 if is_search else 1,  # the searcher ends the experiment
-            scheduler=LiveTrialFIFOScheduler()
-            if session.scheduler == "none"
-            else PerGroupScheduler(session.scheduler, session.cached, session.tune_per_seed),
-            reuse_actors=True,
-            trial_name_creator=_trial_name,
-            trial_dirname_creator=_trial_name,
-        ),
-        run_config=tune.RunConfig(
-            name=session.cluster.namespace,
-            storage_path=str(session.settings.scratch),
-            verbose=0,
-            callbacks=[callback],
-            stop=AbortStopper(),
-            failure_config=tune.FailureConfig(max_failures=MAX_TRIAL_FAILURES),
-            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-        ),
-    )
+class StudyMonitor(threading.Thread):
+    """A thread that follows the broker and manages the trainers while `Tuner.fit` blocks.
 
+    Args:
+        session: Settings, storage and observers.
+        broker: The handle of the broker's actor.
+        pool: The trainers.
+        follow_trainers: Called with each answer of the broker.
+    """
 
-def _trial_name(trial: Any) -> str:
-    return f"{trial.config['configuration'].fingerprint[:12]}-{trial.trial_id}"
+    def __init__(
+        self,
+        session: Session,
+        broker: Any,
+        pool: TrainerPool,
+        follow_trainers: Callable[[Updates], None] = lambda updates: None,
+    ) -> None:
+        super().__init__(name="monitor", daemon=True)
+        self.session, self.broker, self.pool = session, broker, pool
+        self.follow_trainers = follow_trainers
+        self.budget, self.progress = session.budget, session.progress
+        self.draining_since: float | None = None
+        """Time at which the trainers were told to save their lanes because the study ends; None before."""
+        self.is_drained = False
+        self.stop_requested = threading.Event()
+        self.trials_ended, self.all_ended = threading.Event(), threading.Event()
+        self.num_read = 0
+        """Number of the broker's events that were read."""
+        self.steps_taken: dict[str, int] = {}
+        """Optimizer steps by trainer."""
+        self.error: Exception | None = None
+
+    def run(self) -> None:
+        """Start the first trainers, then poll until `close` is called or the study cannot continue."""
+        try:
+            self.pool.update(Updates())  # while the broker and the trials start
+            while not self.is_over and not self.stop_requested.wait(timeouts.SESSION_POLL_SECONDS):
+                self._poll()
+        except (RayActorError, GetTimeoutError) as error:
+            with suppress(RayError):
+                ray.kill(self.broker)  # its callers then get an error, too
+            lost = f"The broker was lost: {format_ray_error(error)}"
+            self.pool.failure_reason = f"{lost}. Finished work is kept; run the command again."
+        except Exception as error:  # such as a full disk: without its monitor the study would hang
+            self.error = error
+        if self.is_over:
+            self._abort()
+
+    @property
+    def is_over(self) -> bool:
+        """True if the study cannot or shall not continue."""
+        return self.error is not None or bool(self.pool.failure_reason) or self.is_drained
+
+    def wait_until_no_lane_is_open(self) -> None:
+        """Wait in the main thread, after `fit`, until all stopped lanes have a record or the monitor ends."""
+        self.trials_ended.set()
+        while self.is_alive() and not self.all_ended.wait(timeouts.SESSION_POLL_SECONDS):
+            pass
+
+    def close(self) -> None:
+        """End the trainers and the broker. The main thread calls this after `fit` has returned or raised."""
+        self.stop_requested.set()
+        try:
+            self.join(timeout=10)
+            with suppress(RayError):
+                ray.get(self.broker.close.remote(), timeout=5)
+        finally:
+            try:
+                if self.budget.is_interrupted:
+                    self.pool.shut_down(
+                        timeouts.INTERRUPT_TRAINER_SHUTDOWN_SECONDS,
+                        timeouts.INTERRUPT_TRAINER_THREAD_JOIN_SECONDS,
+                    )
+                else:
+                    self.pool.shut_down(
+                        timeouts.TRAINER_SHUTDOWN_SECONDS, timeouts.TRAINER_THREAD_JOIN_SECONDS
+                    )
+                if self.error is None:
+                    self._poll_last_updates()
+            finally:
+                ray.kill(self.broker)
+
+    def _abort(self) -> None:
+        tune.ABORTED.set()
+        self.broker.abort.remote()
+        if self.budget.is_interrupted and not self.stop_requested.is_set():
+            interrupt_main_thread()  # Tune would wait up to five seconds for its trials
+
+    def _poll_last_updates(self) -> None:
+        """Poll once more, and ignore errors of Ray, which would hide the error that ended the study."""
+        try:
+            self._poll()
+        except RayError:
+            pass
+        except Exception as error:
+            self.error = error
+
+    def _poll(self) -> None:
+        trials_ended = self.trials_ended.is_set()
+        ended = self.pool.list_ended()
+        answer = self.broker.get_updates.remote(self.num_read)
+        updates: Updates = ray.get(answer, timeout=timeouts.TRAINER_SILENT_SECONDS)
+        self.follow_trainers(updates)
+        self._read_events(updates)
+        counts, progress = updates.counts, self.progress
+        self._show_counts(updates)
+        self._enforce_budget(progress.live_trainers)
+        if trials_ended and not sum(counts[phase] for phase in LeasePhase if phase is not LeasePhase.ENDED):
+            self.all_ended.set()
+        if not self.stop_requested.is_set():
+            self.pool.update(updates, ended, may_start=self.draining_since is None)
+        progress.waiting_for = self.pool.waiting_for
+        progress.refresh()
+
+    def _read_events(self, updates: Updates) -> None:
+        """Pass on the new starts, reports and records of lanes, the trainers' lines, and their steps."""
+        self.num_read += len(updates.events)
+        for event in updates.events:
+            if isinstance(event, LaneProgress):
+                self.session.on_progress(event)
+            elif isinstance(event, EndedLane):
+                is_new = event.fingerprint not in self.session.cached
+                if is_new and (record := self.session.store.get(event.fingerprint)):
+                    self.progress.add_record(record)
+                    self.session.on_record(record)
+            else:
+                self.progress.notify(event)
+        self.steps_taken |= updates.steps_taken
+
+    def _show_counts(self, updates: Updates) -> None:
+        counts, progress = updates.counts, self.progress
+        progress.count_steps(sum(self.steps_taken.values()))
+        progress.training = counts[LeasePhase.LEASED] + counts[LeasePhase.PAUSED]
+        progress.waiting = counts[LeasePhase.WAITING]
+        progress.live_trainers = counts["trainers"]
+        if progress.training and progress.first_lane_at is None:
+            progress.first_lane_at = time.monotonic()
+
+    def _enforce_budget(self, live_trainers: int) -> None:
+        """Update the count of GPU hours, and drain the trainers once a limit of the run is reached.
+
+        Drained trainers save their lanes and give them back. The study counts as drained when no lane is in
+        training any more, or after `RunBudget.save_timeout` seconds.
+
+        Args:
+            live_trainers: Number of trainers that reserve GPUs.
+        """
+        now = time.monotonic()
+        if not self.budget.update(live_trainers, now) or self.stop_requested.is_set():
+            return
+        if self.draining_since is None:
+            self.draining_since = now
+            more = "; again ends at once" if self.budget.is_interrupted else ""
+            self.progress.notify(f"{self.budget.stop_reason}: the trainers save their lanes{more}")
+            self.broker.drain.remote(None)
+        self.is_drained = not self.progress.training or now - self.draining_since > self.budget.save_timeout

@@ -11,9 +11,8 @@ from orchestrator.study.options import DEFAULT_LANES_PER_TRAINER, StudyOptions
 from orchestrator.util import timeouts
 
 if TYPE_CHECKING:
-    from orchestrator.execution.progress import Progress
-    from orchestrator.execution.ray.runtime import Cluster
-    from orchestrator.execution.run_budget import RunBudget
+    from orchestrator.execution.progress import Progress, RunBudget
+    from orchestrator.execution.ray_cluster import Cluster
     from orchestrator.record.schema import LaneProgress, Record
     from orchestrator.record.store import Store
 
@@ -85,10 +84,6 @@ class Session:
     progress: Progress
     budget: RunBudget
     """The limits of the run. When one is reached, trainers save their lanes and the session ends."""
-    autoscaler_capacity: int = 0
-    """Number of trainers that fit on the largest set of nodes which an autoscaler may start."""
-    autoscaler_memory: float = 0.0
-    """Bytes that Ray may reserve on these nodes, as far as known."""
     on_record: Callable[[Record], None] = lambda record: None
     """Called with each new record, from another thread."""
     on_progress: Callable[[LaneProgress], None] = lambda progress: None

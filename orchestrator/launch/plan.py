@@ -10,9 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from orchestrator.execution import ray_cluster
 from orchestrator.execution.progress import format_duration
-from orchestrator.execution.ray import runtime
-from orchestrator.execution.rungs import scheduler_settings
+from orchestrator.execution.schedulers import scheduler_settings
 from orchestrator.finetune.models import loading
 from orchestrator.finetune.models.catalogue import UNPREPARED, built_in_names
 from orchestrator.finetune.resolve.data_lengths import report_truncation
@@ -28,7 +28,7 @@ from variants import catalogue
 from variants.traits import AdaptationScope
 
 if TYPE_CHECKING:
-    from orchestrator.execution.search.budget import SearchBudget
+    from orchestrator.execution.search import Search
 
 Line = tuple[str, str]
 """Label and text of a printed line."""
@@ -127,15 +127,15 @@ def _configuration_lines(study: Study) -> list[Line]:
     ]
 
 
-def _search_lines(search: SearchBudget, template: Configuration) -> list[Line]:
+def _search_lines(search: Search, template: Configuration) -> list[Line]:
     """Return the lines on a search: sampler and variants, and one for each distinct space and its points."""
     variants = dict.fromkeys(group.template.variant.name for group in search.groups.values())
     spaces: dict[str, list[str]] = {}
     for name, group in search.groups.items():
         space = " ".join(f"{key}={spec}" for key, spec in group.specs.items()) or "nothing"
-        points = search.num_asked[name] + search.num_remaining(name)
+        points = group.num_asked + group.num_remaining
         spaces.setdefault(f"{points} points of {space}", []).append(name)
-    search_line = "Search", f"{search.file.sampler}, {len(search.groups)} searches"
+    search_line = "Search", f"{search.sampler}, {len(search.groups)} searches"
     lines = [search_line, ("Variants", " ".join(variants))]
     if not any("learning_rate" in group.specs for group in search.groups.values()):
         lines.append(("Learning rate", f"{template.optimizer.learning_rate:g}"))
@@ -154,11 +154,11 @@ def _probe_hardware(options: StudyOptions) -> tuple[str, int, float]:
     if options.plan_gpu is not None:
         return options.plan_gpu, options.trainers or 0, workers * (options.gpus_per_worker or 1.0)
     gpus: float | None
-    if runtime.running_cluster_address() is not None:
+    if ray_cluster.running_cluster_address() is not None:
         device, trainers, gpus = "", options.trainers or 0, options.gpus_per_worker
     else:
-        device = runtime.gpu_name()
-        cluster = runtime.estimate_local_cluster()
+        device = ray_cluster.gpu_name()
+        cluster = ray_cluster.estimate_local_cluster()
         trainers, gpus = cluster.plan_trainers(options.trainers, options.gpus_per_worker, workers)
     if options.device == "cpu" or gpus == 0:
         return "cpu", trainers, 0.0

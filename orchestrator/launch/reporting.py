@@ -13,7 +13,7 @@ from rich.console import Console, RenderableType
 
 from orchestrator.analyze import report_memo
 from orchestrator.analyze.best_lanes import LaneGoal, ScoredLane, best_lanes, rank_lanes, score_lane
-from orchestrator.execution.run_budget import RunBudget
+from orchestrator.execution.progress import RunBudget
 from orchestrator.launch.study import Study
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store

@@ -13,8 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from orchestrator.execution import ray_cluster
 from orchestrator.execution.progress import Progress, format_duration
-from orchestrator.execution.ray import autoscaler, runtime
 from orchestrator.execution.settings import Session, TrainerSettings, shared_options
 from orchestrator.finetune.models import catalogue as model_catalogue
 from orchestrator.finetune.resolve.data_preparation import prepare_datasets, report_data, write_own_files
@@ -33,7 +33,7 @@ from orchestrator.launch.study import Study, resolve_study
 from orchestrator.record.mlflow import MlflowTracker, configured_uri
 from orchestrator.record.schema import Record, current_commit
 from orchestrator.record.study_file import LOCK_FILE, StudyFile, data_warnings, lanes_of_others
-from orchestrator.record.tracker import StudyEnd, TrackerWriter, TrackerWriters
+from orchestrator.record.tracker import TrackerWriter, TrackerWriters
 from orchestrator.study.config import write_config
 from orchestrator.study.configuration import Configuration
 from orchestrator.study.options import (
@@ -42,7 +42,7 @@ from orchestrator.study.options import (
     SHORT_LANES_PER_TRAINER,
     StudyOptions,
 )
-from orchestrator.util import atomic_files, timeouts
+from orchestrator.util import atomic_files
 from orchestrator.util.errors import UsageError
 from orchestrator.util.graceful_interrupts import graceful_interrupts
 from orchestrator.util.redaction import redact_secrets
@@ -101,23 +101,23 @@ def run_study(experiment: Experiment, options: StudyOptions, command: str = "") 
         if options.only:
             keep_only(study)
         if study.num_to_train and not options.plan:
-            runtime.check_start()
+            ray_cluster.check_start()
     if options.plan:
         drop_replaced(study)  # prints what would leave the study; the result is not used
         return StudyResult(0, study.folder, study.options, print_plan(study))
     atomic_files.make_folder(f"--study {study.name!r}", study.folder)
     refusal = f"study {study.name!r} is running already in {study.folder}; wait, or take another --study."
     with (
-        runtime.exclusive_lock(study.folder / LOCK_FILE, refusal),
+        ray_cluster.exclusive_lock(study.folder / LOCK_FILE, refusal),
         atomic_files.report_unwritable_folders(study.folder, study.store.root),
     ):
         _begin(study)
         if study.num_to_train or not reporting.print_known_end(study):
             Run(study).execute()
         if study.search is not None:
-            for name, used in study.search.update_usage(study.store).items():
-                if used.points < study.search.file.points:
-                    study.console.print(f"{name}: {used.points} points, its space has no more")
+            for name, group in study.search.groups.items():
+                if (points := group.num_asked + group.num_remaining) < group.points:
+                    study.console.print(f"{name}: {points} points, its space has no more")
         return StudyResult(reporting.print_missing_results(study), study.folder, study.options)
 
 
@@ -141,7 +141,7 @@ def _begin(study: Study) -> None:
         prepare_datasets(to_prepare, store.bases, store.data, study.console.print)
         report_data(to_prepare, store.bases, study.console.print, options.max_length is not None)
     if study.search is not None:
-        study.search.save()
+        study.search.begin(study.settled)
     if not options.only:
         study.file = drop_abandoned(study)
     requested, known = [c.fingerprint for c in study.requested], study.known_fingerprints()
@@ -155,7 +155,7 @@ def _begin(study: Study) -> None:
     if not continues:
         comment = f"The options of this study. To go on: {study.file.again()}"
         names = model_catalogue.built_in_names()
-        write_config(study.folder, study.experiment.name, study.given, comment, names)
+        write_config(study.folder, study.experiment.name, study.options, comment, names)
     nothing = "" if study.num_to_train else ", nothing to train"
     study.console.print(f"{study.name}: {len(known)} of {study.total} known{nothing}")
     if study.retries_exhausted:
@@ -217,13 +217,10 @@ class Run:
         study, progress, budget = self.study, self.progress, self.study.budget
         if study.search is not None:
             study.search.on_point = self._add
-        # Called if a signal ends the start of Ray.
-        end, seconds = StudyEnd("KILLED"), timeouts.INTERRUPT_MLFLOW_FLUSH_SECONDS
-        close_writers = partial(self.writers.close, end, seconds)
         with (
             progress,
             study.store.scratch_folder() as scratch_folder,
-            runtime.connect(close_writers) as cluster,
+            ray_cluster.connect() as cluster,
             graceful_interrupts(budget.request_stop),
         ):
             # Imported after `connect`, which sets environment variables that Tune reads at its import.
@@ -244,13 +241,13 @@ class Run:
         if budget.is_interrupted:
             raise KeyboardInterrupt
 
-    def _make_session(self, cluster: runtime.Cluster, scratch_folder: Path) -> Session:
+    def _make_session(self, cluster: ray_cluster.Cluster, scratch_folder: Path) -> Session:
         """Check the cluster, and determine the number of trainers and their settings."""
         from orchestrator.cluster.check import require_usable_cluster
 
         study = self.study
-        store, node_types = study.store, autoscaler.startable_node_types(cluster)
-        options = autoscaler.adapt_to_cluster(study.options, cluster, study.templates, node_types)
+        store = study.store
+        options = ray_cluster.adapt_to_cluster(study.options, cluster, study.templates)
         require_usable_cluster(cluster, store.root)
         num_trainers, gpus_per_worker = cluster.plan_trainers(
             options.trainers, options.gpus_per_worker, options.workers_per_trainer
@@ -260,7 +257,6 @@ class Run:
         if options.kernels == "liger" and not settings.uses_gpus:
             raise UsageError("--kernels liger: the trainers of this study have no GPU; take --kernels torch.")
         max_lanes = choose_lanes(study, num_trainers, settings.uses_gpus)
-        new_workers = autoscaler.worker_capacity(node_types, gpus_per_worker) or 0
         return Session(
             settings=replace(settings, max_lanes=max_lanes),
             num_trainers=min(num_trainers, study.num_to_train),
@@ -268,8 +264,6 @@ class Run:
             store=store,
             progress=self.progress,
             budget=study.budget,
-            autoscaler_capacity=new_workers // options.workers_per_trainer,
-            autoscaler_memory=sum(each.max_nodes * each.node.memory for each in node_types if each.node),
             on_record=self._log_record,
             on_progress=self.writers.put_progress,
             cached={c.fingerprint for c in study.satisfied},

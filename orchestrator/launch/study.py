@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from orchestrator.execution.ray import autoscaler, runtime
-from orchestrator.execution.run_budget import RunBudget
-from orchestrator.execution.rungs import find_settled
+from orchestrator.execution import ray_cluster
+from orchestrator.execution.progress import RunBudget
+from orchestrator.execution.schedulers import find_settled
 from orchestrator.finetune.models.catalogue import UNPREPARED, find_content, prepare_base_model
 from orchestrator.finetune.resolve.option_names import ResolvedOptions, resolve_tasks
 from orchestrator.finetune.resolve.templates import build_configuration_templates
@@ -36,7 +36,7 @@ from orchestrator.util.errors import UsageError
 from orchestrator.util.redaction import REDACTED
 
 if TYPE_CHECKING:
-    from orchestrator.execution.search.budget import SearchBudget
+    from orchestrator.execution.search import Search
 
 TRACKERS = {"wandb": WandbTracker, "tensorboard": TensorBoardTracker}
 """Value of --tracker -> the tracker beside MLflow."""
@@ -50,10 +50,8 @@ class Study:
     """
 
     experiment: Experiment
-    given: StudyOptions
-    """The options as they were given, with the defaults of the experiment."""
     options: StudyOptions
-    """The options, with all defaults filled in."""
+    """The options, with the defaults of the experiment."""
     command: str = ""
     """The shell command that runs the study again."""
     store: Store
@@ -71,7 +69,7 @@ class Study:
     """The trackers that --tracker names."""
     budget: RunBudget = field(default_factory=RunBudget)
     """The limits of this run."""
-    search: SearchBudget | None = None
+    search: Search | None = None
     """The search that samples further configurations; None for a design, and before `look_up`."""
     requested: list[Configuration] = field(default_factory=list)
     """All configurations that the design or the search has named so far."""
@@ -109,9 +107,9 @@ class Study:
         self._divide(self.requested)
         self.expected = len(self.design.outline()) if self.design and self.pending else 0
 
-    def open_search(self) -> SearchBudget:
+    def open_search(self) -> Search:
         """Open the search of the study; nothing is written."""
-        from orchestrator.execution.search.budget import open_search  # imports Optuna, which takes a second
+        from orchestrator.execution.search import open_search  # imports Optuna, which takes a second
 
         return open_search(
             self.folder,
@@ -180,11 +178,7 @@ class Study:
         if self.search is None:
             count = self.total - len(self.requested)
             return [template for template, _ in zip(cycle(self.templates), range(count))]
-        return [
-            group.template
-            for name, group in self.search.groups.items()
-            for _ in range(self.search.num_remaining(name))
-        ]
+        return [group.template for group in self.search.groups.values() for _ in range(group.num_remaining)]
 
     def max_steps(self) -> int:
         """Return the optimizer steps of `pending` and `unnamed`, if no lane ends early."""
@@ -242,8 +236,7 @@ def resolve_study(experiment: Experiment, given: StudyOptions, command: str = ""
     """
     console = Console(file=sys.stdout, highlight=False, markup=False)
     _require_hardware(experiment, given)
-    given = experiment.fill_defaults(given)
-    options = autoscaler.adapt_options(given)
+    options = experiment.fill_defaults(given)
     make_folder(f"--output {str(options.output)!r}", options.output)
     store = Store(options.store_folder)
     tracking_uri = resolve_uri(options.tracking_uri, store)
@@ -252,8 +245,8 @@ def resolve_study(experiment: Experiment, given: StudyOptions, command: str = ""
         tracker.check()
     tasks = resolve_tasks(options, store.bases)
     budget = RunBudget(options.max_hours, options.max_gpu_hours)
-    if options.plan_gpu is None and runtime.running_cluster_address() is None:
-        _, gpus = runtime.estimate_local_cluster().plan_trainers(
+    if options.plan_gpu is None and ray_cluster.running_cluster_address() is None:
+        _, gpus = ray_cluster.estimate_local_cluster().plan_trainers(
             options.trainers, options.gpus_per_worker, options.workers_per_trainer
         )
         budget.set_gpus_per_trainer(gpus * options.workers_per_trainer)
@@ -261,7 +254,7 @@ def resolve_study(experiment: Experiment, given: StudyOptions, command: str = ""
     if not options.plan:
         is_missing = any(template.model.content == UNPREPARED for template in templates)
         if is_missing:
-            runtime.check_start()  # before a model is pretrained or fetched, which takes longer
+            ray_cluster.check_start()  # before a model is pretrained or fetched, which takes longer
         for each in tasks:  # of a folder, the store notes the place, because workers run elsewhere
             prepare_base_model(each.model, store.bases, console.print)
         templates = _build_templates(options, tasks, store) if is_missing else templates
@@ -279,7 +272,6 @@ def resolve_study(experiment: Experiment, given: StudyOptions, command: str = ""
         check_uri(study_uri(file.tracking_uri, store))  # study.yaml has left it out, with the password
     study = Study(
         experiment=experiment,
-        given=given,
         options=options,
         command=command or new.again(*(["--only", *options.only] if options.only else [])),
         store=store,
@@ -337,8 +329,8 @@ def _require_hardware(experiment: Experiment, options: StudyOptions) -> None:
     """
     if options.dry_run or options.plan or options.task or options.data or options.model:
         return
-    has_cluster = runtime.running_cluster_address() is not None
-    if not has_cluster and not any(node.gpus for node in runtime.estimate_local_cluster().nodes):
+    has_cluster = ray_cluster.running_cluster_address() is not None
+    if not has_cluster and not any(node.gpus for node in ray_cluster.estimate_local_cluster().nodes):
         raise UsageError(
             f"the full study ({' '.join(experiment.tasks)}) needs a GPU or a Ray cluster "
             "(ray up cluster.yaml, or RAY_ADDRESS) and there is none here; rehearse it with --dry-run, or "

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import inspect
 import os
+import pkgutil
 import sys
 from collections.abc import Collection, Mapping
 from dataclasses import MISSING, dataclass, fields, replace
@@ -59,6 +60,8 @@ class Option:
     """False if the option concerns one run only; study.yaml then leaves it out."""
     position: bool = False
     """True if the value is given without the name of the option."""
+    registry: str = ""
+    """The mapping, "module:name", whose keys are the choices; it may be in a package above this one."""
     section: str = ""
     """Title of the section of `--help` that begins with this option."""
     plain_type: Any = str
@@ -123,6 +126,8 @@ class Options:
             plain = plain_hints[name]
             if type(None) in get_args(plain):
                 (plain,) = (each for each in get_args(plain) if each is not type(None))
+            if option.registry:
+                plain = hint = Literal[tuple(pkgutil.resolve_name(option.registry))]
             if get_origin(hint) is not ClassVar:
                 kind = tuple if get_origin(plain) is tuple else plain
                 word = get_args(plain)[0] if kind is tuple else plain

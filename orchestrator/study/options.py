@@ -125,10 +125,10 @@ class StudyOptions(StoreOptions):
     that only this variant has (`lora_plus.ratio`). SPEC: `low:high`, `log:low:high`, `int:low:high`,
     `logint:low:high`, or a choice `4,8,16`. A learning rate that is not named is searched between the ends of
     --learning-rates, unless that is one rate or --set fixes it."""
-    scheduler: Literal["none", "asha", "median"] = "none"
-    """Early stopping by validation loss, separately for each variant and task: none, asha, median (Ray
-    Tune's). Stopped lanes are shown as censored; without early stopping they continue. With --evaluations 10,
-    asha takes about a third of the steps (docs/early_stopping.md)."""
+    scheduler: Annotated[str, Option(registry="orchestrator.execution.schedulers:SCHEDULERS")] = "none"
+    """Early stopping by validation loss, separately for each variant and task, by Ray Tune. Stopped lanes
+    are shown as censored; without early stopping they continue. With --evaluations 10, asha takes about a
+    third of the steps (docs/early_stopping.md)."""
     steps: Annotated[
         int | None, HYPERPARAMETERS["steps"].bounds, Option(section="training", sets="steps")
     ] = None

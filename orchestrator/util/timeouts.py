@@ -8,7 +8,7 @@ from __future__ import annotations
 # -- signals and exit
 
 INTERRUPT_TIMEOUT_SECONDS = 20.0
-"""Time from Ctrl-C until another thread ends the process, twice `INTERRUPT_DEADLINE_SECONDS`."""
+"""Time from Ctrl-C until the system ends the process, twice `INTERRUPT_DEADLINE_SECONDS`."""
 INTERRUPT_DEADLINE_SECONDS = 10.0
 """Time from Ctrl-C to the end of a study, as promised to users."""
 SAVE_SECONDS = 60.0
@@ -39,11 +39,8 @@ NODE_START_SECONDS = 1800.0
 to boot and to be set up."""
 TRAINER_SILENT_SECONDS = 60.0
 """Silence after which a trainer loses its lanes."""
-STARVATION_SECONDS = 60.0
-"""Wait after which a trainer is emptied for the lanes of a group key, or for a lane that may have caused a
-crash."""
-ORPHAN_LANE_SECONDS = 60.0
-"""Time after a restart of the broker in which a lane that a trainer has announced waits for its trial."""
+TAKEOVER_SECONDS = 2.0
+"""Time without a lane after which a trainer takes over lanes of another one."""
 HEARTBEAT_SECONDS = 10.0
 """Interval of a trainer's heartbeats."""
 HUNG_SECONDS = 1800.0
@@ -54,8 +51,6 @@ and some variants compute singular vectors of every layer: both show no progress
 communication between a trainer's workers, which wait for each other meanwhile."""
 BASELINE_POLL_SECONDS = 1.0
 """Interval at which a trainer looks for the scores of the base model that another trainer computes."""
-BROKER_LOST_SECONDS = 30.0
-"""Time without an answer after which callers consider the broker lost."""
 REPORT_WAIT_SECONDS = 20.0
 """Length of one call that waits for a report; the trial then calls again."""
 IDLE_TRAINER_SECONDS = 60.0
@@ -72,23 +67,12 @@ STORE_FULL_SECONDS = 60.0
 DEVICE_TEST_SECONDS = 120.0
 """Time for the test of a worker's device, including the start of CUDA on a busy machine; a broken GPU may
 never answer."""
-DEVICE_HOLD_POLL_SECONDS = 1.0
-"""Interval at which a trainer on an excluded device asks whether it shall end."""
-UNREACHABLE_TIMEOUT_SECONDS = 30.0
-"""Time for Ray to find out why a worker cannot be reached."""
-PLACEMENT_GROUP_CLEANUP_SECONDS = 20.0
-"""Time after a trainer's death in which its placement group is looked for."""
-
-# -- Ray's processes
-
-RAY_EXIT_SECONDS = 2.0
-"""Time in which a Ray that has lost its driver ends most of its processes."""
-DRAIN_TIMEOUT_SECONDS = 40.0
-"""Time limit of `ray drain-node`, of the two minutes that a spot notice leaves: Ray's command line starts
-slowly on a busy machine."""
 
 # -- cloud machines
 
+DRAIN_TIMEOUT_SECONDS = 40.0
+"""Time limit of `ray drain-node`, of the two minutes that a spot notice leaves: Ray's command line starts
+slowly on a busy machine."""
 SPOT_NOTICE_SECONDS = 120
 """Time between AWS's spot notice and the end of the machine."""
 IMDS_REQUEST_SECONDS = 2.0

@@ -8,44 +8,29 @@ import pytest
 from in_process import ORCHESTRATOR, Run
 
 from orchestrator.cluster import check
-from orchestrator.execution.ray import autoscaler, runtime
-from orchestrator.execution.ray.autoscaler import NodeType
-from orchestrator.execution.ray.runtime import Cluster, Node
+from orchestrator.execution import ray_cluster
+from orchestrator.execution.ray_cluster import Cluster, Node
 from orchestrator.util import timeouts
 from orchestrator.util.errors import UsageError
 
 GIB = 2**30
 HEAD = Cluster((Node(2, 0, 4 * GIB, "a", "10.0.0.1"),), local=False)
 GPUS = Cluster((*HEAD.nodes, Node(8, 4, 64 * GIB, "b", "10.0.0.2")), local=False)
-STARTABLE = (NodeType("gpu", 8, Node(4, 1, 16 * GIB)),)
 
 
 @pytest.mark.parametrize(
-    ("cluster", "asked", "startable", "words"),
+    ("cluster", "asked", "words"),
     [
-        (GPUS, (None, None, 1), (), "2 nodes, 10 CPUs, 4 GPUs: room for 4 of 4 trainers"),
-        (GPUS, (9, None, 1), (), "room for 4 of 9 trainers; the others wait for nodes to join"),
-        (HEAD, (None, None, 1), (), "1 node, 2 CPUs, 0 GPUs: room for 2 of 2 trainers"),
-        (HEAD, (None, None, 1), STARTABLE, "room for 0 of 1 trainers; the autoscaler may start 8 gpu"),
-        (HEAD, (4, 1.0, 2), STARTABLE, "room for 0 of 4 trainers; the autoscaler may start 8 gpu"),
-        (HEAD, (None, 1.0, 1), (NodeType("any", 2, None),), "the autoscaler may start 2 any"),
+        (GPUS, (None, None, 1), "2 nodes, 10 CPUs, 4 GPUs: room for 4 of 4 trainers"),
+        (GPUS, (9, None, 1), "room for 4 of 9 trainers; the others wait for nodes to join"),
+        (HEAD, (None, None, 1), "1 node, 2 CPUs, 0 GPUs: room for 2 of 2 trainers"),
+        (HEAD, (4, 1.0, 2), "room for 0 of 4 trainers; the others wait for nodes to join"),
     ],
 )
 def test_there_is_room_now_or_later(
-    cluster: Cluster,
-    asked: tuple[int | None, float | None, int],
-    startable: tuple[NodeType, ...],
-    words: str,
-    monkeypatch: pytest.MonkeyPatch,
+    cluster: Cluster, asked: tuple[int | None, float | None, int], words: str
 ) -> None:
-    monkeypatch.setattr(autoscaler, "startable_node_types", lambda cluster: startable)
     assert words in check.check_capacity(cluster, *asked)
-
-
-def test_without_any_room_the_line_says_what_to_change(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(autoscaler, "startable_node_types", lambda cluster: ())
-    with pytest.raises(UsageError, match=r"room for 0 of 1 trainers.*ray start --address"):
-        check.check_capacity(HEAD, None, 1.0, 1)
 
 
 def test_different_and_missing_versions_are_failures() -> None:
@@ -80,7 +65,7 @@ def test_a_node_writes_where_it_sees_the_file_of_the_driver(
 def test_this_machine_is_checked_without_ray_and_nothing_is_left(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runtime, "running_cluster_address", lambda: None)
+    monkeypatch.setattr(ray_cluster, "running_cluster_address", lambda: None)
     done = run(ORCHESTRATOR, "check")
     assert done.stderr == ""
     assert [line.split()[:2] for line in done.stdout.splitlines()] == [["ok", "store"], ["ok", "nodes"]]

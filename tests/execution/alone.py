@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from orchestrator.execution.settings import TrainerSettings
-from orchestrator.execution.trainers.trainer import load_base_model
+from orchestrator.execution.trainer_worker import load_base_model
 from orchestrator.finetune.engine import loop
 from orchestrator.finetune.engine.lane_source import Directive, Lease, LeaseGrant, Report
 from orchestrator.finetune.engine.slots import LaneSlots

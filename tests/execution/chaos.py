@@ -1,10 +1,11 @@
 """Kill processes of a running study at random moments, and compare its results with an undisturbed run.
 
     python -m tests.execution.chaos                  5 kills, one of each kind of process
-    python -m tests.execution.chaos --kills 20       the run that docs/faults.md reports
+    python -m tests.execution.chaos --kills 20       what .ci/nightly runs
 
-The command of the study is started again whenever it ends before the study is complete. A killed process
-cannot report how many steps it took, so `counted_task.py` writes each step to a file when the step is taken.
+The kill of a driver or of the broker ends the command, which is then started again; no other kill may. A
+killed process cannot report how many steps it took, so `counted_task.py` writes each step to a file when the
+step is taken.
 """
 
 from __future__ import annotations
@@ -44,13 +45,15 @@ from orchestrator.record.study_file import StudyFile
 NAME = "chaos"
 TITLES = {
     "trainer": ["RayTrainWorker"],
-    "trial": ["LaneTrial"],
+    "trial": ["LightTrialActor"],
     "broker": ["Broker"],
     "controller": ["TrainController"],
 }
 """Kind of process -> the names that Ray gives to its processes. The driver has no such name."""
 KINDS = ("driver", *TITLES)
-RESUMED_KINDS = ("driver", "trainer")
+ENDING_KINDS = {"driver": -signal.SIGKILL, "broker": 1}
+"""Kinds of processes whose death ends the command -> its exit code."""
+RESUMED_KINDS = ("driver", "broker", "trainer")
 """Kinds of processes whose death makes lanes wait until a new process trains them."""
 KILL_SHARE = 0.6
 """The share of the remaining steps within which the remaining kills happen, so that none is too late."""
@@ -121,7 +124,7 @@ class Run:
     kills: list[Kill] = field(default_factory=list)
     exits: list[str] = field(default_factory=list)
     """One sentence for each time that the command ended by itself before the study was complete. The list
-    should stay empty, because the command has to be started again only after its driver was killed."""
+    should stay empty."""
     process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -185,9 +188,11 @@ def run_with_kills(run: Run, kills: int, seed: int, progress: Callable[[str], No
         process = _kill(run, process, kind, rng.randint(1, max(1, int(left))), rng, progress)
         kill = run.kills[-1]
         progress(f"{kill.when - began:5.0f} s, step {kill.steps}: {kind} killed")
-        if kind == "driver":
-            if (code := process.wait()) != -signal.SIGKILL:
-                raise run.fail(f"the driver ended with {code} just before it was to be killed")
+        if kind in ENDING_KINDS:
+            if (code := process.wait()) != ENDING_KINDS[kind]:
+                raise run.fail(f"after the kill of its {kind} the command ended with {code}")
+            if kind == "broker" and "error: The broker was lost" not in run.log.read_text().splitlines()[-1]:
+                raise run.fail("the last line does not name the lost broker")
             process = run.start()
     run.steps_of(run.starts).run_free()
     while code := process.wait():
@@ -249,21 +254,21 @@ def _processes(driver: int, kind: str) -> list[int]:
 def _measure_resumption(run: Run) -> None:
     """Compute for each kill how long it took until a new process trained.
 
-    After the kill of a driver, its trainers live on for a moment, so only trainers of the next start are new.
+    After the kill of a driver, its trainers live on for a moment: only those of the next start are new.
     """
     for kill in run.kills:
-        start = kill.start + 1 if kill.kind == "driver" else kill.start
+        start = kill.start + (kill.kind in ENDING_KINDS)
         firsts = [moment for moment in run.steps_of(start).firsts() if moment > kill.when]
         if kill.kind in RESUMED_KINDS and firsts:
             kill.seconds_to_resume = min(firsts) - kill.when
 
 
 def unexplained_starts(run: Run) -> list[str]:
-    """Return a sentence for each start of the command that no killed driver explains."""
+    """Return a sentence for each start of the command that no kill explains."""
     found = [f"the command ended by itself: {each}" for each in run.exits]
-    drivers = sum(kill.kind == "driver" for kill in run.kills)
-    if run.starts != 1 + drivers:
-        found.append(f"{run.starts} starts for {drivers} killed drivers")
+    ends = sum(kill.kind in ENDING_KINDS for kill in run.kills)
+    if run.starts != 1 + ends:
+        found.append(f"{run.starts} starts for {ends} killed drivers and brokers")
     return found
 
 

@@ -16,7 +16,7 @@ from ray._private.state import actors
 from ray.cluster_utils import Cluster
 from ray.util import placement_group, remove_placement_group
 
-from orchestrator.execution.broker.client import BROKER_NAME
+from orchestrator.execution.broker import BROKER_NAME
 
 GPUS = ("--device", "cpu", "--gpus-per-worker", "1")
 """The options of a study that reserves these GPUs and trains on the CPU."""

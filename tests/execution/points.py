@@ -53,7 +53,6 @@ def study_of(
 
     return Study(
         experiment=load("study"),
-        given=options or StudyOptions(),
         options=options or StudyOptions(),
         store=store,
         file=StudyFile("s", "?", "x", folder=store.root),

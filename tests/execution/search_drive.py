@@ -9,12 +9,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import optuna
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 from points import configuration
 from ray.tune.search import Searcher
 
-from orchestrator.execution.search import journal
-from orchestrator.execution.search.budget import SearchBudget, open_search
-from orchestrator.execution.search.searcher import PerGroupSearcher
+from orchestrator.execution.schedulers import find_settled
+from orchestrator.execution.search import FINGERPRINT, JOURNAL_FILE, Search, open_search
+from orchestrator.execution.searcher import PerGroupSearcher
 from orchestrator.finetune.resolve.option_names import variant_hyperparameters
 from orchestrator.record.schema import Evaluation, Record
 from orchestrator.record.store import Store
@@ -55,11 +58,16 @@ def record(point: Configuration, state: str = "finished") -> Record:
     return Record(point.fingerprint, point, state, steps, evaluations=seen, **stopped)  # type: ignore[arg-type]
 
 
+def journal(folder: Path) -> dict[str, list[optuna.trial.FrozenTrial]]:
+    """Return group -> points, read by Optuna from the journal of the study in `folder`."""
+    storage = JournalStorage(JournalFileBackend(str(folder / JOURNAL_FILE)))
+    studies = [optuna.load_study(study_name=n, storage=storage) for n in optuna.get_all_study_names(storage)]
+    return {s.study_name: [t for t in s.trials if FINGERPRINT in t.user_attrs] for s in studies}
+
+
 def asked(folder: Path) -> list[str]:
-    """Return the fingerprints in the journal of the study in `folder`, in the order of the suggestions."""
-    trials = [t for each in journal.read_trials(folder / journal.JOURNAL_FILE).values() for t in each]
-    points = [trial.user_attrs for trial in trials if journal.FINGERPRINT in trial.user_attrs]
-    return [each[journal.FINGERPRINT] for each in sorted(points, key=lambda each: each[journal.ORDER])]
+    """Return the fingerprints of the points in the journal, group by group."""
+    return [trial.user_attrs[FINGERPRINT] for trials in journal(folder).values() for trial in trials]
 
 
 class Drive:
@@ -80,11 +88,10 @@ class Drive:
         self.study.mkdir(exist_ok=True)
         templates = [build(variant, {}) for variant in over]
         spaces = {"letters": over}
-        self.budget: SearchBudget = open_search(self.study, sampler, points, spaces, templates, replicates)
-        self.budget.save()
-        asha = ASHA if scheduler == "asha" else ""
-        known = {f for f in self.budget.configurations if self.store.get_reusable(f, asha)}
-        self.search = PerGroupSearcher(self.budget, self.store, scheduler, lanes, known)
+        self.budget: Search = open_search(self.study, sampler, points, spaces, templates, replicates)
+        self.budget.begin(lambda fingerprint: find_settled(self.store, fingerprint, scheduler))
+        self.cached: set[str] = set()
+        self.search = PerGroupSearcher(self.budget, scheduler, lanes, self.cached, max_concurrent=1000)
         self.running: dict[str, Configuration] = {}
         self.given: list[Configuration] = []
         self.calls = 0
@@ -122,11 +129,6 @@ class Drive:
                 assert self.running, "nothing runs and nothing can be suggested"
                 self.end(next(iter(self.running)))
 
-    def asked(self) -> list[str]:
-        """Return the fingerprints in the journal on disk, in the order in which they were asked for."""
-        return asked(self.study)
-
-    def optuna_trials(self, variant: str) -> list[Any]:
-        """Return the trials in a group's Optuna study, without rejected suggestions."""
-        trials = self.search.searches[variant].study.trials
-        return [trial for trial in trials if journal.REJECTED not in trial.user_attrs]
+    def optuna_trials(self, variant: str) -> list[optuna.trial.FrozenTrial]:
+        """Return the points of a group in the journal on disk."""
+        return journal(self.study)[variant]

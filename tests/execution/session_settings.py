@@ -8,9 +8,8 @@ from typing import Any
 
 from rich.console import Console
 
-from orchestrator.execution.progress import Progress
-from orchestrator.execution.ray.runtime import Cluster
-from orchestrator.execution.run_budget import RunBudget
+from orchestrator.execution.progress import Progress, RunBudget
+from orchestrator.execution.ray_cluster import Cluster
 from orchestrator.execution.settings import Session, TrainerSettings
 from orchestrator.record.store import Store
 from orchestrator.study.options import StudyOptions

@@ -21,7 +21,7 @@ import psutil
 import pytest
 
 from orchestrator.cli.program import run_command
-from orchestrator.execution.rungs import lane_evaluation_steps
+from orchestrator.execution.schedulers import lane_evaluation_steps
 from orchestrator.experiments import MODULES
 from orchestrator.record.schema import Evaluation, Provenance, Record
 from orchestrator.record.store import Store

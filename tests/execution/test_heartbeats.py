@@ -20,8 +20,8 @@ from ray import cloudpickle
 from ray.cluster_utils import Cluster
 from scripted import configuration, tiny_base_model
 
-from orchestrator.execution.broker.actor import Broker
-from orchestrator.execution.broker.client import BROKER_NAME, BrokerClient
+from orchestrator.execution.broker import BROKER_NAME
+from orchestrator.execution.broker_actor import Broker, BrokerClient
 from orchestrator.finetune.engine import loop
 from orchestrator.finetune.engine.slots import LaneSlots
 from orchestrator.record.store import Store
@@ -47,9 +47,9 @@ class CountingBroker(Broker):
 
     heartbeats = 0
 
-    async def heartbeat(self, trainer_id: str) -> None:
+    async def heartbeat(self, trainer: str) -> None:
         self.heartbeats += 1
-        await super().heartbeat(trainer_id)
+        await super().heartbeat(trainer)
 
     async def count_heartbeats(self) -> int:
         return self.heartbeats
@@ -69,7 +69,7 @@ def broker(connected: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def connect() -> BrokerClient:
-    client = BrokerClient("trainer-0.x")
+    client = BrokerClient("trainer-0")
     CLIENTS.append(client)
     return client
 

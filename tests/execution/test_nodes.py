@@ -13,7 +13,7 @@ from machines import GPUS, Machines, lanes, trainers
 from ray.util.placement_group import placement_group_table
 from steps import TASK, Steps
 
-from orchestrator.execution.tune.trial import TRIAL_MEMORY_BYTES
+from orchestrator.execution.trial import TRIAL_MEMORY_BYTES
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1800)]
 

@@ -1,8 +1,9 @@
-"""The live line and the plain lines of a study, with a clock that only the test advances."""
+"""The limits of a run, its live line and its plain lines, with a clock that only the test advances."""
 
 from __future__ import annotations
 
 import io
+import math
 import time
 from collections import Counter
 from pathlib import Path
@@ -13,8 +14,10 @@ import pytest
 from rich.console import Console
 
 from orchestrator.execution import progress as progress_module
-from orchestrator.execution.progress import Progress, format_duration
+from orchestrator.execution.progress import INTERRUPTED, Progress, RunBudget, format_duration
+from orchestrator.study.options import StudyOptions
 from orchestrator.util import timeouts
+from orchestrator.util.errors import UsageError
 
 NOW = 100_000.0
 
@@ -44,8 +47,9 @@ def test_durations_are_formatted(seconds: float, said: str) -> None:
     assert format_duration(seconds) == said
 
 
-def test_the_line_fits_80_columns_when_everything_is_long(tmp_path: Path, now: SimpleNamespace) -> None:
-    progress = Progress(tmp_path, 5000, 4000, Console(file=io.StringIO(), width=80))
+def test_the_line_begins_with_what_matters_most(tmp_path: Path, now: SimpleNamespace) -> None:
+    screen = io.StringIO()
+    progress = Progress(tmp_path, 5000, 4000, Console(file=screen, width=80))
     progress.training, progress.live_trainers = 64, 8
     progress.ended = Counter(finished=626, diverged=120, stopped=250, failed=3)
     progress.best = 0.987, "rslora 0.000316"
@@ -53,11 +57,10 @@ def test_the_line_fits_80_columns_when_everything_is_long(tmp_path: Path, now: S
     progress.count_steps(1)
     progress.count_steps(30_000)
     now.seconds += 7000
-    assert progress.status_line().endswith(" left")
-    assert len(progress.status_line()) <= 80
-    progress.total, progress.cached = 99_300, 62_000
-    progress.ended = Counter(diverged=12_000, stopped=25_000, failed=300)
-    assert len(progress.status_line()) <= 80
+    line = progress.status_line()
+    assert line.startswith("4999/5000 done | 1 h 57 min left | 3 failed | 120 diverged | 250 stopped | ")
+    progress.refresh()
+    assert screen.getvalue().splitlines() == [line], "one line in a log"
 
 
 def test_the_time_left_is_known_after_a_few_steps(tmp_path: Path, now: SimpleNamespace) -> None:
@@ -92,8 +95,8 @@ def test_without_a_terminal_it_writes_lines_and_keeps_others_out(
         progress.refresh()
     assert screen.getvalue().splitlines() == [
         "Ray started here",
-        "1/3 done | 0 training | trainers start",
-        "1/3 done | 1 training | trainers start",
+        "1/3 done | trainers start | 0 training",
+        "1/3 done | trainers start | 1 training",
     ]
     assert "noise of a library" in (tmp_path / "ray.log").read_text()
     assert "Ray started here" in (tmp_path / "study.log").read_text()
@@ -105,3 +108,51 @@ def test_failed_lanes_are_not_counted_as_trained(tmp_path: Path) -> None:
     assert progress.describe_ended(24) == "1 trained in 24 s, 3 failed"
     progress.ended = Counter(finished=1, stopped=2)
     assert progress.describe_ended(24) == "3 trained in 24 s, 2 of them stopped early"
+
+
+# -- the limits of a run; studies that end at a limit are in test_two_studies.py
+
+
+def test_gpu_hours_count_from_a_trainers_first_call_to_its_last() -> None:
+    budget = RunBudget(started_at=0.0)
+    budget.set_gpus_per_trainer(0.5 * 2)  # two workers on half a GPU each
+    for trainers, now in ((0, 100.0), (2, 200.0), (2, 1100.0), (1, 2900.0), (0, 4700.0), (0, 9000.0)):
+        assert budget.update(trainers, now) == ""
+    # Two trainers ran for 900 s, and for 1800 s until the end of one of them was noticed; then one trainer
+    # ran for 1800 s.
+    assert budget.used_gpu_hours == pytest.approx((2 * 900 + 2 * 1800 + 1800) / 3600)
+    assert budget.format_usage() == "2 GPU hours"
+
+
+def test_the_first_limit_ends_the_study_and_stays_the_reason() -> None:
+    budget = RunBudget(max_hours=2.0, max_gpu_hours=1.0, started_at=0.0)
+    budget.set_gpus_per_trainer(1.0)
+    assert budget.update(1, 0.0) == ""
+    assert budget.update(1, 3599.0) == ""
+    assert budget.update(1, 3601.0) == "--max-gpu-hours 1"
+    assert budget.update(1, 2 * 3600 + 1.0) == "--max-gpu-hours 1"
+    assert not budget.is_interrupted
+    time_budget = RunBudget(max_hours=0.5, started_at=50.0)
+    assert (time_budget.update(0, 1849.0), time_budget.update(0, 1850.0)) == ("", "--max-hours 0.5")
+    assert time_budget.format_usage() == "", "without GPUs there is nothing to say"
+
+
+def test_ctrl_c_comes_before_every_limit_and_gets_ten_seconds(now: SimpleNamespace) -> None:
+    now.seconds = 3600.5
+    budget = RunBudget(max_hours=1.0, started_at=0.0)
+    assert budget.interrupt_seconds_left() == math.inf
+    assert budget.update(1, 3600.0) == "--max-hours 1"
+    budget.request_stop()
+    assert budget.update(1, 3601.0) == INTERRUPTED
+    assert budget.is_interrupted
+    assert budget.interrupt_seconds_left() == 10
+    now.seconds += 4.0
+    assert budget.interrupt_seconds_left() == 6
+
+
+def test_a_limit_on_gpus_needs_trainers_that_hold_some() -> None:
+    with pytest.raises(UsageError, match=r"--max-gpu-hours 3: .* hold no GPU; take --max-hours"):
+        RunBudget(max_gpu_hours=3.0).set_gpus_per_trainer(0.0)
+    RunBudget(max_hours=3.0).set_gpus_per_trainer(0.0)
+    with pytest.raises(UsageError, match=r"--max-gpu-hours 3 with --gpus-per-worker 0"):
+        StudyOptions(max_gpu_hours=3.0, gpus_per_worker=0.0)

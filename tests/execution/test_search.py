@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 from points import study_of
-from search_drive import STEPS, Drive, build, record, score, space
+from ray.tune.search import Searcher
+from search_drive import Drive, asked, build, journal, record, score, space
 
-from orchestrator.execution.search.budget import open_search
-from orchestrator.execution.search.journal import JOURNAL_FILE, read_trials
-from orchestrator.execution.search.search_file import SEARCH_FILE, SearchFile
+from orchestrator.execution.search import JOURNAL_FILE, open_search
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "cma-es"])
@@ -23,7 +22,8 @@ def test_every_variant_gets_as_many_points_in_blocks_of_a_lane_group(tmp_path: P
     assert len({point.fingerprint for point in drive.given}) == 32
     names = [point.variant.name for point in drive.given]
     assert names == [*["lora"] * 4, *["hira"] * 4] * 4
-    assert drive.asked() == [point.fingerprint for point in drive.given]
+    written = [t.user_attrs["fingerprint"] for v in ("lora", "hira") for t in drive.optuna_trials(v)]
+    assert written == [p.fingerprint for v in ("lora", "hira") for p in drive.given if p.variant.name == v]
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "qmc"])
@@ -32,19 +32,18 @@ def test_every_replicate_is_a_search_of_its_own(tmp_path: Path, sampler: str) ->
     alone.all(at_once=2)
     more = Drive(tmp_path, space(), points=4, sampler=sampler, replicates=3)
     more.all(at_once=2)
-    asked = list(more.budget.configurations.values())
-    assert Counter((p.variant.name, p.seed) for p in asked) == {
+    points = list(more.budget.configurations.values())
+    assert Counter((p.variant.name, p.seed) for p in points) == {
         (v, r): 4 for v in ("lora", "hira") for r in range(3)
     }
-    assert asked[:4] == alone.given, "replicate 0 of the first task is the search without replicates"
-    seeds = [p.seed for p in asked]
+    assert points[:4] == alone.given, "replicate 0 of the first task is the search without replicates"
+    seeds = [p.seed for p in more.given]
     assert seeds == sorted(seeds), "one replicate is searched after another"
     names = {"lora", "hira", "lora/1", "hira/1", "lora/2", "hira/2"}
-    assert set(read_trials(more.study / JOURNAL_FILE)) == names
-    assert set(SearchFile.read(more.study).spaces) == names  # type: ignore[union-attr]
+    assert set(journal(more.study)) == names
     if sampler == "qmc":  # equal for the variants of a replicate, different between replicates
         rates = {
-            (v, r): [p.optimizer.learning_rate for p in asked if (p.variant.name, p.seed) == (v, r)]
+            (v, r): [p.optimizer.learning_rate for p in points if (p.variant.name, p.seed) == (v, r)]
             for v in ("lora", "hira")
             for r in range(3)
         }
@@ -61,7 +60,7 @@ def test_a_further_task_and_further_replicates_leave_the_first_search_as_it_is(t
     again = open_search(first.study, "tpe", 3, spaces, [digits, letters], replicates=2)
     assert list(again.groups) == ["digits/lora", "lora", "digits/lora/1", "lora/1"]
     assert list(again.configurations.values()) == first.given
-    assert [again.num_remaining(name) for name in again.groups] == [3, 0, 3, 3]
+    assert [group.num_remaining for group in again.groups.values()] == [3, 0, 3, 3]
 
 
 def test_tpe_draws_points_near_good_results(tmp_path: Path) -> None:
@@ -74,10 +73,10 @@ def test_tpe_draws_points_near_good_results(tmp_path: Path) -> None:
 def test_a_point_is_in_the_journal_before_it_is_returned(tmp_path: Path) -> None:
     drive = Drive(tmp_path, space())
     seen: list[list[str]] = []
-    drive.budget.on_point = lambda point: seen.append(drive.asked())
+    drive.budget.on_point = lambda point: seen.append(asked(drive.study))
     drive.all()
     assert [len(each) for each in seen] == list(range(1, 13))
-    assert [each[-1] for each in seen] == [point.fingerprint for point in drive.given]
+    assert all(point.fingerprint in each for point, each in zip(drive.given, seen, strict=True))
 
 
 def test_a_point_that_failed_three_times_counts_and_is_not_tried_again(tmp_path: Path) -> None:
@@ -107,47 +106,52 @@ def test_a_new_point_that_has_failed_three_times_elsewhere_is_a_failure_and_is_n
 def test_a_result_of_another_study_counts_and_is_not_trained(tmp_path: Path) -> None:
     other = Drive(tmp_path, space("rank=4,8,16", "learning_rate=1e-3,1e-2", variants=("lora",)), points=3)
     other.all()
-    for file in (SEARCH_FILE, JOURNAL_FILE):
-        (other.study / file).unlink()
+    (other.study / JOURNAL_FILE).unlink()
     drive = Drive(tmp_path, space("rank=4,8,16", "learning_rate=1e-3,1e-2", variants=("lora",)), points=6)
     assert drive.all() == {"lora": 3}
     assert len(drive.budget.configurations) == 6
     known = {point.fingerprint for point in other.given}
-    assert drive.search.cached == known
+    assert drive.cached == known
     values = [t.value for t in drive.optuna_trials("lora") if t.state.name == "COMPLETE"]
     assert sorted(values) == sorted(score(point) for point in drive.budget.configurations.values())
 
 
-def test_the_spent_budget_is_written_to_the_search_file(tmp_path: Path) -> None:
-    drive = Drive(tmp_path, space(variants=("lora",)), scheduler="asha")
-    for _ in range(3):
-        drive.ask()
-    drive.end("t0", "stopped")
-    drive.end("t1")
-    spent = drive.budget.update_usage(drive.store)["lora"]
-    assert (spent.points, spent.asked) == (6, 3)
-    assert spent.states == {"stopped": 1, "finished": 1, "missing": 1}
-    assert (spent.steps, spent.most_steps) == (30 + STEPS, 6 * STEPS)
-    assert SearchFile.read(drive.study).spent["lora"] == spent  # type: ignore[union-attr]
-
-
-def test_a_new_point_is_appended_and_no_file_is_written_again(tmp_path: Path) -> None:
-    drive = Drive(tmp_path, space())
-    files = [drive.study / SEARCH_FILE, drive.study / JOURNAL_FILE]
-    before, journal = [file.stat().st_ino for file in files], files[1].read_bytes()
+def test_the_journal_is_only_appended_to(tmp_path: Path) -> None:
+    drive = Drive(tmp_path, space(), points=4)
+    path = drive.study / JOURNAL_FILE
+    before, start = path.stat().st_ino, path.read_bytes()
     drive.all()
-    assert before == [file.stat().st_ino for file in files]
-    assert files[1].read_bytes().startswith(journal)
-    assert len(drive.asked()) == 12
+    written = path.read_bytes()
+    more = Drive(tmp_path, space(), points=6)
+    assert more.all() == {"lora": 2, "hira": 2}
+    assert path.stat().st_ino == before
+    assert written.startswith(start)
+    assert path.read_bytes().startswith(written)
 
 
-def test_the_searcher_is_not_pickled_for_tune(tmp_path: Path) -> None:
-    import pickle
+def test_a_plan_writes_nothing(tmp_path: Path) -> None:
+    for sampler in ("tpe", "qmc"):
+        open_search(tmp_path, sampler, 3, {"letters": space()}, [build(v, {}) for v in ("lora", "hira")])
+    assert not list(tmp_path.iterdir())
 
-    drive = Drive(tmp_path, space())
-    drive.ask()
-    folder = tmp_path / "tune"
-    folder.mkdir()
-    drive.search.save_to_dir(str(folder), "now")
-    assert not list(folder.iterdir())
-    assert len(pickle.dumps(drive.search)) < 200
+
+def test_no_more_trials_are_unfinished_than_the_limit_which_may_change(tmp_path: Path) -> None:
+    drive = Drive(tmp_path, space(variants=("lora",)), points=2)
+    drive.search.max_concurrent = 1
+    assert [drive.ask(), drive.ask()] == [*drive.given, None]
+    drive.search.max_concurrent = 9
+    assert [drive.ask(), drive.ask()] == [drive.given[1], None], "a trial may still die"
+    for trial in list(drive.running):
+        drive.end(trial)
+    assert drive.ask() == Searcher.FINISHED
+
+
+def test_a_configuration_whose_trial_dies_is_suggested_again_three_times(tmp_path: Path) -> None:
+    drive = Drive(tmp_path, space(variants=("lora",)), points=1)
+    for _ in range(4):
+        drive.ask()
+        drive.search.on_trial_complete(drive.running.popitem()[0], error=True)
+    assert drive.ask() == Searcher.FINISHED
+    assert drive.given == drive.given[:1] * 4
+    assert [t.state.name for t in drive.optuna_trials("lora")] == ["RUNNING"]
+    assert Drive(tmp_path, space(variants=("lora",)), points=1).ask() == drive.given[0]

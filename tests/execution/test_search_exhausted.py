@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from ray.tune.search import Searcher
 from search_drive import Drive, own, score, space
 
-from orchestrator.execution.search import samplers
-from orchestrator.execution.search.groups import SearchGroup
-from orchestrator.study.configuration import Configuration, Value
+from orchestrator.execution import search
+from orchestrator.execution.search import Params, SearchGroup
+from orchestrator.study.configuration import Configuration
 from orchestrator.study.space import parse_space
 
 
@@ -39,13 +39,14 @@ def test_choices_give_as_many_different_points_as_were_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, points: int, sampler: str, seed: int
 ) -> None:
     """Samplers return to their best points; alone they would suggest only ten of the twenty points."""
-    make_sampler = samplers.make_sampler
-    monkeypatch.setattr(samplers, "make_sampler", lambda *given: make_sampler(*given[:4], replicate=seed))
+    make_sampler = search.make_sampler
+    monkeypatch.setattr(
+        search, "make_sampler", lambda *given: make_sampler(given[0], f"{seed}/0", *given[2:])
+    )
     over = parse_space(["learning_rate=1e-4,1e-3,1e-2,1e-1", "rank=4,8,16,32,64"], own("lora", "hira"), ())
     drive = Drive(tmp_path, over, points, sampler)
     assert drive.all() == {"lora": points, "hira": points}
     assert len({point.fingerprint for point in drive.given}) == 2 * points
-    assert not drive.budget.file.exhausted
     for variant in over:
         optuna_trials = [t for t in drive.optuna_trials(variant) if t.state.name == "COMPLETE"]
         mine = [p for p in drive.given if p.variant.name == variant]
@@ -62,22 +63,22 @@ def test_a_point_that_the_sampler_does_not_find_is_asked_and_counts(tmp_path: Pa
     assert len(last.budget.configurations) == last.budget.total == 20
 
 
-def accept_only(drive: Drive, accepts: Callable[[Mapping[str, Value]], bool]) -> None:
+def accept_only(drive: Drive, accepts: Callable[[Params], bool]) -> None:
     """Let LoRA refuse all other values."""
 
     class Picky(SearchGroup):
-        def build(self, values: Mapping[str, Value]) -> Configuration | None:
-            return super().build(values) if accepts(values) else None
+        def build(self, params: Params) -> Configuration | None:
+            return super().build(params) if accepts(params) else None
 
-    search = drive.search.searches["lora"]
-    search.group = Picky(search.group.name, search.group.template, search.group.dimensions)
+    group = drive.budget.groups["lora"]
+    drive.budget.groups["lora"] = Picky(group.name, group.template, group.dimensions, group.points)
 
 
 def with_one_rank(folder: Path, rank: int) -> Drive:
     """Return a search for two of 2,000 ranks, of which LoRA refuses all but `rank`."""
     over = parse_space(["rank=int:1:2000"], own("lora"), (1e-2,), ("learning_rate",))
     drive = Drive(folder, over, points=2)
-    accept_only(drive, lambda values: values["rank"] == rank)
+    accept_only(drive, lambda params: params["rank"] == rank)
     return drive
 
 
@@ -85,17 +86,11 @@ def test_the_only_point_that_a_variant_takes_is_found(tmp_path: Path) -> None:
     drive = with_one_rank(tmp_path, 7)
     drive.all()
     assert [point.variant.rank for point in drive.given] == [7]
-    assert drive.budget.file.exhausted == ("lora",)
+    assert drive.budget.groups["lora"].is_exhausted
 
 
 def test_a_large_space_that_is_refused_throughout_ends(tmp_path: Path) -> None:
     drive = Drive(tmp_path, space(variants=("lora",)), points=2)
-    accept_only(drive, lambda values: False)
+    accept_only(drive, lambda params: False)
     assert drive.ask() == Searcher.FINISHED
-    assert drive.budget.file.exhausted == ("lora",)
-
-
-def test_a_large_space_that_seemed_used_up_is_looked_through_again(tmp_path: Path) -> None:
-    first = Drive(tmp_path, space(variants=("lora",)), points=2)
-    first.budget.mark_exhausted("lora")
-    assert Drive(tmp_path, space(variants=("lora",)), points=2).all() == {"lora": 2}
+    assert drive.budget.groups["lora"].is_exhausted

@@ -9,12 +9,9 @@ from typing import Any
 
 import pytest
 from ray.tune.search import Searcher
-from search_drive import STEPS, Drive, build, record, score, space
+from search_drive import STEPS, Drive, asked, build, record, score, space
 
-from orchestrator.execution.search.budget import open_search
-from orchestrator.execution.search.journal import JOURNAL_FILE
-from orchestrator.execution.search.search_file import SEARCH_FILE
-from orchestrator.execution.search.searcher import PerGroupSearcher
+from orchestrator.execution.search import JOURNAL_FILE, open_search
 from orchestrator.study.configuration import Configuration, LRSchedule
 from orchestrator.util.errors import UsageError
 
@@ -61,7 +58,7 @@ def test_stopped_points_are_pruned_at_once_and_after_a_restart(tmp_path: Path) -
     first.end("t0", "stopped")
     first.end("t1", "finished")
     pruned = [t for t in first.optuna_trials("lora") if t.state.name == "PRUNED"]
-    assert [t.intermediate_values for t in pruned] == [{0: score(first.given[0])}]
+    assert [t.intermediate_values for t in pruned] == [{30: score(first.given[0])}]
 
     second = Drive(tmp_path, space(variants=("lora",)), scheduler="asha")
     again = [t for t in second.optuna_trials("lora") if t.state.name == "PRUNED"]
@@ -112,20 +109,41 @@ def test_a_further_variant_joins_with_the_same_budget(tmp_path: Path) -> None:
     assert Drive(tmp_path, space()).all() == {"hira": 6}
 
 
-def test_a_torn_last_line_of_the_journal_is_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    first = Drive(tmp_path, space(variants=("lora",)))
-    for _ in range(4):
-        first.ask()
+def test_a_driver_that_is_killed_in_any_write_leaves_a_search_that_goes_on(tmp_path: Path) -> None:
+    first = Drive(tmp_path, space(), points=2)
+    first.all()
+    written = (first.study / JOURNAL_FILE).read_bytes()
+    ends = [at + 1 for at, byte in enumerate(written) if byte == ord("\n")]
+    for end in (0, *ends, *(end - 20 for end in ends)):
+        folder = tmp_path / f"killed-{end}"
+        (folder / "study").mkdir(parents=True)
+        (folder / "study" / JOURNAL_FILE).write_bytes(written[:end])
+        before = asked(folder / "study")
+        second = Drive(folder, space(), points=2)
+        assert set(before) <= set(second.budget.configurations)
+        second.all()
+        points = asked(second.study)
+        assert len(set(points)) == len(points) == 4
+        assert {point.fingerprint for point in second.given} == set(points), (
+            "none has a record, all are trained"
+        )
+        assert all(t.state.name == "COMPLETE" for v in ("lora", "hira") for t in second.optuna_trials(v))
+
+
+def test_a_damaged_journal_is_one_line(tmp_path: Path) -> None:
+    first = Drive(tmp_path, space(variants=("lora",)), points=2)
+    first.all()
     path = first.study / JOURNAL_FILE
-    path.write_bytes(path.read_bytes()[:-20])
-    second = Drive(tmp_path, space(variants=("lora",)))
-    assert f"{path}: its last line is torn: left out" in [r.message for r in caplog.records]
-    assert [second.ask() for _ in range(3)] == first.given[:3]
-    assert second.all() == {"lora": 6}
-    assert second.asked() == [point.fingerprint for point in second.given]
-    path.write_bytes(b"{}\n" + path.read_bytes())
-    with pytest.raises(UsageError, match=r"optuna\.journal: not the journal of a search \("):
-        Drive(tmp_path, space(variants=("lora",)))
+    written = path.read_bytes()
+    for damaged in (
+        b"{}\n" + written,
+        b"\xff\n" + written,
+        written.replace(b'"fingerprint":"', b'"fingerprint":"0'),
+    ):
+        path.write_bytes(damaged)
+        with pytest.raises(UsageError, match="another --study") as caught:
+            Drive(tmp_path, space(variants=("lora",)), points=2)
+        assert "\n" not in str(caught.value)
 
 
 def test_a_lock_that_a_killed_process_has_left_is_removed(tmp_path: Path) -> None:
@@ -142,7 +160,7 @@ def test_a_design_keeps_to_its_budget_when_another_variant_brings_a_dimension(tm
     first = Drive(tmp_path, space(variants=("full",)), points=16, sampler="qmc")
     assert len(first.budget.configurations) == 16
     second = Drive(tmp_path, space("rank=4,8", variants=("full", "lora")), points=32, sampler="qmc")
-    assert second.budget.num_asked == {"full": 32, "lora": 32}
+    assert {name: group.num_asked for name, group in second.budget.groups.items()} == {"full": 32, "lora": 32}
     assert list(second.budget.configurations)[:16] == list(first.budget.configurations)
 
 
@@ -158,29 +176,41 @@ def test_records_that_trainers_of_a_killed_driver_wrote_are_used(tmp_path: Path)
     for _ in range(2):
         first.ask()
     second = Drive(tmp_path, space(variants=("lora",)), scheduler="asha")
-    known: set[str] = set()  # the store was read before the record was written
-    second.store.put(record(first.given[1]))
-    second.search = PerGroupSearcher(second.budget, second.store, "asha", 2, known)
-    assert known == {first.given[1].fingerprint}
-    assert [second.ask() for _ in range(2)] == [first.given[1], first.given[0]]
+    second.store.put(record(first.given[1]))  # after the store was read
+    assert [second.ask() for _ in range(2)] == first.given
+    assert second.cached == {first.given[1].fingerprint}
     assert Counter(t.state.name for t in second.optuna_trials("lora")) == {"COMPLETE": 1, "RUNNING": 1}
 
 
-@pytest.mark.parametrize("loss", ["the last point", "all lines", "the file", "the file beside it"])
-def test_lost_points_of_an_ended_search_are_reported(tmp_path: Path, loss: str) -> None:
-    """With an older or truncated journal, the search would ask for more points than its budget allows."""
-    drive = Drive(tmp_path, space())
-    drive.all()
-    drive.budget.update_usage(drive.store)
-    path = drive.study / JOURNAL_FILE
-    lines = path.read_bytes().splitlines(keepends=True)
-    if loss == "the file beside it":
-        (drive.study / SEARCH_FILE).unlink()
-    elif loss == "the file":
-        path.unlink()
-    else:
-        last = max(number for number, line in enumerate(lines) if b'"fingerprint"' in line)
-        path.write_bytes(b"".join(lines[:last]) if loss == "the last point" else b"")
-    with pytest.raises(UsageError, match=r"search\.json.*take another --study") as caught:
-        Drive(tmp_path, space())
-    assert "\n" not in str(caught.value)
+def test_a_point_whose_record_is_gone_is_trained_again_and_counts_once(tmp_path: Path) -> None:
+    first = Drive(tmp_path, space(variants=("lora",)))
+    first.all()
+    path = first.study / JOURNAL_FILE
+    written = path.read_bytes()
+    first.store.record_path(first.given[2].fingerprint).unlink()
+    second = Drive(tmp_path, space(variants=("lora",)))
+    assert second.budget.total == 6
+    assert second.all() == {"lora": 1}
+    assert second.given == [first.given[2]]
+    assert path.read_bytes() == written
+
+
+def test_a_point_that_failed_is_tried_again_by_the_next_run_and_its_result_is_told(tmp_path: Path) -> None:
+    first = Drive(tmp_path, space(variants=("lora",)), points=2)
+    first.ask()
+    first.end("t0", "failed")
+    assert [t.state.name for t in first.optuna_trials("lora")] == ["RUNNING"]
+    second = Drive(tmp_path, space(variants=("lora",)), points=2)
+    assert second.all() == {"lora": 2}
+    assert second.given[0] == first.given[0]
+    assert [t.state.name for t in second.optuna_trials("lora")] == ["COMPLETE", "COMPLETE"]
+
+
+def test_results_are_told_even_if_nothing_is_left_to_train(tmp_path: Path) -> None:
+    first = Drive(tmp_path, space(variants=("lora",)), points=2)
+    for point in (first.ask(), first.ask()):
+        assert isinstance(point, Configuration)
+        first.store.put(record(point))
+    second = Drive(tmp_path, space(variants=("lora",)), points=2)
+    assert [t.value for t in second.optuna_trials("lora")] == [score(point) for point in first.given]
+    assert second.ask() == Searcher.FINISHED

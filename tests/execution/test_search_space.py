@@ -10,9 +10,7 @@ from configurations import read_configuration
 from points import study_of
 from resolved import bases, resolve_one_task
 
-from orchestrator.execution.search.budget import open_search
-from orchestrator.execution.search.groups import make_groups
-from orchestrator.execution.search.samplers import draw_points
+from orchestrator.execution.search import open_search
 from orchestrator.finetune.resolve.templates import find_settings_error
 from orchestrator.launch.plan import print_plan
 from orchestrator.record.store import Store
@@ -47,21 +45,17 @@ ALL = (
 
 @pytest.mark.parametrize("variant", ALL)
 def test_every_point_of_a_wide_space_is_a_configuration_that_the_variant_takes(
-    bases: Path, variant: str
+    bases: Path, tmp_path: Path, variant: str
 ) -> None:
     words = ("rank=int:2:8", "alpha=log:1:64", "dropout=0:0.2", "beta2=0.9,0.99,0.999", "warmup=0:0.2")
     made, space = resolved(
         bases, variants=(variant,), search="qmc", space=(*words, "batch_size=8,16", "weight_decay=0:0.1")
     )
     assert space is not None
-    (group,) = make_groups({"letters": space}, made, (0,), "letters").values()
-    points = draw_points("qmc", [group], 16)[variant]
-    assert len(points) == 16
-    for point in points:
-        configuration = group.build(point)
-        assert configuration is not None
+    search = open_search(tmp_path, "qmc", 16, {"letters": space}, made)
+    assert len(search.configurations) == 16
+    for configuration in search.configurations.values():
         assert find_settings_error(configuration) is None
-        assert configuration.optimizer.learning_rate == point["learning_rate"]
         assert read_configuration(configuration.to_json()) == configuration
 
 

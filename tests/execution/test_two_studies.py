@@ -94,7 +94,7 @@ def test_two_studies_at_once_share_what_they_know_and_both_finish(
 
 HOURS_PASS = """
 from pathlib import Path
-from orchestrator.execution.run_budget import RunBudget
+from orchestrator.execution.progress import RunBudget
 update, hours = RunBudget.update, 0
 
 def later(self, trainers, now):

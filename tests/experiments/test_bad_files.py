@@ -90,7 +90,7 @@ STORED = {
     "a pointer to nothing": (PLAN, _file(POINTER, add_checksum('{"name": "x"}')), "remove it"),
     "a folder for a pointer": (PLAN, _folder(POINTER), "remove it"),
     "a study of bytes": (STUDY, _file("s/study.json", b"\xff\0"), "delete it"),
-    "a search of bytes": (SEARCH, _file("s/search.json", b"\xff\0"), "another --study"),
+    "a search of bytes": (SEARCH, _file("s/optuna.journal", b"\xff\0\n"), "another --study"),
     "a file for the records' folder": (PLAN, _file("store/records", b""), "another --store"),
 }
 """The command, what is done to the results, and what the line advises."""

@@ -85,7 +85,7 @@ def test_a_point_of_a_search_is_found_by_its_record(options: CurveOptions) -> No
     found = resolve(replace(options, only=(point.fingerprint[:12],), **search))
     assert found.requested == [point]
     assert found.search is None
-    assert not (found.folder / "search.json").exists()
+    assert not (found.folder / "optuna.journal").exists()
 
 
 @pytest.mark.parametrize("store", ["", "elsewhere"])

@@ -12,7 +12,7 @@ import pytest
 from points import configuration as small
 from points import record, study_of
 
-from orchestrator.execution.ray import runtime
+from orchestrator.execution import ray_cluster
 from orchestrator.execution.settings import TrainerSettings
 from orchestrator.finetune.models.catalogue import UNPREPARED
 from orchestrator.launch.plan import CARDS, find_card, print_plan
@@ -46,14 +46,14 @@ def plan(store: Store, monkeypatch: pytest.MonkeyPatch) -> Plan:
     """Return a function that returns the printed plan for a machine with two GPUs, or without (None)."""
 
     def said(gpu: str | None, left: Sequence[Configuration] = HUNDRED, **options: Any) -> str:
-        machine = runtime.Cluster((runtime.Node(4, 0 if gpu is None else 2, 2.0**36),))
-        monkeypatch.setattr(runtime, "estimate_local_cluster", lambda: machine)
-        monkeypatch.setattr(runtime, "gpu_name", lambda: gpu or "")
+        machine = ray_cluster.Cluster((ray_cluster.Node(4, 0 if gpu is None else 2, 2.0**36),))
+        monkeypatch.setattr(ray_cluster, "estimate_local_cluster", lambda: machine)
+        monkeypatch.setattr(ray_cluster, "gpu_name", lambda: gpu or "")
         study = study_of(left, store, StudyOptions(**options), templates=tuple(left[:1]))
         print_plan(study)
         return study.console.export_text()
 
-    monkeypatch.setattr(runtime, "running_cluster_address", lambda: None)
+    monkeypatch.setattr(ray_cluster, "running_cluster_address", lambda: None)
     return said
 
 
@@ -171,7 +171,7 @@ def test_a_plan_without_gpus_mentions_none(store: Store, plan: Plan) -> None:
 def test_a_joined_cluster_is_assumed_to_have_the_gpus_of_the_records(
     store: Store, plan: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runtime, "running_cluster_address", lambda: "10.0.0.1:6379")
+    monkeypatch.setattr(ray_cluster, "running_cluster_address", lambda: "10.0.0.1:6379")
     trained(store, device="cpu", seed=1, seconds=1.0)
     assert "from 1 lanes measured on cpu\n" in plan(None)
     trained(store)
@@ -188,21 +188,21 @@ def test_a_damaged_table_of_runs_is_no_measurement(store: Store, plan: Plan) -> 
 
 def test_the_gpu_name_is_read_from_the_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tmp_path = tmp_path / "gpus"
-    assert runtime.gpu_name(tmp_path) == ""
+    assert ray_cluster.gpu_name(tmp_path) == ""
     for slot in ("0", "1"):
         (tmp_path / slot).mkdir(parents=True)
         (tmp_path / slot / "information").write_text("Model: \t\t NVIDIA A10G\nIRQ:   \t\t 45\n")
-    assert runtime.gpu_name(tmp_path) == A10G
+    assert ray_cluster.gpu_name(tmp_path) == A10G
     for name in ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES"):
         with monkeypatch.context() as patch:
             patch.setenv(name, "MIG-GPU-8932f937-d72c/1/0")
-            assert runtime.gpu_name(tmp_path) == f"{A10G} MIG"
+            assert ray_cluster.gpu_name(tmp_path) == f"{A10G} MIG"
     slices = tmp_path.parent / "capabilities" / "gpu0" / "mig" / "gi1"
     slices.mkdir(parents=True)
-    assert runtime.gpu_name(tmp_path) == f"{A10G} MIG", "a slice that no variable names"
+    assert ray_cluster.gpu_name(tmp_path) == f"{A10G} MIG", "a slice that no variable names"
     slices.rmdir()
     (tmp_path / "1" / "information").write_text("Model: \t\t Tesla T4\n")
-    assert runtime.gpu_name(tmp_path) == "", "which of them, nobody knows"
+    assert ray_cluster.gpu_name(tmp_path) == "", "which of them, nobody knows"
 
 
 @pytest.mark.parametrize(

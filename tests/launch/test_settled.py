@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from points import POINTS, configuration, record, study_of
 
-from orchestrator.execution.rungs import scheduler_settings
+from orchestrator.execution.schedulers import scheduler_settings
 from orchestrator.launch.designs import DesignInput, WideningGrid
 from orchestrator.launch.reporting import print_missing_results
 from orchestrator.launch.study import Study

@@ -83,8 +83,8 @@ MUTATIONS += [
     Mutation(
         "two commands run one study: no lock",
         "orchestrator/launch/run.py",
-        "runtime.exclusive_lock(study.folder / LOCK_FILE, refusal)",
-        'runtime.exclusive_lock(study.folder / f"{LOCK_FILE}-{id(object())}", refusal)',
+        "ray_cluster.exclusive_lock(study.folder / LOCK_FILE, refusal)",
+        'ray_cluster.exclusive_lock(study.folder / f"{LOCK_FILE}-{id(object())}", refusal)',
         "test_02_faults.py::test_ctrl_c_once_and_twice",
     ),
 ]
@@ -125,30 +125,30 @@ MUTATIONS += [
 MUTATIONS += [
     Mutation(
         "a larger design draws other points",
-        "orchestrator/execution/search/samplers.py",
-        "make_sampler(sampler_name, points, 0, replicate=replicate)",
-        "make_sampler(sampler_name, points, 0, replicate=points)",
+        "orchestrator/execution/search.py",
+        "draw_sequence(self.sampler, dimensions, replicate)",
+        "draw_sequence(self.sampler, dimensions, self.points)",
         "test_04_search.py::test_a_design_gives_each_variant_as_many_points_and_grows_from_what_it_has",
     ),
     Mutation(
         "the last variant of a design has a smaller budget",
-        "orchestrator/execution/search/samplers.py",
-        "return len(found[group.name]) < min(points, group.size)",
-        "return len(found[group.name]) < min(points, group.size) - (group is groups[-1])",
+        "orchestrator/execution/search.py",
+        "if not group.num_remaining:",
+        "if group.num_remaining <= (group is groups[-1]):",
         "test_04_search.py::test_a_design_gives_each_variant_as_many_points_and_grows_from_what_it_has",
     ),
     Mutation(
         "early stopping ends the best lanes",
-        "orchestrator/execution/tune/per_group_scheduler.py",
+        "orchestrator/execution/schedulers.py",
         '"mode": "min"',
         '"mode": "max"',
         "test_04_search.py::test_asha_stops_what_is_worse_and_keeps_the_best",
     ),
     Mutation(
         "a continued search does not count the points of its journal",
-        "orchestrator/execution/search/budget.py",
-        "            self._register(point, configuration)\n\n    def points_of",
-        "            self.configurations[point.fingerprint] = configuration\n\n    def points_of",
+        "orchestrator/execution/search.py",
+        "            self._register(group, configuration)\n\n    def draw_ahead",
+        "            self.configurations[configuration.fingerprint] = configuration\n\n    def draw_ahead",
         "test_04_search.py::test_a_killed_search_goes_on_without_a_repeated_point",
     ),
 ]
@@ -317,9 +317,9 @@ MUTATIONS += [
     ),
     Mutation(
         "a trainer stays on a drained node",
-        "orchestrator/execution/trainers/trainer.py",
-        "if node_id in draining_node_ids():",
-        "if node_id in ():",
+        "orchestrator/execution/trainer_worker.py",
+        "while node_id not in draining_node_ids():",
+        "while True:",
         "test_10_cluster.py::test_a_worker_that_dies_and_one_that_is_taken_back_change_no_result",
     ),
     Mutation(
@@ -374,7 +374,7 @@ MUTATIONS += [
 MUTATIONS += [
     Mutation(
         name="Ray listens on all addresses",
-        file="orchestrator/execution/ray/runtime.py",
+        file="orchestrator/execution/ray_cluster.py",
         old='"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",',
         new='"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1",',
         test="test_12_security.py::test_a_study_listens_on_loopback_only",
@@ -395,7 +395,7 @@ MUTATIONS += [
     ),
     Mutation(
         name="a token that everybody may read stays open",
-        file="orchestrator/execution/ray/runtime.py",
+        file="orchestrator/execution/ray_cluster.py",
         old="path.chmod(path.stat().st_mode & 0o700)",
         new="path.chmod(path.stat().st_mode)",
         test="test_12_security.py::test_a_token_that_everybody_may_read_is_closed_and_kept",

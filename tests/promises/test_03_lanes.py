@@ -23,7 +23,7 @@ WATCHED = Path(__file__).with_name("watched.py")
 HEALTHY = (1e-3, 3e-3)
 DIVERGES = 1e6
 STEPS, ROWS, RANK, ALPHA = 20, 24, 8, 16
-DECAY, CLIP, EPSILON = 0.3, 1.5, 1e-3
+DECAY, CLIP, EPSILON = 0.3, 2.2, 1e-3
 STUDY = (
     *("study", "--dry-run", "--study", "lanes", "--model", "letters-base", "--variants", WATCHED),
     *("--data", "rows.jsonl", "--validation-data", "validation.jsonl", "--test-data", "test.jsonl"),

@@ -41,7 +41,7 @@ Run = Callable[..., Ended]
 
 
 class _LeavesSignals(graceful_interrupts.InterruptHandler):
-    """A handler that takes no signals and starts no thread, because both would outlive the command."""
+    """A handler that takes no signals, because it would outlive the command."""
 
     def install(self) -> None:
         pass

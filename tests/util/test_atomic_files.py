@@ -10,8 +10,6 @@ from pathlib import Path
 import pytest
 from full_disk import mounted
 
-from orchestrator.execution.search.search_file import SEARCH_FILE as SEARCH
-from orchestrator.execution.search.search_file import SearchFile
 from orchestrator.finetune.sources import base_store
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import STUDY_FILE, StudyFile
@@ -28,17 +26,12 @@ def study(folder: Path) -> tuple[Path, Callable[[], object]]:
     return folder / STUDY_FILE, lambda: StudyFile.read(folder)
 
 
-def search(folder: Path) -> tuple[Path, Callable[[], object]]:
-    SearchFile("tpe", 4, {"lora": {"rank": "4,8"}}).write(folder)
-    return folder / SEARCH, lambda: SearchFile.read(folder)
-
-
 def pointer(folder: Path) -> tuple[Path, Callable[[], object]]:
     base_store.base_entries(folder).write_entry("b", {"name": "base", "content": "0123456789ab"}, "content")
     return folder / "b.json", lambda: base_store.base_entries(folder).read_entry("b", "content")
 
 
-@pytest.mark.parametrize("kind", [study, search, pointer])
+@pytest.mark.parametrize("kind", [study, pointer])
 def test_no_flipped_bit_gives_something_else(
     kind: Callable[[Path], tuple[Path, Callable[[], object]]], tmp_path: Path
 ) -> None:

@@ -46,7 +46,7 @@ def test_the_traceback_of_a_bug_has_no_secret() -> None:
 
 
 def test_an_error_of_a_worker_has_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
-    from orchestrator.execution.ray.errors import format_ray_error
+    from orchestrator.execution.ray_cluster import format_ray_error
     from orchestrator.finetune.failures import BrokenKind, TrainerBrokenError
     from orchestrator.util.redaction import redact_errors
 

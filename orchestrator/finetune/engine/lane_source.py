@@ -25,7 +25,8 @@ class Directive(StrEnum):
     STOP = "stop"
     """End the lane early: keep its checkpoint and write a `stopped` record."""
     YIELD = "yield"
-    """Save the lane's checkpoint and return its lease, because this trainer has to end."""
+    """Save the lane's checkpoint and return its lease, because another trainer takes the lane over, or this
+    one has to end."""
     DROP = "drop"
     """Remove the lane and write nothing, because this trainer no longer holds its lease."""
 

@@ -49,8 +49,6 @@ class LeasePlan:
 
     to_start: tuple[Lease, ...] = ()
     """The leases to train."""
-    replaced: tuple[str, ...] = ()
-    """Fingerprints of lanes that were leased again to this trainer: the newer lease replaces the lane."""
     evicted: tuple[str, ...] = ()
     """Fingerprints of parked lanes to save and give back."""
 
@@ -67,19 +65,13 @@ def plan_lease(
         occupancy: The lane group before the grant.
         grant: What the source has leased, at most `occupancy.capacity` lanes.
         already_final: Fingerprints in the grant that have a final record.
-
-    Returns:
-        The plan. A lane is in `replaced` or in `evicted`, not in both.
     """
-    granted = [lease.configuration.fingerprint for lease in grant.leases]
     to_start = tuple(lease for lease in grant.leases if lease.configuration.fingerprint not in already_final)
-    # The source took this trainer for dead and has leased the lane again, to this same trainer.
-    replaced = tuple(name for name in granted if name in occupancy.fingerprints)
-    evictable = tuple(name for name in occupancy.long_parked if name not in replaced)
+    evicted = occupancy.long_parked
     is_same_group = all(lease.configuration.group_key == occupancy.group_key for lease in to_start)
     if is_same_group and not grant.requires_empty_group:
-        evictable = evictable[: max(0, len(to_start) - len(replaced) - occupancy.free_slots)]
-    return LeasePlan(to_start, replaced, evictable)
+        evicted = evicted[: max(0, len(to_start) - occupancy.free_slots)]
+    return LeasePlan(to_start, evicted)
 
 
 @dataclass
@@ -94,11 +86,14 @@ class LaneLeasing:
     def lease_lanes(self) -> None:
         """Lease lanes if there is room: at once after a lane has left, else at the poll interval."""
         active, again = self.active, True
-        if active.rank_0_source is not None:
-            active.rank_0_source.note_max_lanes(active.count_free_slots() + len(active.lanes))
-        while again and (active.count_free_slots() > 0 or active.slots.parked_at):
+        while again:
+            free = active.count_free_slots()  # the first lane may change it
+            if active.rank_0_source is not None:
+                active.rank_0_source.note_max_lanes(free + len(active.lanes))
+            if free <= 0 and not active.slots.parked_at:
+                return
             plan, self.closed, again = active.process_group.broadcast_from_rank0(self._request_leases)
-            for name in (*plan.replaced, *plan.evicted):
+            for name in plan.evicted:
                 active.remove(active.lanes[name])
             for lease in plan.to_start:
                 if active.count_free_slots() > 0:

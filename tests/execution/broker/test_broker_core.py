@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from types import SimpleNamespace
 
-import pytest
 from points import configuration, record
-from ray.exceptions import GetTimeoutError
 
-from orchestrator.execution.broker import client
-from orchestrator.execution.broker.assignment import MAX_GROUP_FAILURES
-from orchestrator.execution.broker.core import BrokerCore
-from orchestrator.execution.broker.failure_policy import ExitKind
-from orchestrator.execution.broker.lane_entry import HeldLane
+from orchestrator.execution.broker import BrokerCore, EndedLane, ExitKind, LaneRecords, TrainerPlace
+from orchestrator.execution.lane_entry import HeldLane
 from orchestrator.finetune.engine.lane_source import Directive, LeaseGrant, Report
 from orchestrator.record.schema import MAX_FAILURES, LaneProgress, StepMetrics
 from orchestrator.util import timeouts
@@ -24,7 +18,7 @@ def test_a_trainer_refills_its_lane_group_then_takes_the_group_key_with_most_wai
     for i, (variant, rate) in enumerate(
         [("lora", 1e-3), ("hira", 1e-3), ("hira", 1e-2), ("lora", 1e-2), ("hira", 1e-1)]
     ):
-        core.submit(f"t{i}", configuration(variant, rate), 0.0)
+        core.submit(f"t{i}", configuration(variant, rate))
     first = core.lease("a", None, 2, 0.0)
     assert [lease.configuration.variant.name for lease in first.leases] == ["hira", "hira"]
     group_key = first.leases[0].configuration.group_key
@@ -38,106 +32,56 @@ def test_a_trainer_refills_its_lane_group_then_takes_the_group_key_with_most_wai
     ]
 
 
-def end_all_lanes(core: BrokerCore, trainer: str, now: float) -> None:
-    for fingerprint in sorted(core.trainers[trainer].lanes):
-        core.end_lease(trainer, fingerprint, core.entries[fingerprint].attempt, "finished", now)
-
-
-def test_a_group_key_that_waits_too_long_gets_the_trainer_with_fewest_lanes() -> None:
-    core = BrokerCore()
-    for i, rate in enumerate((1e-4, 1e-3, 1e-2)):
-        core.submit(f"t{i}", configuration("lora", rate), 0.0)
-    group_key = core.lease("a", None, 2, 0.0).leases[0].configuration.group_key
-    core.lease("b", None, 1, 0.0)
-    core.submit("t8", configuration("hira"), 0.0)
-    late = timeouts.STARVATION_SECONDS + 1
-    held = {f: (core.entries[f].attempt, core.configurations[f], None) for f in core.trainers["a"].lanes}
-    core.exchange("a", held, 0, late)
-    assert core.lease("b", group_key, 1, late).leases == ()
-    core.submit("t9", configuration("lora", 1e-1), late)
-    assert core.lease("b", group_key, 1, late).leases == (), "b drains for the other group key"
-    assert len(core.lease("a", group_key, 1, late).leases) == 1, "a goes on with its own group key"
-    end_all_lanes(core, "b", late)
-    assert [lease.configuration.variant.name for lease in core.lease("b", None, 2, late).leases] == ["hira"]
-
-
-def test_a_trainer_with_waiting_lanes_of_its_own_group_key_is_filled_before_it_serves_another() -> None:
-    """The only trainer of a study of two variants, each with more lanes than fit, hours after the start."""
-    core, hour = BrokerCore(), 60 * timeouts.STARVATION_SECONDS
-    for variant in ("lora", "hira"):
-        for rate in (1e-4, 1e-3, 1e-2, 1e-1):
-            core.submit(f"{variant}{rate}", configuration(variant, rate), 0.0)
-    trained = []
-    for now in (hour, 2 * hour, 3 * hour, 4 * hour):
-        first = core.lease("a", None, 1, now).leases
-        (key,) = {lease.configuration.group_key for lease in first}
-        more = core.lease("a", key, 1, now).leases
-        assert core.lease("a", key, 0, now).leases == ()
-        trained.append([lease.configuration.variant.name for lease in (*first, *more)])
-        end_all_lanes(core, "a", now)
-    assert sorted(trained) == [["hira", "hira"], ["hira", "hira"], ["lora", "lora"], ["lora", "lora"]]
-
-
-def test_a_lane_group_that_lanes_still_join_is_not_drained() -> None:
-    """The lane of another group key has waited for hours, but the group has begun a second ago."""
-    core, now = BrokerCore(), 60 * timeouts.STARVATION_SECONDS
-    core.submit("other", configuration("hira"), 0.0)
-    for second, rate in enumerate((1e-4, 1e-3, 1e-2)):
-        core.submit(f"t{rate}", configuration("lora", rate), now + second)
-        key = configuration("lora").group_key
-        assert len(core.lease("a", key, 1, now + second).leases) == 1
-        assert core.lease("a", key, 1, now + second).leases == ()
-    assert core.trainers["a"].draining_for is None
-    core.exchange("a", {f: (1, core.configurations[f], None) for f in core.trainers["a"].lanes}, 1, 2 * now)
-    assert core.lease("a", key, 1, 2 * now).leases == ()
-    assert core.trainers["a"].draining_for == configuration("hira").group_key
-
-
 def test_a_stopped_record_is_replayed_up_to_what_its_scheduler_saw() -> None:
     point = configuration()
     for stopped_at, seen in ((2, [1, 2]), (None, [1, 2, 3])):
         stopped = replace(record(point, "stopped", 3), stopped_at=stopped_at)
-        core = BrokerCore(find_record=lambda _, stopped=stopped: stopped, scheduler="asha")
-        core.submit("t", point, 0.0)
+        records = LaneRecords()
+        records.find_record = lambda _, stopped=stopped: stopped  # type: ignore[method-assign, misc]
+        core = BrokerCore(records, "asha")
+        core.submit("t", point)
         assert [r.step for r in core.entries[point.fingerprint].reports] == seen
-        assert core.next_report(point.fingerprint, seen[-1], 0.0) == "stopped"
+        assert core.next_report(point.fingerprint, seen[-1]) == "stopped"
 
 
 def test_a_failed_lane_is_tried_again_twice_at_most() -> None:
     core = BrokerCore()
     point = configuration()
-    core.submit("t", point, 0.0)
+    core.submit("t", point)
     for _ in range(MAX_FAILURES):
         (lease,) = core.lease("a", None, 1, 0.0).leases
-        core.end_lease("a", point.fingerprint, lease.attempt, "failed", 0.0)
+        core.end_lease("a", point.fingerprint, lease.attempt, "failed")
     assert core.lease("a", None, 1, 0.0).leases == ()
-    assert core.next_report(point.fingerprint, 0, 9.0) == "failed"
-    assert core.ended_lanes == [(point.fingerprint, "failed")]
+    assert core.next_report(point.fingerprint, 0) == "failed"
+    assert core.events[-1] == EndedLane(point.fingerprint, "failed")
 
 
 def test_the_driver_sees_the_start_and_every_new_report_of_a_lane_once() -> None:
     core = BrokerCore()
     point = configuration()
-    core.submit("t", point, 0.0)
-    assert core.progress == []
+    core.submit("t", point)
+    assert core.events == []
     (lease,) = core.lease("a", None, 1, 0.0).leases
+    assert core.get_updates(0, 0.0).events == core.get_updates(0, 0.0).events == (LaneProgress(point),)
     curves = {step: (StepMetrics(step, 2.0, 1e-3, 0.5),) for step in (5, 10)}
     reports = [
         Report(point.fingerprint, lease.attempt, step, {"loss": 1.0 / step}, curves[step]) for step in (5, 10)
     ]
     for report in (reports[0], reports[0], reports[1]):  # every exchange repeats the last report
-        core.exchange("a", {point.fingerprint: (lease.attempt, point, report)}, report.step, 0.0)
-    assert core.progress == [
-        LaneProgress(point),
+        core.exchange("a", {point.fingerprint: (lease.attempt, report)}, report.step, 1, 0.0)
+    core.events.append("a line")
+    assert core.get_updates(1, 0.0).events == (
         LaneProgress(point, 5, {"loss": 0.2}, curves[5]),
         LaneProgress(point, 10, {"loss": 0.1}, curves[10]),
-    ]
+        "a line",
+    )
+    assert core.get_updates(3, 0.0).events == ("a line",)
     assert [report.curve for report in core.entries[point.fingerprint].reports] == [(), ()], "trials get none"
 
 
 def test_a_grant_is_closed_only_if_no_lane_waits() -> None:
     core = BrokerCore()
-    core.submit("t", configuration(), 0.0)
+    core.submit("t", configuration())
     core.closed = True
     assert not core.lease("a", None, 1, 0.0).closed
     assert core.lease("a", configuration().group_key, 1, 0.0).closed
@@ -146,139 +90,137 @@ def test_a_grant_is_closed_only_if_no_lane_waits() -> None:
 def test_a_trainer_taken_for_dead_must_drop_its_lane_and_only_its_final_record_counts() -> None:
     core = BrokerCore()
     point = configuration()
-    core.submit("t", point, 0.0)
+    core.submit("t", point)
     (old,) = core.lease("zombie", None, 1, 0.0).leases
-    core.remove_trainer("zombie", 1.0)
+    assert core.trainer_exited("zombie", ExitKind.LOST, "") == 1
     (new,) = core.lease("b", None, 1, 1.0).leases
     assert new.attempt != old.attempt
     report = Report(point.fingerprint, old.attempt, 1, {})
-    held = {point.fingerprint: (old.attempt, point, report)}
-    assert core.exchange("zombie", held, 0, 2.0) == {point.fingerprint: Directive.DROP}
-    assert core.next_report(point.fingerprint, 0, 9.0) is None
-    core.end_lease("zombie", point.fingerprint, old.attempt, "failed", 2.0)
+    held: dict[str, HeldLane] = {point.fingerprint: (old.attempt, report)}
+    assert core.exchange("zombie", held, 1, 1, 2.0) == {point.fingerprint: Directive.DROP}
+    assert core.lease("zombie", None, 1, 2.0) == LeaseGrant(closed=True)
+    assert core.next_report(point.fingerprint, 0) is None
+    core.end_lease("zombie", point.fingerprint, old.attempt, "failed")
     assert core.entries[point.fingerprint].failures == 0
-    held = {point.fingerprint: (old.attempt, point, None)}
-    assert core.exchange("zombie", held, 0, 2.0) == {point.fingerprint: Directive.DROP}
-    core.end_lease(
-        "zombie", point.fingerprint, old.attempt, "finished", 3.0
-    )  # the record is in the store, so it counts
-    assert core.next_report(point.fingerprint, 0, 9.0) == "finished"
-    held = {point.fingerprint: (new.attempt, point, None)}
-    assert core.exchange("b", held, 0, 3.0) == {point.fingerprint: Directive.DROP}
+    core.end_lease("zombie", point.fingerprint, old.attempt, "finished")  # the record is in the store
+    assert core.next_report(point.fingerprint, 0) == "finished"
+    held = {point.fingerprint: (new.attempt, None)}
+    assert core.exchange("b", held, 0, 1, 3.0) == {point.fingerprint: Directive.DROP}
 
 
 def test_drained_trainers_return_all_lanes_and_get_no_more() -> None:
-    for name, stays in (("trainer-0", "trainer-1.b"), (None, "")):
+    for name in ("a", None):
         core = BrokerCore(scheduler="asha")
         points = [configuration(rate=rate) for rate in (1e-4, 1e-3, 1e-2)]
         for point in points:
-            core.submit(point.fingerprint, point, 0.0)
-        core.lease("trainer-0.a", None, 3, 0.0)
+            core.submit(point.fingerprint, point)
+        core.lease("a", None, 3, 0.0)
         reported, stopped, training = points
         held: dict[str, HeldLane] = {
-            reported.fingerprint: (1, reported, Report(reported.fingerprint, 1, 1, {})),
-            stopped.fingerprint: (1, stopped, Report(stopped.fingerprint, 1, 1, {})),
-            training.fingerprint: (1, training, None),
+            reported.fingerprint: (1, Report(reported.fingerprint, 1, 1, {})),
+            stopped.fingerprint: (1, Report(stopped.fingerprint, 1, 1, {})),
+            training.fingerprint: (1, None),
         }
-        core.exchange("trainer-0.a", held, 2, 0.0)
-        core.stop(stopped.fingerprint, stopped, 1, 0.0)
-        core.drain(name)
-        assert core.exchange("trainer-0.a", held, 2, 0.0) == {
+        core.exchange("a", held, 2, 3, 0.0)
+        core.stop(stopped.fingerprint, stopped, 1)
+        core.draining.add(name)
+        assert core.exchange("a", held, 2, 3, 0.0) == {
             reported.fingerprint: Directive.YIELD,
             stopped.fingerprint: Directive.STOP,
             training.fingerprint: Directive.YIELD,
         }
         for point in (reported, training):
-            core.return_lease("trainer-0.a", point.fingerprint, 1, 0.0)
-        core.end_lease("trainer-0.a", stopped.fingerprint, 1, "stopped", 0.0)
-        assert core.ended_lanes == [(stopped.fingerprint, "stopped")]
-        assert core.lease("trainer-0.a", None, 3, 0.0) == LeaseGrant(closed=True)
-        assert core.lease("trainer-0.later", None, 3, 0.0).closed, "a new incarnation on the same node"
-        assert core.counts() == {"returned": 1, "waiting": 1, "ended": 1, "trainers": 2}
-        if stays:
-            leases = core.lease(stays, None, 3, 0.0).leases
-            assert [lease.configuration for lease in leases] == [training]
-        else:
-            assert core.lease("trainer-1.b", None, 3, 0.0).closed
+            core.return_lease("a", point.fingerprint, 1)
+        core.end_lease("a", stopped.fingerprint, 1, "stopped")
+        assert core.events[-1] == EndedLane(stopped.fingerprint, "stopped")
+        assert core.lease("a", None, 3, 0.0) == LeaseGrant(closed=True)
+        assert core.get_updates(0, 0.0).counts == {"returned": 1, "waiting": 1, "ended": 1, "trainers": 1}
+        other = core.lease("b", None, 3, 0.0)
+        assert [lease.configuration for lease in other.leases] == ([training] if name else [])
+        assert other.closed == (name is None)
 
 
-def fail_all_lanes(core: BrokerCore, name: str) -> set[str]:
-    """Let every lane of a trainer with one slot fail until the trainer gives up; return their variants."""
+def fail_three_lanes(core: BrokerCore, trainer: str, group_key: str | None = None) -> set[str]:
+    """Let the next three lanes fail, after which the trainer gives up; return their variants."""
+    core.exchange(trainer, {}, 1, 1, 0.0)
     variants = set()
-    for _ in range(MAX_GROUP_FAILURES):
-        (lease,) = core.lease(f"{name}.x", None, 1, 0.0).leases
+    for _ in range(3):
+        (lease,) = core.lease(trainer, group_key, 1, 0.0).leases
         variants.add(lease.configuration.variant.name)
-        core.end_lease(f"{name}.x", lease.configuration.fingerprint, lease.attempt, "failed", 0.0)
-    core.trainer_exited(name, 0.0, ExitKind.REPEATED_LANE_FAILURES, "3 configurations in a row failed")
+        core.end_lease(trainer, lease.configuration.fingerprint, lease.attempt, "failed")
+    core.trainer_exited(trainer, ExitKind.FAILED, "3 configurations in a row failed")
     return variants
 
 
 def test_a_variant_that_fails_is_left_until_the_others_are_trained_and_kills_no_study_before() -> None:
     core = BrokerCore()
-    rates = [10.0**-n for n in range(8)]
+    rates = [10.0**-n for n in range(10)]
     for rate in rates:
-        core.submit(f"bad{rate}", configuration("hira", rate), 0.0)
+        core.submit(f"bad{rate}", configuration("hira", rate))
     for rate in rates[:3]:
-        core.submit(f"good{rate}", configuration("lora", rate), 0.0)
-    for _ in range(MAX_GROUP_FAILURES):
-        (lease,) = core.lease("trainer-0.x", configuration("hira").group_key, 1, 0.0).leases
-        core.end_lease("trainer-0.x", lease.configuration.fingerprint, lease.attempt, "failed", 0.0)
-    core.trainer_exited("trainer-0", 0.0, ExitKind.REPEATED_LANE_FAILURES, "3 configurations in a row failed")
-    assert core.failure_policy.failures_without_step == 0, "no failure counts while another variant waits"
-    late = timeouts.STARVATION_SECONDS + 1
+        core.submit(f"good{rate}", configuration("lora", rate))
+    assert fail_three_lanes(core, "0", configuration("hira").group_key) == {"hira"}
     for rate in rates[:3]:
-        (lease,) = core.lease("trainer-1.x", None, 1, late).leases
-        good = configuration("lora", rate)
-        assert lease.configuration == good
-        core.exchange("trainer-1.x", {good.fingerprint: (1, good, None)}, 1, late)
-        core.lease("trainer-1.x", good.group_key, 0, late)
-        assert core.trainers["trainer-1.x"].draining_for is None, "no trainer drains for a variant that fails"
-        core.end_lease("trainer-1.x", good.fingerprint, 1, "finished", late)
-    for number in (2, 3, 4, 5):
-        assert not core.failure_policy.abort_reason
-        assert fail_all_lanes(core, f"trainer-{number}") == {"hira"}
-    assert core.failure_policy.abort_reason, "the study ends before all lanes of the last variant fail"
-    assert any(entry.needs_trainer for entry in core.open_entries.values())
+        (lease,) = core.lease("1", None, 1, 0.0).leases
+        assert lease.configuration == configuration("lora", rate)
+        core.end_lease("1", lease.configuration.fingerprint, 1, "finished")
+    core.trainer_exited("1", ExitKind.DONE, "")
+    num_exits = 0
+    while not core.abort_reason:
+        assert fail_three_lanes(core, f"then-{num_exits}") == {"hira"}
+        num_exits += 1
+    assert "7 times in a row" in core.abort_reason, "before all lanes of the last variant have failed"
+    assert any(entry.state is None for entry in core.entries.values())
 
 
 def test_a_machine_that_fails_every_variant_ends_the_study() -> None:
     core = BrokerCore()
     for rate in (10.0**-n for n in range(8)):
         for variant in ("hira", "lora"):
-            core.submit(f"{variant}{rate}", configuration(variant, rate), 0.0)
+            core.submit(f"{variant}{rate}", configuration(variant, rate))
     num_exits = 0
-    while not core.failure_policy.abort_reason:
-        fail_all_lanes(core, f"trainer-{num_exits}")
+    while not core.abort_reason:
+        fail_three_lanes(core, f"trainer-{num_exits}")
         num_exits += 1
-    assert num_exits <= 5
+    assert num_exits <= 7
 
 
-def test_a_hung_trainer_is_named_and_one_that_speaks_again_is_not() -> None:
+def test_a_hung_trainer_is_listed_until_its_end_and_its_lanes_wait() -> None:
     core = BrokerCore()
     for rate in (1e-3, 1e-2, 1e-1):
-        core.submit(f"t{rate}", configuration(rate=rate), 0.0)
-    for name in ("trainer-0.x", "trainer-1.x", "trainer-2.x"):
+        core.submit(f"t{rate}", configuration(rate=rate))
+    for name in ("hung", "computing", "calling"):
         core.lease(name, None, 1, 0.0)
-    dead = timeouts.TRAINER_SILENT_SECONDS + 1
-    core.tick(dead)
-    assert core.counts()["trainers"] == 0
-    assert core.hung_trainers(dead) == [], "the broker itself may have stood still"
-    core.heartbeat("trainer-1.x", dead)
-    core.exchange("trainer-2.x", {}, 0, dead)
-    later = dead + timeouts.TRAINER_SILENT_SECONDS + 1
-    assert core.hung_trainers(later) == ["trainer-0"]
-    core.trainer_exited("trainer-0", later, ExitKind.FAILED, "it hung")
-    assert core.hung_trainers(later) == []
+    for now in range(0, 2 * int(timeouts.TRAINER_SILENT_SECONDS), 10):
+        core.heartbeat("computing", now)
+        core.exchange("calling", {}, 0, 1, now)
+        updates = core.get_updates(0, now)
+        assert updates.hung == (["hung"] if now > timeouts.TRAINER_SILENT_SECONDS else [])
+    assert updates.counts["trainers"] == 2
+    assert core.lease("calling", None, 1, now).leases
+    core.heartbeat("hung", now)
+    assert core.lease("hung", None, 1, now) == LeaseGrant(closed=True)
+    assert core.trainer_exited("hung", ExitKind.FAILED, "it hung, and was ended") == 0
+    assert core.get_updates(0, now).hung == []
+    assert core.failures_in_a_row == 0, "it had taken no step"
 
 
-def test_a_process_that_was_stopped_during_a_call_makes_another_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = SimpleNamespace(monotonic=lambda: clock.now, sleep=lambda seconds: None, now=1.0)
-    monkeypatch.setattr(client, "time", clock)
+def test_nobody_is_taken_for_dead_after_a_pause_of_the_broker_itself() -> None:
+    core, limit = BrokerCore(), timeouts.TRAINER_SILENT_SECONDS
+    core.submit("t", configuration())
+    core.lease("a", None, 1, 0.0)
+    for now in (0.0, 100 * limit, 101 * limit - 1):
+        assert core.get_updates(0, now).hung == []
 
-    def call() -> str:
-        clock.now += 3600.0
-        if clock.now < 7200.0:
-            raise GetTimeoutError("no answer")
-        return "done"
 
-    assert client.retry_until_lost(call) == "done"
+def test_the_driver_learns_where_a_trainer_runs_and_why_it_fails() -> None:
+    core, place = BrokerCore(), TrainerPlace("node", "GPU 3 of node 10.0.0.7")
+    core.places["a"] = place
+    core.announced["a"] = ExitKind.CRASHED, "it lost its GPU"
+    updates = core.get_updates(0, 0.0)
+    assert updates.counts["trainers"] == 0, "it has not called yet"
+    assert (updates.places, updates.announced) == ({"a": place}, {"a": (ExitKind.CRASHED, "it lost its GPU")})
+    core.trainer_exited("a", ExitKind.CRASHED, "it lost its GPU")
+    updates = core.get_updates(0, 0.0)
+    assert not updates.places
+    assert not updates.announced

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from points import configuration
 
-from orchestrator.execution.broker.actor import Broker
-from orchestrator.execution.broker.lane_entry import HeldLanes, TrainerInfo
+from orchestrator.execution.broker_actor import Broker
 from orchestrator.study.configuration import Configuration
 
 
@@ -17,37 +16,35 @@ class Trainer:
     """A trainer that asks as the loop of `finetune/engine` does: a full lane group makes no request."""
 
     def __init__(self, broker: Broker, max_lanes: int, name: str = "trainer-0") -> None:
-        self.broker, self.name, self.max_lanes = broker, f"{name}.x", max_lanes
-        self.held: dict[str, tuple[int, Configuration, None]] = {}
+        self.broker, self.name, self.max_lanes = broker, name, max_lanes
+        self.group_key: str | None = None
+        self.held: dict[str, tuple[int, None]] = {}
 
     def poll(self) -> None:
         """Lease as often as the broker grants lanes, then exchange."""
-        info = TrainerInfo((), self.max_lanes)
         while len(self.held) < self.max_lanes:
-            key = next((one.group_key for _, one, _ in self.held.values()), None)
+            key = self.group_key if self.held else None
             capacity = self.max_lanes - len(self.held) if self.held else 1
-            held: HeldLanes = self.held
-            grant = asyncio.run(self.broker.lease(self.name, key, capacity, held, 0, info))
-            if not grant.leases:
+            call = self.broker.lease(self.name, key, capacity, self.held, 0, self.max_lanes)
+            if not (leases := asyncio.run(call).leases):
                 break
-            for lease in grant.leases:
-                self.held[lease.configuration.fingerprint] = (lease.attempt, lease.configuration, None)
-        asyncio.run(self.broker.exchange(self.name, self.held, 0, info))
+            self.group_key = leases[0].configuration.group_key
+            self.held |= {lease.configuration.fingerprint: (lease.attempt, None) for lease in leases}
+        asyncio.run(self.broker.exchange(self.name, self.held, 0, self.max_lanes))
 
     def finish_one(self) -> None:
         """End the first lane."""
-        fingerprint, (attempt, _, _) = next(iter(self.held.items()))
+        fingerprint, (attempt, _) = next(iter(self.held.items()))
         del self.held[fingerprint]
         asyncio.run(self.broker.end_lease(self.name, fingerprint, attempt, "finished"))
 
 
 def usable(broker: Broker) -> list[int]:
-    found: list[int] = asyncio.run(broker.get_updates(0, 0, 0, ""))["usable_lanes"]
-    return found
+    return list(asyncio.run(broker.get_updates(0)).usable_lanes)
 
 
 def submit(broker: Broker, point: Configuration) -> None:
-    broker.core.submit(point.fingerprint, point, 0.0)
+    broker.core.submit(point.fingerprint, point)
 
 
 def of_rank(rank: int) -> Configuration:

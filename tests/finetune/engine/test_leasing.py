@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import ClassVar
 
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scripted import Queue, configuration, leases, numbers_of, solo, train
+from scripted import Queue, Script, configuration, leases, numbers_of, solo, train
 
 from orchestrator.finetune.engine.lane_source import Directive, Lease, LeaseGrant
 from orchestrator.finetune.engine.leasing import GroupOccupancy, plan_lease
+from orchestrator.record.lane_capacity import LaneCapacity
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration
@@ -49,7 +52,7 @@ def grants(draw: st.DrawFn) -> tuple[GroupOccupancy, LeaseGrant, set[str]]:
     requires_empty_group = occupancy.is_all_parked and draw(st.booleans(), label="empty group")
     leases = draw(
         st.lists(
-            st.sampled_from(LARGE if is_other_group else SMALL),
+            st.sampled_from(LARGE if is_other_group else SMALL[len(lanes) :]),
             unique_by=lambda lane: lane.fingerprint,
             max_size=max(0, occupancy.capacity),
         )
@@ -65,10 +68,8 @@ def test_a_plan_loses_no_lane_and_exceeds_no_limit(case: tuple[GroupOccupancy, L
     leased = [lease.configuration.fingerprint for lease in granted.leases]
     to_start = [lease.configuration.fingerprint for lease in plan.to_start]
     assert to_start == [name for name in leased if name not in final]
-    assert set(plan.replaced) == set(leased) & set(occupancy.fingerprints)
-    assert not set(plan.replaced) & set(plan.evicted)
     assert set(plan.evicted) <= set(occupancy.long_parked)
-    staying = set(occupancy.fingerprints) - set(plan.replaced) - set(plan.evicted)
+    staying = set(occupancy.fingerprints) - set(plan.evicted)
     assert not staying & set(to_start)
     assert len(staying) + len(to_start) <= len(occupancy.fingerprints) + max(1, occupancy.free_slots)
     if occupancy.fingerprints:
@@ -87,10 +88,9 @@ def test_no_more_lanes_are_evicted_than_the_grant_needs(
     plan = plan_lease(occupancy, granted, final)
     is_same_group = all(lease.configuration.group_key == occupancy.group_key for lease in plan.to_start)
     if is_same_group and not granted.requires_empty_group:
-        needed = len(plan.to_start) - len(plan.replaced) - occupancy.free_slots
+        needed = len(plan.to_start) - occupancy.free_slots
         assert len(plan.evicted) == max(0, needed)
-        evictable = [name for name in occupancy.long_parked if name not in plan.replaced]
-        assert list(plan.evicted) == evictable[: len(plan.evicted)], "the longest parked leave first"
+        assert plan.evicted == occupancy.long_parked[: len(plan.evicted)], "the longest parked leave first"
 
 
 def numbers(store: Store, fingerprint: str) -> Record:
@@ -138,3 +138,25 @@ def test_a_group_that_is_parked_as_a_whole_makes_room_for_another_group_key(
     assert source.spilled[0] == (small.fingerprint, 1)
     for one in (small, large):
         assert numbers(store, one.fingerprint) == numbers_of(solo(one, tmp_path))
+
+
+def test_the_second_lease_of_a_lane_group_tells_the_limit_of_its_group_key(store: Store) -> None:
+    lanes = [configuration(seed=seed, steps=2) for seed in range(3)]
+    key = lanes[0].group_key
+    device_key = f"cpu, {round(psutil.virtual_memory().total / 2**30)} GiB"
+    LaneCapacity(store.lane_capacity, key, device_key).write_measured(3)
+
+    class Told(Script):
+        max_lanes = 0
+        told: ClassVar[list[tuple[str | None, int]]] = []
+
+        def note_max_lanes(self, max_lanes: int) -> None:
+            self.max_lanes = max_lanes
+
+        def lease(self, group_key: str | None, capacity: int, steps_taken: int) -> LeaseGrant:
+            self.told.append((group_key, self.max_lanes))
+            return super().lease(group_key, capacity, steps_taken)
+
+    source = Told(leases(lanes))
+    train(source, store, lanes=8, is_measured=True)
+    assert source.told[:2] == [(None, 1), (key, 3)]

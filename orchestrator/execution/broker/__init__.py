@@ -1,1 +1,0 @@
-"""The actor between trials and trainers."""

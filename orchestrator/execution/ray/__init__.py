@@ -1,1 +1,0 @@
-"""Ray itself: joining or starting it, its errors, what it leaves behind."""

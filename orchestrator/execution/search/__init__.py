@@ -1,1 +1,0 @@
-"""Searchers, samplers and their budgets."""

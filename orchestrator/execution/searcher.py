@@ -1,0 +1,90 @@
+"""The searcher of a search that Ray Tune calls: it passes on points, and their results to Optuna."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from optuna.trial import TrialState
+
+from orchestrator.execution.search import Point, Search
+from orchestrator.execution.tune import ConfigurationQueue
+from orchestrator.study.configuration import Configuration
+
+
+class PerGroupSearcher(ConfigurationQueue):
+    """Tune's searcher, which suggests the points of earlier runs, then new points of each group in turn.
+
+    Under early stopping, points with a result are replayed to the scheduler, so that they fill its rungs.
+    """
+
+    def __init__(
+        self, search: Search, scheduler: str, block: int, cached: set[str], max_concurrent: int
+    ) -> None:
+        """Look up the results of the points.
+
+        Args:
+            search: The search, after `Search.begin`.
+            scheduler: The name of the early stopping scheduler.
+            block: Number of points of one group that are suggested in a row.
+            cached: Fingerprints with a usable result. Points that have a result already are added.
+            max_concurrent: The largest number of unfinished trials; it may change at any time.
+        """
+        self.search, self.scheduler, self.block, self.cached = search, scheduler, block, cached
+        self.points: dict[str, Point] = {}
+        """Fingerprint -> the point, if Optuna has no result of it."""
+        replayed, lost = list[Configuration](), list[Configuration]()
+        waiting = {fingerprint for group in search.groups.values() for fingerprint in group.waiting}
+        for fingerprint, configuration in search.configurations.items():
+            if fingerprint in waiting:
+                continue
+            record = search.settled(fingerprint)
+            if record is None:  # Optuna has a result, and the store has none any more
+                lost.append(configuration)
+            elif record.state != "failed":
+                cached.add(fingerprint)
+                replayed.append(configuration)
+        super().__init__([*(replayed if scheduler != "none" else ()), *lost], max_concurrent)
+
+    def suggest(self, trial_id: str) -> Any:
+        """Return the next point; None while the limit is reached, or while all others are unfinished."""
+        if not self.queue and len(self.unfinished) < self.max_concurrent:
+            self.queue.extend(self._next_points())
+        return super().suggest(trial_id)
+
+    def _next_points(self) -> list[Configuration]:
+        """Return a point that is to be trained, or replayed to the scheduler; empty at the end."""
+        while (group := self.search.next_group(self.block)) is not None:
+            point = self.search.ask(group)
+            if point is None:
+                continue
+            fingerprint = point.configuration.fingerprint
+            record = self.search.settled(fingerprint)  # trainers of a killed driver may still write records
+            if record is None:
+                self.points[fingerprint] = point
+                return [point.configuration]
+            point.tell_record(record)
+            if record.state != "failed":
+                self.cached.add(fingerprint)
+                if self.scheduler != "none":
+                    return [point.configuration]
+        return []
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Pass an intermediate result to Optuna."""
+        if point := self.points.get(self.unfinished[trial_id].fingerprint):
+            point.report(result["step"], result["score"])
+
+    def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
+        """Pass the end of a trial to Optuna, unless its point is to be trained again."""
+        point, state = self.points.get(self.unfinished[trial_id].fingerprint), (result or {}).get("state")
+        super().on_trial_complete(trial_id, result, error)
+        if error or point is None:
+            return
+        if state == "failed":
+            if self.search.settled(point.configuration.fingerprint) is not None:
+                point.tell(TrialState.FAIL)  # else the next run of the study tries it again
+        elif state != "training" and state is not None:
+            point.tell(TrialState.COMPLETE, result["score"])
+        elif state == "training" and result.get("done"):  # the scheduler has stopped the trial at this result
+            point.report(result["step"], result["score"])
+            point.tell(TrialState.PRUNED, point.score)

@@ -1,1 +1,0 @@
-"""Ray Train runs that hold a base model and train lanes."""

@@ -1,1 +1,0 @@
-"""Ray Tune's trials and schedulers."""

@@ -1,0 +1,125 @@
+"""The number of concurrent trials, and what their processes import."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from itertools import count
+
+import pytest
+from points import configuration
+from ray.tune.search import Searcher
+from session_settings import make_session
+
+from orchestrator.execution.ray_cluster import Cluster, Node
+from orchestrator.execution.session import trial_limit
+from orchestrator.execution.trial import TRIAL_MEMORY_BYTES
+from orchestrator.execution.tune import MAX_RESUBMISSIONS, ConfigurationQueue
+
+HEAVY = ("ray.tune", "ray.train", "torch", "transformers", "pandas", "pyarrow")
+LARGE = Cluster((Node(8, 8, 2.0**40),))
+JOINED = replace(LARGE, local=False)
+
+
+def test_a_lane_of_each_trainer_waits_for_the_next_free_slot() -> None:
+    assert trial_limit(make_session(2, 4, cluster=LARGE), capacities=[4, 4]) == 2 * (4 + 1)
+    assert trial_limit(make_session(3, 1, cluster=LARGE), capacities=[1, 1, 1]) == 3 * (1 + 1)
+
+
+def test_on_this_machine_trials_start_when_trainers_are_there() -> None:
+    here = make_session(2, 8, cluster=LARGE)
+    assert trial_limit(here) == 2
+    assert trial_limit(here, capacities=[8]) == (8 + 1) + 1
+    assert trial_limit(replace(here, cluster=JOINED)) == 2 * (8 + 1)
+
+
+def test_a_joined_cluster_may_grow() -> None:
+    assert trial_limit(make_session(2, 4, cluster=JOINED, elastic=True)) == 2 * 2 * (4 + 1)
+    assert trial_limit(make_session(2, 4, cluster=JOINED)) == 2 * (4 + 1)
+    with_gpus = make_session(2, 4, gpus=1, cluster=JOINED, elastic=True)
+    assert trial_limit(with_gpus) == 8 * (4 + 1)
+    assert trial_limit(with_gpus, capacities=[4] * 9) == 2 * 9 * (4 + 1)
+
+
+def test_no_point_of_a_search_is_suggested_before_it_can_train() -> None:
+    assert trial_limit(make_session(2, 4, cluster=LARGE), is_search=True) == 2 * 4
+    assert trial_limit(make_session(1, 1, cluster=LARGE), is_search=True) == 1
+
+
+def test_the_trials_of_trainers_that_measure_follow_their_lanes() -> None:
+    measured = make_session(2, 8, gpus=1, cluster=LARGE, elastic=True, measures_lanes=True)
+    assert trial_limit(measured, capacities=[8, 6]) == (8 + 1) + (6 + 1)
+    assert trial_limit(measured, capacities=[1, 1]) == 2 * (4 + 1), "not measured yet"
+    assert trial_limit(measured, is_search=True) == 2 * 4
+    assert make_session(1, 2, gpus=1, measures_lanes=True).settings.expected_lanes == 2
+    assert make_session(1, 8).settings.expected_lanes == 8
+
+
+def test_a_search_follows_the_lanes_that_trainers_measure() -> None:
+    measured = make_session(2, 8, gpus=1, cluster=LARGE, elastic=True, measures_lanes=True)
+
+    def limit(*capacities: int) -> int | None:
+        return trial_limit(measured, is_search=True, capacities=capacities)
+
+    assert limit() == 2 * 4
+    assert limit(8) == 8 + 4, "the other trainer has not measured"
+    assert limit(8, 8) == 2 * 8
+    assert limit(2, 2) == 2 * 2, "no point is suggested before it can train"
+    assert limit(12, 8) == 2 * 8, "no more than the trainer may choose"
+    assert limit(8, 8, 8) == 2 * 8
+    small = Cluster((Node(8, 2, 10 * 2 * TRIAL_MEMORY_BYTES),))
+    assert trial_limit(replace(measured, cluster=small), is_search=True, capacities=[8, 8]) == 10
+
+
+def test_the_limit_of_a_running_study_rises_and_falls() -> None:
+    queue = ConfigurationQueue([replace(configuration(), seed=seed) for seed in range(9)], 2)
+    numbers = count()
+
+    def suggest_all() -> int:
+        """Ask until the limit is reached, as Tune does. Returns the number of unfinished trials."""
+        while isinstance(queue.suggest(f"t{next(numbers)}"), dict):
+            pass
+        return len(queue.unfinished)
+
+    def end_one(error: bool = False) -> None:
+        queue.on_trial_complete(min(queue.unfinished), {"state": "finished"}, error)
+
+    assert suggest_all() == 2
+    queue.max_concurrent = 5
+    assert suggest_all() == 5
+    queue.max_concurrent = 3
+    end_one()
+    assert suggest_all() == 4
+    end_one()
+    end_one()
+    assert suggest_all() == 3
+
+
+def test_a_configuration_whose_trial_failed_gets_another_one_and_a_stage_follows_the_last_end() -> None:
+    first, second = (replace(configuration(), seed=seed) for seed in (0, 1))
+    stages = [[second], []]
+    queue = ConfigurationQueue([first], 4, lambda: stages.pop(0))
+    for number in range(MAX_RESUBMISSIONS + 1):
+        assert queue.suggest(f"t{number}") == {"configuration": first}
+        assert queue.suggest("another") is None, "the next stage depends on its result"
+        queue.on_trial_complete(f"t{number}", None, error=True)
+    assert queue.suggest("next") == {"configuration": second}
+    queue.on_trial_complete("next", {"state": "finished"})
+    assert queue.suggest("last") == Searcher.FINISHED
+
+
+@pytest.mark.parametrize(
+    ("module", "heavy"),
+    [
+        ("orchestrator.execution.trial", HEAVY),
+        ("orchestrator.execution.broker_actor", HEAVY),
+        ("orchestrator.execution.trainer_worker", HEAVY),
+        ("orchestrator.execution.trainers", ("torch", "transformers")),
+        ("orchestrator.execution.session", ("torch", "transformers")),
+    ],
+)
+def test_the_start_of_a_process_imports_nothing_heavy(module: str, heavy: tuple[str, ...]) -> None:
+    program = f"import {module}, sys; print(*(name for name in {heavy} if name in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
