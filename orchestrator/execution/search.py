@@ -98,10 +98,10 @@ class SearchGroup:
 
 @dataclass
 class Point:
-    """A point without a result in Optuna.
+    """A point that has no result in Optuna yet.
 
-    Optuna gets its result through the storage: `Study.tell` takes no trial that waits, and a trial of an
-    earlier process cannot report.
+    Its result is written to Optuna's storage directly. `Study.tell` refuses a trial in the state WAITING, and
+    Optuna gives no `Trial` object, which could report scores, for a trial of an earlier process.
     """
 
     configuration: Configuration
@@ -119,7 +119,12 @@ class Point:
             self.last_step, self.score = step, score
 
     def tell(self, state: TrialState, score: float | None = None) -> None:
-        """Set the state of the trial, and its score if it has one."""
+        """Set the state of the trial, and its score if it has one.
+
+        A trial that is complete without a finite score has failed, as for `Study.tell`.
+        """
+        if state == TrialState.COMPLETE and (score is None or not math.isfinite(score)):
+            state, score = TrialState.FAIL, None
         self.storage.set_trial_state_values(self.trial_id, state, None if score is None else [score])
 
     def tell_record(self, record: Record) -> None:

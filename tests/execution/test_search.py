@@ -7,12 +7,14 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import optuna
 import pytest
-from points import study_of
+from optuna.trial import TrialState
+from points import configuration, study_of
 from ray.tune.search import Searcher
 from search_drive import Drive, asked, build, journal, record, score, space
 
-from orchestrator.execution.search import JOURNAL_FILE, open_search
+from orchestrator.execution.search import JOURNAL_FILE, Point, open_search
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "cma-es"])
@@ -155,3 +157,11 @@ def test_a_configuration_whose_trial_dies_is_suggested_again_three_times(tmp_pat
     assert drive.given == drive.given[:1] * 4
     assert [t.state.name for t in drive.optuna_trials("lora")] == ["RUNNING"]
     assert Drive(tmp_path, space(variants=("lora",)), points=1).ask() == drive.given[0]
+
+
+@pytest.mark.parametrize(("value", "state"), [(0.5, "COMPLETE"), (math.nan, "FAIL"), (None, "FAIL")])
+def test_a_sampler_learns_from_finite_scores_only(value: float | None, state: str) -> None:
+    study = optuna.create_study(direction="maximize")
+    trial = study.ask()
+    Point(configuration(), study._storage, trial._trial_id).tell(TrialState.COMPLETE, value)
+    assert [each.state.name for each in study.trials] == [state]
