@@ -80,8 +80,8 @@ class Updates:
     """Trainers that have been silent for too long and whose end the driver has not reported yet."""
     max_lanes: Sequence[int] = ()
     """The number of lanes that each trainer can hold, of those that have told it."""
-    usable_lanes: Sequence[int] = ()
-    """For each of these trainers, the number of lanes that a search may keep unfinished."""
+    num_missing_lanes: int = 0
+    """The number of further lanes that a search may submit."""
     abort_reason: str = ""
     """The reason to end the study; empty while it goes on."""
 
@@ -153,8 +153,6 @@ class BrokerCore:
         """The events that the driver has not acknowledged."""
         self.num_acknowledged = 0
         self.last_tick: float | None = None
-        self.closed = False
-        """True once no more lanes will be submitted."""
         self.draining: set[str | None] = set()
         """Trainers that must return their lanes and end; None stands for all trainers."""
         self.max_live_trainers = 1
@@ -233,7 +231,6 @@ class BrokerCore:
             self._take_over(trainer)
         return LeaseGrant(
             tuple(leases),
-            closed=self.closed and not waiting,
             requires_empty_group=bool(selected and group) and any(e.alone for e in [*group, *selected]),
         )
 
@@ -417,8 +414,9 @@ class BrokerCore:
             now: The time.
         """
         self.tick(now)
-        del self.events[: num_read - self.num_acknowledged]
-        self.num_acknowledged = num_read
+        num_new = max(0, num_read - self.num_acknowledged)
+        del self.events[:num_new]
+        self.num_acknowledged += num_new
         counts = Counter(str(entry.phase) for entry in self.open_entries.values())
         counts["ended"] = len(self.entries) - len(self.open_entries)
         counts["trainers"] = len(self.trainers)
@@ -430,32 +428,19 @@ class BrokerCore:
             self.announced,
             sorted(self.hung),
             [view.max_lanes for view in self.trainers.values() if view.max_lanes],
-            self.count_usable_lanes(),
+            self.count_missing_lanes(),
             self.abort_reason,
         )
 
-    def count_usable_lanes(self) -> list[int]:
-        """Return for each trainer that has told its limit how many lanes a search may keep unfinished for it.
+    def count_missing_lanes(self) -> int:
+        """Return how many further lanes a search may submit: one for each trainer with room, if none waits.
 
-        These are the lanes that it holds and the waiting lanes of its group key that have room, and one more
-        if there is still room and no lane of another group key waits: only the next point shows whether it
-        may join the lane group. An empty trainer counts as one lane.
+        Only the next point shows whether it may join a trainer's lane group. A point that waits was suggested
+        without the results of the lanes that train meanwhile.
         """
-        lanes = self._list_groups()
-        waiting: Counter[str | None] = Counter("" if e.alone else e.group_key for e in lanes[""])
-        groups = [(lanes[t], view.max_lanes) for t, view in self.trainers.items() if view.max_lanes]
-        usable = []
-        for group, limit in groups:
-            key = group[0].group_key if group else None
-            joining = min(max(0, limit - len(group)), waiting[key])
-            waiting[key] -= joining
-            usable.append(len(group) + joining)
-        others = waiting.total()
-        for number, (group, limit) in enumerate(groups):
-            if usable[number] < (limit if group else 1):
-                usable[number] += not others or not group
-                others = max(0, others - 1)
-        return usable
+        groups = self._list_groups()
+        with_room = sum(len(groups[name]) < view.max_lanes for name, view in self.trainers.items())
+        return max(0, with_room - len(groups[""]))
 
     # -- helpers
 

@@ -149,7 +149,8 @@ class Broker:
 
     async def start(self, trainer: str, place: TrainerPlace) -> None:
         """Note where a trainer runs."""
-        self.core.places[trainer] = place
+        if trainer not in self.core.gone:
+            self.core.places[trainer] = place
 
     async def lease(
         self,
@@ -197,7 +198,8 @@ class Broker:
 
     async def fail(self, trainer: str, kind: ExitKind, reason: str) -> None:
         """Note why a trainer is about to end; the first reason of its workers counts."""
-        self.core.announced.setdefault(trainer, (kind, reason))
+        if trainer not in self.core.gone:
+            self.core.announced.setdefault(trainer, (kind, reason))
 
     async def abort(self, reason: str = "") -> None:
         """End the study.
@@ -221,10 +223,6 @@ class Broker:
         num_held = self.core.trainer_exited(trainer, kind, reason)
         self._wake_trials(self.core.entries)  # a lane that has crashed its trainers has failed
         return num_held
-
-    async def close(self) -> None:
-        """Let trainers end when no lane waits, because no more trials will come."""
-        self.core.closed = True
 
     def _wake_trials(self, fingerprints: Iterable[str]) -> None:
         for fingerprint in self.lane_events.keys() & fingerprints:

@@ -54,20 +54,24 @@ def without_dashboard() -> Iterator[None]:
         node.start_api_server = original
 
 
-def torch_trainer_class() -> Any:
-    """Return `TorchTrainer`, without the helper actors of Ray Train's that a study does not use.
+def trainer_class() -> Any:
+    """Return `TorchTrainer`, or the base class that it shares with Ray Train's other trainers.
 
-    They are the cleaner of placement groups (the driver removes the placement group that a worker has
-    announced), the manager of Ray Data's datasets, and the coordinator of autoscaling (the driver requests
-    nodes itself). Each is a process to start before the first worker trains.
+    The base class needs no torch, whose import takes two seconds in the driver. It is used without the helper
+    actors that a study does not need: the cleaner of placement groups (the driver removes the placement group
+    that a worker has announced), the manager of Ray Data's datasets, and the coordinator of autoscaling (the
+    driver requests nodes itself). Each is a process to start before the first worker trains.
     """
-    from ray.train.torch import TorchTrainer
+    base = look_up("ray.train.v2.api.data_parallel_trainer:DataParallelTrainer")
+    if not hasattr(base, "_initialize_and_run_controller"):
+        from ray.train.torch import TorchTrainer
 
-    public: Any = TorchTrainer
-    if look_up("ray.train.torch:TorchTrainer._initialize_and_run_controller") is None:
-        return public
+        return TorchTrainer
 
-    class LightTorchTrainer(public):
+    class LightTrainer(base):
+        def __init__(self, train_loop: Any, *, torch_config: Any, **options: Any) -> None:
+            super().__init__(train_loop, backend_config=torch_config, **options)
+
         def _initialize_and_run_controller(self, **arguments: Any) -> Any:
             unused = ("PlacementGroupCleanerCallback", "DatasetsCallback")
             callbacks = arguments.get("callbacks", ())
@@ -76,7 +80,7 @@ def torch_trainer_class() -> Any:
                 _leave_coordinator_out(arguments["scaling_policy"])
             return super()._initialize_and_run_controller(**arguments)
 
-    return LightTorchTrainer
+    return LightTrainer
 
 
 def _leave_coordinator_out(policy: Any) -> None:

@@ -156,23 +156,6 @@ def estimate_local_cluster() -> Cluster:
     return Cluster((Node(len(os.sched_getaffinity(0)), gpus, memory),))
 
 
-def gpu_name(proc: Path = Path("/proc/driver/nvidia/gpus")) -> str:
-    """Return the name of this machine's GPUs as torch gives it; empty if it is unknown or they differ.
-
-    A MIG slice has a share of its card's memory and speed, so its name differs from the card's. Its size is
-    not known here.
-    """
-    names = set()
-    for file in proc.glob("*/information"):
-        with suppress(OSError):
-            found = re.search(r"^Model:\s*(.+?)\s*$", file.read_text(), re.MULTILINE)
-            names.add(found[1] if found else "")
-    chosen = (os.environ.get(name, "") for name in ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES"))
-    is_slice = any("MIG-" in devices for devices in chosen)
-    is_slice = is_slice or any(proc.parent.glob("capabilities/gpu*/mig/gi*"))
-    return names.pop() + (" MIG" if is_slice else "") if len(names) == 1 else ""
-
-
 def adapt_to_cluster(
     options: StudyOptions, cluster: Cluster, configurations: Iterable[Configuration]
 ) -> StudyOptions:

@@ -78,13 +78,13 @@ class PerGroupSearcher(ConfigurationQueue):
         """Pass the end of a trial to Optuna, unless its point is to be trained again."""
         point, state = self.points.get(self.unfinished[trial_id].fingerprint), (result or {}).get("state")
         super().on_trial_complete(trial_id, result, error)
-        if error or point is None:
+        if error or point is None or state is None:
             return
-        if state == "failed":
-            if self.search.settled(point.configuration.fingerprint) is not None:
-                point.tell(TrialState.FAIL)  # else the next run of the study tries it again
-        elif state != "training" and state is not None:
+        if state == "training":
+            if result["done"]:  # the scheduler has stopped the trial at this result
+                point.report(result["step"], result["score"])
+                point.tell(TrialState.PRUNED, point.score)
+        elif record := self.search.settled(point.configuration.fingerprint):
+            point.tell_record(record)
+        elif state != "failed":  # another node's record may become visible here later
             point.tell(TrialState.COMPLETE, result["score"])
-        elif state == "training" and result.get("done"):  # the scheduler has stopped the trial at this result
-            point.report(result["step"], result["score"])
-            point.tell(TrialState.PRUNED, point.score)

@@ -67,9 +67,10 @@ def train(
     pool = TrainerPool(session, broker)
 
     def follow_trainers(updates: Updates) -> None:
-        capacities = updates.max_lanes if search is None else updates.usable_lanes
-        session_now = replace(session, cluster=pool.cluster)
-        searcher.max_concurrent = trial_limit(session_now, search is not None, capacities)
+        more = None if search is None else len(searcher.unfinished) + updates.num_missing_lanes
+        searcher.max_concurrent = trial_limit(
+            replace(session, cluster=pool.cluster), updates.max_lanes, usable=more
+        )
 
     monitor = StudyMonitor(session, broker, pool, follow_trainers)
     monitor.start()
@@ -95,16 +96,15 @@ def train(
     return sum(monitor.steps_taken.values())
 
 
-def trial_limit(session: Session, is_search: bool = False, capacities: Sequence[int] = ()) -> int:
+def trial_limit(session: Session, max_lanes: Sequence[int] = (), usable: int | None = None) -> int:
     """Return the largest number of concurrent trials.
 
     It is the number of lanes of all trainers, plus one for each trainer. When a lane ends, the lane of the
     additional trial replaces it at once, while Tune starts the next trial in the free process. A search has
     no additional trials, because a waiting trial was suggested without the results of the lanes in training.
 
-    The lanes of a trainer are those in `capacities`. A trainer that has not reported its limit counts with
-    `TrainerSettings.expected_lanes`. In a grid on this machine alone, such a trainer counts with one trial,
-    because the processes of more trials would delay its start.
+    A trainer that has not told its number of lanes counts with `TrainerSettings.expected_lanes`. In a grid on
+    this machine alone, it counts with one trial, because the processes of more trials would delay its start.
 
     All trial processes together may use half of the memory that Ray manages; the other half is for trainers.
     An elastic pool on a joined cluster grows only if lanes wait, so its limit is computed for twice its
@@ -112,24 +112,19 @@ def trial_limit(session: Session, is_search: bool = False, capacities: Sequence[
 
     Args:
         session: The number of trainers and of their lanes, and the nodes with their memory.
-        is_search: True if trials are suggested by a search.
-        capacities: For each trainer that has reported its limit, the number of lanes that it can hold. In a
-            search, it is the number of lanes that may be unfinished for the trainer; see
-            `count_usable_lanes` in `broker.py`.
+        max_lanes: The number of lanes that each trainer can hold, of those that have told it.
+        usable: In a search, the trials that the trainers that have told it can use; else None.
     """
     num_trainers, settings, cluster = session.num_trainers, session.settings, session.cluster
     if session.is_elastic and not cluster.local:
         least = MIN_AUTOSCALED_TRAINERS if settings.gpus_per_worker else 0
-        num_trainers = max(least, 2 * num_trainers, 2 * len(capacities))
-    expected, most = settings.expected_lanes, settings.max_lanes
-    if is_search:
-        told = [min(one, most) for one in capacities[:num_trainers]]
+        num_trainers = max(least, 2 * num_trainers, 2 * len(max_lanes))
+    expected, num_untold = settings.expected_lanes, max(0, num_trainers - len(max_lanes))
+    if usable is not None:
+        wanted = usable + num_untold * expected
     else:
-        told = [max(expected, min(one, most)) + 1 for one in capacities[:num_trainers]]
-        expected += 1
-    if cluster.local and not is_search:
-        expected = 1
-    wanted = sum(told) + max(0, num_trainers - len(told)) * expected
+        wanted = sum(max(expected, one) + 1 for one in max_lanes[:num_trainers])
+        wanted += num_untold * (1 if cluster.local else expected + 1)
     return max(1, min(wanted, int(cluster.memory / 2 / TRIAL_MEMORY_BYTES)))
 
 
@@ -141,7 +136,7 @@ def _make_searcher(
     next_stage: Callable[[], Sequence[Configuration]],
 ) -> Any:
     """Return Tune's searcher; the monitor changes its `max_concurrent`."""
-    limit, lanes = trial_limit(session, search is not None), session.settings.expected_lanes
+    lanes, limit = session.settings.expected_lanes, trial_limit(session, usable=None if search is None else 0)
     if search is not None:
         from orchestrator.execution.searcher import PerGroupSearcher
 
@@ -186,7 +181,9 @@ class StudyMonitor(threading.Thread):
         """Start the first trainers, then poll until `close` is called or the study cannot continue."""
         try:
             self.pool.update(Updates())  # while the broker and the trials start
-            while not self.is_over and not self.stop_requested.wait(timeouts.SESSION_POLL_SECONDS):
+            is_last = False
+            while not (self.is_over or is_last):
+                is_last = self.stop_requested.wait(timeouts.SESSION_POLL_SECONDS)
                 self._poll()
         except (RayActorError, GetTimeoutError) as error:
             with suppress(RayError):
@@ -213,39 +210,16 @@ class StudyMonitor(threading.Thread):
         """End the trainers and the broker. The main thread calls this after `fit` has returned or raised."""
         self.stop_requested.set()
         try:
-            self.join(timeout=10)
-            with suppress(RayError):
-                ray.get(self.broker.close.remote(), timeout=5)
+            self.join(timeout=timeouts.MONITOR_JOIN_SECONDS)
+            self.pool.shut_down()
         finally:
-            try:
-                if self.budget.is_interrupted:
-                    self.pool.shut_down(
-                        timeouts.INTERRUPT_TRAINER_SHUTDOWN_SECONDS,
-                        timeouts.INTERRUPT_TRAINER_THREAD_JOIN_SECONDS,
-                    )
-                else:
-                    self.pool.shut_down(
-                        timeouts.TRAINER_SHUTDOWN_SECONDS, timeouts.TRAINER_THREAD_JOIN_SECONDS
-                    )
-                if self.error is None:
-                    self._poll_last_updates()
-            finally:
-                ray.kill(self.broker)
+            ray.kill(self.broker)
 
     def _abort(self) -> None:
         tune.ABORTED.set()
         self.broker.abort.remote()
         if self.budget.is_interrupted and not self.stop_requested.is_set():
             interrupt_main_thread()  # Tune would wait up to five seconds for its trials
-
-    def _poll_last_updates(self) -> None:
-        """Poll once more, and ignore errors of Ray, which would hide the error that ended the study."""
-        try:
-            self._poll()
-        except RayError:
-            pass
-        except Exception as error:
-            self.error = error
 
     def _poll(self) -> None:
         trials_ended = self.trials_ended.is_set()

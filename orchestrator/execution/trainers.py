@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -22,11 +22,7 @@ from ray.util import placement_group, placement_group_table, remove_placement_gr
 
 from orchestrator.execution import private_ray
 from orchestrator.execution.broker import ExitKind, TrainerPlace, Updates
-from orchestrator.execution.ray_cluster import (
-    format_ray_error,
-    is_listening,
-    usable_nodes,
-)
+from orchestrator.execution.ray_cluster import Node, format_ray_error, is_listening, usable_nodes
 from orchestrator.execution.settings import Session, TrainerSettings
 from orchestrator.execution.trainer_worker import train_loop_per_worker
 from orchestrator.util import timeouts
@@ -58,13 +54,16 @@ class TrainerRun(threading.Thread):
     Args:
         name: The trainer's name, which the broker uses too.
         slot: The number of its slot.
+        nodes: The nodes on which it may start.
         settings: The workers' number, resources and task.
         namespace: The Ray namespace of the study, which makes the name of the Train run unique.
     """
 
-    def __init__(self, name: str, slot: int, settings: TrainerSettings, namespace: str) -> None:
+    def __init__(
+        self, name: str, slot: int, nodes: Sequence[Node], settings: TrainerSettings, namespace: str
+    ) -> None:
         super().__init__(name=name, daemon=True)
-        self.slot, self.settings, self.namespace = slot, settings, namespace
+        self.slot, self.nodes, self.settings, self.namespace = slot, nodes, settings, namespace
         self.error: Exception | None = None
         """The error with which the run ended."""
 
@@ -82,7 +81,7 @@ class TrainerRun(threading.Thread):
         # The driver replaces a trainer as a whole. Versions of Ray differ in what else they would repeat.
         limits = ("max_failures", "controller_failure_limit", "max_preemption_failures")
         none: dict[str, Any] = {each.name: 0 for each in fields(FailureConfig) if each.name in limits}
-        return private_ray.torch_trainer_class()(
+        return private_ray.trainer_class()(
             train_loop_per_worker,
             train_loop_config={"name": self.name, "settings": settings},
             torch_config=SingleWorkerConfig() if single else _process_group_config(settings),
@@ -107,7 +106,10 @@ def _process_group_config(settings: TrainerSettings) -> BackendConfig:
 
 
 def classify_end(
-    error: Exception | None, place: TrainerPlace | None, announced: tuple[ExitKind, str] | None
+    error: Exception | None,
+    place: TrainerPlace | None,
+    announced: tuple[ExitKind, str] | None,
+    node_ids: Iterable[str] = (),
 ) -> tuple[ExitKind, str]:
     """Return why a trainer has ended, and the reason in one line.
 
@@ -115,10 +117,11 @@ def classify_end(
         error: The error that `fit` raised.
         place: Where the trainer was, if it has started.
         announced: What a worker told the broker before it ended.
+        node_ids: The nodes on which a trainer without a place may have been starting.
     """
     if error is None:
         return ExitKind.DONE, ""
-    if place is not None and any(map(is_lost, place.node_ids)):
+    if any(map(is_lost, place.node_ids if place else node_ids)):
         return ExitKind.LOST, "was lost with a node; its lanes continue elsewhere"
     failures = getattr(error, "worker_failures", None) or {0: getattr(error, "controller_failure", error)}
     causes = [getattr(each, "health_check_failure", each) for each in failures.values()]
@@ -220,6 +223,10 @@ class TrainerPool:
         return [slot for slot in range(limit) if slot not in closed]
 
     @property
+    def _num_starting(self) -> int:
+        return sum(name not in self.places for name in self.running)
+
+    @property
     def waiting_for(self) -> str:
         """The kind of node without which no trainer can start; empty if no node is missing."""
         if self._capacity:
@@ -242,28 +249,22 @@ class TrainerPool:
         if not self.num_started:
             return self.session.num_trainers
         lanes = self.settings.expected_lanes
-        starting = sum(name not in self.places for name in self.running)
+        starting = self._num_starting
         about_to_be_leased = max(0, (len(self.running) - starting) * lanes - training)
-        return (
-            -(-(waiting - about_to_be_leased) // lanes) - starting if self.running else -(-waiting // lanes)
-        )
+        return -(-(waiting - about_to_be_leased) // lanes) - starting
 
     def _start(self, wanted: int) -> None:
         """Start up to `wanted` trainers where there is room, and ask for nodes for the others."""
-        with_room = [each for each in self.requests if placement_group_table(each)["state"] == "CREATED"]
+        with_room = sum(placement_group_table(each)["state"] == "CREATED" for each in self.requests)
         free_slots = [slot for slot in self.open_slots if slot not in {r.slot for r in self.running.values()}]
-        now = free_slots[: max(0, min(wanted, self._num_with_room() + len(with_room)))]
-        for request in with_room:  # trainers take its room
-            remove_placement_group(request)
-            self.requests.remove(request)
-        for slot in now:
+        for slot in free_slots[: max(0, min(wanted, self._num_with_room() + with_room))]:
             name, namespace = f"trainer-{self.num_started}", self.session.cluster.namespace
-            run = TrainerRun(name, slot, self.settings, namespace)
+            run = TrainerRun(name, slot, self.cluster.nodes, self.settings, namespace)
             run.start()
             self.num_started += 1
             self.running[name] = run
-        if not self.session.cluster.local:
-            self._request_nodes(wanted - len(now))
+        if not self.session.cluster.local:  # a request could take the room of a trainer that starts
+            self._request_nodes(0 if self._num_starting else wanted)
 
     def _num_with_room(self) -> int:
         """Return how many trainers the unused resources allow, without looking at single nodes."""
@@ -272,8 +273,7 @@ class TrainerPool:
         free = ray.available_resources()
         needs = self.settings.resources_per_worker.items()
         workers = min(int(free.get(name, 0.0) / need + 1e-9) for name, need in needs)
-        starting = sum(name not in self.places for name in self.running)
-        return workers // self.settings.options.workers_per_trainer - starting
+        return workers // self.settings.options.workers_per_trainer - self._num_starting
 
     def _request_nodes(self, more: int) -> None:
         """Ask an autoscaler for room for more trainers. A request is a placement group of this Ray job.
@@ -330,7 +330,9 @@ class TrainerPool:
             announced = updates.announced.get(name)
             if name in updates.hung:
                 announced = ExitKind.FAILED, "it hung, and was ended"
-            self._handle_end(run, *classify_end(run.error, self.places.get(name), announced), updates)
+            nodes = {node.id for node in (*run.nodes, *self.cluster.nodes)}
+            end = classify_end(run.error, self.places.get(name), announced, nodes)
+            self._handle_end(run, *end, updates)
 
     def _end(self, name: str) -> None:
         """End a trainer's workers. Train then ends its run, because `max_failures` is 0."""
@@ -372,24 +374,14 @@ class TrainerPool:
                 f"({last}). Run the command again when that is mended."
             )
 
-    def shut_down(self, timeout: float, join_timeout: float) -> None:
-        """End all trainers, after the broker was told that no more lanes come.
-
-        Args:
-            timeout: Seconds that trainers get to end by themselves before they are ended.
-            join_timeout: Seconds that all threads of ended trainers together get to end.
-        """
+    def shut_down(self) -> None:
+        """End all trainers. No lane is lost: those that have not ended resume from their checkpoints."""
         self._request_nodes(0)
-        deadline = time.monotonic() + timeout
-        runs = dict(self.running)
-        for name, run in runs.items():
-            if name in self.places:
-                run.join(max(0.0, deadline - time.monotonic()))
-                self._end(name)
-        if any(run.is_alive() for run in runs.values()):
-            _end_controllers()
-        deadline = time.monotonic() + join_timeout
-        for run in runs.values():
+        for name in self.running:
+            self._end(name)
+        _end_controllers()
+        deadline = time.monotonic() + timeouts.TRAINER_THREAD_JOIN_SECONDS
+        for run in self.running.values():
             run.join(max(0.0, deadline - time.monotonic()))
         self.running.clear()
 

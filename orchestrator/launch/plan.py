@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import textwrap
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -157,12 +159,29 @@ def _probe_hardware(options: StudyOptions) -> tuple[str, int, float]:
     if ray_cluster.running_cluster_address() is not None:
         device, trainers, gpus = "", options.trainers or 0, options.gpus_per_worker
     else:
-        device = ray_cluster.gpu_name()
+        device = gpu_name()
         cluster = ray_cluster.estimate_local_cluster()
         trainers, gpus = cluster.plan_trainers(options.trainers, options.gpus_per_worker, workers)
     if options.device == "cpu" or gpus == 0:
         return "cpu", trainers, 0.0
     return device, trainers, workers * (1.0 if gpus is None else gpus)
+
+
+def gpu_name(proc: Path = Path("/proc/driver/nvidia/gpus")) -> str:
+    """Return the name of this machine's GPUs as torch gives it; empty if it is unknown or they differ.
+
+    A MIG slice has a share of its card's memory and speed, so its name differs from the card's. Its size is
+    not known here.
+    """
+    names = set()
+    for file in proc.glob("*/information"):
+        with suppress(OSError):
+            found = re.search(r"^Model:\s*(.+?)\s*$", file.read_text(), re.MULTILINE)
+            names.add(found[1] if found else "")
+    chosen = (os.environ.get(name, "") for name in ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES"))
+    is_slice = any("MIG-" in devices for devices in chosen)
+    is_slice = is_slice or any(proc.parent.glob("capabilities/gpu*/mig/gi*"))
+    return names.pop() + (" MIG" if is_slice else "") if len(names) == 1 else ""
 
 
 def find_card(device: str) -> Card | None:

@@ -15,14 +15,10 @@ SAVE_SECONDS = 60.0
 """Time for trainers to checkpoint their lanes when a budget ends the study."""
 INTERRUPT_SAVE_SECONDS = 4.0
 """`SAVE_SECONDS` after Ctrl-C. A lane in a long evaluation keeps its last checkpoint."""
-TRAINER_SHUTDOWN_SECONDS = 5.0
-"""Time for trainers to end by themselves."""
-INTERRUPT_TRAINER_SHUTDOWN_SECONDS = 0.5
-"""`TRAINER_SHUTDOWN_SECONDS` after Ctrl-C, when everything has been reported already."""
-TRAINER_THREAD_JOIN_SECONDS = 10.0
-"""Time for all threads of killed trainers together to end."""
-INTERRUPT_TRAINER_THREAD_JOIN_SECONDS = 2.0
-"""`TRAINER_THREAD_JOIN_SECONDS` after Ctrl-C."""
+MONITOR_JOIN_SECONDS = 10.0
+"""Time for the driver's thread that follows the broker to end."""
+TRAINER_THREAD_JOIN_SECONDS = 2.0
+"""Time for the driver's threads of all ended trainers together to end."""
 MLFLOW_FLUSH_SECONDS = 60.0
 """Time for MLflow and the other trackers to log the rest at the end of a study."""
 INTERRUPT_MLFLOW_FLUSH_SECONDS = 5.0

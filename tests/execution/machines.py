@@ -82,7 +82,7 @@ def lanes(phase: str) -> int:
     for actor in ray.util.list_named_actors(all_namespaces=True):
         if actor["name"] == BROKER_NAME:
             broker = ray.get_actor(BROKER_NAME, namespace=actor["namespace"])
-            return int(ray.get(broker.get_updates.remote(0, 0, 0, ""))["counts"][phase])
+            return int(ray.get(broker.get_updates.remote(0)).counts[phase])
     return 0
 
 

@@ -23,14 +23,14 @@ JOINED = replace(LARGE, local=False)
 
 
 def test_a_lane_of_each_trainer_waits_for_the_next_free_slot() -> None:
-    assert trial_limit(make_session(2, 4, cluster=LARGE), capacities=[4, 4]) == 2 * (4 + 1)
-    assert trial_limit(make_session(3, 1, cluster=LARGE), capacities=[1, 1, 1]) == 3 * (1 + 1)
+    assert trial_limit(make_session(2, 4, cluster=LARGE), [4, 4]) == 2 * (4 + 1)
+    assert trial_limit(make_session(3, 1, cluster=LARGE), [1, 1, 1]) == 3 * (1 + 1)
 
 
 def test_on_this_machine_trials_start_when_trainers_are_there() -> None:
     here = make_session(2, 8, cluster=LARGE)
     assert trial_limit(here) == 2
-    assert trial_limit(here, capacities=[8]) == (8 + 1) + 1
+    assert trial_limit(here, [8]) == (8 + 1) + 1
     assert trial_limit(replace(here, cluster=JOINED)) == 2 * (8 + 1)
 
 
@@ -39,19 +39,19 @@ def test_a_joined_cluster_may_grow() -> None:
     assert trial_limit(make_session(2, 4, cluster=JOINED)) == 2 * (4 + 1)
     with_gpus = make_session(2, 4, gpus=1, cluster=JOINED, elastic=True)
     assert trial_limit(with_gpus) == 8 * (4 + 1)
-    assert trial_limit(with_gpus, capacities=[4] * 9) == 2 * 9 * (4 + 1)
+    assert trial_limit(with_gpus, [4] * 9) == 2 * 9 * (4 + 1)
 
 
 def test_no_point_of_a_search_is_suggested_before_it_can_train() -> None:
-    assert trial_limit(make_session(2, 4, cluster=LARGE), is_search=True) == 2 * 4
-    assert trial_limit(make_session(1, 1, cluster=LARGE), is_search=True) == 1
+    assert trial_limit(make_session(2, 4, cluster=LARGE), usable=0) == 2 * 4
+    assert trial_limit(make_session(1, 1, cluster=LARGE), usable=0) == 1
 
 
 def test_the_trials_of_trainers_that_measure_follow_their_lanes() -> None:
     measured = make_session(2, 8, gpus=1, cluster=LARGE, elastic=True, measures_lanes=True)
-    assert trial_limit(measured, capacities=[8, 6]) == (8 + 1) + (6 + 1)
-    assert trial_limit(measured, capacities=[1, 1]) == 2 * (4 + 1), "not measured yet"
-    assert trial_limit(measured, is_search=True) == 2 * 4
+    assert trial_limit(measured, [8, 6]) == (8 + 1) + (6 + 1)
+    assert trial_limit(measured, [1, 1]) == 2 * (4 + 1), "not measured yet"
+    assert trial_limit(measured, usable=0) == 2 * 4
     assert make_session(1, 2, gpus=1, measures_lanes=True).settings.expected_lanes == 2
     assert make_session(1, 8).settings.expected_lanes == 8
 
@@ -59,17 +59,11 @@ def test_the_trials_of_trainers_that_measure_follow_their_lanes() -> None:
 def test_a_search_follows_the_lanes_that_trainers_measure() -> None:
     measured = make_session(2, 8, gpus=1, cluster=LARGE, elastic=True, measures_lanes=True)
 
-    def limit(*capacities: int) -> int | None:
-        return trial_limit(measured, is_search=True, capacities=capacities)
-
-    assert limit() == 2 * 4
-    assert limit(8) == 8 + 4, "the other trainer has not measured"
-    assert limit(8, 8) == 2 * 8
-    assert limit(2, 2) == 2 * 2, "no point is suggested before it can train"
-    assert limit(12, 8) == 2 * 8, "no more than the trainer may choose"
-    assert limit(8, 8, 8) == 2 * 8
+    assert trial_limit(measured, usable=0) == 2 * 4
+    assert trial_limit(measured, [8], usable=8) == 8 + 4, "the other trainer has not measured"
+    assert trial_limit(measured, [8, 8], usable=13) == 13
     small = Cluster((Node(8, 2, 10 * 2 * TRIAL_MEMORY_BYTES),))
-    assert trial_limit(replace(measured, cluster=small), is_search=True, capacities=[8, 8]) == 10
+    assert trial_limit(replace(measured, cluster=small), [8, 8], usable=16) == 10
 
 
 def test_the_limit_of_a_running_study_rises_and_falls() -> None:

@@ -71,6 +71,6 @@ def test_a_study_that_fails_leaves_nothing_and_says_so(connected: Cluster, outpu
         weights.unlink()
     code, out, err = study.end(process)
     assert code == 1, out + err
-    assert "Trainers died" in err.strip().splitlines()[-1]
+    assert "No trainer is left: all failed 2 times in a row" in err.strip().splitlines()[-1]
     assert "Traceback" not in err
     study.wait_for(lambda: not left())

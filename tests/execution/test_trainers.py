@@ -50,7 +50,7 @@ def make_pool(
     pool = TrainerPool(session, None)
     pool._last_node_count = float("inf")
     for number in range(running):
-        run = TrainerRun(f"trainer-{number}", number, session.settings, "space")
+        run = TrainerRun(f"trainer-{number}", number, (), session.settings, "space")
         monkeypatch.setattr(run, "is_alive", lambda: True)
         pool.running[run.name] = run
     pool.num_started, pool.had_waiting_lanes = (0 if is_first else running + 1), True
@@ -78,7 +78,7 @@ def poll(pool: TrainerPool, waiting: int, training: int = 0, placed: int = 0, **
         (2, 2, {"count": 2, "is_first": True}, 0, 2, 0),  # the first trainers start at once
         (2, 0, {"count": 2, "is_first": True}, 0, 0, 1),  # another study holds all GPUs
         (0, 0, {"count": 1, "is_first": True}, 0, 0, 1),  # an autoscaler acts on this
-        (3, 2, {"count": 1, "running": 1}, 16, 2, 2),  # two nodes joined
+        (3, 2, {"count": 1, "running": 1}, 16, 2, 0),  # two nodes joined; room for more is requested later
         (3, 2, {"count": 1, "running": 1}, 4, 1, 0),  # as many as the waiting lanes fill
         (1, 0, {"count": 3, "running": 2}, 16, 0, 4),  # a node was lost, its trainer has not ended yet
         (1, 0, {"count": 1, "running": 1}, 16, 0, 4),  # as the waiting lanes fill
@@ -100,6 +100,19 @@ def test_trainers_start_where_there_is_room_and_nodes_are_requested_for_the_othe
     poll(make_pool(monkeypatch, machine, **pool), waiting, 4 * running, placed=running)
     assert len(machine.started) == started
     assert machine.requested == [1] * requested
+
+
+def test_no_request_takes_the_room_of_a_trainer_that_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = make_pool(monkeypatch, machine := Machine(2, 0), 4, running=2)
+    removed: list[Any] = []
+    monkeypatch.setattr(trainers, "remove_placement_group", removed.append)
+    monkeypatch.setattr(trainers, "placement_group_table", lambda group: {"state": "PENDING"})
+    poll(pool, 16, 4, placed=1)
+    assert (machine.requested, pool.requests) == ([], [])
+    poll(pool, 16, 8, placed=2)
+    assert machine.requested == [1] * len(pool.requests) == [1] * 4
+    poll(pool, 16, 4, placed=1)
+    assert (len(removed), pool.requests) == (4, [])
 
 
 counts = st.integers(0, 6)
@@ -141,13 +154,13 @@ def test_a_slot_that_failed_twice_before_a_step_is_closed_and_named(monkeypatch:
     pool.notify, pool.places = lines.append, {"trainer-1": PLACE}
     for _ in range(2):
         end(pool, "trainer-1", ExitKind.FAILED, "a matrix product is wrong")
-        pool.running["trainer-1"] = TrainerRun("trainer-1", 1, pool.settings, "space")
+        pool.running["trainer-1"] = TrainerRun("trainer-1", 1, (), pool.settings, "space")
     assert pool.open_slots == [0]
     assert lines[-1].endswith(f"the last on {PLACE.device}: a matrix product is wrong")
     assert not pool.failure_reason
     for _ in range(2):
         end(pool, "trainer-0", ExitKind.CRASHED, "killed")
-        pool.running["trainer-0"] = TrainerRun("trainer-0", 0, pool.settings, "space")
+        pool.running["trainer-0"] = TrainerRun("trainer-0", 0, (), pool.settings, "space")
     assert pool.open_slots == []
     assert f"{PLACE.device}: a matrix product is wrong; killed" in pool.failure_reason
 
@@ -158,7 +171,7 @@ def test_lanes_that_crash_their_only_trainer_close_no_slot(monkeypatch: pytest.M
 
     def crash(**more: Any) -> None:
         end(pool, "trainer-1", ExitKind.CRASHED, "killed", held=4, **more)
-        pool.running["trainer-1"] = TrainerRun("trainer-1", 1, pool.settings, "space")
+        pool.running["trainer-1"] = TrainerRun("trainer-1", 1, (), pool.settings, "space")
 
     for _ in range(9):
         crash()

@@ -15,6 +15,7 @@ from points import record, study_of
 from orchestrator.execution import ray_cluster
 from orchestrator.execution.settings import TrainerSettings
 from orchestrator.finetune.models.catalogue import UNPREPARED
+from orchestrator.launch import plan as plan_module
 from orchestrator.launch.plan import CARDS, find_card, print_plan
 from orchestrator.launch.run import choose_lanes
 from orchestrator.record.schema import Cost, Provenance
@@ -48,7 +49,7 @@ def plan(store: Store, monkeypatch: pytest.MonkeyPatch) -> Plan:
     def said(gpu: str | None, left: Sequence[Configuration] = HUNDRED, **options: Any) -> str:
         machine = ray_cluster.Cluster((ray_cluster.Node(4, 0 if gpu is None else 2, 2.0**36),))
         monkeypatch.setattr(ray_cluster, "estimate_local_cluster", lambda: machine)
-        monkeypatch.setattr(ray_cluster, "gpu_name", lambda: gpu or "")
+        monkeypatch.setattr(plan_module, "gpu_name", lambda: gpu or "")
         study = study_of(left, store, StudyOptions(**options), templates=tuple(left[:1]))
         print_plan(study)
         return study.console.export_text()
@@ -188,21 +189,21 @@ def test_a_damaged_table_of_runs_is_no_measurement(store: Store, plan: Plan) -> 
 
 def test_the_gpu_name_is_read_from_the_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tmp_path = tmp_path / "gpus"
-    assert ray_cluster.gpu_name(tmp_path) == ""
+    assert plan_module.gpu_name(tmp_path) == ""
     for slot in ("0", "1"):
         (tmp_path / slot).mkdir(parents=True)
         (tmp_path / slot / "information").write_text("Model: \t\t NVIDIA A10G\nIRQ:   \t\t 45\n")
-    assert ray_cluster.gpu_name(tmp_path) == A10G
+    assert plan_module.gpu_name(tmp_path) == A10G
     for name in ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES"):
         with monkeypatch.context() as patch:
             patch.setenv(name, "MIG-GPU-8932f937-d72c/1/0")
-            assert ray_cluster.gpu_name(tmp_path) == f"{A10G} MIG"
+            assert plan_module.gpu_name(tmp_path) == f"{A10G} MIG"
     slices = tmp_path.parent / "capabilities" / "gpu0" / "mig" / "gi1"
     slices.mkdir(parents=True)
-    assert ray_cluster.gpu_name(tmp_path) == f"{A10G} MIG", "a slice that no variable names"
+    assert plan_module.gpu_name(tmp_path) == f"{A10G} MIG", "a slice that no variable names"
     slices.rmdir()
     (tmp_path / "1" / "information").write_text("Model: \t\t Tesla T4\n")
-    assert ray_cluster.gpu_name(tmp_path) == "", "which of them, nobody knows"
+    assert plan_module.gpu_name(tmp_path) == "", "which of them, nobody knows"
 
 
 @pytest.mark.parametrize(

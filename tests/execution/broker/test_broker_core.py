@@ -79,14 +79,6 @@ def test_the_driver_sees_the_start_and_every_new_report_of_a_lane_once() -> None
     assert [report.curve for report in core.entries[point.fingerprint].reports] == [(), ()], "trials get none"
 
 
-def test_a_grant_is_closed_only_if_no_lane_waits() -> None:
-    core = BrokerCore()
-    core.submit("t", configuration())
-    core.closed = True
-    assert not core.lease("a", None, 1, 0.0).closed
-    assert core.lease("a", configuration().group_key, 1, 0.0).closed
-
-
 def test_a_trainer_taken_for_dead_must_drop_its_lane_and_only_its_final_record_counts() -> None:
     core = BrokerCore()
     point = configuration()

@@ -120,12 +120,6 @@ def test_no_more_lanes_move_than_fit_and_only_one_to_a_trainer_that_must_load_a_
         assert list_moving(core, held) == [5]
 
 
-def test_a_study_that_is_closed_keeps_no_idle_trainer() -> None:
-    core, _ = busy(2)
-    core.closed = True
-    assert core.lease("idle", None, 1, 0.0).closed
-
-
 @given(
     lanes=st.integers(1, 6),
     count=st.integers(2, 4),
