@@ -62,7 +62,7 @@ def trainer_class() -> Any:
     that a worker has announced), the manager of Ray Data's datasets, and the coordinator of autoscaling (the
     driver requests nodes itself). Each is a process to start before the first worker trains.
     """
-    base = look_up("ray.train.v2.api.data_parallel_trainer:DataParallelTrainer")
+    base: Any = look_up("ray.train.v2.api.data_parallel_trainer:DataParallelTrainer")
     if not hasattr(base, "_initialize_and_run_controller"):
         from ray.train.torch import TorchTrainer
 

@@ -6,14 +6,12 @@ control store with their parent, the workers end within seconds, and Ray's agent
 
 from __future__ import annotations
 
-import importlib
 import logging
 import os
 import re
 import secrets
 import stat
 import tempfile
-import threading
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Set
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -275,8 +273,6 @@ def connect() -> Iterator[Cluster]:
         variables = RAY_ENVIRONMENT | (LOCAL_RAY_ENVIRONMENT if address is None else {})
         for name, value in variables.items():
             os.environ.setdefault(name, value)
-        # `TorchTrainer` needs torch. Its import takes seconds, in which this process waits for Ray anyway.
-        threading.Thread(target=importlib.import_module, args=["torch"], daemon=True).start()
         import ray
 
         namespace = f"study-{uuid.uuid4().hex[:12]}"

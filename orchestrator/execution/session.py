@@ -22,7 +22,7 @@ from orchestrator.execution.ray_cluster import format_ray_error
 from orchestrator.execution.schedulers import submission_order
 from orchestrator.execution.settings import Session
 from orchestrator.execution.trainers import TrainerPool
-from orchestrator.execution.trial import TRIAL_MEMORY_BYTES, LightTrialActor
+from orchestrator.execution.trial import TRIAL_MEMORY_BYTES, LaneTrial
 from orchestrator.record.schema import LaneProgress
 from orchestrator.study.configuration import Configuration
 from orchestrator.util import timeouts
@@ -75,7 +75,7 @@ def train(
     monitor = StudyMonitor(session, broker, pool, follow_trainers)
     monitor.start()
     try:
-        with light_trial_actors(tune.LaneTrainable, LightTrialActor) as on_add:
+        with light_trial_actors(tune.LaneTrainable, LaneTrial) as on_add:
             scheduler = (
                 tune.LiveTrialFIFOScheduler(on_add)
                 if session.scheduler == "none"

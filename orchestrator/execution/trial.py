@@ -1,7 +1,8 @@
 """Tune's trial of one configuration, as a thin client of the broker.
 
 This module imports neither torch nor Ray Tune, which would take most of the CPU time and memory of a trial's
-process. A trial reserves memory instead of a CPU, so that trials never take the cores of trainers.
+process; see `private_ray.light_trial_actors`. A trial reserves memory instead of a CPU, so that trials never
+take the cores of trainers.
 """
 
 from __future__ import annotations
@@ -27,24 +28,44 @@ WORST_LOSS = 1e9
 
 
 class LaneTrial:
-    """The trial of a configuration. Each `step` waits for the lane's next report.
+    """The trial of a configuration, an actor with the methods of `tune.Trainable` that Tune calls.
 
-    The last result has `done` and the state in which the lane ended. A trial never releases its lane, because
-    Tune may reuse the process for another trial. `tune.BrokerCallback` tells the broker which trials ended.
+    Each result is the lane's next report. The last one has `done` and the state in which the lane ended. A
+    trial never releases its lane, because Tune may reuse the process for another trial. `tune.BrokerCallback`
+    tells the broker which trials ended.
 
     Args:
-        trial_id: Tune's id of the trial.
-        configuration: The configuration of the lane.
+        config: The trial's configuration under "configuration", and the trial's id under "__trial_info__".
+        **unused: Where and how a trial would write files.
     """
 
-    def __init__(self, trial_id: str, configuration: Configuration) -> None:
-        self.trial_id, self.configuration = trial_id, configuration
+    def __init__(self, config: dict[str, Any], **unused: object) -> None:
         self.broker = ray.get_actor(BROKER_NAME)
-        self.reported_step = 0
+        self.reset(config)
+
+    def reset(self, new_config: dict[str, Any], **unused: object) -> bool:
+        """Switch to another trial, so that Tune can reuse the process."""
+        self.trial_id: str = new_config["__trial_info__"]
+        self.configuration: Configuration = new_config["configuration"]
+        self.reported_step, self.num_results = 0, 0
         self.last_metrics: dict[str, Any] = {}
+        return True
+
+    def train(self) -> dict[str, Any]:
+        """Return the next result, with the entries that Tune reads from every result."""
+        self.num_results += 1
+        result = {"done": False, **self.step(), "training_iteration": self.num_results}
+        return {**result, **self.get_auto_filled_metrics()}
+
+    def get_auto_filled_metrics(self, debug_metrics_only: bool = True) -> dict[str, Any]:
+        """Return the trial's id, and the process that runs it."""
+        return {"trial_id": self.trial_id, "pid": os.getpid(), "node_ip": ray.util.get_node_ip_address()}
+
+    def stop(self) -> None:
+        """Do nothing: a trial's process has nothing to release."""
 
     def step(self) -> dict[str, Any]:
-        """Wait for the lane's next report, or its end, and return Tune's result."""
+        """Wait for the lane's next report, or its end, and return the trial's own entries of a result."""
         while True:
             try:
                 reference: Any = self.broker.next_report.remote(
@@ -85,40 +106,3 @@ class LaneTrial:
             return self.last_metrics
         task = self.configuration.task
         return self._metrics(step, {"loss": WORST_LOSS, task.metric: task.floor})
-
-
-class LightTrialActor:
-    """An actor with the methods of `tune.Trainable` that Tune calls, which does not import Ray Tune.
-
-    See `private_ray.light_trial_actors`.
-
-    Args:
-        config: The trial's configuration under "configuration", and the trial's id under "__trial_info__".
-        **unused: Where and how a trial would write files.
-    """
-
-    def __init__(self, config: dict[str, Any], **unused: object) -> None:
-        self.reset(config)
-
-    def reset(self, new_config: dict[str, Any], **unused: object) -> bool:
-        """Switch to another trial, so that Tune can reuse the process."""
-        self.trial = LaneTrial(new_config["__trial_info__"], new_config["configuration"])
-        self.num_results = 0
-        return True
-
-    def train(self) -> dict[str, Any]:
-        """Return the next result, with the entries that Tune reads from every result."""
-        result = {"done": False, **self.trial.step()}
-        self.num_results += 1
-        return {**result, "training_iteration": self.num_results, **self.get_auto_filled_metrics()}
-
-    def get_auto_filled_metrics(self, debug_metrics_only: bool = True) -> dict[str, Any]:
-        """Return the trial's id, and the process that runs it."""
-        return {
-            "trial_id": self.trial.trial_id,
-            "pid": os.getpid(),
-            "node_ip": ray.util.get_node_ip_address(),
-        }
-
-    def stop(self) -> None:
-        """Do nothing: a trial's process has nothing to release."""

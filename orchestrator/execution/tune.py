@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from itertools import count
@@ -28,18 +28,16 @@ from orchestrator.study.configuration import Configuration
 
 MAX_TRIAL_FAILURES = 20
 """Failures of one trial process that Tune survives. Trials run no code of users, but may lose their node."""
-MAX_RESUBMISSIONS = 3
-"""How often a configuration whose trial ended with an error gets another one."""
 ABORTED = threading.Event()
 """Set when the study cannot continue. It is a global, because Tune pickles its stoppers."""
 
 
 class LaneTrainable(tune.Trainable):
-    """Tune's trainable around `LaneTrial`. Trials run `LightTrialActor` instead where Ray allows it."""
+    """Tune's trainable around `LaneTrial`, which replaces it where Ray allows that."""
 
     def setup(self, config: dict[str, Any]) -> None:
         """Take over a trial."""
-        self.lane_trial = LaneTrial(self.trial_id, config["configuration"])
+        self.lane_trial = LaneTrial({**config, "__trial_info__": self.trial_id})
 
     def step(self) -> dict[str, Any]:
         """Wait for the lane's next report, or its end, and return Tune's result."""
@@ -71,7 +69,6 @@ class ConfigurationQueue(Searcher):
         self.max_concurrent, self.next_stage = max_concurrent, next_stage
         self.queue = deque(configurations)
         self.unfinished: dict[str, Configuration] = {}
-        self.resubmissions: Counter[str] = Counter()
 
     def set_search_properties(self, *properties: Any, **spec: Any) -> bool:
         """Accept what Tune passes; nothing depends on it."""
@@ -93,11 +90,8 @@ class ConfigurationQueue(Searcher):
         return {"configuration": configuration}
 
     def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
-        """Queue the configuration again if its trial failed: a trial holds nothing that could be lost."""
-        configuration = self.unfinished.pop(trial_id)
-        if error and self.resubmissions[configuration.fingerprint] < MAX_RESUBMISSIONS:
-            self.resubmissions[configuration.fingerprint] += 1
-            self.queue.appendleft(configuration)
+        """Forget the trial. One that failed MAX_TRIAL_FAILURES times is left to the next run of the study."""
+        del self.unfinished[trial_id]
 
     def save(self, checkpoint_path: str) -> None:
         """Save nothing, because a study is resumed from its records."""

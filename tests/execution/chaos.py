@@ -45,7 +45,7 @@ from orchestrator.record.study_file import StudyFile
 NAME = "chaos"
 TITLES = {
     "trainer": ["RayTrainWorker"],
-    "trial": ["LightTrialActor"],
+    "trial": ["LaneTrial"],
     "broker": ["Broker"],
     "controller": ["TrainController"],
 }

@@ -15,7 +15,7 @@ from orchestrator.execution import private_ray
 NAMES = (
     "ray._private.node:Node.start_api_server",
     "ray._private.state:state.get_draining_nodes",
-    "ray.train.torch:TorchTrainer._initialize_and_run_controller",
+    "ray.train.v2.api.data_parallel_trainer:DataParallelTrainer._initialize_and_run_controller",
     "ray.tune.execution.class_cache:_ActorClassCache",
     "ray.tune.experiment.trial:_TrialInfo",
 )
