@@ -13,6 +13,7 @@ import pytest
 import study
 from ray.cluster_utils import Cluster
 
+from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
 
@@ -37,6 +38,7 @@ def test_a_worker_that_dies_takes_its_trainer_with_it_and_nothing_is_lost(
     cluster: Cluster, output: Path, letters_bases: Path, tmp_path: Path, which: int
 ) -> None:
     task = study.hold(tmp_path / "task", Store(output / "store"), records=0, step=6)
+    tasks.load(str(task))  # this process trains with it, too
     process = study.start(output, *SMALL, *TWO, "--task", str(task), address=cluster.address)
     study.wait_for(lambda: study.held(task), process)
     workers = study.titled("RayTrainWorker")
