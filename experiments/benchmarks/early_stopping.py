@@ -21,6 +21,7 @@ from pathlib import Path
 from measuring import markdown_table
 
 import orchestrator
+from orchestrator.execution.schedulers import SCHEDULERS
 from orchestrator.util.command import main
 
 
@@ -70,7 +71,9 @@ def run() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, required=True, help="folder of both studies; must not exist")
-    parser.add_argument("--scheduler", choices=("asha", "median"), default="asha")
+    parser.add_argument(
+        "--scheduler", choices=[name for name in SCHEDULERS if SCHEDULERS[name]], default="asha"
+    )
     parser.add_argument("--out", type=Path, help="write the outcomes to this JSON file")
     parser.add_argument("words", nargs="*", help="options of the studies")
     options = parser.parse_args()

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 from measuring import markdown_table
 
@@ -65,7 +65,7 @@ class ScaleOptions(Options):
     """Numbers of configurations of the studies: multiples of 100, or of 5 below 100."""
     output: Path = Path("scale")
     """Folder for the results and the studies' stores."""
-    scheduler: Literal["none", "asha", "median"] = "none"
+    scheduler: Annotated[str, Option(registry="orchestrator.execution.schedulers:SCHEDULERS")] = "none"
     """Early stopping."""
     nodes: int = 2
     """Nodes beside the head, with one fake GPU each; each GPU gets a trainer."""

@@ -232,7 +232,7 @@ def train_simulated(
 
     Args:
         configurations: The configurations of the study.
-        scheduler: Early stopping: "none", "asha" or "median".
+        scheduler: Early stopping: a name in `SCHEDULERS`.
         cluster: The connected cluster.
         num_trainers: Number of trainers, each of one worker and `LANES_PER_TRAINER` lanes.
         gpus_per_worker: GPUs that Ray reserves for each worker.

@@ -122,7 +122,7 @@ class TrainerView:
     max_lanes: int = 0
     """The number of lanes that the trainer can hold, by its last call; 0 if unknown."""
     last_room: dict[str, int] = field(default_factory=dict)
-    """The group key of the lanes of its last call with lanes -> `max_lanes` then."""
+    """The group key that the trainer has trained last -> the number of these lanes that it can hold."""
     idle_since: float = math.inf
     """Time since which the trainer has asked for lanes without holding one; infinite if it holds one."""
 

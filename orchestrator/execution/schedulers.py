@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from orchestrator.record.store import Store
 
 REDUCTION_FACTOR = 4
-"""Under ASHA, one lane in this many continues to the next rung; see docs/early_stopping.md."""
+"""One lane in this many continues to the next rung of ASHA; see docs/early_stopping.md."""
 LAST_RUNG_DIVISOR = 3
 """ASHA's last rung lies at a lane's number of steps divided by this number, or at the first rung if later."""
 MIN_SAMPLES = 3
@@ -64,6 +64,7 @@ def _make_asha(configuration: Configuration) -> Any:
     from ray.tune.schedulers import AsyncHyperBandScheduler
 
     first, last = first_rung(configuration), last_rung(configuration)
+    # A lane that has passed the last rung trains to its end.
     return AsyncHyperBandScheduler(
         grace_period=first, max_t=last, reduction_factor=REDUCTION_FACTOR, stop_last_trials=False, **COMPARED
     )

@@ -11,7 +11,7 @@ from points import configuration
 from ray.cluster_utils import Cluster
 from session_settings import make_session
 
-from orchestrator.execution.schedulers import first_rung, scheduler_settings, submission_order
+from orchestrator.execution.schedulers import SCHEDULERS, first_rung, scheduler_settings, submission_order
 from orchestrator.execution.trial import LaneTrial
 from orchestrator.study.configuration import Configuration, LRSchedule
 
@@ -85,6 +85,32 @@ def test_each_tuning_has_a_scheduler_of_its_own(per_seed: bool, groups: int) -> 
         assert task == "letters"
         assert seed in ((0, 1) if per_seed else (0,))
         assert len(own._trial_info) == len(points) / groups, f"all lanes of {variant}'s group, and no others"
+
+
+@pytest.mark.parametrize("name", [name for name, rule in SCHEDULERS.items() if rule])
+def test_a_scheduler_stops_a_high_loss_after_the_warmup_and_pauses_nothing(name: str) -> None:
+    from ray.tune.experiment import Trial
+    from ray.tune.schedulers import TrialScheduler
+
+    from orchestrator.execution.tune import PerGroupScheduler
+
+    points = [lane(rate, steps=90) for rate in (1e-4, 2e-4, 3e-4, 4e-4, 5e-4, 1.0)]
+    *good, bad = [Trial("lane", config={"configuration": point}, stub=True) for point in points]
+    scheduler = PerGroupScheduler(name, {points[0].fingerprint})
+    for trial in (*good, bad):
+        scheduler.on_trial_add(None, trial)
+
+    def report(trial: Trial, step: int) -> str:
+        loss = trial.config["configuration"].optimizer.learning_rate
+        return scheduler.on_trial_result(None, trial, {"step": step, "loss": loss, "training_iteration": 1})
+
+    first = first_rung(points[0])
+    for step in (first - 1, first):
+        decisions = [report(trial, step) for trial in good]
+        assert decisions[0] == TrialScheduler.CONTINUE, "its result was known"
+        assert TrialScheduler.PAUSE not in decisions
+        decision = TrialScheduler.STOP if step == first else TrialScheduler.CONTINUE
+        assert report(bad, step) == decision
 
 
 # -- With Tune. Every loss of a lane is equal to the learning rate of the lane.
