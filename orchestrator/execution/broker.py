@@ -10,7 +10,7 @@ no lane waits for a while, it takes over lanes of the trainer with most lanes.
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -23,6 +23,8 @@ from orchestrator.record.schema import LaneProgress, Record, RecordState
 from orchestrator.study.configuration import Configuration
 from orchestrator.util import timeouts
 
+DRIVER = "driver"
+"""The name under which the driver wants the lanes of `BrokerCore.backlog`, beside those of trials."""
 BROKER_NAME = "broker"
 """Name of the broker's actor in the Ray namespace of the study."""
 MAX_FAILURES_PER_TRAINER = 3
@@ -141,6 +143,8 @@ class BrokerCore:
         self.open_entries: dict[str, LaneEntry] = {}
         """The entries that have not ended. Every lease iterates over them, so they must not grow with the
         study."""
+        self.backlog: deque[Configuration] = deque()
+        """The configurations of a grid that are not submitted yet."""
         self.trainers: dict[str, TrainerView] = {}
         """The trainers that have called and not ended."""
         self.gone: set[str] = set()
@@ -406,14 +410,17 @@ class BrokerCore:
 
     # -- the driver
 
-    def get_updates(self, num_read: int, now: float) -> Updates:
-        """Return the updates for the driver since its last call.
+    def get_updates(self, num_read: int, now: float, max_open: int = 0) -> Updates:
+        """Submit configurations of the backlog, and return the updates for the driver since its last call.
 
         Args:
             num_read: Number of events that the driver has ever read; they are forgotten.
             now: The time.
+            max_open: The number of lanes up to which configurations are submitted.
         """
         self.tick(now)
+        while self.backlog and len(self.open_entries) < max_open:
+            self.submit(DRIVER, self.backlog.popleft())
         num_new = max(0, num_read - self.num_acknowledged)
         del self.events[:num_new]
         self.num_acknowledged += num_new

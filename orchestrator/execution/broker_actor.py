@@ -10,7 +10,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -214,9 +214,13 @@ class Broker:
 
     # -- the driver
 
-    async def get_updates(self, num_read: int) -> Updates:
-        """Return what is new after `num_read` events, which the driver has read; the broker forgets them."""
-        return self.core.get_updates(num_read, self.clock())
+    async def request(self, configurations: Sequence[Configuration]) -> None:
+        """Add configurations to the backlog."""
+        self.core.backlog.extend(configurations)
+
+    async def get_updates(self, num_read: int, max_open: int = 0) -> Updates:
+        """Return what is new after `num_read` events; see `BrokerCore.get_updates`."""
+        return self.core.get_updates(num_read, self.clock(), max_open)
 
     async def trainer_exited(self, trainer: str, kind: ExitKind, reason: str = "") -> int:
         """Remove a trainer that has ended, and return the number of lanes that it held."""

@@ -32,6 +32,8 @@ from orchestrator.util.graceful_interrupts import interrupt_main_thread
 if TYPE_CHECKING:
     from orchestrator.execution.search import Search
 
+MAX_COLLECTING_TRIALS = 4
+"""Trials at once in a grid without early stopping. The start of each takes 1.5 s of CPU time."""
 MIN_AUTOSCALED_TRAINERS = 8
 """Number of trainers that the limit for an autoscaled cluster allows for, as on one node with eight GPUs."""
 
@@ -62,15 +64,16 @@ def train(
         Exception: Any error of the monitor, such as OSError for a full disk.
     """
     tune.ABORTED.clear()
-    searcher = _make_searcher(session, known, pending, search, next_stage)
     broker = start_broker(session.store, session.scheduler)
+    searcher = _make_searcher(session, broker, known, pending, search, next_stage)
     pool = TrainerPool(session, broker)
 
-    def follow_trainers(updates: Updates) -> None:
+    def follow_trainers(updates: Updates) -> int:
         more = None if search is None else len(searcher.unfinished) + updates.num_missing_lanes
-        searcher.max_concurrent = trial_limit(
-            replace(session, cluster=pool.cluster), updates.max_lanes, usable=more
-        )
+        session_now = replace(session, cluster=pool.cluster)
+        limit = lane_limit(session_now, updates.max_lanes, usable=more)
+        searcher.max_concurrent = trial_limit(session_now, limit, search is not None)
+        return limit
 
     monitor = StudyMonitor(session, broker, pool, follow_trainers)
     monitor.start()
@@ -96,53 +99,78 @@ def train(
     return sum(monitor.steps_taken.values())
 
 
-def trial_limit(session: Session, max_lanes: Sequence[int] = (), usable: int | None = None) -> int:
-    """Return the largest number of concurrent trials.
+def lane_limit(session: Session, max_lanes: Sequence[int] = (), usable: int | None = None) -> int:
+    """Return the largest number of lanes that wait or train.
 
-    It is the number of lanes of all trainers, plus one for each trainer. When a lane ends, the lane of the
-    additional trial replaces it at once, while Tune starts the next trial in the free process. A search has
-    no additional trials, because a waiting trial was suggested without the results of the lanes in training.
+    In a grid, a lane that waits replaces one that ends at once. As many wait as a trainer holds; under early
+    stopping, where each lane has a process of its own for its trial, one. A search has no waiting lanes,
+    because they would be suggested without the results of the lanes in training.
 
-    A trainer that has not told its number of lanes counts with `TrainerSettings.expected_lanes`. In a grid on
-    this machine alone, it counts with one trial, because the processes of more trials would delay its start.
+    A trainer that has not told its number of lanes counts with `TrainerSettings.expected_lanes`; under early
+    stopping on this machine alone with one, because the processes of more trials would delay its start.
 
-    All trial processes together may use half of the memory that Ray manages; the other half is for trainers.
     An elastic pool on a joined cluster grows only if lanes wait, so its limit is computed for twice its
     trainers, and with GPUs for at least `MIN_AUTOSCALED_TRAINERS`.
 
     Args:
-        session: The number of trainers and of their lanes, and the nodes with their memory.
+        session: The number of trainers and of their lanes, and the nodes.
         max_lanes: The number of lanes that each trainer can hold, of those that have told it.
-        usable: In a search, the trials that the trainers that have told it can use; else None.
+        usable: In a search, the lanes that the trainers that have told it can use; else None.
     """
-    num_trainers, settings, cluster = session.num_trainers, session.settings, session.cluster
-    if session.is_elastic and not cluster.local:
+    num_trainers, settings, local = session.num_trainers, session.settings, session.cluster.local
+    if session.is_elastic and not local:
         least = MIN_AUTOSCALED_TRAINERS if settings.gpus_per_worker else 0
         num_trainers = max(least, 2 * num_trainers, 2 * len(max_lanes))
     expected, num_untold = settings.expected_lanes, max(0, num_trainers - len(max_lanes))
     if usable is not None:
-        wanted = usable + num_untold * expected
-    else:
-        wanted = sum(max(expected, one) + 1 for one in max_lanes[:num_trainers])
-        wanted += num_untold * (1 if cluster.local else expected + 1)
-    return max(1, min(wanted, int(cluster.memory / 2 / TRIAL_MEMORY_BYTES)))
+        return usable + num_untold * expected
+    told = [max(expected, one) for one in max_lanes[:num_trainers]]
+    if session.scheduler == "none":
+        return 2 * sum(told) + num_untold * expected
+    return sum(told) + len(told) + num_untold * (1 if local else expected + 1)
+
+
+def trial_limit(session: Session, num_lanes: int, is_search: bool = False) -> int:
+    """Return the largest number of concurrent trials.
+
+    Each lane needs one in a search and under early stopping, since Tune decides by its reports. Otherwise
+    trials only collect what lanes report, and few do. All trial processes together may use half of the memory
+    that Ray manages; the other half is for trainers.
+
+    Args:
+        session: The early stopping, and the nodes with their memory.
+        num_lanes: The largest number of lanes.
+        is_search: True if trials are suggested by a search.
+    """
+    wanted = num_lanes if is_search or session.scheduler != "none" else MAX_COLLECTING_TRIALS
+    return max(1, min(wanted, num_lanes, int(session.cluster.memory / 2 / TRIAL_MEMORY_BYTES)))
 
 
 def _make_searcher(
     session: Session,
+    broker: Any,
     known: Sequence[Configuration],
     pending: Sequence[Configuration],
     search: Search | None,
     next_stage: Callable[[], Sequence[Configuration]],
 ) -> Any:
     """Return Tune's searcher; the monitor changes its `max_concurrent`."""
-    lanes, limit = session.settings.expected_lanes, trial_limit(session, usable=None if search is None else 0)
+    lanes, num_lanes = session.settings.expected_lanes, lane_limit(session, usable=0 if search else None)
+    limit = trial_limit(session, num_lanes, search is not None)
     if search is not None:
         from orchestrator.execution.searcher import PerGroupSearcher
 
         return PerGroupSearcher(search, session.scheduler, lanes, session.cached, limit)
     order = partial(submission_order, session.scheduler, lanes=lanes, num_trainers=session.num_trainers)
-    return tune.ConfigurationQueue(order(known, pending), limit, lambda: order((), next_stage()))
+
+    def request(configurations: Sequence[Configuration]) -> Sequence[Configuration]:
+        if session.scheduler == "none":
+            broker.request.remote(configurations)
+        return configurations
+
+    return tune.ConfigurationQueue(
+        request(order(known, pending)), limit, lambda: request(order((), next_stage()))
+    )
 
 
 class StudyMonitor(threading.Thread):
@@ -152,7 +180,7 @@ class StudyMonitor(threading.Thread):
         session: Settings, storage and observers.
         broker: The handle of the broker's actor.
         pool: The trainers.
-        follow_trainers: Called with each answer of the broker.
+        follow_trainers: Called with each answer of the broker; returns the largest number of lanes.
     """
 
     def __init__(
@@ -160,7 +188,7 @@ class StudyMonitor(threading.Thread):
         session: Session,
         broker: Any,
         pool: TrainerPool,
-        follow_trainers: Callable[[Updates], None] = lambda updates: None,
+        follow_trainers: Callable[[Updates], int] = lambda updates: 0,
     ) -> None:
         super().__init__(name="monitor", daemon=True)
         self.session, self.broker, self.pool = session, broker, pool
@@ -171,7 +199,7 @@ class StudyMonitor(threading.Thread):
         self.is_drained = False
         self.stop_requested = threading.Event()
         self.trials_ended, self.all_ended = threading.Event(), threading.Event()
-        self.num_read = 0
+        self.num_read, self.max_lanes = 0, 0
         """Number of the broker's events that were read."""
         self.steps_taken: dict[str, int] = {}
         """Optimizer steps by trainer."""
@@ -224,9 +252,9 @@ class StudyMonitor(threading.Thread):
     def _poll(self) -> None:
         trials_ended = self.trials_ended.is_set()
         ended = self.pool.list_ended()
-        answer = self.broker.get_updates.remote(self.num_read)
+        answer = self.broker.get_updates.remote(self.num_read, self.max_lanes)
         updates: Updates = ray.get(answer, timeout=timeouts.TRAINER_SILENT_SECONDS)
-        self.follow_trainers(updates)
+        self.max_lanes = self.follow_trainers(updates)
         self._read_events(updates)
         counts, progress = updates.counts, self.progress
         self._show_counts(updates)

@@ -25,6 +25,7 @@ def make_session(
     cluster: Cluster = NO_NODES,
     elastic: bool = False,
     measures_lanes: bool = False,
+    scheduler: str = "none",
     **more: Any,
 ) -> Session:
     """Return a session of trainers with one worker each.
@@ -36,10 +37,12 @@ def make_session(
         cluster: The nodes.
         elastic: Whether the number of trainers follows the nodes.
         measures_lanes: Whether trainers on GPUs choose their number of lanes.
+        scheduler: The early stopping.
         more: Further fields of the session.
     """
     lanes = None if measures_lanes else max_lanes
-    options = StudyOptions(trainers=None if elastic else num_trainers, lanes_per_trainer=lanes)
+    trainers = None if elastic else num_trainers
+    options = StudyOptions(trainers=trainers, lanes_per_trainer=lanes, scheduler=scheduler)
     settings = TrainerSettings(options, max_lanes, gpus, Path("store"), Path("scratch"))
     progress = Progress(Path(), 0, 0, Console(file=io.StringIO()))
     return Session(settings, num_trainers, cluster, Store(Path("store")), progress, RunBudget(), **more)

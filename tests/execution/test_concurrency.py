@@ -13,7 +13,7 @@ from ray.tune.search import Searcher
 from session_settings import make_session
 
 from orchestrator.execution.ray_cluster import Cluster, Node
-from orchestrator.execution.session import trial_limit
+from orchestrator.execution.session import MAX_COLLECTING_TRIALS, lane_limit, trial_limit
 from orchestrator.execution.trial import TRIAL_MEMORY_BYTES
 from orchestrator.execution.tune import ConfigurationQueue
 
@@ -22,48 +22,52 @@ LARGE = Cluster((Node(8, 8, 2.0**40),))
 JOINED = replace(LARGE, local=False)
 
 
-def test_a_lane_of_each_trainer_waits_for_the_next_free_slot() -> None:
-    assert trial_limit(make_session(2, 4, cluster=LARGE), [4, 4]) == 2 * (4 + 1)
-    assert trial_limit(make_session(3, 1, cluster=LARGE), [1, 1, 1]) == 3 * (1 + 1)
+def test_in_a_grid_as_many_lanes_wait_as_trainers_hold_and_few_trials_collect() -> None:
+    grid = make_session(2, 4, cluster=LARGE)
+    assert lane_limit(grid) == 2 * 4
+    assert lane_limit(grid, [4, 4]) == 2 * (2 * 4)
+    assert trial_limit(grid, 16) == MAX_COLLECTING_TRIALS
+    assert trial_limit(grid, 1) == 1
 
 
-def test_on_this_machine_trials_start_when_trainers_are_there() -> None:
-    here = make_session(2, 8, cluster=LARGE)
-    assert trial_limit(here) == 2
-    assert trial_limit(here, [8]) == (8 + 1) + 1
-    assert trial_limit(replace(here, cluster=JOINED)) == 2 * (8 + 1)
+def test_under_early_stopping_a_lane_of_each_trainer_waits_and_each_has_a_trial() -> None:
+    asha = make_session(2, 8, cluster=LARGE, scheduler="asha")
+    assert lane_limit(asha) == 2, "trials start when trainers are there"
+    assert lane_limit(asha, [8]) == (8 + 1) + 1
+    assert lane_limit(asha, [8, 8]) == trial_limit(asha, 2 * (8 + 1)) == 2 * (8 + 1)
+    assert lane_limit(replace(asha, cluster=JOINED)) == 2 * (8 + 1)
 
 
 def test_a_joined_cluster_may_grow() -> None:
-    assert trial_limit(make_session(2, 4, cluster=JOINED, elastic=True)) == 2 * 2 * (4 + 1)
-    assert trial_limit(make_session(2, 4, cluster=JOINED)) == 2 * (4 + 1)
+    assert lane_limit(make_session(2, 4, cluster=JOINED, elastic=True)) == 2 * 2 * 4
+    assert lane_limit(make_session(2, 4, cluster=JOINED)) == 2 * 4
     with_gpus = make_session(2, 4, gpus=1, cluster=JOINED, elastic=True)
-    assert trial_limit(with_gpus) == 8 * (4 + 1)
-    assert trial_limit(with_gpus, [4] * 9) == 2 * 9 * (4 + 1)
+    assert lane_limit(with_gpus) == 8 * 4
+    assert lane_limit(with_gpus, [4] * 9) == 2 * 9 * 4 + 9 * 4
 
 
 def test_no_point_of_a_search_is_suggested_before_it_can_train() -> None:
-    assert trial_limit(make_session(2, 4, cluster=LARGE), usable=0) == 2 * 4
-    assert trial_limit(make_session(1, 1, cluster=LARGE), usable=0) == 1
+    assert lane_limit(make_session(2, 4, cluster=LARGE), usable=0) == 2 * 4
+    assert lane_limit(make_session(1, 1, cluster=LARGE), usable=0) == 1
+    assert trial_limit(make_session(2, 4, cluster=LARGE), 8, is_search=True) == 8
 
 
-def test_the_trials_of_trainers_that_measure_follow_their_lanes() -> None:
+def test_the_lanes_of_trainers_that_measure_follow_what_they_measure() -> None:
     measured = make_session(2, 8, gpus=1, cluster=LARGE, elastic=True, measures_lanes=True)
-    assert trial_limit(measured, [8, 6]) == (8 + 1) + (6 + 1)
-    assert trial_limit(measured, [1, 1]) == 2 * (4 + 1), "not measured yet"
-    assert trial_limit(measured, usable=0) == 2 * 4
+    assert lane_limit(measured, [8, 6]) == 2 * (8 + 6)
+    assert lane_limit(measured, [1, 1]) == 2 * (2 * 4), "not measured yet"
+    assert lane_limit(measured, usable=0) == 2 * 4
+    assert lane_limit(measured, [8], usable=8) == 8 + 4, "the other trainer has not measured"
+    assert lane_limit(measured, [8, 8], usable=13) == 13
     assert make_session(1, 2, gpus=1, measures_lanes=True).settings.expected_lanes == 2
     assert make_session(1, 8).settings.expected_lanes == 8
 
 
-def test_a_search_follows_the_lanes_that_trainers_measure() -> None:
-    measured = make_session(2, 8, gpus=1, cluster=LARGE, elastic=True, measures_lanes=True)
-
-    assert trial_limit(measured, usable=0) == 2 * 4
-    assert trial_limit(measured, [8], usable=8) == 8 + 4, "the other trainer has not measured"
-    assert trial_limit(measured, [8, 8], usable=13) == 13
-    small = Cluster((Node(8, 2, 10 * 2 * TRIAL_MEMORY_BYTES),))
-    assert trial_limit(replace(measured, cluster=small), [8, 8], usable=16) == 10
+@pytest.mark.parametrize("nodes", [1, 2, 40])
+def test_trials_leave_half_of_the_memory_to_trainers(nodes: int) -> None:
+    cluster = Cluster(tuple(Node(8, 2, 10 * 2 * TRIAL_MEMORY_BYTES) for _ in range(nodes)))
+    session = make_session(2, 8, cluster=cluster, scheduler="median")
+    assert trial_limit(session, 300) == min(300, 10 * nodes)
 
 
 def test_the_limit_of_a_running_study_rises_and_falls() -> None:

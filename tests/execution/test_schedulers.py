@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 from points import configuration
 from ray.cluster_utils import Cluster
-from session_settings import make_session
 
 from orchestrator.execution.schedulers import SCHEDULERS, first_rung, scheduler_settings, submission_order
 from orchestrator.execution.trial import LaneTrial
@@ -52,19 +51,6 @@ def test_the_first_lane_groups_are_dealt_out_to_the_trainers() -> None:
     points = [lane(10.0**-power, variant=name) for power in range(9) for name in ("lora", "hira")]
     one, two = (submission_order("none", [], points, 4, trainers) for trainers in (1, 2))
     assert two == [c for pair in zip(one[:4], one[4:8], strict=True) for c in pair] + one[8:]
-
-
-@pytest.mark.parametrize("nodes", [1, 2, 40])
-def test_trials_leave_half_of_the_memory_to_trainers(nodes: int) -> None:
-    from orchestrator.execution.ray_cluster import Cluster, Node
-    from orchestrator.execution.session import trial_limit
-    from orchestrator.execution.trial import TRIAL_MEMORY_BYTES
-
-    for memory in (2 * 2**30, 64 * 2**30):
-        cluster = Cluster((Node(8, 0, memory),) * nodes)
-        at_once = trial_limit(make_session(2, 4, cluster=cluster))
-        assert at_once <= 10
-        assert at_once * TRIAL_MEMORY_BYTES <= cluster.memory / 2
 
 
 @pytest.mark.parametrize(("per_seed", "groups"), [(False, 2), (True, 4)])

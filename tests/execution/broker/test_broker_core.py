@@ -79,6 +79,24 @@ def test_the_driver_sees_the_start_and_every_new_report_of_a_lane_once() -> None
     assert [report.curve for report in core.entries[point.fingerprint].reports] == [(), ()], "trials get none"
 
 
+def test_the_backlog_of_a_grid_is_submitted_as_lanes_end_and_a_trial_joins_its_lane() -> None:
+    core = BrokerCore()
+    points = [configuration(seed=seed) for seed in range(5)]
+    core.backlog.extend(points)
+    assert core.get_updates(0, 0.0).counts["waiting"] == 0
+    assert core.get_updates(0, 0.0, max_open=2).counts["waiting"] == 2
+    (lease,) = core.lease("a", None, 1, 0.0).leases
+    assert lease.configuration == points[0]
+    core.submit("trial", points[0])
+    core.end_lease("a", points[0].fingerprint, 1, "finished")
+    assert core.next_report(points[0].fingerprint, 0) == "finished"
+    assert core.get_updates(0, 0.0, max_open=2).counts == {"waiting": 2, "ended": 1, "trainers": 1}
+    core.submit("trial", points[4])  # before its turn
+    core.release("trial")
+    assert core.get_updates(0, 0.0, max_open=9).counts["waiting"] == 4
+    assert not core.backlog
+
+
 def test_a_trainer_taken_for_dead_must_drop_its_lane_and_only_its_final_record_counts() -> None:
     core = BrokerCore()
     point = configuration()
