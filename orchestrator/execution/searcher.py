@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from optuna.trial import TrialState
@@ -18,11 +19,18 @@ class PerGroupSearcher(ConfigurationQueue):
     """
 
     def __init__(
-        self, search: Search, scheduler: str, block: int, cached: set[str], max_concurrent: int
+        self,
+        call_broker: Callable[..., object],
+        search: Search,
+        scheduler: str,
+        block: int,
+        cached: set[str],
+        max_concurrent: int,
     ) -> None:
         """Look up the results of the points.
 
         Args:
+            call_broker: Calls a method of the broker, and waits for its answer.
             search: The search, after `Search.begin`.
             scheduler: The name of the early stopping scheduler.
             block: Number of points of one group that are suggested in a row.
@@ -43,7 +51,8 @@ class PerGroupSearcher(ConfigurationQueue):
             elif record.state != "failed":
                 cached.add(fingerprint)
                 replayed.append(configuration)
-        super().__init__([*(replayed if scheduler != "none" else ()), *lost], max_concurrent)
+        known = replayed if scheduler != "none" else []
+        super().__init__(call_broker, [*known, *lost], max_concurrent)
 
     def suggest(self, trial_id: str) -> Any:
         """Return the next point; None while the limit is reached, or while all others are unfinished."""

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -32,7 +31,7 @@ from orchestrator.util.graceful_interrupts import interrupt_main_thread
 if TYPE_CHECKING:
     from orchestrator.execution.search import Search
 
-MAX_COLLECTING_TRIALS = 4
+MAX_COLLECTING_TRIALS = 2
 """Trials at once in a grid without early stopping. The start of each takes 1.5 s of CPU time."""
 MIN_AUTOSCALED_TRAINERS = 8
 """Number of trainers that the limit for an autoscaled cluster allows for, as on one node with eight GPUs."""
@@ -72,7 +71,8 @@ def train(
         more = None if search is None else len(searcher.unfinished) + updates.num_missing_lanes
         session_now = replace(session, cluster=pool.cluster)
         limit = lane_limit(session_now, updates.max_lanes, usable=more)
-        searcher.max_concurrent = trial_limit(session_now, limit, search is not None)
+        if updates.max_lanes:
+            searcher.max_concurrent = trial_limit(session_now, limit, search is not None)
         return limit
 
     monitor = StudyMonitor(session, broker, pool, follow_trainers)
@@ -85,7 +85,7 @@ def train(
                 else tune.PerGroupScheduler(session.scheduler, session.cached, session.tune_per_seed, on_add)
             )
             name, folder = session.cluster.namespace, session.settings.scratch
-            results = tune.make_tuner(searcher, scheduler, broker, name, folder).fit()
+            results = tune.make_tuner(searcher, scheduler, name, folder).fit()
         monitor.wait_until_no_lane_is_open()
     finally:
         monitor.close()
@@ -157,20 +157,28 @@ def _make_searcher(
     """Return Tune's searcher; the monitor changes its `max_concurrent`."""
     lanes, num_lanes = session.settings.expected_lanes, lane_limit(session, usable=0 if search else None)
     limit = trial_limit(session, num_lanes, search is not None)
+
+    def call_broker(method: str, *arguments: Any) -> None:
+        if not tune.ABORTED.is_set():
+            with suppress(RayActorError):  # the broker is lost; the monitor ends the study
+                ray.get(getattr(broker, method).remote(*arguments))
+
     if search is not None:
         from orchestrator.execution.searcher import PerGroupSearcher
 
-        return PerGroupSearcher(search, session.scheduler, lanes, session.cached, limit)
-    order = partial(submission_order, session.scheduler, lanes=lanes, num_trainers=session.num_trainers)
+        return PerGroupSearcher(call_broker, search, session.scheduler, lanes, session.cached, limit)
 
-    def request(configurations: Sequence[Configuration]) -> Sequence[Configuration]:
+    def prepare(
+        pending: Sequence[Configuration], known: Sequence[Configuration] = ()
+    ) -> Sequence[Configuration]:
+        ordered = submission_order(session.scheduler, known, pending, lanes, session.num_trainers)
         if session.scheduler == "none":
-            broker.request.remote(configurations)
-        return configurations
+            call_broker("request", ordered)
+        return ordered
 
-    return tune.ConfigurationQueue(
-        request(order(known, pending)), limit, lambda: request(order((), next_stage()))
-    )
+    if session.scheduler == "none":  # more trials would delay the start of the trainers
+        limit = 1
+    return tune.ConfigurationQueue(call_broker, prepare(pending, known), limit, lambda: prepare(next_stage()))
 
 
 class StudyMonitor(threading.Thread):

@@ -31,8 +31,8 @@ class LaneTrial:
     """The trial of a configuration, an actor with the methods of `tune.Trainable` that Tune calls.
 
     Each result is the lane's next report. The last one has `done` and the state in which the lane ended. A
-    trial never releases its lane, because Tune may reuse the process for another trial. `tune.BrokerCallback`
-    tells the broker which trials ended.
+    trial never releases its lane, because Tune may reuse the process for another trial; the searcher tells
+    the broker which trials ended.
 
     Args:
         config: The trial's configuration under "configuration", and the trial's id under "__trial_info__".

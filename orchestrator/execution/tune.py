@@ -10,14 +10,11 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
-from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-import ray
 from ray import tune
-from ray.exceptions import RayActorError
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
@@ -52,7 +49,10 @@ class LaneTrainable(tune.Trainable):
 class ConfigurationQueue(Searcher):
     """Tune's searcher for a list of configurations, one stage after another.
 
+    It also tells the broker how trials end, since a killed trial cannot do so itself.
+
     Args:
+        call_broker: Calls a method of the broker, and waits for its answer.
         configurations: The configurations of the first stage.
         max_concurrent: The largest number of unfinished trials; it may change at any time.
         next_stage: Called whenever all trials have ended. Returns the configurations of the next stage; an
@@ -61,12 +61,13 @@ class ConfigurationQueue(Searcher):
 
     def __init__(
         self,
+        call_broker: Callable[..., object],
         configurations: Sequence[Configuration],
         max_concurrent: int,
         next_stage: Callable[[], Sequence[Configuration]] = tuple,
     ) -> None:
         super().__init__(metric="score", mode="max")
-        self.max_concurrent, self.next_stage = max_concurrent, next_stage
+        self.call_broker, self.max_concurrent, self.next_stage = call_broker, max_concurrent, next_stage
         self.queue = deque(configurations)
         self.unfinished: dict[str, Configuration] = {}
 
@@ -90,8 +91,16 @@ class ConfigurationQueue(Searcher):
         return {"configuration": configuration}
 
     def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
-        """Forget the trial. One that failed MAX_TRIAL_FAILURES times is left to the next run of the study."""
-        del self.unfinished[trial_id]
+        """Release the trial, or stop its lane if the scheduler has stopped the trial.
+
+        When `fit` returns, the broker knows of every end. A trial that failed MAX_TRIAL_FAILURES times is
+        left to the next run of the study.
+        """
+        configuration = self.unfinished.pop(trial_id)
+        if (result or {}).get("state") == "training":
+            self.call_broker("stop", trial_id, configuration, result["step"])
+        else:
+            self.call_broker("release", trial_id)
 
     def save(self, checkpoint_path: str) -> None:
         """Save nothing, because a study is resumed from its records."""
@@ -205,43 +214,12 @@ class AbortStopper(tune.Stopper):
         return ABORTED.is_set()
 
 
-class BrokerCallback(tune.Callback):
-    """Callback that tells the broker how trials end, since a killed trial cannot do so itself.
-
-    Args:
-        broker: The handle of the broker's actor.
-    """
-
-    def __init__(self, broker: Any) -> None:
-        self.broker = broker
-
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Release the trial if its lane ended; otherwise the scheduler has stopped it."""
-        if trial.last_result.get("state") == "training":
-            self._call("stop", trial.trial_id, trial.config["configuration"], trial.last_result["step"])
-        else:
-            self._call("release", trial.trial_id)
-
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Release the trial."""
-        self._call("release", trial.trial_id)
-
-    def _call(self, method: str, *arguments: Any) -> None:
-        """Call the broker and wait for its answer: when `fit` returns, the broker must know of every end."""
-        if not ABORTED.is_set():
-            with suppress(RayActorError):  # the broker is lost; the monitor ends the study
-                ray.get(getattr(self.broker, method).remote(*arguments))
-
-
-def make_tuner(
-    searcher: Searcher, scheduler: FIFOScheduler, broker: Any, name: str, folder: Path
-) -> tune.Tuner:
+def make_tuner(searcher: Searcher, scheduler: FIFOScheduler, name: str, folder: Path) -> tune.Tuner:
     """Return the Tuner of a study.
 
     Args:
         searcher: Suggests the configurations and ends the experiment.
         scheduler: Decides which trials are stopped early.
-        broker: The handle of the broker's actor.
         name: The name of Tune's experiment.
         folder: Folder for Tune's files, of which nothing is read again.
     """
@@ -261,7 +239,6 @@ def make_tuner(
             name=name,
             storage_path=str(folder),
             verbose=0,
-            callbacks=[BrokerCallback(broker)],
             stop=AbortStopper(),
             failure_config=tune.FailureConfig(max_failures=MAX_TRIAL_FAILURES),
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),

@@ -91,7 +91,9 @@ class Drive:
         self.budget: Search = open_search(self.study, sampler, points, spaces, templates, replicates)
         self.budget.begin(lambda fingerprint: find_settled(self.store, fingerprint, scheduler))
         self.cached: set[str] = set()
-        self.search = PerGroupSearcher(self.budget, scheduler, lanes, self.cached, max_concurrent=1000)
+        self.search = PerGroupSearcher(
+            lambda *call: None, self.budget, scheduler, lanes, self.cached, max_concurrent=1000
+        )
         self.running: dict[str, Configuration] = {}
         self.given: list[Configuration] = []
         self.calls = 0

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from itertools import count
+from typing import Any
 
 import pytest
 from points import configuration
@@ -71,7 +72,8 @@ def test_trials_leave_half_of_the_memory_to_trainers(nodes: int) -> None:
 
 
 def test_the_limit_of_a_running_study_rises_and_falls() -> None:
-    queue = ConfigurationQueue([replace(configuration(), seed=seed) for seed in range(9)], 2)
+    points = [replace(configuration(), seed=seed) for seed in range(9)]
+    queue = ConfigurationQueue(lambda *call: None, points, 2)
     numbers = count()
 
     def suggest_all() -> int:
@@ -94,15 +96,17 @@ def test_the_limit_of_a_running_study_rises_and_falls() -> None:
     assert suggest_all() == 3
 
 
-def test_a_stage_follows_the_last_end() -> None:
+def test_the_broker_hears_of_every_end_and_a_stage_follows_the_last() -> None:
     first, second = (replace(configuration(), seed=seed) for seed in (0, 1))
     stages = [[second], []]
-    queue = ConfigurationQueue([first], 4, lambda: stages.pop(0))
+    calls: list[tuple[Any, ...]] = []
+    queue = ConfigurationQueue(lambda *call: calls.append(call), [first], 4, lambda: stages.pop(0))
     assert queue.suggest("first") == {"configuration": first}
     assert queue.suggest("another") is None, "the next stage depends on its result"
     queue.on_trial_complete("first", None, error=True)
     assert queue.suggest("next") == {"configuration": second}
-    queue.on_trial_complete("next", {"state": "finished"})
+    queue.on_trial_complete("next", {"state": "training", "step": 3})
+    assert calls == [("release", "first"), ("stop", "next", second, 3)]
     assert queue.suggest("last") == Searcher.FINISHED
 
 
