@@ -6,11 +6,14 @@ program has begun.
 
 from __future__ import annotations
 
+import atexit
 import inspect
+import os
 import shutil
 import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import NoReturn
 
 import orchestrator
@@ -38,7 +41,23 @@ def main(experiment: str = "") -> NoReturn:
     Args:
         experiment: Name of the command of a script in `experiments/`; empty if the first word names it.
     """
-    command.main(lambda: run_command(experiment, sys.argv[1:], _program()) if experiment else run_program())
+    code: int | str | None = 1
+
+    def leave() -> None:
+        with suppress(OSError, ValueError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else 1)
+
+    # Registered first, so it runs last. Freeing the modules of Ray and torch one by one would take 3 s.
+    atexit.register(leave)
+    try:
+        command.main(
+            lambda: run_command(experiment, sys.argv[1:], _program()) if experiment else run_program()
+        )
+    except SystemExit as ended:
+        code = ended.code
+        raise
 
 
 def run_program() -> int:
