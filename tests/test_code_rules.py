@@ -11,24 +11,24 @@ FOLDERS = ("docs", "experiments", "orchestrator", "tests", "variants")
 PRIVATE_OF_RAY = re.compile(r"\bray(?:\.\w+)*\._[a-z]\w+")
 PRIVATE_OF_RAY_FILE = ROOT / "orchestrator" / "execution" / "private_ray.py"
 BUDGETS = {
-    "orchestrator": (300, 24700),
+    "orchestrator": (300, 24718),
     "orchestrator/analyze": (92, 6982),
-    "orchestrator/cli": (4, 320),
+    "orchestrator/cli": (4, 307),
     "orchestrator/cluster": (3, 230),
-    "orchestrator/execution": (16, 2492),
+    "orchestrator/execution": (16, 2522),
     "orchestrator/export": (4, 460),
     "orchestrator/finetune": (138, 9435),
     "orchestrator/launch": (8, 1300),
     "orchestrator/record": (12, 1641),
     "orchestrator/study": (9, 1203),
-    "orchestrator/util": (10, 558),
+    "orchestrator/util": (10, 559),
     "variants": (128, 6717),
     "experiments": (16, 2065),
-    "tests": (295, 32728),
+    "tests": (295, 32737),
 }
 """Package -> (modules, lines of code) that it may have at most. A change that makes one smaller
 lowers its numbers; a change that raises one says what that is worth."""
-DOC_WORDS = 49_091
+DOC_WORDS = 49_078
 """Words that all pages may have together."""
 
 

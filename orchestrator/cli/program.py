@@ -7,13 +7,12 @@ program has begun.
 from __future__ import annotations
 
 import atexit
+import gc
 import inspect
-import os
 import shutil
 import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from typing import NoReturn
 
 import orchestrator
@@ -41,23 +40,8 @@ def main(experiment: str = "") -> NoReturn:
     Args:
         experiment: Name of the command of a script in `experiments/`; empty if the first word names it.
     """
-    code: int | str | None = 1
-
-    def leave() -> None:
-        with suppress(OSError, ValueError):
-            sys.stdout.flush()
-            sys.stderr.flush()
-        os._exit(code if isinstance(code, int) else 1)
-
-    # Registered first, so it runs last. Freeing the modules of Ray and torch one by one would take 3 s.
-    atexit.register(leave)
-    try:
-        command.main(
-            lambda: run_command(experiment, sys.argv[1:], _program()) if experiment else run_program()
-        )
-    except SystemExit as ended:
-        code = ended.code
-        raise
+    atexit.register(gc.freeze)  # the search for garbage in the modules of Ray and torch would take 2 s
+    command.main(lambda: run_command(experiment, sys.argv[1:], _program()) if experiment else run_program())
 
 
 def run_program() -> int:

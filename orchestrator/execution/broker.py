@@ -82,8 +82,8 @@ class Updates:
     """Trainers that have been silent for too long and whose end the driver has not reported yet."""
     max_lanes: Sequence[int] = ()
     """The number of lanes that each trainer can hold, of those that have told it."""
-    num_missing_lanes: int = 0
-    """The number of further lanes that a search may submit."""
+    usable_lanes: Sequence[int] = ()
+    """For each of these trainers, the number of lanes that a search may keep unfinished."""
     abort_reason: str = ""
     """The reason to end the study; empty while it goes on."""
 
@@ -435,19 +435,32 @@ class BrokerCore:
             self.announced,
             sorted(self.hung),
             [view.max_lanes for view in self.trainers.values() if view.max_lanes],
-            self.count_missing_lanes(),
+            self.count_usable_lanes(),
             self.abort_reason,
         )
 
-    def count_missing_lanes(self) -> int:
-        """Return how many further lanes a search may submit: one for each trainer with room, if none waits.
+    def count_usable_lanes(self) -> list[int]:
+        """Return for each trainer that has told its limit how many lanes a search may keep unfinished for it.
 
-        Only the next point shows whether it may join a trainer's lane group. A point that waits was suggested
-        without the results of the lanes that train meanwhile.
+        These are the lanes that it holds and the waiting lanes of its group key that have room, and one more
+        if there is still room and no lane of another group key waits: only the next point shows whether it
+        may join the lane group. An empty trainer counts as one lane.
         """
-        groups = self._list_groups()
-        with_room = sum(len(groups[name]) < view.max_lanes for name, view in self.trainers.items())
-        return max(0, with_room - len(groups[""]))
+        lanes = self._list_groups()
+        waiting: Counter[str | None] = Counter("" if e.alone else e.group_key for e in lanes[""])
+        groups = [(lanes[t], view.max_lanes) for t, view in self.trainers.items() if view.max_lanes]
+        usable = []
+        for group, limit in groups:
+            key = group[0].group_key if group else None
+            joining = min(max(0, limit - len(group)), waiting[key])
+            waiting[key] -= joining
+            usable.append(len(group) + joining)
+        others = waiting.total()
+        for number, (group, limit) in enumerate(groups):
+            if usable[number] < (limit if group else 1):
+                usable[number] += not others or not group
+                others = max(0, others - 1)
+        return usable
 
     # -- helpers
 

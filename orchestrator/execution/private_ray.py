@@ -62,11 +62,12 @@ def trainer_class() -> Any:
     that a worker has announced), the manager of Ray Data's datasets, and the coordinator of autoscaling (the
     driver requests nodes itself). Each is a process to start before the first worker trains.
     """
-    base: Any = look_up("ray.train.v2.api.data_parallel_trainer:DataParallelTrainer")
-    if not hasattr(base, "_initialize_and_run_controller"):
+    name = "ray.train.v2.api.data_parallel_trainer:DataParallelTrainer"
+    if look_up(f"{name}._initialize_and_run_controller") is None:
         from ray.train.torch import TorchTrainer
 
         return TorchTrainer
+    base: Any = look_up(name)
 
     class LightTrainer(base):
         def __init__(self, train_loop: Any, *, torch_config: Any, **options: Any) -> None:

@@ -128,7 +128,7 @@ def submission_order(
     lanes: int,
     num_trainers: int = 1,
 ) -> list[Configuration]:
-    """Return the configurations that Tune gets, in order.
+    """Return the configurations of Tune's trials, in the order in which their lanes are submitted.
 
     The lanes of the first lane groups, one group for each trainer, are interleaved. The first trials then
     submit one lane of each group, so that each trainer begins with a group of its own.

@@ -68,9 +68,9 @@ def train(
     pool = TrainerPool(session, broker)
 
     def follow_trainers(updates: Updates) -> int:
-        more = None if search is None else len(searcher.unfinished) + updates.num_missing_lanes
         session_now = replace(session, cluster=pool.cluster)
-        limit = lane_limit(session_now, updates.max_lanes, usable=more)
+        capacities = updates.max_lanes if search is None else updates.usable_lanes
+        limit = lane_limit(session_now, capacities, search is not None)
         if updates.max_lanes:
             searcher.max_concurrent = trial_limit(session_now, limit, search is not None)
         return limit
@@ -99,12 +99,13 @@ def train(
     return sum(monitor.steps_taken.values())
 
 
-def lane_limit(session: Session, max_lanes: Sequence[int] = (), usable: int | None = None) -> int:
+def lane_limit(session: Session, capacities: Sequence[int] = (), is_search: bool = False) -> int:
     """Return the largest number of lanes that wait or train.
 
-    In a grid, a lane that waits replaces one that ends at once. As many wait as a trainer holds; under early
-    stopping, where each lane has a process of its own for its trial, one. A search has no waiting lanes,
-    because they would be suggested without the results of the lanes in training.
+    In a grid, a lane that waits replaces one that ends at once. As many wait as a trainer holds; one under
+    early stopping, where each lane has a process of its own for its trial, and for an elastic pool, which
+    requests nodes for lanes that wait. In a search none does, because it would be suggested without the
+    results of the lanes in training.
 
     A trainer that has not told its number of lanes counts with `TrainerSettings.expected_lanes`; under early
     stopping on this machine alone with one, because the processes of more trials would delay its start.
@@ -114,20 +115,24 @@ def lane_limit(session: Session, max_lanes: Sequence[int] = (), usable: int | No
 
     Args:
         session: The number of trainers and of their lanes, and the nodes.
-        max_lanes: The number of lanes that each trainer can hold, of those that have told it.
-        usable: In a search, the lanes that the trainers that have told it can use; else None.
+        capacities: For each trainer that has told it, the number of lanes that it can hold. In a search, the
+            number of lanes that may be unfinished for it; see `count_usable_lanes` in `broker.py`.
+        is_search: True if trials are suggested by a search.
     """
     num_trainers, settings, local = session.num_trainers, session.settings, session.cluster.local
-    if session.is_elastic and not local:
+    is_growing = session.is_elastic and not local
+    if is_growing:
         least = MIN_AUTOSCALED_TRAINERS if settings.gpus_per_worker else 0
-        num_trainers = max(least, 2 * num_trainers, 2 * len(max_lanes))
-    expected, num_untold = settings.expected_lanes, max(0, num_trainers - len(max_lanes))
-    if usable is not None:
-        return usable + num_untold * expected
-    told = [max(expected, one) for one in max_lanes[:num_trainers]]
-    if session.scheduler == "none":
+        num_trainers = max(least, 2 * num_trainers, 2 * len(capacities))
+    expected, num_untold = settings.expected_lanes, max(0, num_trainers - len(capacities))
+    told = [min(one, settings.max_lanes) for one in capacities[:num_trainers]]
+    if is_search:
+        return sum(told) + num_untold * expected
+    told = [max(expected, one) for one in told]
+    if session.scheduler == "none" and not is_growing:
         return 2 * sum(told) + num_untold * expected
-    return sum(told) + len(told) + num_untold * (1 if local else expected + 1)
+    is_slow = local and session.scheduler != "none"
+    return sum(told) + len(told) + num_untold * (1 if is_slow else expected + 1)
 
 
 def trial_limit(session: Session, num_lanes: int, is_search: bool = False) -> int:
@@ -155,7 +160,7 @@ def _make_searcher(
     next_stage: Callable[[], Sequence[Configuration]],
 ) -> Any:
     """Return Tune's searcher; the monitor changes its `max_concurrent`."""
-    lanes, num_lanes = session.settings.expected_lanes, lane_limit(session, usable=0 if search else None)
+    lanes, num_lanes = session.settings.expected_lanes, lane_limit(session, (), search is not None)
     limit = trial_limit(session, num_lanes, search is not None)
 
     def call_broker(method: str, *arguments: Any) -> None:
@@ -173,7 +178,7 @@ def _make_searcher(
     ) -> Sequence[Configuration]:
         ordered = submission_order(session.scheduler, known, pending, lanes, session.num_trainers)
         if session.scheduler == "none":
-            call_broker("request", ordered)
+            broker.request.remote(ordered)
         return ordered
 
     if session.scheduler == "none":  # more trials would delay the start of the trainers
@@ -207,8 +212,9 @@ class StudyMonitor(threading.Thread):
         self.is_drained = False
         self.stop_requested = threading.Event()
         self.trials_ended, self.all_ended = threading.Event(), threading.Event()
-        self.num_read, self.max_lanes = 0, 0
+        self.num_read = 0
         """Number of the broker's events that were read."""
+        self.max_open_lanes = 0
         self.steps_taken: dict[str, int] = {}
         """Optimizer steps by trainer."""
         self.error: Exception | None = None
@@ -216,7 +222,7 @@ class StudyMonitor(threading.Thread):
     def run(self) -> None:
         """Start the first trainers, then poll until `close` is called or the study cannot continue."""
         try:
-            self.pool.update(Updates())  # while the broker and the trials start
+            self.pool.update(Updates())  # while the broker starts
             is_last = False
             while not (self.is_over or is_last):
                 is_last = self.stop_requested.wait(timeouts.SESSION_POLL_SECONDS)
@@ -224,8 +230,9 @@ class StudyMonitor(threading.Thread):
         except (RayActorError, GetTimeoutError) as error:
             with suppress(RayError):
                 ray.kill(self.broker)  # its callers then get an error, too
-            lost = f"The broker was lost: {format_ray_error(error)}"
-            self.pool.failure_reason = f"{lost}. Finished work is kept; run the command again."
+            if not self.stop_requested.is_set():
+                lost = f"The broker was lost: {format_ray_error(error)}"
+                self.pool.failure_reason = f"{lost}. Finished work is kept; run the command again."
         except Exception as error:  # such as a full disk: without its monitor the study would hang
             self.error = error
         if self.is_over:
@@ -260,9 +267,9 @@ class StudyMonitor(threading.Thread):
     def _poll(self) -> None:
         trials_ended = self.trials_ended.is_set()
         ended = self.pool.list_ended()
-        answer = self.broker.get_updates.remote(self.num_read, self.max_lanes)
+        answer = self.broker.get_updates.remote(self.num_read, self.max_open_lanes)
         updates: Updates = ray.get(answer, timeout=timeouts.TRAINER_SILENT_SECONDS)
-        self.max_lanes = self.follow_trainers(updates)
+        self.max_open_lanes = self.follow_trainers(updates)
         self._read_events(updates)
         counts, progress = updates.counts, self.progress
         self._show_counts(updates)

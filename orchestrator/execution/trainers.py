@@ -64,6 +64,7 @@ class TrainerRun(threading.Thread):
     ) -> None:
         super().__init__(name=name, daemon=True)
         self.slot, self.nodes, self.settings, self.namespace = slot, nodes, settings, namespace
+        self.started_at = time.monotonic()
         self.error: Exception | None = None
         """The error with which the run ended."""
 
@@ -121,12 +122,16 @@ def classify_end(
     """
     if error is None:
         return ExitKind.DONE, ""
-    if any(map(is_lost, place.node_ids if place else node_ids)):
-        return ExitKind.LOST, "was lost with a node; its lanes continue elsewhere"
     failures = getattr(error, "worker_failures", None) or {0: getattr(error, "controller_failure", error)}
     causes = [getattr(each, "health_check_failure", each) for each in failures.values()]
     # After the death of one worker, the others fail in their next collective operation.
     failure = next((each for each in causes if isinstance(each, RayActorError)), causes[0])
+    if place is not None:
+        node_ids = place.node_ids
+    elif announced or not isinstance(failure, RayActorError):
+        node_ids = ()
+    if any(map(is_lost, node_ids)):
+        return ExitKind.LOST, "was lost with a node; its lanes continue elsewhere"
     if announced is not None and not isinstance(failure, RayActorError):
         return announced
     reason = format_ray_error(failure)
@@ -169,6 +174,7 @@ class TrainerPool:
         self.requests: list[Any] = []
         """Placement groups for trainers without room, on which an autoscaler acts."""
         self.num_started = 0
+        self.is_shut_down = False
         self.has_started_one = False
         """True once a trainer has found a place."""
         self.no_trainer_since: float | None = None
@@ -255,6 +261,8 @@ class TrainerPool:
 
     def _start(self, wanted: int) -> None:
         """Start up to `wanted` trainers where there is room, and ask for nodes for the others."""
+        if self.is_shut_down:
+            return
         with_room = sum(placement_group_table(each)["state"] == "CREATED" for each in self.requests)
         free_slots = [slot for slot in self.open_slots if slot not in {r.slot for r in self.running.values()}]
         for slot in free_slots[: max(0, min(wanted, self._num_with_room() + with_room))]:
@@ -264,7 +272,9 @@ class TrainerPool:
             self.num_started += 1
             self.running[name] = run
         if not self.session.cluster.local:  # a request could take the room of a trainer that starts
-            self._request_nodes(0 if self._num_starting else wanted)
+            latest = max((r.started_at for n, r in self.running.items() if n not in self.places), default=0.0)
+            starts = time.monotonic() - latest < timeouts.TRAINER_PLACE_SECONDS
+            self._request_nodes(0 if starts else wanted)
 
     def _num_with_room(self) -> int:
         """Return how many trainers the unused resources allow, without looking at single nodes."""
@@ -376,14 +386,16 @@ class TrainerPool:
 
     def shut_down(self) -> None:
         """End all trainers. No lane is lost: those that have not ended resume from their checkpoints."""
+        self.is_shut_down = True
         self._request_nodes(0)
-        for name in self.running:
+        runs = dict(self.running)  # the monitor's thread may still be in `update`
+        for name in runs:
             self._end(name)
-        _end_controllers()
         deadline = time.monotonic() + timeouts.TRAINER_THREAD_JOIN_SECONDS
-        for run in self.running.values():
-            run.join(max(0.0, deadline - time.monotonic()))
-        self.running.clear()
+        while any(run.is_alive() for run in runs.values()) and time.monotonic() < deadline:
+            _end_controllers()  # also those that have only just started
+            for run in runs.values():
+                run.join(0.2)
 
 
 def _end_controllers() -> None:

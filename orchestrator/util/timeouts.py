@@ -17,7 +17,9 @@ INTERRUPT_SAVE_SECONDS = 4.0
 """`SAVE_SECONDS` after Ctrl-C. A lane in a long evaluation keeps its last checkpoint."""
 MONITOR_JOIN_SECONDS = 10.0
 """Time for the driver's thread that follows the broker to end."""
-TRAINER_THREAD_JOIN_SECONDS = 2.0
+TRAINER_PLACE_SECONDS = 60.0
+"""Time after the start of a trainer in which no nodes are requested, so that it finds its place."""
+TRAINER_THREAD_JOIN_SECONDS = 4.0
 """Time for the driver's threads of all ended trainers together to end."""
 MLFLOW_FLUSH_SECONDS = 60.0
 """Time for MLflow and the other trackers to log the rest at the end of a study."""

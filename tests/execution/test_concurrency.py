@@ -40,16 +40,16 @@ def test_under_early_stopping_a_lane_of_each_trainer_waits_and_each_has_a_trial(
 
 
 def test_a_joined_cluster_may_grow() -> None:
-    assert lane_limit(make_session(2, 4, cluster=JOINED, elastic=True)) == 2 * 2 * 4
+    assert lane_limit(make_session(2, 4, cluster=JOINED, elastic=True)) == 2 * 2 * (4 + 1)
     assert lane_limit(make_session(2, 4, cluster=JOINED)) == 2 * 4
     with_gpus = make_session(2, 4, gpus=1, cluster=JOINED, elastic=True)
-    assert lane_limit(with_gpus) == 8 * 4
-    assert lane_limit(with_gpus, [4] * 9) == 2 * 9 * 4 + 9 * 4
+    assert lane_limit(with_gpus) == 8 * (4 + 1)
+    assert lane_limit(with_gpus, [4] * 9) == 2 * 9 * (4 + 1)
 
 
 def test_no_point_of_a_search_is_suggested_before_it_can_train() -> None:
-    assert lane_limit(make_session(2, 4, cluster=LARGE), usable=0) == 2 * 4
-    assert lane_limit(make_session(1, 1, cluster=LARGE), usable=0) == 1
+    assert lane_limit(make_session(2, 4, cluster=LARGE), is_search=True) == 2 * 4
+    assert lane_limit(make_session(1, 1, cluster=LARGE), is_search=True) == 1
     assert trial_limit(make_session(2, 4, cluster=LARGE), 8, is_search=True) == 8
 
 
@@ -57,11 +57,24 @@ def test_the_lanes_of_trainers_that_measure_follow_what_they_measure() -> None:
     measured = make_session(2, 8, gpus=1, cluster=LARGE, elastic=True, measures_lanes=True)
     assert lane_limit(measured, [8, 6]) == 2 * (8 + 6)
     assert lane_limit(measured, [1, 1]) == 2 * (2 * 4), "not measured yet"
-    assert lane_limit(measured, usable=0) == 2 * 4
-    assert lane_limit(measured, [8], usable=8) == 8 + 4, "the other trainer has not measured"
-    assert lane_limit(measured, [8, 8], usable=13) == 13
     assert make_session(1, 2, gpus=1, measures_lanes=True).settings.expected_lanes == 2
     assert make_session(1, 8).settings.expected_lanes == 8
+
+
+def test_a_search_follows_the_lanes_that_trainers_measure() -> None:
+    measured = make_session(2, 8, gpus=1, cluster=LARGE, elastic=True, measures_lanes=True)
+
+    def limit(*capacities: int) -> int | None:
+        return lane_limit(measured, capacities, is_search=True)
+
+    assert limit() == 2 * 4
+    assert limit(8) == 8 + 4, "the other trainer has not measured"
+    assert limit(8, 8) == 2 * 8
+    assert limit(2, 2) == 2 * 2, "no point is suggested before it can train"
+    assert limit(12, 8) == 2 * 8, "no more than the trainer may choose"
+    assert limit(8, 8, 8) == 2 * 8
+    small = Cluster((Node(8, 2, 10 * 2 * TRIAL_MEMORY_BYTES),))
+    assert trial_limit(replace(measured, cluster=small), 16, is_search=True) == 10
 
 
 @pytest.mark.parametrize("nodes", [1, 2, 40])
