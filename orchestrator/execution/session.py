@@ -131,8 +131,7 @@ def lane_limit(session: Session, capacities: Sequence[int] = (), is_search: bool
     told = [max(expected, one) for one in told]
     if session.scheduler == "none" and not is_growing:
         return 2 * sum(told) + num_untold * expected
-    is_slow = local and session.scheduler != "none"
-    return sum(told) + len(told) + num_untold * (1 if is_slow else expected + 1)
+    return sum(told) + len(told) + num_untold * (1 if local else expected + 1)
 
 
 def trial_limit(session: Session, num_lanes: int, is_search: bool = False) -> int:
