@@ -274,7 +274,7 @@ class BrokerCore:
                 entry.moves_to = trainer
 
     def _forget_moves(self) -> None:
-        """Forget the moves to trainers that have ended, drain, or have no room any more."""
+        """Cancel the takeovers (`moves_to`) by trainers that have ended, drain, or have no room left."""
         groups = self._list_groups()
         for entry in [entry for entry in self.open_entries.values() if entry.moves_to]:
             taker, group = entry.moves_to, groups[entry.moves_to]
@@ -285,7 +285,10 @@ class BrokerCore:
                 entry.moves_to = ""
 
     def _room_for(self, entry: LaneEntry, trainer: str) -> int:
-        """Return how many lanes of the entry's group key a trainer can hold; 1 if that is unknown."""
+        """Return how many lanes of the entry's group key a trainer can hold.
+
+        A trainer that has not trained this group key last counts with 1, and one that has ended with 0.
+        """
         view = self.trainers.get(trainer)
         return view.last_room.get(entry.group_key, 1) if view is not None else 0
 
@@ -299,7 +302,8 @@ class BrokerCore:
     ) -> dict[str, Directive]:
         """Take a trainer's reports and return the directives for its lanes, by fingerprint.
 
-        A lane that the trainer has held and does not announce any more returns to the queue.
+        The broker puts a lane back into the queue if it had leased the lane to this trainer and the lane is
+        not in `held`.
 
         Args:
             trainer: The trainer.

@@ -48,7 +48,7 @@ class StoredRecords(LaneRecords):
         self.store, self.scheduler = store, scheduler
 
     def newest_checkpoint(self, fingerprint: str) -> tuple[int, int]:
-        """Return the highest number of an attempt's folder, and the highest step of a file."""
+        """Return the highest attempt with a folder, and the highest step of a checkpoint; 0 without one."""
         folder = self.store.checkpoints / fingerprint
         attempts = [path.name for path in folder.glob("*")]
         steps = [path.stem.removeprefix("step-") for path in folder.glob("*/step-*.safetensors")]
@@ -246,9 +246,10 @@ def start_broker(store: Store, scheduler: str) -> Any:
 
 
 class BrokerClient:
-    """The `LaneSource` of a trainer's fine-tuning loop.
+    """The `LaneSource` of a trainer's fine-tuning loop: it calls the broker's actor.
 
-    Every lease, report and exchange names all lanes that the trainer holds, each with its last report.
+    Each call of `lease`, `report` and `exchange` sends all lanes that the trainer holds, each with its last
+    report.
 
     Args:
         trainer: The trainer's name.

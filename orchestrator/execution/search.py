@@ -475,12 +475,13 @@ def random_points(dimensions: Sequence[Dimension], seed: str) -> Iterator[Params
 def design_points(
     group: SearchGroup, sequence: Iterable[Params]
 ) -> Iterator[tuple[dict[str, Any], Configuration]]:
-    """Yield each point of a group once.
+    """Yield the parameters and the configuration of each point of a group, without repetition.
 
     Args:
         group: The group.
-        sequence: Parameters of its points, and perhaps others, without end. Once it only repeats itself, the
-            remaining points come from `random_points`.
+        sequence: An endless sequence of Optuna parameters. It may repeat points, and may have parameters that
+            the group does not search. After MAX_IDLE_DRAWS repeated or refused points in a row, the remaining
+            points come from `random_points`.
     """
     found: set[str] = set()
     idle = 0

@@ -13,9 +13,10 @@ from orchestrator.study.configuration import Configuration
 
 
 class PerGroupSearcher(ConfigurationQueue):
-    """Tune's searcher, which suggests the points of earlier runs, then new points of each group in turn.
+    """Suggest the points of a search to Ray Tune: those of earlier runs, then new ones of each group in turn.
 
-    Under early stopping, points with a result are replayed to the scheduler, so that they fill its rungs.
+    Under early stopping, Tune also gets the points that have a result, because the scheduler compares new
+    lanes with them.
     """
 
     def __init__(

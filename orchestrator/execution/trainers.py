@@ -332,7 +332,7 @@ class TrainerPool:
             )
 
     def _remove_ended_trainers(self, updates: Updates, ended: Sequence[str]) -> None:
-        """Remove trainers that ended, and end those that hang: they do not end by themselves."""
+        """Remove the trainers in `ended`, and end the hung ones, which do not end by themselves."""
         for name in updates.hung:
             self._end(name)
         for name in ended:
