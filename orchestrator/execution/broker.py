@@ -82,10 +82,13 @@ class Updates:
     """Trainers that have been silent for too long and whose end the driver has not reported yet."""
     max_lanes: Sequence[int] = ()
     """The number of lanes that each trainer can hold, of those that have told it."""
-    usable_lanes: Sequence[int] = ()
-    """For each of these trainers, the number of lanes that a search may keep unfinished."""
     abort_reason: str = ""
     """The reason to end the study; empty while it goes on."""
+
+    @property
+    def num_training(self) -> int:
+        """The number of lanes that trainers hold."""
+        return self.counts["leased"] + self.counts["paused"]
 
 
 class LaneRecords:
@@ -439,32 +442,8 @@ class BrokerCore:
             self.announced,
             sorted(self.hung),
             [view.max_lanes for view in self.trainers.values() if view.max_lanes],
-            self.count_usable_lanes(),
             self.abort_reason,
         )
-
-    def count_usable_lanes(self) -> list[int]:
-        """Return for each trainer that has told its limit how many lanes a search may keep unfinished for it.
-
-        These are the lanes that it holds and the waiting lanes of its group key that have room, and one more
-        if there is still room and no lane of another group key waits: only the next point shows whether it
-        may join the lane group. An empty trainer counts as one lane.
-        """
-        lanes = self._list_groups()
-        waiting: Counter[str | None] = Counter("" if e.alone else e.group_key for e in lanes[""])
-        groups = [(lanes[t], view.max_lanes) for t, view in self.trainers.items() if view.max_lanes]
-        usable = []
-        for group, limit in groups:
-            key = group[0].group_key if group else None
-            joining = min(max(0, limit - len(group)), waiting[key])
-            waiting[key] -= joining
-            usable.append(len(group) + joining)
-        others = waiting.total()
-        for number, (group, limit) in enumerate(groups):
-            if usable[number] < (limit if group else 1):
-                usable[number] += not others or not group
-                others = max(0, others - 1)
-        return usable
 
     # -- helpers
 

@@ -113,23 +113,14 @@ class Cluster:
         num_workers = self._worker_capacity(gpus)
         capacity = num_workers // workers_per_trainer
         if self.local and (capacity < 1 or (requested or 0) > capacity):
-            if gpus:
-                needs, available = f"{gpus:g} GPU and a CPU", f"{all_gpus:g} GPUs"
-            else:
-                needs, available = "a CPU and 2 GiB", f"{self.memory / 2**30:.0f} GiB"
-            options = [f"--trainers {requested}"] if requested else []
-            options += [f"--workers-per-trainer {workers_per_trainer}"] if workers_per_trainer > 1 else []
-            if capacity:
-                advice = f"take --trainers {capacity}"
-            elif num_workers:
-                advice = f"take --workers-per-trainer {num_workers}"
-            else:
-                advice = "leave --gpus-per-worker out, or join a cluster with GPUs"
-            times = f"{workers_per_trainer} times " if workers_per_trainer > 1 else ""
-            num_cpus = sum(node.cpus for node in self.nodes)
+            need = f"{gpus:g} GPU and a CPU" if gpus else "a CPU and 2 GiB"
+            cpus, memory = sum(node.cpus for node in self.nodes), self.memory / 2**30
+            fix = f"--trainers {capacity}" if capacity else f"--workers-per-trainer {num_workers}"
+            if not num_workers:
+                fix = "--device cpu, or join a cluster with GPUs"
             raise UsageError(
-                f"{' '.join(options) or f'--gpus-per-worker {gpus:g}'}: there is room for {capacity} "
-                f"trainers (each takes {times}{needs}; there are {num_cpus:g} CPUs, {available}); {advice}."
+                f"--trainers {requested or 1}: no room for {requested or 1} x {workers_per_trainer} workers "
+                f"with {need} each ({cpus:g} CPUs, {all_gpus:g} GPUs, {memory:.0f} GiB in all); take {fix}."
             )
         return requested or max(1, capacity), gpus
 
@@ -219,8 +210,12 @@ def check_start() -> None:
     """Check that a study can join the running cluster, or that Ray can start here, without doing so.
 
     Raises:
-        UsageError: Nothing answers at the cluster's address, or Ray cannot use the temporary folder.
+        UsageError: Nothing answers at the cluster's address, Ray cannot use the temporary folder, or the user
+            has chosen the first version of Ray Train.
     """
+    version = "RAY_TRAIN_V2_ENABLED"
+    if os.environ.get(version, "1").lower() not in ("1", "true"):
+        raise UsageError(f"{version} {os.environ[version]!r}: trainers need Ray Train V2; unset {version}.")
     address = running_cluster_address()
     if address is None:
         _check_temporary_folder()

@@ -69,8 +69,8 @@ def train(
 
     def follow_trainers(updates: Updates) -> int:
         session_now = replace(session, cluster=pool.cluster)
-        capacities = updates.max_lanes if search is None else updates.usable_lanes
-        limit = lane_limit(session_now, capacities, search is not None)
+        num_training = None if search is None else updates.num_training
+        limit = lane_limit(session_now, updates.max_lanes, num_training)
         if updates.max_lanes:
             searcher.max_concurrent = trial_limit(session_now, limit, search is not None)
         return limit
@@ -99,13 +99,16 @@ def train(
     return sum(monitor.steps_taken.values())
 
 
-def lane_limit(session: Session, capacities: Sequence[int] = (), is_search: bool = False) -> int:
+def lane_limit(session: Session, capacities: Sequence[int] = (), num_training: int | None = None) -> int:
     """Return the largest number of lanes that wait or train.
 
     In a grid, a lane that waits replaces one that ends at once. As many wait as a trainer holds; one under
     early stopping, where each lane has a process of its own for its trial, and for an elastic pool, which
-    requests nodes for lanes that wait. In a search none does, because it would be suggested without the
-    results of the lanes in training.
+    requests nodes for lanes that wait.
+
+    In a search, a lane that waits would be suggested without the results of the lanes in training. Only one
+    does, since lanes of its group key may join those of a trainer, and others may not; none does if the
+    trainers are full.
 
     A trainer that has not told its number of lanes counts with `TrainerSettings.expected_lanes`; under early
     stopping on this machine alone with one, because the processes of more trials would delay its start.
@@ -115,9 +118,8 @@ def lane_limit(session: Session, capacities: Sequence[int] = (), is_search: bool
 
     Args:
         session: The number of trainers and of their lanes, and the nodes.
-        capacities: For each trainer that has told it, the number of lanes that it can hold. In a search, the
-            number of lanes that may be unfinished for it; see `count_usable_lanes` in `broker.py`.
-        is_search: True if trials are suggested by a search.
+        capacities: For each trainer that has told it, the number of lanes that it can hold.
+        num_training: The number of lanes on trainers in a search; None in a grid.
     """
     num_trainers, settings, local = session.num_trainers, session.settings, session.cluster.local
     is_growing = session.is_elastic and not local
@@ -126,8 +128,8 @@ def lane_limit(session: Session, capacities: Sequence[int] = (), is_search: bool
         num_trainers = max(least, 2 * num_trainers, 2 * len(capacities))
     expected, num_untold = settings.expected_lanes, max(0, num_trainers - len(capacities))
     told = [min(one, settings.max_lanes) for one in capacities[:num_trainers]]
-    if is_search:
-        return sum(told) + num_untold * expected
+    if num_training is not None:
+        return min(sum(told), num_training + 1) + num_untold * expected
     told = [max(expected, one) for one in told]
     if session.scheduler == "none" and not is_growing:
         return 2 * sum(told) + num_untold * expected
@@ -159,7 +161,7 @@ def _make_searcher(
     next_stage: Callable[[], Sequence[Configuration]],
 ) -> Any:
     """Return Tune's searcher; the monitor changes its `max_concurrent`."""
-    lanes, num_lanes = session.settings.expected_lanes, lane_limit(session, (), search is not None)
+    lanes, num_lanes = session.settings.expected_lanes, lane_limit(session, (), None if search is None else 0)
     limit = trial_limit(session, num_lanes, search is not None)
 
     def call_broker(method: str, *arguments: Any) -> None:
@@ -298,7 +300,7 @@ class StudyMonitor(threading.Thread):
     def _show_counts(self, updates: Updates) -> None:
         counts, progress = updates.counts, self.progress
         progress.count_steps(sum(self.steps_taken.values()))
-        progress.training = counts[LeasePhase.LEASED] + counts[LeasePhase.PAUSED]
+        progress.training = updates.num_training
         progress.waiting = counts[LeasePhase.WAITING]
         progress.live_trainers = counts["trainers"]
         if progress.training and progress.first_lane_at is None:

@@ -207,7 +207,7 @@ class TrainerPool:
         self.places = updates.places
         self.has_started_one = self.has_started_one or bool(self.places)
         counts = updates.counts
-        waiting, training = counts["waiting"], counts["leased"] + counts["paused"]
+        waiting, training = counts["waiting"], updates.num_training
         self.failure_reason = self.failure_reason or updates.abort_reason
         self._remove_ended_trainers(updates, ended)
         if now - self._last_node_count > timeouts.NODE_COUNT_INTERVAL_SECONDS:

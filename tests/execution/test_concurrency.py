@@ -47,9 +47,13 @@ def test_a_joined_cluster_may_grow() -> None:
     assert lane_limit(with_gpus, [4] * 9) == 2 * 9 * (4 + 1)
 
 
-def test_no_point_of_a_search_is_suggested_before_it_can_train() -> None:
-    assert lane_limit(make_session(2, 4, cluster=LARGE), is_search=True) == 2 * 4
-    assert lane_limit(make_session(1, 1, cluster=LARGE), is_search=True) == 1
+def test_one_point_of_a_search_is_suggested_before_it_is_known_to_train() -> None:
+    search = make_session(2, 4, cluster=LARGE)
+    assert lane_limit(search, num_training=0) == 2 * 4
+    assert lane_limit(make_session(1, 1, cluster=LARGE), num_training=0) == 1
+    assert lane_limit(search, [4, 4], 3) == 3 + 1, "the lanes of other group keys cannot join"
+    assert lane_limit(search, [4, 4], 8) == 8, "no trainer has room"
+    assert lane_limit(search, [4], 3) == 3 + 1 + 4, "a trainer starts"
     assert trial_limit(make_session(2, 4, cluster=LARGE), 8, is_search=True) == 8
 
 
@@ -65,7 +69,7 @@ def test_a_search_follows_the_lanes_that_trainers_measure() -> None:
     measured = make_session(2, 8, gpus=1, cluster=LARGE, elastic=True, measures_lanes=True)
 
     def limit(*capacities: int) -> int | None:
-        return lane_limit(measured, capacities, is_search=True)
+        return lane_limit(measured, capacities, 16)
 
     assert limit() == 2 * 4
     assert limit(8) == 8 + 4, "the other trainer has not measured"

@@ -76,17 +76,23 @@ def test_a_joined_cluster_may_grow(
 @pytest.mark.parametrize(
     ("cluster", "requested", "gpus", "workers", "parts"),
     [
-        (LAPTOP, 7, None, 1, ["--trainers 7", "a CPU and 2 GiB", "8 CPUs", "take --trainers 6"]),
-        (LAPTOP, 4, None, 2, ["--trainers 4 --workers-per-trainer 2", "2 times a CPU", "take --trainers 3"]),
+        (LAPTOP, 7, None, 1, ["--trainers 7", "a CPU and 2 GiB", "8 CPUs", "take --trainers 6."]),
         (
             LAPTOP,
+            4,
             None,
-            None,
-            9,
-            ["--workers-per-trainer 9: there is room for 0", "take --workers-per-trainer 6"],
+            2,
+            ["--trainers 4: no room for 4 x 2 workers with a CPU and 2 GiB each", "take --trainers 3."],
         ),
-        (LAPTOP, None, 1.0, 1, ["--gpus-per-worker 1: ", "0 GPUs", "leave --gpus-per-worker out"]),
-        (GPUS, None, None, 8, ["--workers-per-trainer 8", "1 GPU and a CPU", "take --workers-per-trainer 7"]),
+        (LAPTOP, None, None, 9, ["--trainers 1: no room for 1 x 9 workers", "take --workers-per-trainer 6."]),
+        (LAPTOP, None, 1.0, 1, ["--trainers 1: ", "1 GPU and a CPU", "0 GPUs", "take --device cpu, or join"]),
+        (
+            GPUS,
+            None,
+            None,
+            8,
+            ["1 x 8 workers with 1 GPU and a CPU each", "take --workers-per-trainer 7."],
+        ),
     ],
 )
 def test_more_trainers_than_fit_are_refused(

@@ -434,7 +434,13 @@ def test_a_pipe_is_refused_and_not_waited_for(what: str, commands: Commands, tmp
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("RAY_ADDRESS", "nonsense"), ("RAY_ADDRESS", "127.0.0.1:9"), ("TMPDIR", "/none")]
+    ("name", "value"),
+    [
+        ("RAY_ADDRESS", "nonsense"),
+        ("RAY_ADDRESS", "127.0.0.1:9"),
+        ("TMPDIR", "/none"),
+        ("RAY_TRAIN_V2_ENABLED", "0"),
+    ],
 )
 def test_an_environment_in_which_ray_cannot_start_is_refused(
     name: str, value: str, commands: Commands, tmp_path: Path

@@ -7,8 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from points import configuration
+from session_settings import make_session
 
 from orchestrator.execution.broker_actor import Broker
+from orchestrator.execution.session import lane_limit
 from orchestrator.study.configuration import Configuration
 
 
@@ -39,8 +41,9 @@ class Trainer:
         asyncio.run(self.broker.end_lease(self.name, fingerprint, attempt, "finished"))
 
 
-def usable(broker: Broker) -> list[int]:
-    return list(asyncio.run(broker.get_updates(0)).usable_lanes)
+def limit(broker: Broker) -> int:
+    updates = asyncio.run(broker.get_updates(0))
+    return lane_limit(make_session(1, 8), updates.max_lanes, updates.num_training)
 
 
 def submit(broker: Broker, point: Configuration) -> None:
@@ -60,7 +63,7 @@ def test_a_search_over_the_rank_has_one_waiting_point_for_a_trainer(tmp_path: Pa
         trainer.poll()
         assert len(trainer.held) == 1, "points of other ranks do not join"
         unfinished = len(broker.core.open_entries)
-        assert usable(broker) == ([2] if unfinished == 1 else [1])
+        assert limit(broker) == 2
         assert unfinished <= 2
         if unfinished == 2:
             trainer.finish_one()
@@ -72,8 +75,8 @@ def test_points_that_can_train_together_fill_a_trainer(tmp_path: Path) -> None:
     submit(broker, configuration(seed=next(seeds)))
     for _ in range(6):
         trainer.poll()
-        while len(broker.core.open_entries) < sum(usable(broker)):
+        while len(broker.core.open_entries) < limit(broker):
             submit(broker, configuration(seed=next(seeds)))
     assert len(trainer.held) == len(broker.core.open_entries) == 4
     trainer.finish_one()
-    assert usable(broker) == [4]
+    assert limit(broker) == 4
