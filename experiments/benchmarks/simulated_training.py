@@ -16,6 +16,7 @@ import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -186,10 +187,17 @@ class SimulatedEngine(Engine):
 
 
 class CountingSource:
-    """A lane source that counts and times the calls to another one."""
+    """A lane source that counts and times the calls to another one.
 
-    def __init__(self, source: Any) -> None:
-        self.source, self.calls, self.seconds = source, 0, 0.0
+    Args:
+        source: The other one.
+        folder: The folder for the file with the counts, which is written whenever a lane ends, because the
+            study ends its trainers without waiting for them.
+    """
+
+    def __init__(self, source: Any, folder: Path) -> None:
+        self.source, self.file = source, folder / f"calls-{uuid.uuid4().hex}.json"
+        self.calls, self.seconds = 0, 0.0
 
     def __getattr__(self, name: str) -> Any:
         method = getattr(self.source, name)
@@ -201,23 +209,16 @@ class CountingSource:
             finally:
                 self.calls += 1
                 self.seconds += time.monotonic() - started
+                if name == "end_lease":
+                    self.file.write_text(json.dumps({"calls": self.calls, "seconds": self.seconds}) + "\n")
 
         return timed
-
-    def write(self, store: Any) -> None:
-        """Write the counts into the folder of `store`, one file per trainer."""
-        file = store.root / f"calls-{uuid.uuid4().hex}.json"
-        file.write_text(json.dumps({"calls": self.calls, "seconds": self.seconds}) + "\n")
 
 
 def run(source: LaneSource | None, store: Any, *arguments: Any, **options: Any) -> None:
     """Run the fine-tuning loop with a `SimulatedEngine`; see `orchestrator.finetune.engine.loop.run`."""
-    counting_source = CountingSource(source) if source is not None else None
-    try:
-        loop.run(counting_source, store, *arguments, make_engine=SimulatedEngine, **options)
-    finally:
-        if counting_source is not None:
-            counting_source.write(store)
+    counting_source = CountingSource(source, store.root) if source is not None else None
+    loop.run(counting_source, store, *arguments, make_engine=SimulatedEngine, **options)
 
 
 def train_simulated(

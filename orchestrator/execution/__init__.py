@@ -1,1 +1,1 @@
-"""Everything that knows Ray: trials, the broker, trainers and searches."""
+"""How a study runs on Ray: the driver, trials, the broker, trainers and searches."""

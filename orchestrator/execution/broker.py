@@ -24,11 +24,11 @@ from orchestrator.study.configuration import Configuration
 from orchestrator.util import timeouts
 
 DRIVER = "driver"
-"""The name under which the driver wants the lanes of `BrokerCore.backlog`, beside those of trials."""
+"""The name under which the driver submits the lanes of `BrokerCore.backlog`, as if it were a trial."""
 BROKER_NAME = "broker"
 """Name of the broker's actor in the Ray namespace of the study."""
 MAX_FAILURES_PER_TRAINER = 3
-"""Failures in a row that a study survives, for each trainer and once more."""
+"""With n trainers at once, a study survives n + 1 times this many failures in a row."""
 MIN_MOVED_SHARE = 0.25
 """The share of a lane's steps that must be left for an idle trainer to take the lane over."""
 
@@ -42,9 +42,9 @@ class ExitKind(StrEnum):
     """The trainer ended with an error because a node was lost or drained, or Ray found no place for it.
     Nothing is at fault."""
     CRASHED = "crashed"
-    """A worker process died, was killed for memory, or lost its device, on a node that lives."""
+    """A worker or the controller died after the trainer had started, or a device was lost; no node was."""
     FAILED = "failed"
-    """A worker raised another error, or Ray Train's controller died."""
+    """A worker raised another error, or a process died before the trainer had announced its place."""
 
 
 class EndedLane(NamedTuple):
@@ -137,7 +137,7 @@ class BrokerCore:
 
     Args:
         records: The store.
-        scheduler: The study's early stopping. With any, lanes pause after each report.
+        scheduler: The study's early stopping, or "none". Under early stopping, lanes pause after each report.
     """
 
     def __init__(self, records: LaneRecords | None = None, scheduler: str = "none") -> None:
@@ -183,7 +183,7 @@ class BrokerCore:
         self._entry_for(configuration).add_trial(trial)
 
     def next_report(self, fingerprint: str, after: int) -> Report | RecordState | None:
-        """Return the next report or final state of a submitted lane; see `LaneEntry.next_report`."""
+        """Return the next report or last state of a submitted lane; see `LaneEntry.next_report`."""
         return self.entries[fingerprint].next_report(after)
 
     def release(self, trial: str) -> None:
@@ -244,8 +244,9 @@ class BrokerCore:
     def _select(self, offered: list[LaneEntry], group_key: str | None, capacity: int) -> list[LaneEntry]:
         """Choose lanes of one group key; a lane that must be alone comes without others.
 
-        If the trainer takes any group key, lanes with few failures come first, so that lanes that can be
-        trained are trained early; then lanes that must be alone, then the group key with most waiting lanes.
+        If the trainer takes any group key, the group keys with fewest failures come first, so that lanes that
+        can be trained are trained early. Ties: the lane with fewest crashes, one that must be alone, and the
+        group key with most waiting lanes.
         """
         if group_key is None:
             failures, counts = self.failures_by_group, Counter(entry.group_key for entry in offered)
@@ -258,11 +259,11 @@ class BrokerCore:
         return [e for e in offered if e.group_key == group_key and not e.alone][:capacity]
 
     def _take_over(self, trainer: str) -> None:
-        """Let lanes move to an idle trainer: up to half of the lanes of the trainer that trains most of them.
+        """Mark up to half of the lanes of the trainer that trains most to move to an idle trainer.
 
-        The lanes with most remaining steps move, the latest first. A lane that is nearly finished stays. Only
-        one lane moves to a trainer that may have to load a model for it, because it does not train meanwhile.
-        While lanes move to the idle trainer, no others do.
+        The lanes with most remaining steps move; of equal ones, the newest. A lane that is nearly finished
+        stays. Only one lane moves to a trainer that did not train its group key last: a lane waits while the
+        trainer loads a model. No more lanes are marked for this trainer until the marked ones have moved.
         """
         entries = self.open_entries.values()
         trained = [e for e in entries if e.phase is LeasePhase.LEASED and e.trials and not e.moves_to]
@@ -277,7 +278,7 @@ class BrokerCore:
                 entry.moves_to = trainer
 
     def _forget_moves(self) -> None:
-        """Cancel the takeovers (`moves_to`) by trainers that have ended, drain, or have no room left."""
+        """Cancel takeovers (`moves_to`) by trainers that have ended, drain, or cannot take the lane now."""
         groups = self._list_groups()
         for entry in [entry for entry in self.open_entries.values() if entry.moves_to]:
             taker, group = entry.moves_to, groups[entry.moves_to]
@@ -367,7 +368,7 @@ class BrokerCore:
             reason: The reason in one line, for the record of a lane that crashes trainers.
 
         Returns:
-            The number of lanes that the trainer held.
+            The number of lanes that the trainer held; 0 if it was removed before because it hung.
         """
         self.places.pop(trainer, None)
         self.announced.pop(trainer, None)
@@ -400,9 +401,9 @@ class BrokerCore:
         return len(held)
 
     def tick(self, now: float) -> None:
-        """Take trainers for dead that have been silent for too long. The driver calls this regularly.
+        """Remove the trainers that have been silent for too long. `get_updates` calls this.
 
-        One of its lanes may be the cause, so they are treated as after a crash.
+        Any of a trainer's lanes may be the cause, so its lanes are treated as after a crash.
         After a pause of the broker itself, all trainers get the full time again.
         """
         limit = timeouts.TRAINER_SILENT_SECONDS

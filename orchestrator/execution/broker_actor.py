@@ -91,8 +91,7 @@ class StoredRecords(LaneRecords):
 class Broker:
     """The actor between the trials, the trainers and the driver of a study.
 
-    Every method is a coroutine, so at most one of them uses the core at a time. Methods without a docstring
-    are those of `BrokerCore`.
+    Its methods run on one event loop, and no call of the core waits, so these calls do not overlap.
 
     Args:
         root: Folder of the store.
@@ -100,7 +99,7 @@ class Broker:
     """
 
     def __init__(self, root: str, scheduler: str) -> None:
-        self.clock = time.monotonic
+
         self.core = BrokerCore(StoredRecords(Store(root), scheduler), scheduler)
         self.is_aborted = False
         self.lane_events: dict[str, asyncio.Event] = {}
@@ -120,7 +119,7 @@ class Broker:
             timeout: Longest wait in seconds.
 
         Returns:
-            The report, the final state, or None after the timeout.
+            The report, the state in which the lane ended, or None after the timeout; "failed" after `abort`.
         """
         fingerprint = configuration.fingerprint
         self.core.submit(trial, configuration)
@@ -163,19 +162,19 @@ class Broker:
     ) -> LeaseGrant:
         """Exchange, then lease lanes; see `BrokerCore.lease`."""
         await self.exchange(trainer, held, steps_taken, max_lanes)
-        return self.core.lease(trainer, group_key, capacity, self.clock())
+        return self.core.lease(trainer, group_key, capacity, time.monotonic())
 
     async def exchange(
         self, trainer: str, held: HeldLanes, steps_taken: int, max_lanes: int
     ) -> dict[str, Directive]:
         """Take a trainer's reports and return the directives for its lanes; see `BrokerCore.exchange`."""
-        directives = self.core.exchange(trainer, held, steps_taken, max_lanes, self.clock())
+        directives = self.core.exchange(trainer, held, steps_taken, max_lanes, time.monotonic())
         self._wake_trials(held)
         return directives
 
     async def heartbeat(self, trainer: str) -> None:
         """Note that a trainer is alive although its loop makes no calls."""
-        self.core.heartbeat(trainer, self.clock())
+        self.core.heartbeat(trainer, time.monotonic())
 
     async def return_lease(self, trainer: str, fingerprint: str, attempt: int) -> None:
         """Requeue a lane that its trainer has given back."""
@@ -202,10 +201,10 @@ class Broker:
             self.core.announced.setdefault(trainer, (kind, reason))
 
     async def abort(self, reason: str = "") -> None:
-        """End the study.
+        """Ask the driver to end the study, or answer all trials because it ends.
 
-        A trainer gives the reason, which the driver reads with the next updates. The driver gives none, and
-        all trials that wait are answered.
+        A trainer calls this with a reason, which the driver reads with the next updates. The driver calls it
+        without one; `next_report` then returns "failed" to every trial.
         """
         self.core.abort_reason = self.core.abort_reason or reason
         if not reason:
@@ -220,7 +219,7 @@ class Broker:
 
     async def get_updates(self, num_read: int, max_open: int = 0) -> Updates:
         """Return what is new after `num_read` events; see `BrokerCore.get_updates`."""
-        return self.core.get_updates(num_read, self.clock(), max_open)
+        return self.core.get_updates(num_read, time.monotonic(), max_open)
 
     async def trainer_exited(self, trainer: str, kind: ExitKind, reason: str = "") -> int:
         """Remove a trainer that has ended, and return the number of lanes that it held."""
@@ -263,7 +262,7 @@ class BrokerClient:
         self.last_progress_time = time.monotonic()
         """The time of the last call of the loop, or of its last progress without a call."""
         self.is_starting_lanes = False
-        """True from a lease of lanes until the next exchange; loading a model shows no progress."""
+        """True from a lease until `exchange` or an empty lease; loading a model shows no progress."""
         threading.Thread(target=self._send_heartbeats, name="heartbeat", daemon=True).start()
 
     def lease(self, group_key: str | None, capacity: int, steps_taken: int) -> LeaseGrant:
@@ -325,7 +324,7 @@ class BrokerClient:
     def _send_heartbeats(self) -> None:
         """Keep the trainer alive for the broker while the loop loads a model or evaluates.
 
-        The heartbeats end when the loop is hung: it has made neither a call nor progress for long.
+        No heartbeat is sent while the loop seems hung: it has made neither a call nor progress for long.
         """
         while True:
             time.sleep(timeouts.HEARTBEAT_SECONDS)

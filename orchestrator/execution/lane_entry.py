@@ -6,14 +6,16 @@
     LEASED   -> WAITING     the trainer ended or gave the lane back
     PAUSED   -> RETURNED    the same; if the scheduler has stopped the lane, it becomes WAITING
     RETURNED -> WAITING     its trial asks for more, or the scheduler stops the lane
+    WAITING  -> RETURNED    a new trial cancels the stop of the lane
     any      -> ENDED       the lane has a final record, was stopped, or has failed too often
 
 Trials join and leave by name. When the scheduler stops the last trial, the trainer ends the lane early and
 writes its record; a lane that no trainer holds is leased once more for this. A lane that lost its trials for
 another reason is dropped and forgotten.
 
-A lane whose trainer crashed or hung trains alone until it has a new report or a newer checkpoint. A lane that
-crashes MAX_FAILURES trainers while it trains alone has failed.
+A lane whose trainer crashed or hung trains alone until it has a new report or a newer checkpoint, or fails by
+itself. A lane has failed when its failures and the crashes of trainers that held only this lane are together
+MAX_FAILURES.
 """
 
 from __future__ import annotations
@@ -62,7 +64,7 @@ class LaneEntry:
     reports: list[Report] = field(default_factory=list)
     state: RecordState | None = None
     resume_after_step: int = -1
-    """The last step after which a trial has asked for the next report."""
+    """The lane may train beyond reports up to this step. Requests of trials and a stop raise it."""
     stop_step: int | None = None
     """The step of the last report that the scheduler saw before it stopped the lane; None if it did not."""
     last_reported_step: int = 0
@@ -90,7 +92,7 @@ class LaneEntry:
             self.requeue()
 
     def next_report(self, after: int) -> Report | RecordState | None:
-        """Return the first report after step `after`, or the final state of a lane without one.
+        """Return the first report after step `after`, else the state in which the lane has ended.
 
         If neither exists, None is returned, and the lane may train beyond step `after`.
         """

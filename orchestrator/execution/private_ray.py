@@ -1,8 +1,9 @@
-"""The private names of Ray that a study uses: five optimizations, and nothing else.
+"""Optimizations by private names of Ray.
 
-Ray may change or remove these names in any release. Each is looked up when it is needed. If it is missing, a
-line is logged and Ray's public behaviour is used; docs/architecture.md says what that costs. Ray is imported
-inside the functions, because it reads environment variables on import that `ray_cluster.connect` sets.
+Ray may change or remove these names in any release. Five of them are looked up when they are needed. If one
+is missing, a line is logged and Ray's public behaviour is used; docs/architecture.md says what that costs.
+Ray is imported inside the functions, because it reads environment variables on import that
+`ray_cluster.connect` sets.
 """
 
 from __future__ import annotations
@@ -42,11 +43,11 @@ def draining_node_ids() -> frozenset[str]:
 @contextmanager
 def without_dashboard() -> Iterator[None]:
     """Make `ray.init` start no dashboard process: `include_dashboard=False` starts it without its page."""
-    node = look_up("ray._private.node:Node")
-    original = getattr(node, "start_api_server", None)
+    original = look_up("ray._private.node:Node.start_api_server")
     if original is None:
         yield
         return
+    node = look_up("ray._private.node:Node")
     node.start_api_server = lambda self, *arguments, **options: None
     try:
         yield
@@ -55,12 +56,12 @@ def without_dashboard() -> Iterator[None]:
 
 
 def trainer_class() -> Any:
-    """Return `TorchTrainer`, or the base class that it shares with Ray Train's other trainers.
+    """Return a light subclass of `DataParallelTrainer`, or `TorchTrainer` where that is not possible.
 
-    The base class needs no torch, whose import takes two seconds in the driver. It is used without the helper
-    actors that a study does not need: the cleaner of placement groups (the driver removes the placement group
-    that a worker has announced), the manager of Ray Data's datasets, and the coordinator of autoscaling (the
-    driver requests nodes itself). Each is a process to start before the first worker trains.
+    `DataParallelTrainer`, the base of `TorchTrainer`, needs no torch, whose import takes two seconds in the
+    driver. The subclass leaves out three helper actors, each of which is a process to start before training:
+    the cleaner of placement groups (the driver removes them), the manager of Ray Data's datasets (there are
+    none), and the coordinator of autoscaling (the driver requests nodes).
     """
     name = "ray.train.v2.api.data_parallel_trainer:DataParallelTrainer"
     if look_up(f"{name}._initialize_and_run_controller") is None:
@@ -87,6 +88,8 @@ def trainer_class() -> Any:
 def _leave_coordinator_out(policy: Any) -> None:
     """Change a scaling policy of a fixed number of workers so that it registers with no coordinator."""
     kind: Any = type(policy)
+    if not hasattr(kind, "_maybe_send_resource_request"):
+        return
 
     class UnregisteredPolicy(kind):
         def after_controller_start(self, train_run_context: Any) -> None:

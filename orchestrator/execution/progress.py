@@ -1,6 +1,6 @@
 """The limits of a run and its progress: a live line on a terminal, plain lines elsewhere, and log files.
 
-The lines also go to `study.log`. Output of Ray goes to `ray.log`.
+All other lines also go to `study.log`. Standard output and standard error go to `ray.log`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class RunBudget:
     gpus_per_trainer: float = 0.0
     """GPUs that all workers of a trainer reserve together."""
     used_gpu_hours: float = 0.0
-    """GPU hours that trainers have reserved so far, from their first to their last call of the broker."""
+    """GPU hours so far. A trainer counts from its first call of the broker until the broker removes it."""
     stop_reason: str = ""
     """The reason to stop: the limit as the user typed it, or INTERRUPTED; empty while the run continues."""
     interrupted_at: float | None = None
@@ -143,7 +143,7 @@ class Progress:
     ended: Counter[str] = field(default_factory=Counter)
     """Number of lanes that ended in this run, by state."""
     training: int = 0
-    waiting: int = 0
+
     live_trainers: int = 0
     waiting_for: str = ""
     """The kind of node without which no trainer can start; empty if no node is missing."""

@@ -36,7 +36,7 @@ LOCAL_RAY_IN_USE = (  # two Rays on one machine can end each other's Train runs
     "another study runs its own Ray on this machine; wait for it, or let both join one (ray start --head)."
 )
 RAY_ENVIRONMENT = {
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # silences a warning about later versions
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the default of Ray 2.60; without it, older ones warn
     "RAY_ENABLE_AUTO_CONNECT": "0",  # no call may start Ray implicitly
     "RAY_TRAIN_V2_ENABLED": "1",  # the default since Ray 2.51
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -55,7 +55,7 @@ LOCAL_RAY_ENVIRONMENT = {
 """Further variables for a Ray that is started here, which serves this machine only."""
 _ADDRESS = re.compile(r"auto|local|[a-z]+://\S+|[^/\s]+:\d{1,5}")
 MAX_ADDRESS_LENGTH = 300
-"""Length of the longest host name with a port."""
+"""More than the longest host name with a port."""
 MAX_MESSAGE_LENGTH = 300
 START_ATTEMPTS = 2
 """Attempts to start Ray. Ray 2.60 gives each 30 s, which cannot be changed; a busy machine may need more."""

@@ -1,8 +1,8 @@
-"""Early stopping: the schedulers of Ray Tune that a study may use, and what needs no training under them.
+"""Early stopping: the schedulers of Ray Tune that a study may use, reusable results, and the order of trials.
 
-All schedulers compare validation losses; lower is better. None compares before the first evaluation after the
-warm-up, because a high learning rate shows its effect only then. To add a scheduler, add an entry to
-SCHEDULERS. Ray is imported when a scheduler is made.
+All schedulers compare validation losses; lower is better. No lane is compared before its first evaluation
+after the warm-up, because a high learning rate shows its effect only then. To add a scheduler, add an entry
+to SCHEDULERS. Ray is imported when a scheduler is made.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 REDUCTION_FACTOR = 4
 """One lane in this many continues to the next rung of ASHA; see docs/early_stopping.md."""
 LAST_RUNG_DIVISOR = 3
-"""ASHA's last rung lies at a lane's number of steps divided by this number, or at the first rung if later."""
+"""ASHA has no rung after a lane's number of steps divided by this number, except the first one."""
 MIN_SAMPLES = 3
 """Number of lanes that must have reached a step before median stopping compares other lanes with them."""
 COMPARED: dict[str, Any] = {"time_attr": "step", "metric": "loss", "mode": "min"}
@@ -48,7 +48,7 @@ def first_rung(configuration: Configuration) -> int:
 
 
 def last_rung(configuration: Configuration) -> int:
-    """Return the step of ASHA's last rung.
+    """Return the step after which ASHA has no rung, Tune's `max_t`.
 
     A later rung would save little, and would stop seeds of the variant's best settings.
     """

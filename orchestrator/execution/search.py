@@ -48,7 +48,7 @@ NON_ADAPTIVE_SAMPLERS = ("random", "qmc")
 MAX_REPEATED_SUGGESTIONS = 8
 """After this many known or refused suggestions in a row, the point comes from `random_points`."""
 MAX_IDLE_DRAWS = 100
-"""After this many draws in a row without a new point, a design continues with `random_points`."""
+"""After this many draws in a row without a new point, `design_points` continues with `random_points`."""
 MAX_RANDOM_POINTS = 2000
 """A space of at most this many points is gone through; of a larger one this many points are drawn."""
 
@@ -71,7 +71,7 @@ class SearchGroup:
     waiting: set[str] = field(default_factory=set)
     """Fingerprints of the points that wait: they have no result, and Optuna suggests them next."""
     drawn: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
-    """Fingerprints and parameters of the points of a design that the journal does not have yet."""
+    """Fingerprints and parameters of the points drawn ahead that the journal does not have yet."""
     is_exhausted: bool = False
     """True if no further point was found."""
 
@@ -151,7 +151,7 @@ class Search:
         sampler: The sampler's name.
         points: Number of points of each group.
         groups: The groups that are searched now, by name.
-        configurations: The configurations of all points by fingerprint, group by group.
+        configurations: The configurations of all points by fingerprint: earlier ones by group, then new ones.
         settled: Returns the record of a configuration that is not trained any further; else None.
         on_point: Called with the configuration of each new point after the point was written.
     """
@@ -366,7 +366,7 @@ def open_search(
 
 
 def _load_studies(path: Path) -> dict[str, Study]:
-    """Return the Optuna studies of a journal by name, in the order in which they were created."""
+    """Return the studies of a journal by name, as created, without one whose creation was interrupted."""
     if not path.exists():  # Optuna would make the file
         return {}
     storage = JournalStorage(JournalFileBackend(str(path)))

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 MAX_COLLECTING_TRIALS = 2
 """Trials at once in a grid without early stopping. The start of each takes 1.5 s of CPU time."""
 MIN_AUTOSCALED_TRAINERS = 8
-"""Number of trainers that the limit for an autoscaled cluster allows for, as on one node with eight GPUs."""
+"""Trainers that `lane_limit` allows for at least where GPU nodes may join: a node may have eight GPUs."""
 
 
 def train(
@@ -100,25 +100,24 @@ def train(
 
 
 def lane_limit(session: Session, capacities: Sequence[int] = (), num_training: int | None = None) -> int:
-    """Return the largest number of lanes that wait or train.
+    """Return the largest number of open lanes: those that wait and those that train.
 
-    In a grid, a lane that waits replaces one that ends at once. As many wait as a trainer holds; one under
-    early stopping, where each lane has a process of its own for its trial, and for an elastic pool, which
-    requests nodes for lanes that wait.
+    In a grid, lanes wait so that a lane that ends is replaced at once. As many wait as trainers hold. Only
+    one per trainer waits under early stopping, where each open lane has a process for its trial, and in an
+    elastic pool on a joined cluster, which requests nodes for lanes that wait.
 
-    In a search, a lane that waits would be suggested without the results of the lanes in training. Only one
-    does, since lanes of its group key may join those of a trainer, and others may not; none does if the
-    trainers are full.
+    In a search, a lane that waits was suggested without the results of the lanes in training. One waits while
+    trainers have room, to find out whether its group key lets it join a lane group.
 
-    A trainer that has not told its number of lanes counts with `TrainerSettings.expected_lanes`; under early
-    stopping on this machine alone with one, because the processes of more trials would delay its start.
+    A trainer that has not reported its number of lanes counts with `TrainerSettings.expected_lanes`. Under
+    early stopping on a local Ray it counts with one: the start of more trials would delay its own.
 
-    An elastic pool on a joined cluster grows only if lanes wait, so its limit is computed for twice its
-    trainers, and with GPUs for at least `MIN_AUTOSCALED_TRAINERS`.
+    An elastic pool on a joined cluster grows only if lanes wait. Its limit, also in a search, is that of
+    twice as many trainers, and with GPUs of at least `MIN_AUTOSCALED_TRAINERS`.
 
     Args:
         session: The number of trainers and of their lanes, and the nodes.
-        capacities: For each trainer that has told it, the number of lanes that it can hold.
+        capacities: For each trainer that has reported it, the number of lanes that it can hold.
         num_training: The number of lanes on trainers in a search; None in a grid.
     """
     num_trainers, settings, local = session.num_trainers, session.settings, session.cluster.local
@@ -202,7 +201,7 @@ class StudyMonitor(threading.Thread):
         session: Session,
         broker: Any,
         pool: TrainerPool,
-        follow_trainers: Callable[[Updates], int] = lambda updates: 0,
+        follow_trainers: Callable[[Updates], int],
     ) -> None:
         super().__init__(name="monitor", daemon=True)
         self.session, self.broker, self.pool = session, broker, pool
@@ -301,7 +300,6 @@ class StudyMonitor(threading.Thread):
         counts, progress = updates.counts, self.progress
         progress.count_steps(sum(self.steps_taken.values()))
         progress.training = updates.num_training
-        progress.waiting = counts[LeasePhase.WAITING]
         progress.live_trainers = counts["trainers"]
         if progress.training and progress.first_lane_at is None:
             progress.first_lane_at = time.monotonic()

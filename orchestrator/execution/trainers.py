@@ -55,7 +55,7 @@ class TrainerRun(threading.Thread):
         name: The trainer's name, which the broker uses too.
         slot: The number of its slot.
         nodes: The nodes on which it may start.
-        settings: The workers' number, resources and task.
+        settings: The workers' number, resources and function.
         namespace: The Ray namespace of the study, which makes the name of the Train run unique.
     """
 
@@ -79,7 +79,7 @@ class TrainerRun(threading.Thread):
         settings = self.settings
         single = settings.options.workers_per_trainer == 1
         run_config: Any = RunConfig  # type checkers see the class of Train's first version
-        # The driver replaces a trainer as a whole. Versions of Ray differ in what else they would repeat.
+        # Ray Train retries nothing: the driver replaces a trainer. Older versions do not have all limits.
         limits = ("max_failures", "controller_failure_limit", "max_preemption_failures")
         none: dict[str, Any] = {each.name: 0 for each in fields(FailureConfig) if each.name in limits}
         return private_ray.trainer_class()(
@@ -168,7 +168,7 @@ class TrainerPool:
         self.running: dict[str, TrainerRun] = {}
         """The runs that have started and not ended, by trainer name."""
         self.places: Mapping[str, TrainerPlace] = {}
-        """The places of all trainers that have started, by trainer name."""
+        """The broker's `Updates.places`: place of each trainer that has started and not ended."""
         self.failures: dict[int, list[str]] = {}
         """Slot -> failures in a row before a first step: the device, if it is known, and the reason."""
         self.requests: list[Any] = []
@@ -200,7 +200,7 @@ class TrainerPool:
 
         Args:
             updates: The broker's answer.
-            ended: Trainers that had ended before the broker was asked, so that it had heard all of them.
+            ended: Trainers that had ended before the broker was asked, so that `updates` has all they sent.
             may_start: False if no trainer shall start any more.
         """
         now = time.monotonic()

@@ -30,9 +30,9 @@ WORST_LOSS = 1e9
 class LaneTrial:
     """The trial of a configuration, an actor with the methods of `tune.Trainable` that Tune calls.
 
-    Each result is the lane's next report. The last one has `done` and the state in which the lane ended. A
-    trial never releases its lane, because Tune may reuse the process for another trial; the searcher tells
-    the broker which trials ended.
+    Each result but the last is the lane's next report. The last one has `done` and the state in which the
+    lane ended. The searcher tells the broker that a trial has ended, because Tune may kill a trial's process
+    or reuse it for another trial.
 
     Args:
         config: The trial's configuration under "configuration", and the trial's id under "__trial_info__".

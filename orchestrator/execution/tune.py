@@ -150,8 +150,6 @@ class PerGroupScheduler(LiveTrialFIFOScheduler):
         on_add: Called with each trial that Tune adds.
     """
 
-    _metric = "loss"
-
     def __init__(
         self,
         scheduler: str,
@@ -184,7 +182,7 @@ class PerGroupScheduler(LiveTrialFIFOScheduler):
         scheduler, is_cached = self.scheduler_of_trial[trial.trial_id]
         if not is_cached:
             return scheduler.on_trial_result(tune_controller, trial, result)
-        # A scheduler adds the result of a completed trial to its rungs without a decision.
+        # A completed trial enters the rungs without a decision. It then joins again for its next result.
         scheduler.on_trial_complete(tune_controller, trial, result)
         scheduler.on_trial_add(tune_controller, trial)
         return TrialScheduler.CONTINUE

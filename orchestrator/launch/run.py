@@ -205,8 +205,7 @@ class Run:
                 study.console.print(f"Stopped: {study.describe_progress()}, what is half done is kept")
             raise
         finally:
-            # Log the records of earlier runs, and records whose end was not reported, because the broker was
-            # restarted or the study was stopped.
+            # Log the records of earlier runs, and those whose end was not reported before the study stopped.
             for configuration in study.requested:
                 if configuration.fingerprint not in self.logged:
                     self.writers.put(configuration.fingerprint)

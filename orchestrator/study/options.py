@@ -172,8 +172,8 @@ class StudyOptions(StoreOptions):
     """Number of fine-tunes (lanes) that a trainer trains at once over one copy of the base. Default: 4 on a
     CPU; on a GPU each trainer chooses up to 8 by the memory of its first steps."""
     gpus_per_worker: Annotated[float | None, Field(ge=0, le=1)] = None
-    """GPUs of a worker; a fraction lets several trainers share one. Default: 1 where there are GPUs, or where
-    the cluster's autoscaler is known to start nodes with GPUs (not for --dry-run), else 0."""
+    """GPUs of a worker; a fraction lets several trainers share one. Default: 1 where there are GPUs, or on a
+    joined cluster for base models in bfloat16 or 4 bits (not for --dry-run), else 0."""
     device: Literal["auto", "cpu"] = "auto"
     """`cpu`: trainers reserve their GPUs in Ray but train on CPUs, as a rehearsal of a GPU cluster."""
     kernels: Literal["torch", "liger"] = "torch"
