@@ -128,7 +128,7 @@ def classify_end(
     failure = next((each for each in causes if isinstance(each, RayActorError)), causes[0])
     if place is not None:
         node_ids = place.node_ids
-    elif announced or not isinstance(failure, RayActorError):
+    elif announced:
         node_ids = ()
     if any(map(is_lost, node_ids)):
         return ExitKind.LOST, "was lost with a node; its lanes continue elsewhere"

@@ -237,8 +237,8 @@ def test_the_end_of_a_trainer_has_a_kind_and_a_reason(
     assert reason in why
     assert "\n" not in why
     monkeypatch.setattr(trainers, "is_lost", lambda node: True)
-    if error is not None and place is not None:
-        assert classify_end(error, place, announced)[0] is ExitKind.LOST, "nobody's fault"
+    if error is not None:
+        assert classify_end(error, place, announced, ["n0"])[0] is ExitKind.LOST, "nobody's fault"
 
 
 @dataclass(frozen=True, kw_only=True)
