@@ -210,7 +210,10 @@ class CountingSource:
                 self.calls += 1
                 self.seconds += time.monotonic() - started
                 if name == "end_lease":
-                    self.file.write_text(json.dumps({"calls": self.calls, "seconds": self.seconds}) + "\n")
+                    counts = json.dumps({"calls": self.calls, "seconds": self.seconds})
+                    new = self.file.with_suffix(".new")
+                    new.write_text(f"{counts}\n")
+                    new.replace(self.file)
 
         return timed
 

@@ -14,8 +14,8 @@ writes its record; a lane that no trainer holds is leased once more for this. A 
 another reason is dropped and forgotten.
 
 A lane whose trainer crashed or hung trains alone until it has a new report or a newer checkpoint, or fails by
-itself. A lane has failed when its failures and the crashes of trainers that held only this lane are together
-MAX_FAILURES.
+itself. A lane has failed after MAX_FAILURES failures. When a trainer crashes that held only this lane, such
+crashes count as failures, too.
 """
 
 from __future__ import annotations

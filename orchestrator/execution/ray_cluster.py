@@ -115,12 +115,13 @@ class Cluster:
         if self.local and (capacity < 1 or (requested or 0) > capacity):
             need = f"{gpus:g} GPU and a CPU" if gpus else "a CPU and 2 GiB"
             cpus, memory = sum(node.cpus for node in self.nodes), self.memory / 2**30
-            fix = f"--trainers {capacity}" if capacity else f"--workers-per-trainer {num_workers}"
+            fitting = max(1, num_workers // (requested or 1))
+            fix = f"take --trainers {capacity}" if capacity else f"take --workers-per-trainer {fitting}"
             if not num_workers:
-                fix = "--device cpu, or join a cluster with GPUs"
+                fix = "leave --gpus-per-worker out, or join a cluster with GPUs"
             raise UsageError(
                 f"--trainers {requested or 1}: no room for {requested or 1} x {workers_per_trainer} workers "
-                f"with {need} each ({cpus:g} CPUs, {all_gpus:g} GPUs, {memory:.0f} GiB in all); take {fix}."
+                f"with {need} each ({cpus:g} CPUs, {all_gpus:g} GPUs, {memory:.0f} GiB in all); {fix}."
             )
         return requested or max(1, capacity), gpus
 

@@ -106,8 +106,8 @@ def lane_limit(session: Session, capacities: Sequence[int] = (), num_training: i
     one per trainer waits under early stopping, where each open lane has a process for its trial, and in an
     elastic pool on a joined cluster, which requests nodes for lanes that wait.
 
-    In a search, a lane that waits was suggested without the results of the lanes in training. One waits while
-    trainers have room, to find out whether its group key lets it join a lane group.
+    In a search, a lane that waits was suggested without the results of the lanes in training. One for each
+    trainer may wait while there is room, to find out whether its group key lets it join a lane group.
 
     A trainer that has not reported its number of lanes counts with `TrainerSettings.expected_lanes`. Under
     early stopping on a local Ray it counts with one: the start of more trials would delay its own.
@@ -128,7 +128,7 @@ def lane_limit(session: Session, capacities: Sequence[int] = (), num_training: i
     expected, num_untold = settings.expected_lanes, max(0, num_trainers - len(capacities))
     told = [min(one, settings.max_lanes) for one in capacities[:num_trainers]]
     if num_training is not None:
-        return min(sum(told), num_training + 1) + num_untold * expected
+        return min(sum(told), num_training + len(told)) + num_untold * expected
     told = [max(expected, one) for one in told]
     if session.scheduler == "none" and not is_growing:
         return 2 * sum(told) + num_untold * expected

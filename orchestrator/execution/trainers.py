@@ -126,21 +126,18 @@ def classify_end(
     causes = [getattr(each, "health_check_failure", each) for each in failures.values()]
     # After the death of one worker, the others fail in their next collective operation.
     failure = next((each for each in causes if isinstance(each, RayActorError)), causes[0])
-    if place is not None:
-        node_ids = place.node_ids
-    elif announced:
-        node_ids = ()
-    if any(map(is_lost, node_ids)):
+    reason = format_ray_error(failure)
+    if place is not None and any(map(is_lost, place.node_ids)):
         return ExitKind.LOST, "was lost with a node; its lanes continue elsewhere"
+    if place is None and "Timeout" in type(failure).__name__:
+        return ExitKind.LOST, "found no room"
+    if place is None and any(map(is_lost, node_ids)):  # Ray Train raises errors of several kinds then
+        return ExitKind.LOST, f"was lost with a node, or beside one, before it trained: {reason}"
     if announced is not None and not isinstance(failure, RayActorError):
         return announced
-    reason = format_ray_error(failure)
-    if place is not None:
-        if "OutOfMemoryError" in repr(failure):
-            reason = "its machine was short of memory, and Ray killed it"
-        return ExitKind.CRASHED, reason
-    found_no_place = "Timeout" in type(failure).__name__
-    return (ExitKind.LOST, "found no room") if found_no_place else (ExitKind.FAILED, reason)
+    if place is not None and "OutOfMemoryError" in repr(failure):
+        reason = "its machine was short of memory, and Ray killed it"
+    return ExitKind.FAILED if place is None else ExitKind.CRASHED, reason
 
 
 def is_lost(node_id: str) -> bool:

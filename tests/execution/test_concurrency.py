@@ -47,11 +47,11 @@ def test_a_joined_cluster_may_grow() -> None:
     assert lane_limit(with_gpus, [4] * 9) == 2 * 9 * (4 + 1)
 
 
-def test_one_point_of_a_search_is_suggested_before_it_is_known_to_train() -> None:
+def test_one_point_of_a_search_for_each_trainer_is_suggested_before_it_is_known_to_train() -> None:
     search = make_session(2, 4, cluster=LARGE)
     assert lane_limit(search, num_training=0) == 2 * 4
     assert lane_limit(make_session(1, 1, cluster=LARGE), num_training=0) == 1
-    assert lane_limit(search, [4, 4], 3) == 3 + 1, "the lanes of other group keys cannot join"
+    assert lane_limit(search, [4, 4], 3) == 3 + 2, "the lanes of other group keys cannot join"
     assert lane_limit(search, [4, 4], 8) == 8, "no trainer has room"
     assert lane_limit(search, [4], 3) == 3 + 1 + 4, "a trainer starts"
     assert trial_limit(make_session(2, 4, cluster=LARGE), 8, is_search=True) == 8

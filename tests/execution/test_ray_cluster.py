@@ -85,7 +85,14 @@ def test_a_joined_cluster_may_grow(
             ["--trainers 4: no room for 4 x 2 workers with a CPU and 2 GiB each", "take --trainers 3."],
         ),
         (LAPTOP, None, None, 9, ["--trainers 1: no room for 1 x 9 workers", "take --workers-per-trainer 6."]),
-        (LAPTOP, None, 1.0, 1, ["--trainers 1: ", "1 GPU and a CPU", "0 GPUs", "take --device cpu, or join"]),
+        (LAPTOP, 3, None, 9, ["--trainers 3: no room for 3 x 9 workers", "take --workers-per-trainer 2."]),
+        (
+            LAPTOP,
+            None,
+            1.0,
+            1,
+            ["--trainers 1: ", "1 GPU and a CPU", "0 GPUs", "leave --gpus-per-worker out"],
+        ),
         (
             GPUS,
             None,

@@ -225,6 +225,7 @@ def test_nodes_that_come_and_go_open_the_slots_again(monkeypatch: pytest.MonkeyP
         ),
         (ControllerError(TimeoutError("no place")), None, None, ExitKind.LOST, "no room"),
         (ControllerError(RuntimeError("a callback")), None, None, ExitKind.FAILED, "a callback"),
+        (ValueError("x"), None, (ExitKind.FAILED, "closed by peer"), ExitKind.FAILED, "closed by peer"),
         (ActorUnavailableError("the controller", None), None, None, ExitKind.FAILED, "the controller"),
     ],
 )
