@@ -259,7 +259,7 @@ class BrokerCore:
         return [e for e in offered if e.group_key == group_key and not e.alone][:capacity]
 
     def _take_over(self, trainer: str) -> None:
-        """Mark up to half of the lanes of the trainer that trains most to move to an idle trainer.
+        """Mark lanes to move to an idle trainer: up to half of those of the trainer with most lanes.
 
         The lanes with most remaining steps move; of equal ones, the newest. A lane that is nearly finished
         stays. Only one lane moves to a trainer that did not train its group key last: a lane waits while the
@@ -278,7 +278,7 @@ class BrokerCore:
                 entry.moves_to = trainer
 
     def _forget_moves(self) -> None:
-        """Cancel takeovers (`moves_to`) by trainers that have ended, drain, or cannot take the lane now."""
+        """Cancel the takeovers (`moves_to`) whose taker has ended, must drain, or has no room for it."""
         groups = self._list_groups()
         for entry in [entry for entry in self.open_entries.values() if entry.moves_to]:
             taker, group = entry.moves_to, groups[entry.moves_to]
@@ -401,10 +401,10 @@ class BrokerCore:
         return len(held)
 
     def tick(self, now: float) -> None:
-        """Remove the trainers that have been silent for too long. `get_updates` calls this.
+        """Remove the trainers that have not called for TRAINER_SILENT_SECONDS. `get_updates` calls this.
 
-        Any of a trainer's lanes may be the cause, so its lanes are treated as after a crash.
-        After a pause of the broker itself, all trainers get the full time again.
+        Any of a trainer's lanes may be the cause, so its lanes are treated as after a crash. If the broker
+        itself was stopped for half of that time, every trainer gets the full time again.
         """
         limit = timeouts.TRAINER_SILENT_SECONDS
         was_paused = self.last_tick is not None and now - self.last_tick > limit / 2

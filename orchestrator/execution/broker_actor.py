@@ -48,7 +48,7 @@ class StoredRecords(LaneRecords):
         self.store, self.scheduler = store, scheduler
 
     def newest_checkpoint(self, fingerprint: str) -> tuple[int, int]:
-        """Return the highest attempt with a folder, and the highest step of a checkpoint; 0 without one."""
+        """Return the highest attempt that has a folder, and the highest step of a checkpoint; 0 for none."""
         folder = self.store.checkpoints / fingerprint
         attempts = [path.name for path in folder.glob("*")]
         steps = [path.stem.removeprefix("step-") for path in folder.glob("*/step-*.safetensors")]

@@ -50,7 +50,7 @@ def first_rung(configuration: Configuration) -> int:
 def last_rung(configuration: Configuration) -> int:
     """Return the step after which ASHA has no rung, Tune's `max_t`.
 
-    A later rung would save little, and would stop seeds of the variant's best settings.
+    A later rung would save few steps, and would stop some seeds of the variant's best settings.
     """
     return max(first_rung(configuration), configuration.lr_schedule.steps // LAST_RUNG_DIVISOR)
 

@@ -56,7 +56,7 @@ class PerGroupSearcher(ConfigurationQueue):
         super().__init__(call_broker, [*known, *lost], max_concurrent)
 
     def suggest(self, trial_id: str) -> Any:
-        """Return the next point; None while the limit is reached or no point is left but trials go on."""
+        """Return the next point; None at `max_concurrent` trials, or if only unfinished trials are left."""
         if not self.queue and len(self.unfinished) < self.max_concurrent:
             self.queue.extend(self._next_points())
         return super().suggest(trial_id)

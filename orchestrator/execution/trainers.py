@@ -329,7 +329,7 @@ class TrainerPool:
             )
 
     def _remove_ended_trainers(self, updates: Updates, ended: Sequence[str]) -> None:
-        """Remove the trainers in `ended`, and end the hung ones, which do not end by themselves."""
+        """Remove the trainers in `ended` from the pool, and end the workers of hung trainers."""
         for name in updates.hung:
             self._end(name)
         for name in ended:
