@@ -11,11 +11,11 @@ FOLDERS = ("docs", "experiments", "orchestrator", "tests", "variants")
 PRIVATE_OF_RAY = re.compile(r"\bray(?:\.\w+)*\._[a-z]\w+")
 PRIVATE_OF_RAY_FILE = ROOT / "orchestrator" / "execution" / "private_ray.py"
 BUDGETS = {
-    "orchestrator": (300, 24692),
+    "orchestrator": (300, 24709),
     "orchestrator/analyze": (92, 6982),
     "orchestrator/cli": (4, 307),
     "orchestrator/cluster": (3, 230),
-    "orchestrator/execution": (16, 2496),
+    "orchestrator/execution": (16, 2513),
     "orchestrator/export": (4, 460),
     "orchestrator/finetune": (138, 9435),
     "orchestrator/launch": (8, 1300),
@@ -24,7 +24,7 @@ BUDGETS = {
     "orchestrator/util": (10, 559),
     "variants": (128, 6717),
     "experiments": (16, 2065),
-    "tests": (295, 32764),
+    "tests": (295, 32787),
 }
 """Package -> (modules, lines of code) that it may have at most. A change that makes one smaller
 lowers its numbers; a change that raises one says what that is worth."""

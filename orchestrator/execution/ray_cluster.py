@@ -32,7 +32,7 @@ from orchestrator.util.redaction import redact_secrets
 
 TRAINER_MEMORY_BYTES = 2 * 2**30
 """Memory to plan for a worker on CPUs; it and its Train controller use about 1 GiB with a small model."""
-LOCAL_RAY_IN_USE = (  # two Rays on one machine can end each other's Train runs
+LOCAL_RAY_IN_USE = (  # each would use the whole machine
     "another study runs its own Ray on this machine; wait for it, or let both join one (ray start --head)."
 )
 RAY_ENVIRONMENT = {

@@ -15,10 +15,12 @@ from typing import Any
 
 import psutil
 import ray
+from ray import PlacementGroupID
 from ray.exceptions import RayActorError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.backend import BackendConfig
 from ray.util import placement_group, placement_group_table, remove_placement_group
+from ray.util.placement_group import PlacementGroup
 
 from orchestrator.execution import private_ray
 from orchestrator.execution.broker import ExitKind, TrainerPlace, Updates
@@ -168,8 +170,10 @@ class TrainerPool:
         """The broker's `Updates.places`: place of each trainer that has started and not ended."""
         self.failures: dict[int, list[str]] = {}
         """Slot -> failures in a row before a first step: the device, if it is known, and the reason."""
-        self.requests: list[Any] = []
+        self.requests: list[PlacementGroup] = []
         """Placement groups for trainers without room, on which an autoscaler acts."""
+        self.has_left_group = False
+        """True if a trainer without a place may have left its group, as Train does if a controller dies."""
         self.num_started = 0
         self.is_shut_down = False
         self.has_started_one = False
@@ -207,6 +211,9 @@ class TrainerPool:
         waiting, training = counts["waiting"], updates.num_training
         self.failure_reason = self.failure_reason or updates.abort_reason
         self._remove_ended_trainers(updates, ended)
+        if self.has_left_group and not self._num_starting:
+            self.has_left_group = False
+            self._remove_left_groups()
         if now - self._last_node_count > timeouts.NODE_COUNT_INTERVAL_SECONDS:
             self._last_node_count = now
             self._count_nodes()
@@ -346,9 +353,23 @@ class TrainerPool:
         if name in self.places:
             remove_placement_group(self.places[name].placement_group)
 
+    def _remove_left_groups(self) -> None:
+        """Remove this driver's placement groups that are neither a trainer's nor a request for a node.
+
+        The id of a group ends in its Ray job's. The groups of trials ask for other resources.
+        """
+        job_id, resources = ray.get_runtime_context().get_job_id(), self.settings.resources_per_worker
+        used = {group.id for group in (*self.requests, *(p.placement_group for p in self.places.values()))}
+        for number, group in placement_group_table().items():
+            found = PlacementGroup(PlacementGroupID.from_hex(number))
+            is_ours = number.endswith(job_id) and group["bundles"][0].keys() == resources.keys()
+            if is_ours and found.id not in used:
+                remove_placement_group(found)
+
     def _handle_end(self, run: TrainerRun, kind: ExitKind, reason: str, updates: Updates) -> None:
         if kind is not ExitKind.DONE:
             self._end(run.name)  # Train leaves its placement group if its controller died
+            self.has_left_group = self.has_left_group or run.name not in self.places
         exited = self.broker.trainer_exited.remote(run.name, kind, reason)
         num_held = ray.get(exited, timeout=timeouts.TRAINER_SILENT_SECONDS)
         steps = updates.steps_taken
@@ -390,20 +411,25 @@ class TrainerPool:
             self._end(name)
         deadline = time.monotonic() + timeouts.TRAINER_THREAD_JOIN_SECONDS
         while any(run.is_alive() for run in runs.values()) and time.monotonic() < deadline:
-            _end_controllers()  # also those that have only just started
+            end_controllers()  # also those that have only just started
             for run in runs.values():
                 run.join(0.2)
 
 
-def _end_controllers() -> None:
-    """Kill the Train controllers of this Ray job, which Ray Train runs on the driver's node.
+def end_controllers() -> None:
+    """Kill the Train controllers of this driver, which Ray Train runs on the driver's node.
 
     Trainers that are still starting have announced nothing that could be ended. A thread that waits for its
-    controller would crash this process when Ray is shut down.
+    controller would crash this process when Ray is shut down. Other drivers of this cluster have another job
+    id. Drivers of other clusters on this machine may have the same one, but not the same raylet.
     """
-    job_id = ray.get_runtime_context().get_job_id()
+    context = ray.get_runtime_context()
+    job_id, node_id = context.get_job_id(), context.get_node_id()
+    sockets = [node["RayletSocketName"] for node in ray.nodes() if node["NodeID"] == node_id]
     for process in psutil.process_iter():
         with suppress(psutil.Error):
             is_controller = " ".join(process.cmdline()).startswith("ray::TrainController")
             if is_controller and process.environ().get("RAY_JOB_ID") == job_id:
-                process.kill()
+                raylet = " ".join(psutil.Process(process.ppid()).cmdline())
+                if any(socket in raylet for socket in sockets):
+                    process.kill()

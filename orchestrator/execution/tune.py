@@ -71,10 +71,6 @@ class ConfigurationQueue(Searcher):
         self.queue = deque(configurations)
         self.unfinished: dict[str, Configuration] = {}
 
-    def set_search_properties(self, *properties: Any, **spec: Any) -> bool:
-        """Accept what Tune passes; nothing depends on it."""
-        return True
-
     def suggest(self, trial_id: str) -> Any:  # Tune's own type leaves out FINISHED
         """Return the next configuration; None while the limit is reached, and between stages."""
         if ABORTED.is_set():

@@ -22,9 +22,9 @@ os.environ[FOLDER] = tempfile.mkdtemp(prefix="steps-")
 
 
 class SharedCluster:
-    """A cluster of one node, started when a test asks for it and stopped before a test starts its own Ray.
+    """A cluster of one node, started when a test asks for it and stopped before a study starts its own Ray.
 
-    Two Ray instances on one machine can end each other's Train runs, so only one exists at a time.
+    That study would join the cluster otherwise.
     """
 
     def __init__(self) -> None:

@@ -1,7 +1,14 @@
-"""Studies that join an existing cluster leave nothing on it, even if they fail or are interrupted."""
+"""Studies that join an existing cluster leave nothing on it, and end nothing of others."""
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -11,7 +18,14 @@ import study
 from machines import no_room
 from ray._private.state import actors
 from ray.cluster_utils import Cluster
-from ray.util.placement_group import placement_group_table
+from ray.util import placement_group, placement_group_table, remove_placement_group
+from ray.util.placement_group import PlacementGroup
+from session_settings import make_session
+
+from orchestrator.execution.broker import TrainerPlace, Updates
+from orchestrator.execution.ray_cluster import Cluster as Nodes
+from orchestrator.execution.ray_cluster import usable_nodes
+from orchestrator.execution.trainers import TrainerPool, end_controllers
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
 
@@ -74,3 +88,61 @@ def test_a_study_that_fails_leaves_nothing_and_says_so(connected: Cluster, outpu
     assert "No trainer is left: all failed 2 times in a row" in err.strip().splitlines()[-1]
     assert "Traceback" not in err
     study.wait_for(lambda: not left())
+
+
+@pytest.fixture
+def group_of_another_driver(connected: Cluster) -> Iterator[str]:
+    """Return the id of a placement group that another driver has made for a trainer."""
+    other = f"""
+        import ray
+        from ray.util import placement_group
+        ray.init({connected.address!r}, namespace="other", logging_level="ERROR")
+        print(placement_group([{{"CPU": 1}}], lifetime="detached").id.hex())
+    """
+    command = [sys.executable, "-c", textwrap.dedent(other)]
+    number = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]
+    yield number
+    remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(number)))
+
+
+def test_the_group_of_a_trainer_that_died_before_it_had_a_place_is_removed(
+    connected: Cluster, group_of_another_driver: str
+) -> None:
+    session = make_session(2, 4, cluster=Nodes(usable_nodes(), "space", local=False))
+    pool = TrainerPool(session, None)
+    trains, requested, lost = (placement_group([session.settings.resources_per_worker]) for _ in range(3))
+    trial = placement_group([{"memory": 1}])
+    pool.num_started, pool.has_left_group, pool.requests = 2, True, [requested]
+    waiting = {"waiting": 8, "leased": 4, "trainers": 1}
+    pool.update(Updates(counts=Counter(waiting), places={"trainer-1": TrainerPlace(("n0",), "", trains)}))
+    removed = {key for key, group in placement_group_table().items() if group["state"] == "REMOVED"}
+    kept = {trains.id.hex(), requested.id.hex(), trial.id.hex(), group_of_another_driver}
+    assert lost.id.hex() in removed
+    assert not kept & removed
+    for group in (trains, trial, *pool.requests):
+        remove_placement_group(group)
+
+
+@ray.remote(num_cpus=0)
+class TrainController:
+    """An actor whose process has the name of Ray Train's controllers."""
+
+    def pid(self) -> int:
+        return os.getpid()
+
+
+def test_only_the_controllers_of_this_driver_are_ended(connected: Cluster) -> None:
+    """A driver of another cluster may have the same job id, since each cluster counts from 1."""
+    environment = {"env_vars": {"A": "1"}}  # as Ray Train's, so that Ray starts a process for it
+    controller = TrainController.options(runtime_env=environment).remote()
+    ours = psutil.Process(ray.get(controller.pid.remote()))
+    job_id = ray.get_runtime_context().get_job_id()
+    assert ours.environ()["RAY_JOB_ID"] == job_id
+    command = ["ray::TrainController.run", "1000"]
+    other = subprocess.Popen(command, executable="/bin/sleep", env={"RAY_JOB_ID": job_id})
+    try:
+        end_controllers()
+        study.wait_for(lambda: not ours.is_running() or ours.status() == psutil.STATUS_ZOMBIE)
+    finally:
+        other.terminate()
+    assert other.wait() == -signal.SIGTERM, "it was not killed before"

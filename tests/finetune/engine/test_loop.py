@@ -53,6 +53,14 @@ def test_lanes_that_start_0_3_and_7_steps_apart_equal_their_solo_runs(
     assert get_record(store, three[2]).provenance.lane_group_size == 3
 
 
+def test_every_batch_of_an_evaluation_counts_as_progress(store: Store) -> None:
+    """The heartbeats of a trainer end without progress, and an evaluation may be longer than that."""
+    one = configuration(steps=2, evaluations=1, batch_size=8)
+    source = Script(leases([replace(one, task=replace(one.task, validation_size=400))]))
+    train(source, store)
+    assert source.progress >= 2 * (7 + 1), "validation and test, before training and after it"
+
+
 def test_dropout_is_a_function_of_the_lanes_own_step(store: Store, tmp_path: Path) -> None:
     two = [configuration(seed=s, dropout=0.2, accumulation=2, steps=6) for s in (0, 1)]
     train(Script(leases(two), start_at={two[1].fingerprint: 2}), store)
