@@ -63,9 +63,6 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     The `cluster` tests are one group. The `ray` tests that join the shared cluster are one group. The tests
     of the default run that need Ray (`smoke`) are one group, so that the other worker has tests without Ray.
     All other tests of a file are one group, so that the fixtures of the file are made on one worker only.
-
-    Two Ray instances on one machine have ended each other's Train runs in the past. This has not occurred
-    with two workers that have a temporary folder each.
     """
     joins = {"cluster", "connected"} & set(getattr(item, "fixturenames", ()))
     if item.get_closest_marker("cluster"):

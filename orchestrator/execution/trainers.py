@@ -173,7 +173,7 @@ class TrainerPool:
         self.requests: list[PlacementGroup] = []
         """Placement groups for trainers without room, on which an autoscaler acts."""
         self.has_left_group = False
-        """True if a trainer without a place may have left its group, as Train does if a controller dies."""
+        """True if a trainer without a place may have left its placement group behind."""
         self.num_started = 0
         self.is_shut_down = False
         self.has_started_one = False
@@ -354,16 +354,17 @@ class TrainerPool:
             remove_placement_group(self.places[name].placement_group)
 
     def _remove_left_groups(self) -> None:
-        """Remove this driver's placement groups that are neither a trainer's nor a request for a node.
+        """Remove the placement groups of trainers whose Train controller died before they had a place.
 
-        The id of a group ends in its Ray job's. The groups of trials ask for other resources.
+        No trainer may be starting, because its group is not known yet either. Groups of this driver have ids
+        that end in the id of its Ray job; those of trials ask for other resources.
         """
         job_id, resources = ray.get_runtime_context().get_job_id(), self.settings.resources_per_worker
         used = {group.id for group in (*self.requests, *(p.placement_group for p in self.places.values()))}
         for number, group in placement_group_table().items():
             found = PlacementGroup(PlacementGroupID.from_hex(number))
             is_ours = number.endswith(job_id) and group["bundles"][0].keys() == resources.keys()
-            if is_ours and found.id not in used:
+            if is_ours and found.id not in used and group["state"] != "REMOVED":
                 remove_placement_group(found)
 
     def _handle_end(self, run: TrainerRun, kind: ExitKind, reason: str, updates: Updates) -> None:

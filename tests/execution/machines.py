@@ -45,7 +45,7 @@ class Machines:
         for process in processes:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
-        study.wait_for(lambda: not any(map(_is_alive, processes)))
+        study.wait_for(lambda: not any(map(is_alive, processes)))
 
     def drain(self, node: Node, seconds: int) -> None:
         """Announce that a node will be removed in `seconds`."""
@@ -62,7 +62,8 @@ class Machines:
         study.wait_for(lambda: sum(node["Alive"] for node in ray.nodes()) == 1)
 
 
-def _is_alive(process: psutil.Process) -> bool:
+def is_alive(process: psutil.Process) -> bool:
+    """Return whether a process runs; one that has ended and waits for its parent does not."""
     try:
         return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:

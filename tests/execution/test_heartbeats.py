@@ -55,6 +55,13 @@ def broker(connected: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     ray.kill(made)
 
 
+@pytest.fixture
+def client(broker: Any) -> Iterator[BrokerClient]:
+    made = BrokerClient("trainer-0")
+    yield made
+    made.last_progress_time = -math.inf  # its thread calls Ray no more
+
+
 def wait_for(what: Callable[[], bool]) -> None:
     deadline = time.monotonic() + HANG_SECONDS
     while not what():
@@ -63,7 +70,7 @@ def wait_for(what: Callable[[], bool]) -> None:
 
 
 def test_a_trainer_that_shows_no_progress_is_silent_and_gets_longer_to_start_lanes(
-    broker: Any, monkeypatch: pytest.MonkeyPatch
+    broker: Any, client: BrokerClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(timeouts, "LANE_START_SECONDS", 1e6)
     ray.get(broker.next_report.remote("trial", configuration(), 0, 0.0))
@@ -71,7 +78,6 @@ def test_a_trainer_that_shows_no_progress_is_silent_and_gets_longer_to_start_lan
     def count() -> int:
         return int(ray.get(broker.count_heartbeats.remote()))
 
-    client = BrokerClient("trainer-0")
     began = time.monotonic()
     assert len(client.lease(None, 1, 0).leases) == 1
     wait_for(lambda: time.monotonic() - began > HUNG_SECONDS)
@@ -85,4 +91,10 @@ def test_a_trainer_that_shows_no_progress_is_silent_and_gets_longer_to_start_lan
         return count() == before
 
     wait_for(is_silent)  # the lane trains: it is hung
-    client.last_progress_time = -math.inf  # its thread calls Ray no more
+    before = count()
+
+    def is_heard_again() -> bool:
+        client.note_progress()
+        return count() > before
+
+    wait_for(is_heard_again)

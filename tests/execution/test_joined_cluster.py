@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import textwrap
@@ -15,7 +14,7 @@ import psutil
 import pytest
 import ray
 import study
-from machines import no_room
+from machines import is_alive, no_room
 from ray._private.state import actors
 from ray.cluster_utils import Cluster
 from ray.util import placement_group, placement_group_table, remove_placement_group
@@ -131,18 +130,37 @@ class TrainController:
         return os.getpid()
 
 
+def controller_of_another(job_id: str, *words: str) -> subprocess.Popen[bytes]:
+    """Start a process that looks like a Train controller with this job id.
+
+    Args:
+        job_id: The id of its Ray job.
+        words: Words in the command line of its parent.
+    """
+    title = "ray::TrainController.run"
+    child = [title, "-c", "import sys; sys.stdin.read()"]  # it ends with its standard input
+    code = f"import subprocess, sys; sys.exit(subprocess.call({child}, executable=sys.executable))"
+    command = [sys.executable, "-c", code, *words]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, env={"RAY_JOB_ID": job_id})
+    study.wait_for(lambda: any(title in each.cmdline() for each in psutil.Process(process.pid).children()))
+    return process
+
+
 def test_only_the_controllers_of_this_driver_are_ended(connected: Cluster) -> None:
     """A driver of another cluster may have the same job id, since each cluster counts from 1."""
     environment = {"env_vars": {"A": "1"}}  # as Ray Train's, so that Ray starts a process for it
     controller = TrainController.options(runtime_env=environment).remote()
     ours = psutil.Process(ray.get(controller.pid.remote()))
-    job_id = ray.get_runtime_context().get_job_id()
+    context = ray.get_runtime_context()
+    job_id = context.get_job_id()
     assert ours.environ()["RAY_JOB_ID"] == job_id
-    command = ["ray::TrainController.run", "1000"]
-    other = subprocess.Popen(command, executable="/bin/sleep", env={"RAY_JOB_ID": job_id})
-    try:
-        end_controllers()
-        study.wait_for(lambda: not ours.is_running() or ours.status() == psutil.STATUS_ZOMBIE)
-    finally:
-        other.terminate()
-    assert other.wait() == -signal.SIGTERM, "it was not killed before"
+    (node,) = [node for node in ray.nodes() if node["NodeID"] == context.get_node_id()]
+    others = [
+        controller_of_another(job_id),
+        controller_of_another("02020202", f"--raylet_socket_name={node['RayletSocketName']}"),
+    ]
+    end_controllers()
+    study.wait_for(lambda: not is_alive(ours))
+    for other in others:
+        other.communicate(timeout=60)
+        assert other.returncode == 0, "its child was not killed"

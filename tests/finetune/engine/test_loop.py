@@ -53,11 +53,11 @@ def test_lanes_that_start_0_3_and_7_steps_apart_equal_their_solo_runs(
     assert get_record(store, three[2]).provenance.lane_group_size == 3
 
 
-def test_every_batch_of_an_evaluation_counts_as_progress(store: Store) -> None:
-    """The heartbeats of a trainer end without progress, and an evaluation may be longer than that."""
+def test_every_batch_of_an_evaluation_counts_as_progress(store: Store, tmp_path: Path) -> None:
+    """Heartbeats end some time after the last progress, and an evaluation may last longer."""
     one = configuration(steps=2, evaluations=1, batch_size=8)
     source = Script(leases([replace(one, task=replace(one.task, validation_size=400))]))
-    train(source, store)
+    train(source, store, data=tmp_path / "data")
     assert source.progress >= 2 * (7 + 1), "validation and test, before training and after it"
 
 
