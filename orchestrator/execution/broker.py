@@ -259,11 +259,12 @@ class BrokerCore:
         return [e for e in offered if e.group_key == group_key and not e.alone][:capacity]
 
     def _take_over(self, trainer: str) -> None:
-        """Mark lanes to move to an idle trainer: up to half of those of the trainer with most lanes.
+        """Mark lanes to move to an idle trainer: up to half of the lanes of the trainer that has the most.
 
-        The lanes with most remaining steps move; of equal ones, the newest. A lane that is nearly finished
-        stays. Only one lane moves to a trainer that did not train its group key last: a lane waits while the
-        trainer loads a model. No more lanes are marked for this trainer until the marked ones have moved.
+        The lanes with the most remaining steps are marked; of lanes with equally many, the newest. A lane
+        with less than MIN_MOVED_SHARE of its steps left is not marked. If the idle trainer has trained
+        another group key last, only one lane is marked, because the lane waits while the trainer loads the
+        model. While a lane is marked for this trainer, no other lane is.
         """
         entries = self.open_entries.values()
         trained = [e for e in entries if e.phase is LeasePhase.LEASED and e.trials and not e.moves_to]
@@ -278,7 +279,11 @@ class BrokerCore:
                 entry.moves_to = trainer
 
     def _forget_moves(self) -> None:
-        """Cancel the takeovers (`moves_to`) whose taker has ended, must drain, or has no room for it."""
+        """Unmark the lanes that cannot move any more: clear their `moves_to`.
+
+        The trainer to which such a lane would move has ended, must drain, has no room, or trains lanes beside
+        which this lane may not train.
+        """
         groups = self._list_groups()
         for entry in [entry for entry in self.open_entries.values() if entry.moves_to]:
             taker, group = entry.moves_to, groups[entry.moves_to]
@@ -401,10 +406,11 @@ class BrokerCore:
         return len(held)
 
     def tick(self, now: float) -> None:
-        """Remove the trainers that have not called for TRAINER_SILENT_SECONDS. `get_updates` calls this.
+        """Remove the trainers that have not called the broker for TRAINER_SILENT_SECONDS.
 
-        Any of a trainer's lanes may be the cause, so its lanes are treated as after a crash. If the broker
-        itself was stopped for half of that time, every trainer gets the full time again.
+        Their lanes are treated as after a crash, because one of them may have hung the trainer. If the broker
+        was itself stopped, so that it called this method last more than half of TRAINER_SILENT_SECONDS ago,
+        the silence of every trainer is counted from now on.
         """
         limit = timeouts.TRAINER_SILENT_SECONDS
         was_paused = self.last_tick is not None and now - self.last_tick > limit / 2

@@ -48,7 +48,10 @@ class StoredRecords(LaneRecords):
         self.store, self.scheduler = store, scheduler
 
     def newest_checkpoint(self, fingerprint: str) -> tuple[int, int]:
-        """Return the highest attempt that has a folder, and the highest step of a checkpoint; 0 for none."""
+        """Return the highest attempt number with a checkpoint folder, and the step of the newest checkpoint.
+
+        Each is 0 if the lane has no such folder or file.
+        """
         folder = self.store.checkpoints / fingerprint
         attempts = [path.name for path in folder.glob("*")]
         steps = [path.stem.removeprefix("step-") for path in folder.glob("*/step-*.safetensors")]

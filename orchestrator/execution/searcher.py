@@ -56,7 +56,12 @@ class PerGroupSearcher(ConfigurationQueue):
         super().__init__(call_broker, [*known, *lost], max_concurrent)
 
     def suggest(self, trial_id: str) -> Any:
-        """Return the next point; None at `max_concurrent` trials, or if only unfinished trials are left."""
+        """Return the next point of the search as a trial's configuration.
+
+        Returns:
+            None if Tune must ask again later: `max_concurrent` trials are unfinished, or the search has no
+            point to suggest until one of them ends. `Searcher.FINISHED` if the search is complete or aborted.
+        """
         if not self.queue and len(self.unfinished) < self.max_concurrent:
             self.queue.extend(self._next_points())
         return super().suggest(trial_id)

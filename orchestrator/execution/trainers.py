@@ -336,7 +336,7 @@ class TrainerPool:
             )
 
     def _remove_ended_trainers(self, updates: Updates, ended: Sequence[str]) -> None:
-        """Remove the trainers in `ended` from the pool, and end the workers of hung trainers."""
+        """End the workers of hung trainers. Remove the trainers in `ended` from the pool and report them."""
         for name in updates.hung:
             self._end(name)
         for name in ended:
@@ -354,10 +354,13 @@ class TrainerPool:
             remove_placement_group(self.places[name].placement_group)
 
     def _remove_left_groups(self) -> None:
-        """Remove the placement groups of trainers whose Train controller died before they had a place.
+        """Remove the placement groups that trainers without a place have left behind.
 
-        No trainer may be starting, because its group is not known yet either. Groups of this driver have ids
-        that end in the id of its Ray job; those of trials ask for other resources.
+        Ray Train leaves a group behind if the trainer's controller died. The method must not be called while
+        a trainer is starting: the group of such a trainer is unknown, and would be removed as well.
+
+        A group is one of this driver's trainers if its id ends in the driver's Ray job id and it asks for a
+        trainer's resources. The groups of Tune's trials ask for memory only.
         """
         job_id, resources = ray.get_runtime_context().get_job_id(), self.settings.resources_per_worker
         used = {group.id for group in (*self.requests, *(p.placement_group for p in self.places.values()))}
@@ -418,11 +421,14 @@ class TrainerPool:
 
 
 def end_controllers() -> None:
-    """Kill the Train controllers of this driver, which Ray Train runs on the driver's node.
+    """Kill the `TrainController` processes of this driver. Ray Train runs them on the driver's node.
 
-    Trainers that are still starting have announced nothing that could be ended. A thread that waits for its
-    controller would crash this process when Ray is shut down. Other drivers of this cluster have another job
-    id. Drivers of other clusters on this machine may have the same one, but not the same raylet.
+    A trainer that is starting has not announced its placement group, so it can be ended only by its
+    controller. A `TrainerRun` thread that still waits for its controller would crash this process when Ray is
+    shut down.
+
+    A process is this driver's if it has the driver's Ray job id and its parent is the driver's raylet. The
+    job id alone is not enough: every Ray cluster on this machine counts its jobs from 1.
     """
     context = ray.get_runtime_context()
     job_id, node_id = context.get_job_id(), context.get_node_id()

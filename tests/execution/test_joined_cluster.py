@@ -17,14 +17,17 @@ import study
 from machines import is_alive, no_room
 from ray._private.state import actors
 from ray.cluster_utils import Cluster
+from ray.exceptions import ActorUnavailableError
 from ray.util import placement_group, placement_group_table, remove_placement_group
 from ray.util.placement_group import PlacementGroup
 from session_settings import make_session
 
 from orchestrator.execution.broker import TrainerPlace, Updates
+from orchestrator.execution.broker_actor import start_broker
 from orchestrator.execution.ray_cluster import Cluster as Nodes
 from orchestrator.execution.ray_cluster import usable_nodes
-from orchestrator.execution.trainers import TrainerPool, end_controllers
+from orchestrator.execution.trainers import TrainerPool, TrainerRun, end_controllers
+from orchestrator.record.store import Store
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
 
@@ -105,21 +108,37 @@ def group_of_another_driver(connected: Cluster) -> Iterator[str]:
 
 
 def test_the_group_of_a_trainer_that_died_before_it_had_a_place_is_removed(
-    connected: Cluster, group_of_another_driver: str
+    connected: Cluster, group_of_another_driver: str, tmp_path: Path
 ) -> None:
-    session = make_session(2, 4, cluster=Nodes(usable_nodes(), "space", local=False))
-    pool = TrainerPool(session, None)
-    trains, requested, lost = (placement_group([session.settings.resources_per_worker]) for _ in range(3))
+    session = make_session(3, 4, cluster=Nodes(usable_nodes(), "space", local=False))
+    broker = start_broker(Store(tmp_path), "none")
+    pool = TrainerPool(session, broker)
+    pool.num_started = 3
+    for slot in range(3):
+        run = TrainerRun(f"trainer-{slot}", slot, session.cluster.nodes, session.settings, "space")
+        pool.running[run.name] = run
+    pool.running["trainer-0"].error = ActorUnavailableError("the controller died", None)
+    trains, starts, requested, lost = (
+        placement_group([session.settings.resources_per_worker]) for _ in range(4)
+    )
     trial = placement_group([{"memory": 1}])
-    pool.num_started, pool.has_left_group, pool.requests = 2, True, [requested]
-    waiting = {"waiting": 8, "leased": 4, "trainers": 1}
-    pool.update(Updates(counts=Counter(waiting), places={"trainer-1": TrainerPlace(("n0",), "", trains)}))
-    removed = {key for key, group in placement_group_table().items() if group["state"] == "REMOVED"}
-    kept = {trains.id.hex(), requested.id.hex(), trial.id.hex(), group_of_another_driver}
-    assert lost.id.hex() in removed
-    assert not kept & removed
-    for group in (trains, trial, *pool.requests):
+    pool.requests = [requested]
+
+    def removed() -> set[str]:
+        return {key for key, group in placement_group_table().items() if group["state"] == "REMOVED"}
+
+    waiting = Counter({"waiting": 8, "leased": 4, "trainers": 1})
+    places = {"trainer-1": TrainerPlace(("n0",), "", trains)}
+    pool.update(Updates(counts=waiting, places=places), ["trainer-0"], may_start=False)
+    assert lost.id.hex() not in removed(), "it could be that of trainer-2, which is starting"
+    places["trainer-2"] = TrainerPlace(("n0",), "", starts)
+    pool.update(Updates(counts=waiting, places=places), may_start=False)
+    kept = {group.id.hex() for group in (trains, starts, requested, trial)} | {group_of_another_driver}
+    assert lost.id.hex() in removed()
+    assert not kept & removed()
+    for group in (trains, starts, trial, *pool.requests):
         remove_placement_group(group)
+    ray.kill(broker)
 
 
 @ray.remote(num_cpus=0)

@@ -148,28 +148,6 @@ def end(pool: TrainerPool, name: str, kind: ExitKind, reason: str, *, held: int 
         pool._handle_end(run, kind, reason, Updates(**more))
 
 
-def test_groups_are_removed_after_an_early_end_once_no_trainer_is_starting(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    pool = make_pool(monkeypatch, Machine(3, 0), 3, running=3)
-    calls: list[int] = []
-    monkeypatch.setattr(TrainerPool, "_remove_left_groups", lambda self: calls.append(len(self.running)))
-    pool.notify, pool.places = lambda line: None, {"trainer-2": PLACE}
-    end(pool, "trainer-2", ExitKind.CRASHED, "killed")
-    poll(pool, 0, placed=2)
-    assert not calls, "it had a place, so its group is known"
-    end(pool, "trainer-1", ExitKind.DONE, "")
-    pool.places = {}
-    end(pool, "trainer-0", ExitKind.FAILED, "the controller died")
-    pool.running["trainer-3"] = run = TrainerRun("trainer-3", 0, (), pool.settings, "space")
-    monkeypatch.setattr(run, "is_alive", lambda: True)
-    poll(pool, 0)
-    assert not calls, "the group of trainer-3 is not known yet"
-    pool.update(Updates(places={"trainer-3": PLACE}))
-    pool.update(Updates(places={"trainer-3": PLACE}))
-    assert calls == [1]
-
-
 def test_a_slot_that_failed_twice_before_a_step_is_closed_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[str] = []
     pool = make_pool(monkeypatch, Machine(2, 0), 2, running=2, local=True)
