@@ -30,7 +30,7 @@ class Published(StoreOptions):
 
     def run(self) -> int:
         """Write and print the page, and return the exit code."""
-        from orchestrator.analyze.published.published_page import show_published
+        from orchestrator.analyze.published import show_published
 
         show_published(self.task, self.noise, self.output, self.store_folder, self.overlay)
         return 0

@@ -9,7 +9,7 @@ rates, shifted by a random offset that all variants of a replicate share, or by 
 tuning, the run with the best validation score is chosen, and its test score is compared with LoRA's in the
 same replicate. The differences give simultaneous intervals, an outcome for each variant, and the answer for
 most of the variants, on each --task and over all tasks. Results are kept: the same command again trains
-nothing, and more --replicates train only what is new, up to the --max-replicates that were planned.
+nothing, and more --replicates train only what is new.
 
 The rehearsal tunes three variants over four rates in five replicates on two tasks: 120 fine-tunes.
 """
@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 from pydantic import Field
 
 from orchestrator.launch.experiment import BASELINE, Experiment
-from orchestrator.study.option import Count
 from orchestrator.study.options import StudyOptions
 from orchestrator.util.errors import UsageError
 from variants.variant_names import canonical_name
@@ -43,22 +42,9 @@ class ComparisonOptions(StudyOptions):
     """How often every variant is tuned. Replicate k has the seed k and a grid shifted by an offset of its
     own; with --search it is a search of its own. Default: 10; in a rehearsal 5, of three variants on four
     rates."""
-    max_replicates: Count | None = None
-    """The largest number of replicates that this study may ever have, fixed before the first look. The
-    error rate of 5 % is shared out over at most five looks on the way there, so that intervals are wider
-    before the last one. Default: --replicates, one look."""
     margin: Annotated[float, Field(gt=0, lt=1)] = 0.01
     """The smallest difference of the test score that matters to you, fixed before you look: 0.01 is one
     point."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        count = self.replicate_count
-        if self.max_replicates is not None and self.max_replicates < count:
-            raise UsageError(
-                f"--max-replicates {self.max_replicates}: must be at least the replicates of this command, "
-                f"{count}; take {count}."
-            )
 
     @property
     def seed_count(self) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from orchestrator.analyze.study_frames import load as load
+    from orchestrator.analyze.analysis import load as load
     from orchestrator.python_api import Study as Study
     from orchestrator.python_api import plan as plan
     from orchestrator.python_api import run as run
@@ -22,9 +22,9 @@ __all__ = ["Study", "__version__", "load", "plan", "run"]
 def __getattr__(name: str) -> Any:
     """Import a name of `__all__` at its first use."""
     if name == "load":
-        from orchestrator.analyze import study_frames
+        from orchestrator.analyze import analysis
 
-        return study_frames.load
+        return analysis.load
     if name in ("Study", "plan", "run"):
         from orchestrator import python_api
 

@@ -11,24 +11,24 @@ FOLDERS = ("docs", "experiments", "orchestrator", "tests", "variants")
 PRIVATE_OF_RAY = re.compile(r"\bray(?:\.\w+)*\._[a-z]\w+")
 PRIVATE_OF_RAY_FILE = ROOT / "orchestrator" / "execution" / "private_ray.py"
 BUDGETS = {
-    "orchestrator": (300, 24709),
-    "orchestrator/analyze": (92, 6982),
-    "orchestrator/cli": (4, 307),
+    "orchestrator": (227, 22335),
+    "orchestrator/analyze": (19, 4615),
+    "orchestrator/cli": (4, 304),
     "orchestrator/cluster": (3, 230),
     "orchestrator/execution": (16, 2513),
-    "orchestrator/export": (4, 460),
+    "orchestrator/export": (4, 462),
     "orchestrator/finetune": (138, 9435),
-    "orchestrator/launch": (8, 1300),
+    "orchestrator/launch": (8, 1294),
     "orchestrator/record": (12, 1641),
     "orchestrator/study": (9, 1203),
     "orchestrator/util": (10, 559),
     "variants": (128, 6717),
-    "experiments": (16, 2065),
-    "tests": (295, 32822),
+    "experiments": (16, 2075),
+    "tests": (277, 33386),
 }
 """Package -> (modules, lines of code) that it may have at most. A change that makes one smaller
 lowers its numbers; a change that raises one says what that is worth."""
-DOC_WORDS = 49_177
+DOC_WORDS = 45_984
 """Words that all pages may have together."""
 
 

@@ -1,9 +1,12 @@
-"""Measure coverage and error rates of the analysis on synthetic studies with known truth.
+"""Measure error rates, coverage and power of the analysis on synthetic studies with known truth.
 
-    python experiments/benchmarks/coverage.py [--replicates 2000] [--rows intervals looks ...] [--json FILE]
+    python experiments/benchmarks/coverage.py [--replicates 2000] [--rows intervals power ...] [--json FILE]
 
-Prints a Markdown table. Every row ends in ok or MISSED, depending on whether the percentage lies within its
-limits; the exit code is 1 if a row has missed. docs/statistics.md has the table of the last complete run.
+Prints a Markdown table. A row with limits ends in ok or MISSED; the exit code is 1 if a row has missed.
+docs/statistics.md has the table of the last complete run.
+
+The intervals of the comparison are paired t intervals. If all true differences change, they move by the same
+amount. So their simultaneous coverage for unequal variants is 100 % minus the error for equal variants.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import os
 import sys
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,39 +29,43 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 from measuring import markdown_table
 from numpy.typing import NDArray
+from scipy import stats as scipy_stats
 from star_studies import ROWS, claim_cases, claim_share, interval_shares
 
-from orchestrator.analyze.statistics.outcome import classify
-from orchestrator.analyze.statistics.sign_flips import critical_values, to_z
-from orchestrator.analyze.statistics.simultaneous import SimultaneousIntervals, compare_with_baseline
-from orchestrator.analyze.statistics.spending import level_of_look
-from orchestrator.analyze.statistics.usable import usable_p_values
+from orchestrator.analyze import stats
 
 Floats = NDArray[np.float64]
-Noise = Literal["equal", "unequal", "heavy tails", "near ceiling"]
-NOISES: tuple[Noise, ...] = ("equal", "unequal", "heavy tails", "near ceiling")
+Noise = Literal["equal", "unequal", "heavy tails", "near ceiling", "one in ten collapsed"]
+STANDARD_DEVIATIONS: dict[Noise, float] = {
+    "equal": 1.0,
+    "unequal": 1.0,
+    "heavy tails": 3**0.5,
+    "near ceiling": 1.0,
+    "one in ten collapsed": (1 + 0.09 * 15**2) ** 0.5,
+}
+"""Noise -> the standard deviation of the baseline's scores."""
 FLOOR = -50.0
-"""The score of a collapsed run, relative to that of the best rate."""
+"""The score of a collapsed run in `tuned_scores`, relative to that of the best rate."""
 
 
-def score_noise(noise: Noise, shape: tuple[int, int, int], generator: np.random.Generator) -> Floats:
-    """Draw the noise of scores, with mean 0; the first variant is the baseline.
+def score_noise(noise: Noise, shape: tuple[int, ...], generator: np.random.Generator) -> Floats:
+    """Draw the noise of scores, with equal means; the first variant is the baseline.
 
     Args:
         noise: The distribution. "equal": normal, standard deviation 1. "unequal": normal, standard deviation
             2 for one variant, 3 for two and 1 for the others. "heavy tails": t with 3 degrees of freedom.
-            "near ceiling": the distance below a ceiling is exponential with mean 1.
-        shape: (studies, replicates, variants with the baseline).
+            "near ceiling": the distance below a ceiling is exponential with mean 1. "one in ten collapsed":
+            normal, and one run in ten of every variant lies 15 lower.
+        shape: (studies, replicates, variants with the baseline), and further axes.
         generator: The source of random numbers.
-
-    Returns:
-        The noise, of the given shape.
     """
     if noise == "heavy tails":
         return generator.standard_t(3, shape)
     if noise == "near ceiling":
         return 1 - generator.exponential(1.0, shape)
     values = generator.standard_normal(shape)
+    if noise == "one in ten collapsed":
+        values -= 15.0 * (generator.random(shape) < 0.1)
     if noise == "unequal":
         values[:, :, 1] *= 2
         values[:, :, 2:4] *= 3
@@ -66,29 +73,29 @@ def score_noise(noise: Noise, shape: tuple[int, int, int], generator: np.random.
 
 
 def from_baseline(scores: Floats) -> Floats:
-    """Return the differences from the baseline.
-
-    Args:
-        scores: Scores, shape (..., K + 1), with the baseline first.
-
-    Returns:
-        Shape (..., K).
-    """
+    """Return the differences from the first of K + 1 scores, shape (..., K)."""
     return scores[..., 1:] - scores[..., :1]
 
 
 def tuned_scores(
-    studies: int, replicates: int, variants: int, rates_per_decade: int, generator: np.random.Generator
+    noise: Noise,
+    studies: int,
+    replicates: int,
+    variants: int,
+    rates_per_decade: int,
+    generator: np.random.Generator,
 ) -> Floats:
     """Draw the test scores of replicated tuning, for variants that are equal when tuned.
 
     Every variant has a best rate of its own, and loses 30 points one decade away from it (quadratically). The
     probability that a run collapses is logistic in the rate: one half at 0.7 decades above the best rate. A
-    run has noise with a standard deviation of 0.7 points that validation and test score share, and 0.5 points
-    in each score alone. The grid spans three decades. Every replicate shifts it by a random offset, the same
-    for all variants.
+    run has noise with a standard deviation of about 0.7 points that validation and test score share, and 0.5
+    points in each score alone. The grid spans three decades. Every replicate shifts it by a random offset,
+    the same for all variants.
 
     Args:
+        noise: The distribution of the noise that validation and test score share. Runs that collapse lie at
+            `FLOOR`.
         studies: Number of studies.
         replicates: Number of replicates of each study.
         variants: Number of variants, including the baseline.
@@ -104,8 +111,11 @@ def tuned_scores(
     offset = generator.uniform(0.0, spacing, (studies, replicates, 1, 1))
     distance = grid + offset - best
     shape = distance.shape
-    collapsed = generator.random(shape) < 1 / (1 + np.exp(-(distance - 0.7) / 0.08))
-    score = np.where(collapsed, FLOOR, -30 * distance**2 + 0.7 * generator.standard_normal(shape))
+    at_cliff = 1 / (1 + np.exp(-(distance - 0.7) / 0.08))
+    broken = 0.1 if noise == "one in ten collapsed" else 0.0
+    collapsed = generator.random(shape) < 1 - (1 - at_cliff) * (1 - broken)
+    own = score_noise("equal" if broken else noise, shape, generator)
+    score = np.where(collapsed, FLOOR, -30 * distance**2 + 0.7 * own)
     validation, test = (score + 0.5 * generator.standard_normal(shape) for _ in range(2))
     return np.take_along_axis(test, validation.argmax(axis=3)[..., None], axis=3)[..., 0]
 
@@ -113,68 +123,137 @@ def tuned_scores(
 BATCH = 250
 """Number of studies in one array operation."""
 UNBOUNDED = (-np.inf, np.inf)
-ERROR, ERROR_AT_MOST, COVERAGE = (4.0, 6.0), (0.0, 6.0), (93.0, 97.0)
-"""The smallest and the largest allowed percentage: of an error rate that should be 5 %, of one that may be
-smaller, and of a coverage."""
+Limits = tuple[float, float]
+ERROR: Limits = (0.0, 5.9)
+"""Allowed percentages of an error; at 10,000 studies its standard error is 0.2."""
+NO_LIMITS: Limits = (-np.inf, np.inf)
+SIZES = [(n, count) for n in (5, 10, 20) for count in (4, 9, 19)]
+"""Numbers of replicates and of variants besides the baseline."""
+SMALL_SIZES = [(n, count) for n in (5, 10) for count in (4, 9)]
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the table."""
+    """A row of the table: a percentage of the studies, or another value without limits."""
 
     group: str
     case: str
     quantity: str
-    percent: float
-    """The percentage of the studies in which the quantity occurred."""
-    limits: tuple[float, float]
-    """The smallest and the largest allowed percentage."""
+    value: float
+    limits: Limits
     studies: int
 
     @property
     def passed(self) -> bool:
-        """Whether the percentage lies within its limits."""
-        return self.limits[0] <= self.percent <= self.limits[1]
+        """Whether the value lies within its limits."""
+        return bool(self.limits[0] <= self.value <= self.limits[1])
 
 
-def _batches(studies: int) -> list[int]:
+def _batches(studies: int) -> Iterator[int]:
     """Return the number of studies in each array operation."""
-    return [min(BATCH, studies - start) for start in range(0, studies, BATCH)]
+    return (min(BATCH, studies - start) for start in range(0, studies, BATCH))
 
 
-def _z(differences: Floats) -> Floats:
-    """Return the t statistics of the means over replicates, converted to z values.
+def _errs(differences: Floats, true: Floats | float = 0.0) -> NDArray[np.bool_]:
+    """Return for each study whether an interval excludes its true difference, shape (studies,)."""
+    found = stats.compare(differences, bounds=UNBOUNDED)
+    return np.asarray(((found.low > true) | (found.high < true)).any(axis=-1))
+
+
+def _error_rows(
+    group: str, case: str, draw: Callable[[int], tuple[Floats, Floats | float]], studies: int
+) -> list[Row]:
+    """Measure the error of each of `SIZES`, on parts of the same studies.
 
     Args:
-        differences: Differences from the baseline, shape (studies, n, K).
-
-    Returns:
-        Shape (studies, K).
+        group: The group of the rows.
+        case: The case, without the size.
+        draw: Number of studies -> differences of the largest size, and the true differences.
+        studies: Number of studies.
     """
-    n = differences.shape[1]
-    return to_z(differences.mean(axis=1) / differences.std(axis=1, ddof=1) * np.sqrt(n), n - 1.0)
+    errors = np.zeros(len(SIZES))
+    for batch in _batches(studies):
+        d, true = draw(batch)
+        for i, (n, count) in enumerate(SIZES):
+            part = true if isinstance(true, float) else true[:count]
+            errors[i] += _errs(d[:, :n, :count], part).sum()
+    quantity = "error, equal variants"
+    return [
+        Row(group, f"{case}, n = {n}, K = {count}", quantity, 100 * error / studies, ERROR, studies)
+        for (n, count), error in zip(SIZES, errors, strict=True)
+    ]
 
 
-def noise_rows(noise: Noise, n: int, count: int, studies: int, seed: int) -> list[Row]:
-    """Measure the error for equal variants, and the coverage for variants that differ.
+def interval_rows(noise: Noise, studies: int, seed: int) -> list[Row]:
+    """Measure the error for variants with equal expected scores."""
+    generator = np.random.default_rng(seed)
+    n, count = SIZES[-1]
 
-    In half of the studies the variants differ from the baseline by up to 1.5 standard errors in either
-    direction. In the other half they differ by 20 times as much, so that every difference is found. If K is
-    odd, the middle variant equals the baseline.
+    def draw(batch: int) -> tuple[Floats, float]:
+        return from_baseline(score_noise(noise, (batch, n, count + 1), generator)), 0.0
+
+    return _error_rows("intervals", noise, draw, studies)
+
+
+def tuning_rows(noise: Noise, rates_per_decade: int, studies: int, seed: int) -> list[Row]:
+    """Measure the error of the whole procedure, including tuning, for variants that are equal when tuned.
+
+    Validation chooses runs with a lucky noise, so that tuned variants with unequal noise are not equal. Their
+    true differences are means over many tunings.
     """
     generator = np.random.default_rng(seed)
-    error = missed = 0
+    n, count = SIZES[-1]
+    arguments = noise, BATCH, n, count + 1, rates_per_decade, generator
+    true: Floats | float = 0.0
+    if noise == "unequal":
+        true = np.mean([from_baseline(tuned_scores(*arguments)).mean(axis=(0, 1)) for _ in range(40)], axis=0)
+
+    def draw(batch: int) -> tuple[Floats, Floats | float]:
+        return from_baseline(tuned_scores(noise, batch, *arguments[2:])), true
+
+    return _error_rows("tuning inside", f"{noise}, {rates_per_decade} rates a decade", draw, studies)
+
+
+def skewed_rows(lower: float, studies: int, seed: int) -> list[Row]:
+    """Measure the error if one tuning in ten ends lower, for every variant but the baseline.
+
+    No method keeps its error here, so that the rows have no limits.
+    """
+    generator = np.random.default_rng(seed)
+    n, count = SIZES[-1]
+
+    def draw(batch: int) -> tuple[Floats, float]:
+        scores = generator.standard_normal((batch, n, count + 1))
+        scores[..., 1:] += lower * (0.1 - (generator.random((batch, n, count)) < 0.1))
+        return from_baseline(scores), 0.0
+
+    rows = _error_rows("skewed", f"one in ten {lower:g} points lower", draw, studies)
+    return [Row(row.group, row.case, row.quantity, row.value, NO_LIMITS, studies) for row in rows]
+
+
+def power_rows(noise: Noise, n: int, count: int, studies: int, seed: int) -> list[Row]:
+    """Measure the power and the width of the intervals, where every second variant differs.
+
+    The true difference is 1.15 times the half-width that an interval has on average with equal normal noise
+    of the same standard deviation. The power is the share of these differences that are found.
+    """
+    generator = np.random.default_rng(seed)
+    unit = STANDARD_DEVIATIONS[noise]
+    size = 1.15 * float(scipy_stats.t.isf(0.025 / count, n - 1)) * unit * np.sqrt(2 / n)
+    true = size * (np.arange(count) % 2 == 0) * (-1.0) ** (np.arange(count) // 2)
+    covered = found_share = width = 0.0
     for batch in _batches(studies):
-        d = from_baseline(score_noise(noise, (batch, n, count + 1), generator))
-        size = np.abs(_z(d)).max(axis=1)
-        error += int((size > critical_values(d)[0]).sum())
-        true = np.linspace(-1.5, 1.5, count) * np.sqrt(2 / n)
-        far = np.where(np.arange(batch)[:, None] % 2, 20.0, 1.0) * true
-        missed += int((size > critical_values(d + far[:, None, :])[1]).sum())
-    case = f"{noise}, n = {n}, K = {count}"
+        d = from_baseline(score_noise(noise, (batch, n, count + 1), generator)) + true
+        found = stats.compare(d, bounds=UNBOUNDED)
+        covered += ((found.low <= true) & (true <= found.high)).all(axis=1).sum()
+        found_share += np.where(true > 0, found.low > 0, found.high < 0)[:, true != 0].mean(axis=1).sum()
+        width += (found.high - found.low).mean(axis=1).sum()
+    case = f"{noise}, n = {n}, K = {count}, difference {size / unit:.1f}"
+    coverage = (100 - ERROR[1], 100.0)
     return [
-        Row("intervals", case, "error, equal variants", 100 * error / studies, ERROR, studies),
-        Row("intervals", case, "coverage, unequal variants", 100 - 100 * missed / studies, COVERAGE, studies),
+        Row("power", case, "coverage", 100 * covered / studies, coverage, studies),
+        Row("power", case, "found differences", 100 * found_share / studies, NO_LIMITS, studies),
+        Row("power", case, "mean width, in standard deviations", width / studies / unit, NO_LIMITS, studies),
     ]
 
 
@@ -182,66 +261,21 @@ def unusable_rows(share: float, n: int, count: int, studies: int, seed: int) -> 
     """Measure verdicts and errors if a share of the runs of every variant is unusable."""
     generator = np.random.default_rng(seed)
     verdicts = differs = shares = 0
-    for _ in range(studies):
-        scores = score_noise("equal", (1, n, count + 1), generator)[0]
+    for batch in _batches(studies):
+        scores = score_noise("equal", (batch, n, count + 1), generator)
         usable = generator.random(scores.shape) >= share
-        shares += int((usable_p_values(usable[:, 1:], usable[:, 0]) <= 0.05).any())
-        found = compare_with_baseline(from_baseline(np.where(usable, scores, np.nan)), 1.0, bounds=UNBOUNDED)
-        verdicts += int(np.isfinite(found.low).all())
-        differs += int(_excludes(found, 0.0).any())
+        d = from_baseline(np.where(usable, scores, np.nan))
+        verdicts += int(np.isfinite(stats.compare(d).low).all(axis=1).sum())
+        differs += int(_errs(d).sum())
+        own, base = usable[..., 1:], usable[..., :1]
+        for won, lost in zip((own & ~base).sum(axis=1), (base & ~own).sum(axis=1), strict=True):
+            p = [stats.paired_share_p(int(w), int(x)) for w, x in zip(won, lost, strict=True)]
+            shares += int((stats.holm(p) <= stats.ALPHA).any())
     case = f"{share:.0%} unusable, n = {n}, K = {count}"
     return [
-        Row(
-            "unusable runs",
-            case,
-            "verdict for every variant",
-            100 * verdicts / studies,
-            (95.0, 100.0),
-            studies,
-        ),
-        Row("unusable runs", case, "error, difference", 100 * differs / studies, ERROR_AT_MOST, studies),
-        Row("unusable runs", case, "error, usable share", 100 * shares / studies, ERROR_AT_MOST, studies),
-    ]
-
-
-def _excludes(found: SimultaneousIntervals, value: float) -> NDArray[np.bool_]:
-    """Return for each comparison whether its interval excludes a value."""
-    return (found.low > value) | (found.high < value)
-
-
-def tuning_rows(rates_per_decade: int, n: int, count: int, studies: int, seed: int) -> list[Row]:
-    """Measure the error of the whole procedure, including tuning, for variants that are equal when tuned."""
-    generator = np.random.default_rng(seed)
-    error = 0
-    for batch in _batches(studies):
-        d = from_baseline(tuned_scores(batch, n, count + 1, rates_per_decade, generator))
-        error += int((np.abs(_z(d)).max(axis=1) > critical_values(d)[0]).sum())
-    case = f"{rates_per_decade} rates a decade, n = {n}, K = {count}"
-    return [Row("tuning inside", case, "error, equal variants", 100 * error / studies, ERROR, studies)]
-
-
-def look_rows(step: int, count: int, studies: int, seed: int) -> list[Row]:
-    """Measure the error if `step` replicates are added until every outcome is decided, at most five times."""
-    generator = np.random.default_rng(seed)
-    looks = [step * (i + 1) for i in range(5)]
-    levels = [level_of_look(looks[: i + 1], looks[-1], comparisons=count) for i in range(5)]
-    wrong_at_end = wrong_once = 0
-    for _ in range(studies):
-        d = from_baseline(score_noise("equal", (1, looks[-1], count + 1), generator))[0]
-        wrong = False
-        for n, level in zip(looks, levels, strict=True):
-            found = compare_with_baseline(d[:n], 1.0, alpha=level, bounds=UNBOUNDED)
-            at_this_look = bool(_excludes(found, 0.0).any())
-            wrong = wrong or at_this_look
-            outcomes = {classify(low, high, 1.0) for low, high in zip(found.low, found.high, strict=True)}
-            if "undecided" not in outcomes:
-                break
-        wrong_once += wrong
-        wrong_at_end += at_this_look
-    case = f"looks at {', '.join(map(str, looks))}, K = {count}"
-    return [
-        Row("looks", case, "error at any look", 100 * wrong_once / studies, ERROR_AT_MOST, studies),
-        Row("looks", case, "error when it ends", 100 * wrong_at_end / studies, ERROR_AT_MOST, studies),
+        Row("unusable", case, "verdict for every variant", 100 * verdicts / studies, (95.0, 100.0), studies),
+        Row("unusable", case, "error, difference", 100 * differs / studies, ERROR, studies),
+        Row("unusable", case, "error, usable share", 100 * shares / studies, ERROR, studies),
     ]
 
 
@@ -270,8 +304,6 @@ CHEAP_FACTOR = 5
 """Rows that analyze many studies in one array operation simulate this many times as many studies."""
 Task = tuple[str, RowFunction, tuple[Any, ...], int]
 """Group of rows, function that computes them, its first arguments, and the number of studies."""
-SIZES = [(n, count) for n in (5, 10, 20) for count in (4, 9, 19)]
-"""Numbers of replicates and of variants besides the baseline."""
 
 
 def list_tasks(replicates: int) -> list[Task]:
@@ -281,17 +313,17 @@ def list_tasks(replicates: int) -> list[Task]:
         replicates: Number of synthetic studies of the expensive rows.
     """
     many = CHEAP_FACTOR * replicates
-    tasks: list[Task] = [
-        ("unusable", unusable_rows, (share, n, count), replicates)
-        for share in (0.0, 0.03, 0.1)
-        for n, count in ((20, 19), (10, 9), (5, 4))
-    ]
-    tasks += [("looks", look_rows, (step, count), replicates) for step, count in ((10, 9), (5, 9), (10, 1))]
-    tasks += [("tuning", tuning_rows, (rate, n, 9), many) for rate in (4, 2) for n in (20, 10)]
-    tasks += [("tuning", tuning_rows, (rate, 10, 19), many) for rate in (4, 2)]
-    tasks += [("factors", factor_rows, (noise, n), replicates) for noise in ROWS for n in (3, 5, 10)]
+    noises = list(STANDARD_DEVIATIONS)
+    seeds = (3, 5, 10)
+    tasks: list[Task] = [("factors", factor_rows, (noise, n), replicates) for noise in ROWS for n in seeds]
     tasks += [("claims", claim_rows, (i, 5), replicates) for i in range(len(claim_cases()))]
-    tasks += [("intervals", noise_rows, (noise, *size), many) for size in SIZES[::-1] for noise in NOISES]
+    tasks += [("tuning", tuning_rows, (noise, 4), many) for noise in noises]
+    tasks += [("tuning", tuning_rows, ("equal", 2), many)]
+    tasks += [("intervals", interval_rows, (noise,), many) for noise in noises]
+    tasks += [("skewed", skewed_rows, (lower,), many) for lower in (6.0, 15.0)]
+    tasks += [("power", power_rows, (noise, *size), many) for size in SMALL_SIZES for noise in noises]
+    for share in (0.0, 0.03, 0.1):
+        tasks += [("unusable", unusable_rows, (share, *size), many) for size in ((20, 19), (10, 9), (5, 4))]
     return tasks
 
 
@@ -311,7 +343,9 @@ def row_cells(row: Row) -> list[str]:
         f"at most {high:g}" if low == 0 else f"at least {low:g}" if high == 100 else f"{low:g} to {high:g}"
     )
     verdict = "ok" if row.passed else "MISSED"
-    return [row.group, row.case, row.quantity, f"{row.percent:.1f}", wanted, f"{row.studies:,}", verdict]
+    if row.limits == NO_LIMITS:
+        wanted = verdict = ""
+    return [row.group, row.case, row.quantity, f"{row.value:.3g}", wanted, f"{row.studies:,}", verdict]
 
 
 def main() -> int:
@@ -331,7 +365,7 @@ def main() -> int:
     with ProcessPoolExecutor(options.processes) as pool:
         rows = [row for found in pool.map(simulate, tasks) for row in found]
     rows.sort(key=lambda row: (row.group, row.quantity))
-    header = ["group", "case", "quantity", "percent", "wanted", "studies", ""]
+    header = ["group", "case", "quantity", "value", "wanted", "studies", ""]
     print(markdown_table(header, map(row_cells, rows)))
     if options.json:
         options.json.write_text(json.dumps([{**asdict(row), "passed": row.passed} for row in rows], indent=1))

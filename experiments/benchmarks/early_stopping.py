@@ -29,8 +29,8 @@ from orchestrator.util.command import main
 class Outcome:
     """The learning rates that a study has chosen, and its optimizer steps."""
 
-    rates: Mapping[str, float | None]
-    """Variant and task -> the chosen learning rate; None if no run has a score."""
+    rates: Mapping[str, float]
+    """Variant and task -> the chosen learning rate; NaN if no run has a score."""
     steps: Mapping[str, int]
     """Variant and task -> optimizer steps of all runs."""
 
@@ -44,11 +44,7 @@ def train(study: str, output: Path, words: Sequence[str]) -> None:
 def read_outcome(study: str, output: Path) -> Outcome:
     """Return the outcome of a study that has ended."""
     found = orchestrator.load(study, output=output)
-    rates = {
-        f"{curve.variant} {panel.task}": curve.best_rate
-        for panel in found.summary.panels
-        for curve in panel.curves
-    }
+    rates = {f"{row.variant} {row.task}": row.learning_rate for row in found.best.itertuples()}
     names = found.runs["variant"] + " " + found.runs["task"]
     return Outcome(rates, {str(k): int(v) for k, v in found.runs["steps"].groupby(names).sum().items()})
 

@@ -1,7 +1,7 @@
 """Synthetic studies of factors with known truth, for `coverage.py`.
 
 The studies are star designs. A is the score that is lost if a factor is set blindly. B is the score that is
-lost if the learning rate is then tuned again. The functions of the report (`analyze/factors`) compute both.
+lost if the learning rate is then tuned again. The functions of the report (`effects`) compute both.
 
 The true score over the logarithm of the rate is a bell of height 0.9. Above a certain rate, the cliff, runs
 collapse to a score of 0. A factor lowers the top, shifts the bell, or does nothing. The score of a run has
@@ -15,17 +15,18 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import special, stats
+from scipy import special
 
-from orchestrator.analyze.factors import factor_effects as effects
-from orchestrator.analyze.factors.rate_claim import (
+from orchestrator.analyze import effects
+from orchestrator.analyze.effects import (
     RANGE_SCALES,
     ClaimOutcome,
     Contrast,
     contrast,
+    find_center,
     judge_claim,
 )
-from orchestrator.analyze.factors.star_data import find_center
+from orchestrator.analyze.stats import mean_interval
 
 Array = NDArray[np.float64]
 GRID = np.arange(-6, 7) / 4.0  # log10 rate around its optimum: 3 decades, 4 rates a decade
@@ -209,12 +210,6 @@ def _true_losses(
     return found | {"A(rate) - A": rate_a - a, "B(rate) - B": rate_b - b}
 
 
-def is_covered(losses: Array, truth: float) -> bool:
-    """Return whether the 95 % t-interval of the mean of `losses` (one per seed) contains the true loss."""
-    half = stats.t.ppf(0.975, len(losses) - 1) * losses.std(ddof=1) / np.sqrt(len(losses))
-    return bool(abs(losses.mean() - truth) <= half)
-
-
 FIGURES = ("A", "B", "A(rate)", "B(rate)", "A(rate) - A", "B(rate) - B")
 """The losses of a factor, those of the learning rate in the same study, and their differences."""
 ROWS: Mapping[str, Noise] = {
@@ -232,7 +227,8 @@ def interval_shares(noise: Noise, seeds: int, studies: int, draw: np.random.Gene
         study = simulate(surface, PLANTED, seeds)
         for factor, own in study.losses.items():
             for figure in FIGURES:
-                covered[figure].append(is_covered(own[figure], study.truth[factor][figure]))
+                found = mean_interval(own[figure])
+                covered[figure].append(found.low <= study.truth[factor][figure] <= found.high)
     return {figure: float(np.mean(each)) for figure, each in covered.items()}
 
 

@@ -1,181 +1,134 @@
-"""The cost of each variant: seconds, memory and trainable parameters of a run, beside its score."""
+"""What a study costs: the runs of each curve and the time of the trainers. And its losses over the steps."""
 
 from __future__ import annotations
 
 import math
-import statistics
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
-from orchestrator.analyze.intervals import Estimate
 from orchestrator.record.schema import Record
+from variants.variant_names import FILE_SUFFIX
 
-Place = tuple[str, str]
-"""The title of a task with its base model, and the label of a variant or of one of its curves."""
+if TYPE_CHECKING:
+    import pandas as pd
 
-
-@dataclass(frozen=True)
-class CostRow:
-    """The cost of one variant on one task and base model, or of one of its curves if it has several.
-
-    The seconds of a run are its equal share of the time of its lane group, see `Cost`.
-    """
-
-    task: str
-    model: str
-    variant: str
-    title: str
-    """The task, the base model, and the settings in which they are compared more than once."""
-    label: str
-    """The variant, and the settings in which its curves differ."""
-    runs: int
-    """Number of fully trained runs, collapsed ones included, over which the means are taken."""
-    train_seconds: float
-    """Mean training time of a run."""
-    evaluate_seconds: float
-    """Mean evaluation time of a run."""
-    peak_memory: int
-    """The largest peak memory of a finished run in bytes, all lanes of its lane group together; 0 if
-    unknown."""
-    trainable_parameters: int
-    """Trainable parameters of a finished run, the median if they differ."""
-    study_seconds: float
-    """Training and evaluation time of all runs of the row, including those that did not finish."""
-    score: Estimate
-    """The test score at the best point of the row."""
+MAX_BINS = 100
+"""Largest number of points of a line of losses: each is the mean over a bin of equally many steps."""
+_UNITS: Mapping[str, str] = {
+    **dict.fromkeys(("exact_match", "numeric", "token_f1", "pass_at_1", "prompt_strict"), "nats per token"),
+    **dict.fromkeys(("accuracy", "f1", "macro_f1", "matthews"), "nats per example"),
+    "pearson": "squared error",
+}
+"""Metric -> unit of the loss, for metrics that only answers, only classes or only numbers have."""
 
 
-@dataclass(frozen=True)
-class TimeUse:
-    """The seconds of all trainers of a study by kind, added over its runs; see `Cost`."""
-
-    train: float
-    evaluate: float
-    """Evaluations without the generation of answers."""
-    generate: float
-    start: float
-    other: float
-
-    @property
-    def total(self) -> float:
-        """The sum of all kinds."""
-        return self.train + self.evaluate + self.generate + self.start + self.other
-
-    @property
-    def shares(self) -> dict[str, float]:
-        """The share of each kind in the total, largest first; kinds without time are left out."""
-        named = {
-            "optimizer steps": self.train,
-            "evaluation": self.evaluate,
-            "generated answers": self.generate,
-            "start of trainers": self.start,
-            "other": self.other,
-        }
-        ordered = sorted(named.items(), key=lambda item: -item[1])
-        return {name: seconds / self.total for name, seconds in ordered if seconds > 0}
-
-
-def summarize_time_use(records: Iterable[Record]) -> TimeUse | None:
-    """Return the trainers' time by kind; None if no record has the time of starts or of other work.
+def cost_frame(runs: pd.DataFrame, scores: Mapping[tuple[str, str], float]) -> pd.DataFrame:
+    """Return the costs of each curve with a finished run, by panel, the best score first.
 
     Args:
-        records: The records of the study.
+        runs: The runs, from `run_frame`.
+        scores: (panel, curve) -> test score at the best point.
+
+    Returns:
+        panel, variant, curve; `runs`, the number of finished runs, over which the mean `train_seconds` and
+        `evaluate_seconds` of a run are taken; the largest `peak_memory` in bytes, of all lanes of a group
+        together (0 if unknown); the median `trainable_parameters`; `study_seconds`, the training and
+        evaluation time of all runs, unfinished ones included; and `test_score`. The seconds of a run are its
+        equal share of the time of its lane group, see `Cost`.
     """
-    costs = [r.cost for r in records if r.cost.start_seconds or r.cost.other_seconds]
-    if not costs:
-        return None
-    generate = math.fsum(cost.generate_seconds for cost in costs)
-    return TimeUse(
-        train=math.fsum(cost.train_seconds for cost in costs),
-        evaluate=math.fsum(cost.evaluate_seconds for cost in costs) - generate,
-        generate=generate,
-        start=math.fsum(cost.start_seconds for cost in costs),
-        other=math.fsum(cost.other_seconds for cost in costs),
+    import pandas as pd
+
+    finished = runs[runs["state"] == "finished"].groupby(["panel", "curve"])
+    costs = finished.agg(
+        variant=("variant", "first"),
+        runs=("seed", "size"),
+        train_seconds=("train_seconds", "mean"),
+        evaluate_seconds=("evaluate_seconds", "mean"),
+        peak_memory=("peak_memory", "max"),
+        trainable_parameters=("trainable_parameters", lambda own: int(own.quantile(interpolation="higher"))),
     )
-
-
-def summarize_costs(
-    records: Iterable[Record], places: Mapping[str, Place], scores: Mapping[Place, Estimate]
-) -> tuple[CostRow, ...]:
-    """Return the costs of all places with a finished run, by title, the best score first.
-
-    Args:
-        records: Distinct records.
-        places: Fingerprint -> place. The place of any other record is its task, model and variant.
-        scores: The test score of each place at its best point. A place may be missing.
-    """
-    by_place: dict[Place, list[Record]] = defaultdict(list)
-    for record in records:
-        c = record.configuration
-        other = f"{c.task.name} on {c.model.name}", c.variant.name
-        by_place[places.get(record.fingerprint, other)].append(record)
-    rows = [_summarize(place, own, scores.get(place, Estimate(0))) for place, own in by_place.items()]
-    known = [row for row in rows if row.runs]
-
-    def order(row: CostRow) -> tuple[str, float, str]:
-        mean = row.score.mean
-        return row.title, math.inf if mean is None else -mean, row.label
-
-    return tuple(sorted(known, key=order))
-
-
-def _summarize(place: Place, records: Sequence[Record], score: Estimate) -> CostRow:
-    c = records[0].configuration
-    costs = [r.cost for r in records if r.state == "finished"]
-    count = max(1, len(costs))
-    return CostRow(
-        *(c.task.name, c.model.name, c.variant.name, *place),
-        runs=len(costs),
-        train_seconds=math.fsum(cost.train_seconds for cost in costs) / count,
-        evaluate_seconds=math.fsum(cost.evaluate_seconds for cost in costs) / count,
-        peak_memory=max((cost.peak_memory for cost in costs), default=0),
-        trainable_parameters=statistics.median_high([cost.trainable_parameters for cost in costs] or [0]),
-        study_seconds=math.fsum(r.cost.train_seconds + r.cost.evaluate_seconds for r in records),
-        score=score,
+    total = runs["train_seconds"] + runs["evaluate_seconds"]
+    costs["study_seconds"] = total.groupby([runs["panel"], runs["curve"]]).sum().reindex(costs.index)
+    costs["test_score"] = [scores.get((str(panel), str(curve)), math.nan) for panel, curve in costs.index]
+    ordered = costs.reset_index().sort_values(
+        ["panel", "test_score", "curve"], ascending=[True, False, True], ignore_index=True
     )
+    return pd.DataFrame(ordered)
 
 
-def pareto_front(costs: Sequence[float], scores: Sequence[float]) -> list[int]:
-    """Return the indices of the points that no other point dominates, in ascending order of the cost.
+def time_use(runs: pd.DataFrame) -> dict[str, float]:
+    """Return the seconds of the trainers by kind, largest first; empty if no record has them.
 
-    A point dominates another if it is at most as costly and at least as good, and not equal in both. Of
-    points that are equal in both, only the first is returned.
+    Kinds without time are left out.
+    """
+    known = runs[(runs["start_seconds"] > 0) | (runs["other_seconds"] > 0)]
+    named = {
+        "optimizer steps": known["train_seconds"].sum(),
+        "evaluation": (known["evaluate_seconds"] - known["generate_seconds"]).sum(),
+        "generated answers": known["generate_seconds"].sum(),
+        "start of trainers": known["start_seconds"].sum(),
+        "other": known["other_seconds"].sum(),
+    }
+    ordered = sorted(named.items(), key=lambda item: -item[1])
+    return {name: float(seconds) for name, seconds in ordered if seconds > 0}
+
+
+def loss_frame(
+    runs: pd.DataFrame, best: pd.DataFrame, records: Iterable[Record], neighbors: bool
+) -> pd.DataFrame:
+    """Return the training losses of each curve at its best learning rate and at the next ones.
 
     Args:
-        costs: The cost of each point.
-        scores: The score of each point, of the same length.
+        runs: The runs, from `run_frame`.
+        best: The best points.
+        records: The records, from which the losses are read.
+        neighbors: False to leave out the next rates: the points of a search have no neighbors that differ in
+            the rate alone.
+
+    Returns:
+        panel, curve; `role`: "best", "lower" or "higher"; `learning_rate`, the lowest of the runs; `step`,
+        the middle of a bin; `loss`, the mean of the runs in the bin; `unit`, the title of the loss axis.
     """
-    front: list[int] = []
-    for i in sorted(range(len(costs)), key=lambda i: (costs[i], -scores[i])):
-        if not front or scores[i] > scores[front[-1]]:
-            front.append(i)
-    return front
+    import pandas as pd
+
+    wanted = _chosen_runs(runs, best, neighbors)
+    losses: dict[str, list[tuple[int, float]]] = {
+        r.fingerprint: [(m.step, m.loss) for m in r.curve if math.isfinite(m.loss)]
+        for r in records
+        if r.fingerprint in wanted.index
+    }
+    rows = []
+    for (panel, curve, role), own in wanted.groupby(["panel", "curve", "role"], sort=False):
+        steps = [each for fingerprint in own.index for each in losses.get(str(fingerprint), ())]
+        if steps:
+            table = pd.DataFrame(steps, columns=["step", "loss"])
+            size = math.ceil(table["step"].max() / MAX_BINS)
+            means = table.groupby((table["step"] - 1) // size)["loss"].mean()
+            row = {"panel": panel, "curve": curve, "role": role, "learning_rate": own["learning_rate"].min()}
+            row["unit"] = _unit(own.iloc[0])
+            rows += [row | {"step": (i + 0.5) * size + 0.5, "loss": loss} for i, loss in means.items()]
+    columns = ["panel", "curve", "role", "learning_rate", "unit", "step", "loss"]
+    return pd.DataFrame(rows, columns=columns)
 
 
-COST_AXES = (
-    ("train_seconds", "training seconds of a run"),
-    ("trainable_parameters", "trainable parameters"),
-    ("peak_memory", "peak memory (GB)"),
-)
-"""The fields of `CostRow` against which the score is plotted, each with the title of its axis."""
+def _chosen_runs(runs: pd.DataFrame, best: pd.DataFrame, neighbors: bool) -> pd.DataFrame:
+    """Return the runs at the best rate of each row of `best` and at the next ones, with their role."""
+    import pandas as pd
+
+    parts = [runs.head(0).assign(role="")]
+    by_group = dict(tuple(runs.groupby(["panel", "group"])))
+    for row in best[best["learning_rate"].notna()].to_dict("records"):
+        own = by_group[row["panel"], row["group"]]
+        rates = sorted(own["learning_rate"].unique())
+        place = rates.index(row["learning_rate"])
+        parts.append(own[own["point"] == row["point"]].assign(role="best"))
+        for role, index in (("lower", place - 1), ("higher", place + 1)):
+            if neighbors and 0 <= index < len(rates):
+                parts.append(own[own["learning_rate"] == rates[index]].assign(role=role))
+    return pd.concat(parts).set_index("fingerprint")
 
 
-def axis_values(rows: Sequence[CostRow], field: str) -> list[float]:
-    """Return the values of one field of `COST_AXES`, in the unit of its axis: memory in GB (1e9 bytes)."""
-    scale = 1e-9 if field == "peak_memory" else 1.0
-    return [scale * getattr(row, field) for row in rows]
-
-
-def rows_by_title(rows: Iterable[CostRow]) -> dict[str, list[CostRow]]:
-    """Group the rows that have a score by `CostRow.title`."""
-    grouped: dict[str, list[CostRow]] = defaultdict(list)
-    for row in rows:
-        if row.score.mean is not None:
-            grouped[row.title].append(row)
-    return dict(grouped)
-
-
-def known_axes(rows: Sequence[CostRow]) -> list[tuple[str, str]]:
-    """Return the entries of `COST_AXES` whose values are known for every row."""
-    return [(field, title) for field, title in COST_AXES if all(getattr(row, field) > 0 for row in rows)]
+def _unit(run: pd.Series) -> str:
+    """Return the title of the loss axis; without unit for a task in a user's Python file."""
+    unit = None if str(run["task"]).endswith(FILE_SUFFIX) else _UNITS.get(run["metric"])
+    return f"training loss ({unit})" if unit else "training loss"

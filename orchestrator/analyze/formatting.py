@@ -1,14 +1,22 @@
-"""Formatting of numbers, of score differences in points (1 point = 0.01) and of commands."""
+"""Formatting of numbers, of score differences in points (1 point = 0.01) and of commands.
+
+A missing number is NaN or None, and is shown as "-".
+"""
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-from orchestrator.analyze.intervals import CurveStatistic, Estimate, Interval
-from orchestrator.analyze.panels import Value
 from orchestrator.util import redaction
+
+
+def is_missing(value: float | None) -> bool:
+    """Return whether a number is None or NaN."""
+    return value is None or math.isnan(value)
 
 
 def exact_rate(value: float) -> str:
@@ -17,35 +25,29 @@ def exact_rate(value: float) -> str:
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """Format a number with a fixed number of digits, never as "-0.000"; "-" for None."""
-    return "-" if value is None else f"{round(value, digits) + 0.0:.{digits}f}"
+    """Format a number with a fixed number of digits, never as "-0.000"."""
+    return "-" if value is None or math.isnan(value) else f"{round(value, digits) + 0.0:.{digits}f}"
 
 
-def estimate(value: Estimate) -> str:
-    """Format an estimate with the half-width of its interval, 0.967 ±0.052; without an interval, 0.967."""
-    if value.mean is None or value.interval is None:
-        return number(value.mean)
-    return f"{number(value.mean)} ±{number((value.interval.high - value.interval.low) / 2)}"
-
-
-def figure(value: CurveStatistic | None, digits: int = 2) -> str:
-    """Format a statistic of a curve: 0.42, or ≥0.42 for a lower bound; "-" for None."""
-    return "-" if value is None else f"{'≥' if value.is_lower_bound else ''}{number(value.value, digits)}"
-
-
-def interval(value: Estimate | CurveStatistic | None, digits: int = 3) -> str:
+def interval(low: float, high: float, digits: int = 3) -> str:
     """Format an interval, [0.915, 1.019], with more digits if its ends look equal; empty without one."""
-    if value is None or value.interval is None:
+    if math.isnan(low) or math.isnan(high):
         return ""
-    low, high = (number(end, digits) for end in (value.interval.low, value.interval.high))
-    return interval(value, digits + 1) if low == high and digits < 6 else f"[{low}, {high}]"
+    ends = [number(end, digits) for end in (low, high)]
+    return interval(low, high, digits + 1) if ends[0] == ends[1] and digits < 6 else f"[{', '.join(ends)}]"
 
 
-def settings_text(settings: Mapping[str, Value]) -> str:
+def estimate(row: Mapping[Any, Any], name: str, digits: int = 3) -> str:
+    """Format the column `name` of a row with its interval: 0.967 [0.915, 1.000]."""
+    ends = interval(row[f"{name}_low"], row[f"{name}_high"], digits)
+    return f"{number(row[name], digits)} {ends}".rstrip()
+
+
+def settings_text(settings: Mapping[Any, Any]) -> str:
     """Format the settings in which a variant's points differ, for example "3e-3, rank 8"."""
     return ", ".join(
         rate(v)
-        if k == "learning_rate" and isinstance(v, float)
+        if k == "learning_rate"
         else f"{k.removeprefix('variant_')} {f'{v:.3g}' if isinstance(v, float) else v}"
         for k, v in settings.items()
     )
@@ -73,8 +75,8 @@ def redact_secrets(text: str) -> str:
 
 
 def rate(value: float | None) -> str:
-    """Format a learning rate with at most three significant digits: 3e-4; "-" for None."""
-    if value is None:
+    """Format a learning rate with at most three significant digits: 3e-4."""
+    if value is None or math.isnan(value):
         return "-"
     mantissa, _, exponent = f"{value:.2e}".partition("e")
     return f"{float(mantissa):g}e{int(exponent)}"
@@ -85,17 +87,42 @@ def rates(values: Sequence[float]) -> str:
     return " = ".join(map(rate, values))
 
 
-def points(value: float | None) -> str:
-    """Format a difference of scores in points, with its sign: 0.012 -> "+1.2"; "-" for None."""
-    return "-" if value is None else f"{round(100 * value, 1) + 0.0:+.1f}"
+def points(value: float | None, sign: bool = True) -> str:
+    """Format a difference of scores in points: 0.012 -> "+1.2", or "1.2" without a sign."""
+    if value is None or math.isnan(value):
+        return "-"
+    return f"{round(100 * value, 1) + 0.0:{'+' if sign else ''}.1f}"
 
 
-def points_interval(interval: Interval | None) -> str:
-    """Format the interval of a difference of scores in points: "[-0.4, +2.8]"; empty for None."""
-    return "" if interval is None else f"[{points(interval.low)}, {points(interval.high)}]"
+def points_interval(low: float, high: float, sign: bool = True) -> str:
+    """Format the interval of a difference of scores in points: "[-0.4, +2.8]"; empty without one."""
+    return "" if math.isnan(low) or math.isnan(high) else f"[{points(low, sign)}, {points(high, sign)}]"
 
 
-def percent(share: float) -> str:
-    """Format a share or a confidence level: 95 %, 98.3 %; with more digits if three would give 100 %."""
-    digits = next(n for n in range(3, 18) if n == 17 or share >= 1 or float(f"{100 * share:.{n}g}") < 100)
-    return f"{100 * share:.{digits}g} %"
+def points_estimate(row: Mapping[Any, Any], name: str, sign: bool = False) -> str:
+    """Format the column `name` of a row with its interval in points: 44.5 [43.0, 46.0]."""
+    ends = points_interval(row[f"{name}_low"], row[f"{name}_high"], sign)
+    return f"{points(row[name], sign)} {ends}".rstrip()
+
+
+def count(amount: int, what: str) -> str:
+    """Format a count with its noun, in the plural unless the count is 1."""
+    return f"{amount} {what}{'' if amount == 1 else 's'}"
+
+
+def join(words: Sequence[str]) -> str:
+    """Join words with commas and a last "and"."""
+    return " and ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else "".join(words)
+
+
+def duration(seconds: float) -> str:
+    """Format a duration: 3.4 s, from 2 minutes on 12.5 min, from 2 hours on 3.1 h."""
+    for size, unit in ((3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.1f} s"
+
+
+def memory(size: float) -> str:
+    """Format a number of bytes in gigabytes (1e9 bytes); "-" for 0, which stands for an unknown number."""
+    return f"{size / 1e9:.2f} GB" if size else "-"

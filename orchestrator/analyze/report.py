@@ -1,30 +1,61 @@
-"""The report of a study: `report.html`, `summary.json` and the pictures."""
+"""The report of a study: its files, its description for MLflow, and the memo of what it was made from.
+
+The memo, `<output>/<study>/.report.json`, identifies the inputs of the last report, so that the same report
+is not made again: {"inputs": digest, "files": {name: SHA-256}, "end": digest, "text": what the study
+printed}.
+
+pandas, Altair and what else draws a report are imported when one is written.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from orchestrator.analyze import formatting, panels
-from orchestrator.analyze.report_parts import Picture, ReportData
-from orchestrator.analyze.results import Summary
-from orchestrator.analyze.sections.catalogue import SECTIONS
-from orchestrator.analyze.summary import summarize
-from orchestrator.analyze.task_titles import entitle
+from orchestrator.analyze import formatting
 from orchestrator.record.schema import Record
-from orchestrator.record.study_file import PICTURE_FILES, StudyFile
+from orchestrator.record.store import Store
+from orchestrator.record.study_file import StudyFile, report_files
 from orchestrator.util import atomic_files
+from variants.source_cache import source_digest
 
-SCHEMA_VERSION = 3
+if TYPE_CHECKING:
+    from orchestrator.analyze.render import Section
+    from orchestrator.analyze.results import Results
+
+SCHEMA_VERSION = 4
 """The version of `summary.json`, raised when a field is removed or changes its meaning."""
+MEMO_FILE = ".report.json"
+_PACKAGES = Path(__file__).parents[1], Path(__file__).parents[2] / "variants"
+# The digest is taken when the program is loaded, because its files may change while a study runs.
+_PROGRAM = [source_digest(package) for package in _PACKAGES]
+_LIBRARIES = ("altair", "mlflow", "numpy", "pandas", "scipy", "vl-convert-python")
+"""Libraries that decide the content of a report or of MLflow's runs."""
+_OUTCOME_NUMBERS = {"supported": 1.0, "undecided": 0.0, "refuted": -1.0}
+
+
+class StudyDescription(NamedTuple):
+    """The description and the metrics of a study's own run in MLflow."""
+
+    text: str
+    """The report's tables and verdicts in Markdown, without pictures."""
+    metrics: dict[str, float]
+    """Name -> value. `verdict_1`, `verdict_2` and so on: 1 supported, 0 undecided, -1 refuted; descriptive
+    verdicts have none. For each best point `best_validation_score.<curve>`, `best_test_score.<curve>` and
+    `best_log10_learning_rate.<curve>`; with several panels, the names end in `.<task>`, or in
+    `.<panel>` if they differ in more than the task."""
 
 
 def write_report(
-    study: StudyFile, records: Sequence[Record], folder: Path, tracking_uri: str, store: Path | None = None
-) -> Summary:
+    study: StudyFile, records: Iterable[Record], folder: Path, tracking_uri: str, store: Path | None = None
+) -> tuple[Results, list[Section]]:
     """Analyze a study and write its report: `report.html`, the pictures (PNG and SVG) and `summary.json`.
 
     Args:
@@ -37,48 +68,153 @@ def write_report(
             folder.
 
     Returns:
-        The summary that the report shows.
+        The results, and the sections of the report that shows them.
 
     Raises:
         OSError: The folder cannot be written.
     """
-    # jinja2, matplotlib and plotly are not needed to read a summary.
-    from orchestrator.analyze.page import render_page
-    from orchestrator.analyze.plots import style
+    from orchestrator.analyze import render, sections
+    from orchestrator.analyze.analysis import analyze
 
     study = replace(study, command=formatting.redact_secrets(study.command))
-    records = panels.deduplicate_records(entitle(study, records))
+    results = analyze(study, records)
     uri = formatting.redact_secrets(tracking_uri)
-    data = ReportData(study, summarize(study, records), records, uri, folder.parent, store)
-    pending = len(set(study.configurations) - {record.fingerprint for record in records})
-    files: dict[str, bytes] = {}
-    pictures: dict[str, tuple[Picture, bytes]] = {}
-    for picture in (picture for section in SECTIONS for picture in section.pictures(data)):
-        png, svg = style.render(picture.draw)
-        files |= {f"{picture.name}.png": png, f"{picture.name}.svg": svg}
-        pictures[picture.name] = (picture, png)
-    files["summary.json"] = json.dumps(_summary_to_json(data, pending), indent=1, allow_nan=False).encode()
-    files["report.html"] = render_page(data, pictures, pending).encode()
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        atomic_files.write_atomically(folder / name, content)
-    for name in set(PICTURE_FILES) - set(files):
-        (folder / name).unlink(missing_ok=True)
-    return data.summary
-
-
-def _summary_to_json(data: ReportData, pending: int) -> dict[str, Any]:
-    """Return the content of `summary.json`: the study and all numbers of the report as JSON types, no NaN."""
-    from pydantic import TypeAdapter
-
-    study = data.study
+    made = sections.make_sections(sections.Report(results, uri, folder.parent, store))
+    chips = [f"{n} {label}" for label, n in results.states.items() if n or label == "finished"]
+    chips += [f"{results.missing} pending"] if results.missing else []
+    page = render.to_html(study.name, study.question, sections.setup_line(results), chips, made)
     about = {
         "schema_version": SCHEMA_VERSION,
         "name": study.name,
         "question": study.question,
         "command": study.command,
-        "tracking_uri": data.tracking_uri,
-        "pending": pending,
+        "tracking_uri": uri,
+        "setup": sections.setup_line(results),
+        "pending": results.missing,
     }
-    numbers: dict[str, Any] = TypeAdapter(Summary).dump_python(data.summary, mode="json")
-    return about | numbers
+    summary = json.dumps(about | results.to_json(), indent=1, allow_nan=False)
+    write_files(
+        folder, {**picture_files(made), "summary.json": summary.encode(), "report.html": page.encode()}
+    )
+    return results, made
+
+
+def picture_files(made: Sequence[Section]) -> dict[str, bytes]:
+    """Return file name -> content of the pictures of sections, each as PNG and SVG."""
+    from orchestrator.analyze import chart_style
+
+    files = {}
+    for chart in (section.chart for section in made if section.chart is not None):
+        files[f"{chart.name}.png"] = chart_style.to_png(chart)
+        files[f"{chart.name}.svg"] = chart_style.to_svg(chart).encode()
+    return files
+
+
+def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write the files of a report, and remove pictures of an earlier one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        atomic_files.write_atomically(folder / name, content)
+    for path in report_files(folder):
+        if path.name not in files:
+            path.unlink(missing_ok=True)
+
+
+def describe_study(study: StudyFile, records: Iterable[Record]) -> StudyDescription:
+    """Analyze the records of a study, and describe the result for MLflow."""
+    from orchestrator.analyze import sections
+    from orchestrator.analyze.analysis import analyze
+
+    results = analyze(study, records)
+    return describe(results, sections.make_sections(sections.Report(results)))
+
+
+def describe(results: Results, made: Sequence[Section]) -> StudyDescription:
+    """Describe the result of a study for MLflow by the sections of its report."""
+    from orchestrator.analyze import render
+
+    outcomes = results.verdicts["outcome"]
+    metrics = {
+        f"verdict_{place}": _OUTCOME_NUMBERS[outcome]
+        for place, outcome in enumerate(outcomes, 1)
+        if outcome in _OUTCOME_NUMBERS
+    }
+    panels = results.panels
+    one_each = panels["task"].nunique() == len(panels)
+    task_of = panels.set_index("panel")["task"]
+    is_tuned = results.study.settings.kind == "replicates"
+    for row in () if is_tuned else results.best.to_dict("records"):
+        if math.isnan(row["learning_rate"]) or row["nothing_learned"]:
+            continue
+        panel = task_of[row["panel"]] if one_each else row["panel"]
+        name = f"{row['curve']}.{panel}" if len(panels) > 1 else row["curve"]
+        metrics[f"best_log10_learning_rate.{name}"] = math.log10(row["learning_rate"])
+        for score in ("validation_score", "test_score"):
+            if not math.isnan(row[score]):
+                metrics[f"best_{score}.{name}"] = row[score]
+    return StudyDescription(render.to_markdown(made), metrics)
+
+
+# -- the memo
+
+
+def digest_inputs(study: StudyFile, store: Store, uri: str, folder: Path) -> str:
+    """Return a digest of everything that determines a study's report, the program itself included.
+
+    Args:
+        study: The study.
+        store: The records. Those of other studies count, too, because the Parquet files contain them.
+        uri: MLflow's tracking URI, without secrets.
+        folder: The study's folder.
+    """
+    stamps = sorted(store.stamps())
+    libraries = [version(name) for name in _LIBRARIES]
+    return digest(study, stamps, uri, str(folder), str(store.root), _PROGRAM, libraries)
+
+
+def digest(*values: object) -> str:
+    """Return a digest of values whose `repr` is their content."""
+    return hashlib.sha256(repr(values).encode()).hexdigest()
+
+
+def is_written(folder: Path, inputs: str) -> bool:
+    """Return whether the folder has the report of these inputs, and none of its files has changed."""
+    memo = _read(folder)
+    return memo.get("inputs") == inputs and memo.get("files") == _file_digests(folder)
+
+
+def recall_end(folder: Path, inputs: str, end: str) -> str | None:
+    """Return what the study's command printed at its end; None if something has changed since.
+
+    Args:
+        folder: The study's folder.
+        inputs: The result of `digest_inputs`.
+        end: A digest of everything else that determines what is printed.
+    """
+    memo = _read(folder)
+    return memo.get("text") if memo.get("end") == end and is_written(folder, inputs) else None
+
+
+def remember(folder: Path, inputs: str, end: str = "", text: str = "") -> None:
+    """Record that the folder has the report of these inputs.
+
+    Args:
+        folder: The study's folder.
+        inputs: The result of `digest_inputs`.
+        end: As for `recall_end`.
+        text: What the study's command printed at its end.
+    """
+    memo = {"inputs": inputs, "files": _file_digests(folder), "end": end, "text": text}
+    atomic_files.write_atomically(folder / MEMO_FILE, json.dumps(memo, indent=1).encode())
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    with suppress(OSError, ValueError):
+        memo = json.loads((folder / MEMO_FILE).read_bytes())
+        if isinstance(memo, dict):
+            return memo
+    return {}
+
+
+def _file_digests(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in report_files(folder)}

@@ -1,226 +1,143 @@
-"""The results of the analysis as plain data: runs make points, points curves, curves panels.
+"""The results of a study: every frame from which its report, its verdicts and its exports are made.
 
-Rates are learning rates. Scores are values of the task's metric, for which higher is better. None means that
-the data do not determine the value.
+`analysis.analyze` makes them from records.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
-from orchestrator.analyze.costs import CostRow, TimeUse
-from orchestrator.analyze.curve_shape import BracketStatus
-from orchestrator.analyze.factors.factor_results import FactorStudy
-from orchestrator.analyze.intervals import CurveStatistic, Estimate, Interval
-from orchestrator.analyze.panels import Value
-from orchestrator.analyze.run_labels import RunLabel
-from orchestrator.analyze.tuned.tuned_results import TunedComparison
-from orchestrator.analyze.tuning import SearchResult
-from orchestrator.analyze.verdict import Verdict
-from orchestrator.record.schema import RecordState
+from orchestrator.analyze import costs, runs
+from orchestrator.record.schema import Record
+from orchestrator.record.study_file import StudyFile
+from orchestrator.record.tables import make_curves
 
-REFERENCE_VARIANT = "lora"
-"""The variant that the others are compared with."""
-TOLERANCE = 0.01
-"""Difference from the best score within which a rate counts as good: 0.01 on a metric from 0 to 1."""
+if TYPE_CHECKING:
+    import pandas as pd
 
 
-def is_reference(label: str) -> bool:
-    """Return whether a curve's label is that of a curve of `REFERENCE_VARIANT`."""
-    return label.partition(" ")[0] == REFERENCE_VARIANT
+def _empty() -> pd.DataFrame:
+    import pandas as pd
+
+    return pd.DataFrame()
 
 
 @dataclass(frozen=True)
-class Run:
-    """One seed at one rate. Its scores are None if it was stopped or failed, and the floor if it diverged."""
+class Results:
+    """The results of a study as pandas frames.
 
-    seed: int
-    fingerprint: str
-    state: RecordState
-    validation: float | None
-    test: float | None
-    last_validation: float | None
-    """The last validation score during training, which a stopped run has as well."""
-    untrained_test: float | None
-    """The test score of the untrained base model."""
-    label: RunLabel
-    """The label, see `run_labels.label_runs`."""
-
-
-@dataclass(frozen=True)
-class CurvePoint:
-    """One learning rate of a curve."""
-
-    learning_rate: float
-    validation: Estimate
-    test: Estimate
-    without_diverged: Estimate
-    """The validation score of the seeds that did not diverge."""
-    states: Mapping[str, int]
-    """State -> number of runs."""
-    diverged_share: float | None
-    """The share of diverged runs among those that finished or diverged."""
-    diverged_interval: Interval | None
-    """Wilson's interval of that share."""
-    eligible: bool
-    """True if the rate may be chosen as the best and lies on the curve, see `censored.eligible_points`."""
-    runs: tuple[Run, ...]
-
-    def count_runs(self, label: RunLabel) -> int:
-        """Return how many runs have `label`."""
-        return sum(run.label == label for run in self.runs)
-
-
-@dataclass(frozen=True)
-class Curve:
-    """The curve of one variant on one task and model, with its statistics."""
-
-    variant: str
-    label: str
-    """The variant and `varied`, for example "lora_plus ratio=4"."""
-    varied: Mapping[str, Value]
-    """Columns in which the curve differs from the variant's other curves: column -> value."""
-    points: tuple[CurvePoint, ...]
-    best_rate: float | None
-    """The eligible rate with the highest validation mean, of equal ones the lowest."""
-    best_rates: tuple[float, ...]
-    """All eligible rates with that mean, ascending."""
-    best_validation: Estimate
-    best_test: Estimate
-    best_rates_leave_one_out: tuple[float, ...]
-    """The best rate with each seed left out in turn."""
-    bracketed: BracketStatus | None
-    interpolated_best_rate: CurveStatistic | None
-    """The peak of the parabola through the best rate and its neighbors."""
-    width: CurveStatistic | None
-    """Decades of rate around the best within the tolerance of the best score."""
-    width_90: CurveStatistic | None
-    """Decades of rate around the best that keep 90 % of the way from the floor to the best score."""
-    half_decade_regret: CurveStatistic | None
-    """The mean validation score lost within half a decade of the best rate."""
-    half_decade_covered: float | None
-    """The width in decades of the interval of `half_decade_regret`. It is 1, or less if the grid ends or a
-    censored rate lies within half a decade of the best rate."""
-    regret_at_reference_best: CurveStatistic | None
-    """The validation score lost by training at LoRA's best rate."""
-    regret_at_average_best: CurveStatistic | None
-    """The validation score lost by training at the rate that is best on average over the variants."""
-    cliff: float | None
-    """The first rate above the best where training breaks down, see `curve_shape.cliff_index`."""
-    gain_over_untrained: Estimate
-    """The test score at the best rate minus that of the untrained base, paired by seed."""
-    test_at_common_rate: float | None
-    """The test score at `Panel.common_rate`, interpolated between the rates of the curve."""
-    nothing_learned: bool
-    """True if the curve has scores, but at no rate a better one than the untrained base or a constant answer.
-    `best_rate` is then only the rate to which the statistics refer."""
-
-    @property
-    def named_best_rate(self) -> float | None:
-        """`best_rate`, or None if nothing was learned or both ends of the grid score the same."""
-        return None if self.nothing_learned or self.bracketed == "both edges" else self.best_rate
-
-    def point_at_rate(self, learning_rate: float | None) -> CurvePoint | None:
-        """Return the point at exactly this rate, or None."""
-        return next((p for p in self.points if p.learning_rate == learning_rate), None)
-
-    def count_runs(self, label: RunLabel) -> int:
-        """Return how many runs of the curve have `label`."""
-        return sum(point.count_runs(label) for point in self.points)
-
-
-@dataclass(frozen=True)
-class Spread:
-    """The range of test scores from the worst to the best variant."""
-
-    low: float
-    high: float
-    worst: str
-    """The label of the variant with the lowest score."""
-    best: str
-    """The label of the variant with the highest score."""
-    variants: int
-    """Number of variants with a score."""
-
-    @property
-    def size(self) -> float:
-        """The highest score minus the lowest score."""
-        return self.high - self.low
-
-
-@dataclass(frozen=True)
-class Panel:
-    """The curves of one task and base model, the highest best validation score first.
-
-    The runs of a panel differ only in learning rate, seed, variant and settings that may differ between
-    variants, see `panels.group_into_panels`.
+    Scores are values of the task's metric; higher is better. A missing number is NaN. An interval is a pair
+    of columns that end in `_low` and `_high`, at 95 % confidence. `panel` is the title of a task and base
+    model, with the settings whose values may not be compared. `curve` is a variant, with the settings in
+    which its curves differ. Frames that do not belong to the kind of the study are empty.
     """
 
-    task: str
-    model: str
-    metric: str
-    floor: float
-    """The score of a constant or untrained answer."""
-    varied: Mapping[str, Value]
-    """Columns in which the panel differs from the others of its task and model: column -> value."""
-    curves: tuple[Curve, ...]
-    untrained_validation: float | None
-    """The mean validation score of the untrained base model."""
-    untrained_test: float | None
-    """The mean test score of the untrained base model."""
-    reference: str | None
-    """The label of LoRA's curve."""
-    reference_best_rate: float | None
-    """The best rate of that curve."""
-    average_best_rate: float | None
-    """The rate with the highest mean validation score over the variants."""
-    common_rate: float | None
-    """LoRA's best rate, or else the rate that is best on average."""
-    common_rate_label: str
-    """A phrase that says which of these two rates `common_rate` is."""
-    spread_at_common: Spread | None
-    """The spread at the common rate."""
-    spread_at_best: Spread | None
-    """The spread of the same variants, each at its own best rate."""
+    study: StudyFile
+    records: Sequence[Record] = field(repr=False)
+    """The records, under the names of this study."""
+    runs: pd.DataFrame
+    """One row a configuration with a record: the columns of `records.parquet` and those of
+    `runs.run_frame`, such as panel, curve and label. With `--select published` the validation scores are the
+    test scores, by which the rates are chosen."""
+    points: pd.DataFrame
+    """One row a point: the runs that differ in the seed alone. See `curves.make_points`. The best validation
+    score is first."""
+    best: pd.DataFrame
+    """One row a curve, search or tuning: its best point, which validation chose. Columns: panel, variant,
+    curve, learning_rate, `rates` (all equal best rates as text), both scores with intervals, seeds,
+    `gain` over the untrained base, `nothing_learned`, the numbers of `usable` and `ended` runs, and the
+    `fingerprint` of its best run. For curves the shape: `width` and `width_90` (decades of rate within
+    0.01 of the best score, and with 90 % of the way from the floor to it; `_is_bound` if they are at
+    least that wide), `lost` (validation score lost at the panel's common rate) and `lost_near` (mean
+    within half a decade), `cliff` (the first rate that breaks down), `bracket` (whether the grid brackets
+    the best rate) and `test_at_common_rate`. For searches and tunings: `replicate`, `settings`, `edges`,
+    `points`, `steps` and `max_steps`."""
+    panels: pd.DataFrame
+    """One row a panel: task, model, metric, floor, mean scores of the untrained base, `reference` (the label
+    of LoRA's curve) and `common_rate`, at which the curves are compared."""
+    comparison: pd.DataFrame = field(default_factory=_empty)
+    """Replicated tuning: one row a panel and variant, the baseline first. `difference` of the test score from
+    the baseline's, `outcome`, `counts` (whether the baseline matches or beats it), usable tunings."""
+    tuned: pd.DataFrame = field(default_factory=_empty)
+    """Replicated tuning: one row a panel, with the numbers of variants that the baseline matches or beats."""
+    pooled: pd.DataFrame = field(default_factory=_empty)
+    """Replicated tuning: validation score over learning rate of each variant, from all replicates."""
+    fixed_rate: pd.DataFrame = field(default_factory=_empty)
+    """One row a panel and variant: its `regret` at the baseline's best rate, its differences from the
+    baseline there and at its own best rate, and whether the order is reversed (`reversal`)."""
+    winners: pd.DataFrame = field(default_factory=_empty)
+    """One row a panel and learning rate: the variant with the best mean test score."""
+    factors: pd.DataFrame = field(default_factory=_empty)
+    """Sensitivity: one row a panel, variant and factor. `misset` (A), `retuned` (B), `gain` (C), `off_by_2`
+    and `off_by_half_decade` (D) are defined in `effects`."""
+    claims: pd.DataFrame = field(default_factory=_empty)
+    """Sensitivity: one row a panel and variant, with the test of "the learning rate matters most"."""
+    costs: pd.DataFrame = field(default_factory=_empty)
+    """One row a panel and curve, see `costs.cost_frame`."""
+    verdicts: pd.DataFrame = field(default_factory=_empty)
+    """One row a verdict, the most important first. The columns are the fields of `verdicts.Verdict`."""
+    warnings: Sequence[str] = ()
+    """The limits of what the results show, one line each; faults of the data first."""
+    best_lanes: pd.DataFrame = field(default_factory=_empty)
+    """One row a task, base model and variant: the best point, and its best run, whose adapter is kept. It is
+    chosen as `best` is, over all curves of the variant; with `--select published` by validation scores all
+    the same."""
 
     @property
-    def title(self) -> str:
-        """The task and the model, followed by `varied`: "digits on base (steps=100)"."""
-        return f"{self.task} on {self.model}{self._settings}"
+    def name(self) -> str:
+        """The name of the study."""
+        return self.study.name
+
+    @cached_property
+    def curves(self) -> pd.DataFrame:
+        """One row a configuration and step, with the columns of `curves.parquet`."""
+        return make_curves(self.records).to_pandas()
+
+    @cached_property
+    def missing(self) -> int:
+        """The number of the study's configurations without a record."""
+        return len(set(self.study.configurations) - set(self.runs["fingerprint"]))
 
     @property
-    def scope(self) -> str:
-        """The task, followed by `varied`."""
-        return f"{self.task}{self._settings}"
+    def states(self) -> dict[str, int]:
+        """The number of runs with each label."""
+        counts = self.runs["label"].value_counts()
+        return {label: int(counts.get(label, 0)) for label in runs.LABELS}
 
-    @property
-    def _settings(self) -> str:
-        return f" ({', '.join(f'{k}={v}' for k, v in self.varied.items())})" if self.varied else ""
+    def __repr__(self) -> str:
+        return f"<Results of {self.name}: {len(self.runs)} runs, {len(self.points)} points>"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all numbers of the report as JSON types, with None in place of NaN.
+
+        The frames of `runs` and `curves` are left out; they are in the store's Parquet files.
+        """
+        left_out = ("study", "records", "runs", "warnings", "best_lanes")
+        names = [each.name for each in fields(self) if each.name not in left_out]
+        return {
+            "states": self.states,
+            "warnings": list(self.warnings),
+            "provenance": runs.count_provenance(self.records),
+            "time_use": costs.time_use(self.runs),
+            **{name: frame_rows(getattr(self, name)) for name in names},
+        }
 
 
-@dataclass(frozen=True)
-class Summary:
-    """The results of a study."""
+def frame_rows(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """Return the rows of a frame as JSON objects. Columns that only group rows are left out."""
+    shown = frame.drop(columns=["group", "point"], errors="ignore").astype(object)
+    return [{str(name): _plain(value) for name, value in row.items()} for row in shown.to_dict("records")]
 
-    verdicts: tuple[Verdict, ...]
-    """The verdicts on the study's claims, the most important first."""
-    panels: tuple[Panel, ...]
-    """The panels of a study of curves or factors; empty for other kinds of studies."""
-    states: Mapping[str, int]
-    """Label of a run (see `run_labels`) -> number of runs."""
-    provenance: Mapping[str, Mapping[str, int]]
-    """Column of the provenance -> value -> number of runs with a score."""
-    warnings: tuple[str, ...]
-    """Caveats, one line each."""
-    tolerance: float = TOLERANCE
-    searches: tuple[SearchResult, ...] = ()
-    """The results of a search, one for each task and model."""
-    comparison: TunedComparison | None = None
-    """The comparison with the tuned baseline; None unless the study has replicates."""
-    factor_study: FactorStudy | None = None
-    """The losses due to each hyperparameter; None unless the study varies factors."""
-    costs: tuple[CostRow, ...] = ()
-    """The cost of each variant on each task and model."""
-    time_use: TimeUse | None = None
-    """Where the trainers' time went; None if no record says it."""
+
+def _plain(value: Any) -> Any:
+    """Return a value of a frame as a JSON type."""
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    value = value.item() if hasattr(value, "item") else value
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

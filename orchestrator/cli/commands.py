@@ -25,7 +25,7 @@ class Sync(StoreOptions):
 
     def run(self) -> int:
         """Rebuild the projections and return the exit code."""
-        from orchestrator.analyze.study_description import describe_study
+        from orchestrator.analyze.report import describe_study
         from orchestrator.record.maintenance import sync_projections
         from orchestrator.record.store import Store
 
@@ -61,10 +61,10 @@ class Report(StoreOptions):
 
     def run(self) -> int:
         """Write the report and return the exit code."""
-        from orchestrator.analyze import report_memo
+        from orchestrator.analyze import report
         from orchestrator.record.mlflow import study_uri
         from orchestrator.record.store import Store
-        from orchestrator.record.study_file import find_study, record_look
+        from orchestrator.record.study_file import find_study
         from orchestrator.util.redaction import redact_secrets
 
         store = Store(self.store_folder, create=False)
@@ -73,19 +73,15 @@ class Report(StoreOptions):
         uri = redact_secrets(study_uri(study.tracking_uri, store))
         # The digest is taken before the records are read. A record that is written in between then changes
         # the next digest, so that the report is made again.
-        inputs = report_memo.digest_inputs(study, store, uri, folder)
+        inputs = report.digest_inputs(study, store, uri, folder)
         records = [r for r in map(store.get, study.configurations) if r is not None]
         if not records:
             raise UsageError(
                 f"study {study.name!r}: no record of it in {store.root}; run it: {study.command}"
             )
-        if not report_memo.is_written(folder, inputs):
-            from orchestrator.analyze.report import write_report  # imports scipy and matplotlib
-
-            summary = write_report(study, records, folder, uri, store.root)
-            report_memo.remember(folder, inputs)
-            if summary.comparison is not None and (looked := summary.comparison.look):
-                record_look(study, looked)
+        if not report.is_written(folder, inputs):
+            report.write_report(study, records, folder, uri, store.root)
+            report.remember(folder, inputs)
         print(f"{folder / 'report.html'}: {len(records)} of {len(study.configurations)} configurations")
         return 0
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator.analyze.best_lanes import LaneGoal, ScoredLane, best_lanes, sort_lanes
+from orchestrator.analyze.analysis import find_best_lanes
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile, find_study, read_studies
@@ -63,8 +63,8 @@ def choose_lane(store: Store, output: Path, query: LaneQuery) -> ChosenLane:
     if query.fingerprint:
         record, reason = _find_lane(store, output, study, query), "its fingerprint was given"
     else:
-        lane, reason = _choose_best(study, records, query)
-        record = next(each for each in records if each.fingerprint == lane.fingerprint)
+        fingerprint, reason = _choose_best(study, records, query)
+        record = next(each for each in records if each.fingerprint == fingerprint)
     return ChosenLane(study, record, records, reason)
 
 
@@ -96,38 +96,43 @@ def _find_lane(store: Store, output: Path, study: StudyFile, query: LaneQuery) -
     return study.rename(record)
 
 
-def _choose_best(study: StudyFile, records: Sequence[Record], query: LaneQuery) -> tuple[ScoredLane, str]:
-    """Return the best lane that fits the query, and the reason for the choice as a clause.
+def _choose_best(study: StudyFile, records: Sequence[Record], query: LaneQuery) -> tuple[str, str]:
+    """Return the fingerprint of the best lane that fits the query, and the reason for the choice as a clause.
 
     Raises:
         UsageError: No lane that fits the query has finished, or the query does not fit the study.
     """
-    goals = {LaneGoal.of(record): None for record in records}
-    wanted = _select(study, list(goals), query)
-    best = {goal: lane for goal, lane in best_lanes(study, records).items() if goal in wanted}
+    wanted = _select(study, list(dict.fromkeys(map(_goal, records))), query)
+    lanes = find_best_lanes(study, records).to_dict("records")
+    best = [lane for lane in lanes if (lane["task"], lane["variant"]) in wanted]
     if not best:
-        states = Counter(record.state for record in records if LaneGoal.of(record) in wanted)
+        states = Counter(record.state for record in records if _goal(record) in wanted)
         counts = ", ".join(f"{count} {state}" for state, count in sorted(states.items())) or "no record"
         raise UsageError(
             f"study {study.name!r}: none of these lanes has finished ({counts}); run it: {study.command}"
         )
-    goal, lane = sort_lanes(best)[0]
-    reason, number = f"it is the best {goal.variant}", len({each.variant for each in best})
+    lane, *others = best
+    reason, number = f"it is the best {lane['variant']}", len({each["variant"] for each in best})
     if number > 1:
-        equal = [g.variant for g, each in best.items() if each.mean == lane.mean and g != goal]
+        equal = [each["variant"] for each in others if each["validation_score"] == lane["validation_score"]]
         reason += f", the best of {number} variants" + (f" together with {', '.join(equal)}" if equal else "")
     if len(records) < len(study.configurations):
         reason += f" ({len(records)} of {len(study.configurations)} configurations have ended)"
-    return lane, reason
+    return lane["fingerprint"], reason
 
 
-def _select(study: StudyFile, goals: Sequence[LaneGoal], query: LaneQuery) -> set[LaneGoal]:
-    """Return those of a study's goals that fit --task and --variant.
+def _goal(record: Record) -> tuple[str, str]:
+    """Return the task and the variant of a record."""
+    return record.configuration.task.name, record.configuration.variant.name
+
+
+def _select(study: StudyFile, goals: Sequence[tuple[str, str]], query: LaneQuery) -> set[tuple[str, str]]:
+    """Return those of a study's tasks and variants that fit --task and --variant.
 
     Raises:
         UsageError: The study has no such task or variant, or it has several tasks and the query names none.
     """
-    tasks = sorted({goal.task for goal in goals})
+    tasks = sorted({task for task, _ in goals})
     if query.task is not None and query.task not in tasks:
         raise UsageError(f"--task {query.task!r}: not in study {study.name!r}. {_suggest(query.task, tasks)}")
     if query.task is None and len(tasks) > 1:
@@ -135,15 +140,15 @@ def _select(study: StudyFile, goals: Sequence[LaneGoal], query: LaneQuery) -> se
             f"study {study.name!r} has {len(tasks)} tasks, whose scores cannot be compared; add --task with "
             f"one of {', '.join(tasks)}."
         )
-    goals = [goal for goal in goals if query.task in (None, goal.task)]
+    goals = [goal for goal in goals if query.task in (None, goal[0])]
     if query.variant is None:
         return set(goals)
-    variants, variant = sorted({goal.variant for goal in goals}), canonical_name(query.variant)
+    variants, variant = sorted({own for _, own in goals}), canonical_name(query.variant)
     if variant not in variants:
         raise UsageError(
             f"--variant {query.variant!r}: not in study {study.name!r}. {_suggest(query.variant, variants)}"
         )
-    return {goal for goal in goals if goal.variant == variant}
+    return {goal for goal in goals if goal[1] == variant}
 
 
 def _suggest(value: str, choices: Sequence[str]) -> str:

@@ -15,8 +15,8 @@ from itertools import groupby, pairwise
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from orchestrator.analyze.factors.star_data import find_center
-from orchestrator.analyze.scores import finite_score
+from orchestrator.analyze.effects import find_center
+from orchestrator.analyze.runs import finite
 from orchestrator.finetune.resolve.model_limits import check_attach
 from orchestrator.finetune.resolve.option_names import variant_hyperparameters
 from orchestrator.finetune.resolve.templates import find_settings_error, has_layer_shapes
@@ -156,8 +156,8 @@ def _scores_by_rate(
 ) -> list[list[float]]:
     """Return for each rate the finite validation scores of those seeds that have one."""
     grid = [[find(c.fingerprint) for c in build_grid([template], [rate], seeds)] for rate in rates]
-    scores = [[finite_score(record, "validation") for record in runs if record is not None] for runs in grid]
-    return [[score for score in at_rate if score is not None] for at_rate in scores]
+    scores = [[finite(record.score("validation")) for record in runs if record is not None] for runs in grid]
+    return [[score for score in at_rate if not math.isnan(score)] for at_rate in scores]
 
 
 def _continue_rates(rates: Sequence[float], direction: Literal[-1, 1], limit: float) -> list[float]:

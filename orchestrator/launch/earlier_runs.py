@@ -32,14 +32,10 @@ PLANNED_KINDS = frozenset({"replicates", "factors"})
 def fix_settings(study: Study) -> AnalysisSettings:
     """Return the settings of the analysis, after a check that they agree with earlier runs of the study.
 
-    Without --max-replicates, the planned maximum is that of the study's first run, or the replicates of this
-    command if there is none.
-
     Raises:
-        UsageError: The first run of the study had another kind, selection, margin or planned maximum, or this
-            command has more replicates than planned.
+        UsageError: The first run of the study had another kind, selection or margin.
     """
-    file, replicates = study.file, study.options.replicate_count
+    file = study.file
     settings = study.experiment.settings(study.options)
     before = file.settings if file.configurations else None
     if before is not None and before.kind != settings.kind and {before.kind, settings.kind} & PLANNED_KINDS:
@@ -53,21 +49,13 @@ def fix_settings(study: Study) -> AnalysisSettings:
     variants = dict.fromkeys(template.variant.name for template in study.templates)
     unverified = tuple(name for name in variants if catalogue.traits(name).verified_by is VerifiedBy.NONE)
     found = replace(settings, unverified=unverified)
-    if settings.kind == "replicates" and not settings.max_replicates:
-        found = replace(found, max_replicates=before.max_replicates if before else replicates)
-    for name in ("select", "margin", "max_replicates"):
+    for name in ("select", "margin"):
         option, new, then = flag(name), getattr(found, name), getattr(before or found, name)
         if new != then:
             raise UsageError(
                 f"{option} {new}: study {file.name!r} began with {then}, which is fixed before there are "
                 f"results; take {option} {then}, or another --study."
             )
-    if settings.kind == "replicates" and replicates > found.max_replicates:
-        raise UsageError(
-            f"--replicates {replicates}: study {file.name!r} was planned for at most {found.max_replicates} "
-            f"(--max-replicates), over which its error rate is shared out; take {found.max_replicates}, or "
-            "another --study."
-        )
     return found
 
 

@@ -6,18 +6,17 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import zip_longest
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, RenderableType
 
-from orchestrator.analyze import report_memo
-from orchestrator.analyze.best_lanes import LaneGoal, ScoredLane, best_lanes, rank_lanes, score_lane
+from orchestrator.analyze import report
+from orchestrator.analyze.runs import lane_row
 from orchestrator.execution.progress import RunBudget
 from orchestrator.launch.study import Study
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
-from orchestrator.record.study_file import PICTURES, REPORT_FILES, AnalysisSettings, StudyFile, read_studies
+from orchestrator.record.study_file import AnalysisSettings, StudyFile, read_studies, report_files
 from orchestrator.record.tables import CURVES_FILE, PARQUET_FILE, write_parquet
 from orchestrator.record.tracker import StudyEnd, TrackerWriter, TrackerWriters
 from orchestrator.util import timeouts
@@ -27,7 +26,7 @@ from orchestrator.util.redaction import redact_secrets
 from orchestrator.util.sqlite_uri import sqlite_path
 
 if TYPE_CHECKING:
-    from orchestrator.analyze.study_description import StudyDescription
+    from orchestrator.analyze.report import StudyDescription
 
 _log = logging.getLogger(__name__)
 
@@ -43,14 +42,14 @@ def print_known_end(study: Study) -> bool:
         Whether the text was printed.
     """
     files = _digest_files(study)
-    text = files and report_memo.recall_end(study.folder, _digest_inputs(study), files)
+    text = files and report.recall_end(study.folder, _digest_inputs(study), files)
     print(text or "", end="", file=study.console.file, flush=True)
     return bool(text)
 
 
 def _digest_inputs(study: Study) -> str:
     uri = redact_secrets(study.tracking_uri)
-    return report_memo.digest_inputs(study.file, study.store, uri, study.folder)
+    return report.digest_inputs(study.file, study.store, uri, study.folder)
 
 
 def _digest_files(study: Study) -> str:
@@ -66,7 +65,7 @@ def _digest_files(study: Study) -> str:
     files = [database, root / PARQUET_FILE, root / CURVES_FILE]
     if not all(file.exists() for file in files):
         return ""
-    return report_memo.digest(
+    return report.digest(
         [file.stat().st_mtime_ns for file in files],
         (console.width, console.color_system, console.is_terminal, console.encoding),
         study.options.save_adapters,
@@ -110,8 +109,7 @@ def report_and_close(
     finally:
         interrupted = should_report and budget.is_interrupted
         status = "KILLED" if interrupted else status
-        files = [study.folder / name for name in REPORT_FILES] if should_report else []
-        end = StudyEnd(status, tuple(file for file in files if file.exists()), *description)
+        end = StudyEnd(status, tuple(report_files(study.folder)) if should_report else (), *description)
         writers.close(end, _mlflow_seconds(budget, status))
         others = dict(writers)
         mlflow = others.pop("mlflow")
@@ -126,10 +124,10 @@ def report_and_close(
         raise KeyboardInterrupt
     is_logged = should_report and status == "FINISHED" and mlflow.is_finished and not mlflow.error
     # The command `report` may have replaced the report meanwhile, from fewer records.
-    if is_logged and report_memo.is_written(study.folder, inputs):
+    if is_logged and report.is_written(study.folder, inputs):
         with study.console.capture() as printed:
             _print_lines(study.console, lines)
-        report_memo.remember(study.folder, inputs, _digest_files(study), printed.get())
+        report.remember(study.folder, inputs, _digest_files(study), printed.get())
 
 
 def _print_lines(console: Console, lines: Iterable[RenderableType]) -> None:
@@ -139,9 +137,9 @@ def _print_lines(console: Console, lines: Iterable[RenderableType]) -> None:
 
 def _mlflow_lines(study: Study, writer: TrackerWriter) -> list[RenderableType]:
     """Return the command that opens MLflow on a database, and the address of the ranked table, if any."""
-    from orchestrator.analyze.page import mlflow_ui_command
+    from orchestrator.analyze.sections import mlflow_command
 
-    command = mlflow_ui_command(redact_secrets(study.tracking_uri))
+    command = mlflow_command(redact_secrets(study.tracking_uri))
     labelled = (("MLflow", command), ("" if command else "MLflow", writer.view))
     return [f"{label:8} {where}" for label, where in labelled if where]
 
@@ -173,30 +171,26 @@ def _write_report(
     Args:
         study: The study.
         records: Its records.
-        inputs: The result of `report_memo.digest_inputs` before the records were read.
+        inputs: The result of `report.digest_inputs` before the records were read.
 
     Returns:
         The description of the study in MLflow, and what was printed: the tables, and where the files are.
     """
-    from orchestrator.analyze.report import write_report
-    from orchestrator.analyze.study_description import describe_summary
-    from orchestrator.analyze.table import render_summary
+    from orchestrator.analyze import render
 
     folder = study.folder
     write_parquet(study.store, read_studies(study.options.output).values())
     uri = redact_secrets(study.tracking_uri)
-    summary = write_report(study.file, records, folder, uri, study.store.root)
-    report_memo.remember(folder, inputs)
-    if summary.comparison is not None and (looked := summary.comparison.look):
-        study.file.with_look(looked).write(folder)
-    pictures = [file for name in PICTURES if (file := folder / f"{name}.png").exists()]
+    results, sections = report.write_report(study.file, records, folder, uri, study.store.root)
+    report.remember(folder, inputs)
+    pictures = [file for file in report_files(folder) if file.suffix == ".png"]
     lines: list[tuple[str, object]] = [("Report", folder / "report.html")]
     lines += [("Picture", picture) for picture in pictures[:1]]
     lines += [("Export", study.orchestrator_command(*words)) for words in export_words(study.file, records)]
-    printed: list[RenderableType] = [render_summary(summary)]
+    printed: list[RenderableType] = [render.to_terminal(sections)]
     printed += [f"{what:8} {where}" for what, where in lines]
     _print_lines(study.console, printed)
-    return describe_summary(summary), printed
+    return report.describe(results, sections), printed
 
 
 def export_words(study: StudyFile, records: Sequence[Record]) -> list[list[str]]:
@@ -209,8 +203,10 @@ def export_words(study: StudyFile, records: Sequence[Record]) -> list[list[str]]
     Returns:
         For each task with a finished lane: `export`, the study and, in a study of several tasks, the task.
     """
-    tasks = {LaneGoal.of(study.rename(record)).task for record in records}
-    finished = sorted({goal.task for goal in best_lanes(study, records)})
+    from orchestrator.analyze.analysis import find_best_lanes
+
+    tasks = {study.rename(record).configuration.task.name for record in records}
+    finished = sorted(set(find_best_lanes(study, records)["task"]))
     return [["export", study.name, *(["--task", task] if len(tasks) > 1 else [])] for task in finished]
 
 
@@ -276,8 +272,8 @@ class AdapterKeeper:
     others: Set[str] | None = frozenset()
     """Fingerprints of lanes that other studies list or have trained; their adapters are not removed. None if
     they are not known; no adapter is removed then."""
-    lanes: dict[str, ScoredLane] = field(default_factory=dict)
-    """Fingerprint -> the lane, of all records that were added."""
+    lanes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Fingerprint -> its columns of `runs.lane_row`, of all records that were added."""
 
     def keep_best(self, records: Iterable[Record], most_bytes: int = 0) -> None:
         """Add records, and remove the adapters of all added lanes but the best ones.
@@ -289,16 +285,25 @@ class AdapterKeeper:
         """
         if self.others is None:
             return
-        self.lanes |= {record.fingerprint: score_lane(record, self.settings) for record in records}
+        self.lanes |= {record.fingerprint: lane_row(record, self.settings.kind) for record in records}
         # Trainers write an adapter before its record, so only lanes with a record are judged.
         files = {path.stem: path for path in self.store.best_adapters() if path.stem in self.lanes}
+        sizes = {}
+        for fingerprint, file in files.items():
+            with suppress(OSError):  # the user, or another driver, may have removed it
+                sizes[fingerprint] = file.stat().st_size
+        if sum(sizes.values()) <= most_bytes:
+            return
+        import pandas as pd
+
+        from orchestrator.analyze import curves
+
+        ranked = curves.rank_lanes(curves.make_points(pd.DataFrame(self.lanes.values())))
         kept, total = set(self.others), 0
-        for place, lanes in enumerate(zip_longest(*rank_lanes(self.lanes.values()).values())):
-            for lane in filter(None, lanes):
-                with suppress(KeyError, OSError):  # the user, or another driver, may have removed it
-                    total += files[lane.fingerprint].stat().st_size
-                if place == 0 or total <= most_bytes:
-                    kept.add(lane.fingerprint)
+        for lane in ranked.sort_values(["place", "task", "model", "variant"]).itertuples():
+            total += sizes.get(lane.fingerprint, 0)
+            if lane.place == 0 or total <= most_bytes:
+                kept.add(lane.fingerprint)
         for fingerprint in files.keys() - kept:
             try:
                 files[fingerprint].unlink(missing_ok=True)

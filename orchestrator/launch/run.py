@@ -48,7 +48,7 @@ from orchestrator.util.graceful_interrupts import graceful_interrupts
 from orchestrator.util.redaction import redact_secrets
 
 if TYPE_CHECKING:
-    from orchestrator.analyze.study_frames import StudyFrames
+    from orchestrator.analyze.results import Results
 
 SHORT_LANE_TOKENS = 256
 """Largest number of tokens in a micro-batch of one lane for which a trainer on a CPU has 8 lanes. `letters`,
@@ -68,16 +68,16 @@ class StudyResult:
     plan: Plan | None = None
     """What was printed by --plan."""
 
-    def load(self) -> StudyFrames:
+    def load(self) -> Results:
         """Load the results as pandas frames.
 
         Raises:
             UsageError: The study has no results.
         """
-        from orchestrator.analyze import study_frames
+        from orchestrator.analyze import analysis
 
         options = self.options
-        return study_frames.load(self.folder.name, output=options.output, store=options.store_folder)
+        return analysis.load(self.folder.name, output=options.output, store=options.store_folder)
 
 
 def run_study(experiment: Experiment, options: StudyOptions, command: str = "") -> StudyResult:

@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from orchestrator.record.mlflow import MlflowTracker, check_uri, study_uri
 from orchestrator.record.schema import FINAL_STATES, Record
 from orchestrator.record.store import Store
-from orchestrator.record.study_file import LOCK_FILE, REPORT_FILES, STUDY_FILE, StudyFile, read_studies
+from orchestrator.record.study_file import LOCK_FILE, STUDY_FILE, StudyFile, read_studies, report_files
 from orchestrator.record.tables import write_parquet
 from orchestrator.record.tracker import StudyEnd, describe_error
 from orchestrator.util import atomic_files
@@ -177,6 +177,6 @@ def _sync_study(
                 raise
             refused.append(f"{record.fingerprint[:12]}: {describe_error(error)}")
     status = "FINISHED" if len(records) == len(study.configurations) else "KILLED"
-    report = tuple(file for each in REPORT_FILES if (file := study.folder / each).exists())
+    report = tuple(report_files(study.folder))
     tracker.finish(StudyEnd(status, report, *(describe(study, records) if records else ("", {}))))
     return len(records) - len(refused), refused

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shlex
 from collections.abc import Collection, Iterable
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from filelock import FileLock, Timeout
 from pydantic import Field
 
 from orchestrator.record.schema import Record
@@ -26,11 +25,18 @@ STUDY_FILE = "study.json"
 LOCK_FILE = ".lock"
 """File beside study.json that a running study locks. Only its holder writes study.json."""
 PICTURES = ("factors", "forest", "tuned_curves", "search", "curves", "heatmap", "spread", "training", "costs")
-"""Names of all pictures that a report may have, the most important first. Each picture consists of the files
-NAME.png and NAME.svg beside study.json."""
-PICTURE_FILES = tuple(f"{name}.{ending}" for name in PICTURES for ending in ("png", "svg"))
-REPORT_FILES = ("report.html", *PICTURE_FILES, "summary.json")
-"""All files that a study's report may have."""
+"""Names of the pictures of a report, the most important first. A picture of the first panel consists of the
+files NAME.png and NAME.svg beside study.json, one of the second panel of NAME-2.png and so on."""
+_REPORT_FILE = re.compile(rf"report\.html|summary\.json|({'|'.join(PICTURES)})(-\d+)?\.(png|svg)")
+
+
+def report_files(folder: Path) -> list[Path]:
+    """Return the files of the report in a study's folder, the pictures in the order of `PICTURES`."""
+    found = (
+        [path for path in folder.iterdir() if _REPORT_FILE.fullmatch(path.name)] if folder.is_dir() else []
+    )
+    names = [*PICTURES, "report", "summary"]
+    return sorted(found, key=lambda path: (names.index(re.split(r"[-.]", path.name)[0]), path.name))
 
 
 StudyKind = Literal["curve", "search", "replicates", "factors"]
@@ -55,8 +61,6 @@ class AnalysisSettings:
     select: Literal["validation", "published"] = "validation"
     """The scores that choose the best rate: the validation scores, or, as in the published survey, the test
     scores."""
-    max_replicates: int = 0
-    """The planned maximum of replicates, over which the looks share the error rate; 0 for other kinds."""
     unverified: tuple[str, ...] = ()
     """Variants that were verified against no other implementation and no paper. They get no verdict."""
 
@@ -91,7 +95,7 @@ class StudyFile:
     """The content of study.json. A file with an unknown field is refused."""
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
-    schema_version: Literal[1] = field(default=1, kw_only=True)
+    schema_version: Literal[2] = field(default=2, kw_only=True)
     """Version of the file, to be raised when a field is added, removed or changes its meaning."""
     name: str
     question: str
@@ -105,8 +109,6 @@ class StudyFile:
     tracking_uri: str = ""
     """MLflow's tracking URI, with stars in place of a password; empty for the SQLite file in the store."""
     settings: AnalysisSettings = AnalysisSettings()
-    looks: tuple[int, ...] = ()
-    """Numbers of replicates, ascending, at which the study has shown a verdict."""
     sources: tuple[Source, ...] = ()
     """The base models of the study, and the tasks and variants in users' files."""
     experiment: str = "study"
@@ -179,15 +181,6 @@ class StudyFile:
             self, configurations=tuple(f for f in self.configurations if f in fingerprints), reused=reused
         )
 
-    def with_look(self, replicates: int) -> StudyFile:
-        """Return this study with one more look, at a verdict on `replicates` replicates.
-
-        A number of replicates that is not above all earlier looks adds no look.
-        """
-        if replicates <= max(self.looks, default=0):
-            return self
-        return replace(self, looks=(*self.looks, replicates))
-
     def write(self, folder: Path) -> None:
         """Write study.json in a folder; a reader sees the old file or the new one."""
         folder.mkdir(parents=True, exist_ok=True)
@@ -224,20 +217,6 @@ class StudyFile:
         )
         study = atomic_files.read_json(folder / STUDY_FILE, cls, "a study", remedy)
         return None if study is None else replace(study, folder=folder)
-
-
-def record_look(study: StudyFile, replicates: int) -> None:
-    """Record in study.json that a verdict on this number of replicates was shown (a look).
-
-    Nothing is written if the study is running, because its own report records the look.
-
-    Args:
-        study: The study, whose file is read again.
-        replicates: The number of replicates, as for `StudyFile.with_look`.
-    """
-    with suppress(Timeout), FileLock(study.folder / LOCK_FILE, timeout=0):
-        if (now := StudyFile.read(study.folder)) is not None:
-            now.with_look(replicates).write(study.folder)
 
 
 def read_studies(output: Path) -> dict[str, StudyFile]:

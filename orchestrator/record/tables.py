@@ -91,6 +91,18 @@ def make_tables(
     return _to_table(rows), _concatenate(curves)
 
 
+def make_runs(
+    records: Iterable[Record], studies: Mapping[str, Sequence[str]], titles: Mapping[str, str]
+) -> pa.Table:
+    """Return the first of the tables of `make_tables` alone, which takes less time."""
+    return _to_table([_to_row(record, studies.get(record.fingerprint, ()), titles) for record in records])
+
+
+def make_curves(records: Iterable[Record]) -> pa.Table:
+    """Return the second of the tables of `make_tables` alone."""
+    return _concatenate([_curve_table(record) for record in records])
+
+
 def _to_row(record: Record, studies: Sequence[str], titles: Mapping[str, str]) -> dict[str, Any]:
     """Return a record as a row of the runs; times are in milliseconds since the epoch."""
     task = record.configuration.task

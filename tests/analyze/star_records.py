@@ -5,17 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from configurations import template
 
+from orchestrator.analyze.analysis import analyze
+from orchestrator.analyze.results import Results
 from orchestrator.record.schema import Evaluation, Record
+from orchestrator.record.study_file import AnalysisSettings, StudyFile
 from orchestrator.study.configuration import Configuration
 from orchestrator.study.factors import Factor, factor_levels, load_factors, resweep_rates
 from orchestrator.study.space import apply_values, get_value
 
 RATES = tuple(float(f"{10 ** (k / 4):.3g}") for k in range(-14, -3))  # 3.16e-4 to 1e-1, 4 a decade
 FACTORS = ("alpha", "rank", "batch_size", "dropout", "schedule")
+COMMAND = "python experiments/hyperparameter_sensitivity.py --task letters --factors alpha rank --seeds 5"
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,17 @@ class Surface:
                 optimum -= math.log10(float(value) / float(get_value(default, name) or 1))
         distance = math.log10(configuration.optimizer.learning_rate) - optimum
         return 0.0 if distance > self.cliff else top * math.exp(-((distance / self.width) ** 2))
+
+
+SURFACE = Surface(
+    costs={
+        ("batch_size", 64): 0.15,
+        ("batch_size", 4): 0.05,
+        ("rank", 2): 0.05,
+        ("schedule", "constant"): 0.06,
+    }
+)
+"""The learning rate matters most."""
 
 
 def star_configurations(
@@ -108,3 +124,15 @@ def star_records(
             scores = [min(1.0, max(0.0, truth + run + s)) if truth > 0.02 else 0.0 for s in split]
             records.append(make_record(replace(configuration, seed=seed), *scores))
     return records
+
+
+def star_study(records: Sequence[Record], **settings: Any) -> StudyFile:
+    """Return a sensitivity study that has requested these records in this order."""
+    names = tuple(dict.fromkeys(r.fingerprint for r in records))
+    chosen = AnalysisSettings(kind="factors", **settings)
+    return StudyFile("s", "?", COMMAND, names, settings=chosen, experiment="sensitivity")
+
+
+def analyze_star(records: Sequence[Record], **settings: Any) -> Results:
+    """Analyze a sensitivity study that has all its records."""
+    return analyze(star_study(records, **settings), records)

@@ -11,8 +11,8 @@ from typing import Any
 
 from configurations import template
 
-from orchestrator.analyze.results import Summary
-from orchestrator.analyze.summary import summarize
+from orchestrator.analyze.analysis import analyze
+from orchestrator.analyze.results import Results
 from orchestrator.record.schema import Evaluation, Provenance, Record, RecordState
 from orchestrator.record.study_file import StudyFile
 from orchestrator.study.configuration import LRSchedule
@@ -23,35 +23,17 @@ DIVERGED = (None, None, None)
 
 # The scores of three seeds at each rate, by variant. None stands for a diverged run.
 STUDY: dict[str, Sequence[Sequence[float | None]]] = {
-    "lora": (NOTHING, (0.01,) * 3, (0.22, 0.25, 0.17), (0.96, 0.95, 0.99), NOTHING, DIVERGED, DIVERGED),
-    "rslora": (
-        NOTHING,
-        (0.12, 0.1, 0.09),
-        (0.58, 0.75, 0.68),
-        (0.89, 0.96, 0.26),
-        NOTHING,
-        DIVERGED,
-        DIVERGED,
-    ),
-    "lora-plus": (
-        (0.17, 0.21, 0.12),
-        (0.61, 0.86, 0.66),
-        (0.92, 0.13, 0.52),
-        (0.0, None, 0.0),
-        DIVERGED,
-        DIVERGED,
-        DIVERGED,
-    ),
-    "pissa": (
-        (0.0, 0.0, 0.01),
-        (0.32, 0.29, 0.25),
-        (0.96, 0.96, 1.0),
-        (0.65, 1.0, 0.99),
-        NOTHING,
-        DIVERGED,
-        DIVERGED,
-    ),
-    "hira": (NOTHING, NOTHING, NOTHING, NOTHING, (0.25, 0.35, 0.19), (0.87, 0.99, 1.0), (0.0, 0.0, None)),
+    "lora": [NOTHING, (0.01,) * 3, (0.22, 0.25, 0.17), (0.96, 0.95, 0.99), NOTHING, DIVERGED, DIVERGED],
+    "rslora": [NOTHING, (0.12, 0.1, 0.09), (0.58, 0.75, 0.68), (0.89, 0.96, 0.26), NOTHING, *2 * [DIVERGED]],
+    "lora-plus": [
+        *[(0.17, 0.21, 0.12), (0.61, 0.86, 0.66), (0.92, 0.13, 0.52), (0.0, None, 0.0)],
+        *3 * [DIVERGED],
+    ],
+    "pissa": [
+        *[(0.0, 0.0, 0.01), (0.32, 0.29, 0.25), (0.96, 0.96, 1.0), (0.65, 1.0, 0.99)],
+        *[NOTHING, DIVERGED, DIVERGED],
+    ],
+    "hira": [*4 * [NOTHING], (0.25, 0.35, 0.19), (0.87, 0.99, 1.0), (0.0, 0.0, None)],
 }
 
 
@@ -109,9 +91,9 @@ def record(
     )
 
 
-def summarize_curves(records: Iterable[Record]) -> Summary:
-    """Summarize the records of a grid of learning rates."""
-    return summarize(StudyFile("curves", "", "python experiments/lr_sensitivity.py"), records)
+def analyze_curves(records: Iterable[Record]) -> Results:
+    """Analyze the records of a grid of learning rates."""
+    return analyze(StudyFile("curves", "", "python experiments/lr_sensitivity.py"), records)
 
 
 def study(scores: dict[str, Sequence[Sequence[float | None]]] = STUDY, **more: Any) -> list[Record]:

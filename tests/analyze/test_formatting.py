@@ -14,12 +14,6 @@ def test_rates_are_short_and_exact_rates_read_back_as_the_same_number() -> None:
     assert formatting.number(-1e-9) == "0.000"
 
 
-def test_a_level_just_below_one_is_not_printed_as_100_percent() -> None:
-    levels = (0.95, 0.98333, 0.9995, 0.9997, 0.99999, 1.0, 0.0)
-    expected = ["95 %", "98.3 %", "99.95 %", "99.97 %", "99.999 %", "100 %", "0 %"]
-    assert [formatting.percent(level) for level in levels] == expected
-
-
 def test_a_folded_command_is_one_command_for_a_shell() -> None:
     command = "run --name 'two words' " + " ".join(f"--option-{i}" for i in range(9)) + " " + "x" * 50
     folded = formatting.fold_command(command, 40)

@@ -1,4 +1,4 @@
-"""The report: the page, the pictures beside it and summary.json."""
+"""The report: the page, the pictures beside it, summary.json, and the description for MLflow."""
 
 from __future__ import annotations
 
@@ -13,71 +13,102 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from synthetic import RATES, record, study, summarize_curves
+from synthetic import record, several_tasks, study
 
-from orchestrator.analyze import report
-from orchestrator.analyze.loss_lines import loss_panels
-from orchestrator.analyze.report import write_report
-from orchestrator.analyze.results import Summary
-from orchestrator.analyze.table import render_summary
-from orchestrator.record.schema import Cost, ItemResults, Record, StepMetrics
-from orchestrator.record.study_file import AnalysisSettings, StudyFile
+from orchestrator.analyze import render
+from orchestrator.analyze.report import describe_study, write_report
+from orchestrator.analyze.results import Results
+from orchestrator.record.schema import ItemResults, Record
+from orchestrator.record.study_file import AnalysisSettings, Source, StudyFile
 
-STUDY_FILE = StudyFile(
+STUDY = StudyFile(
     name="lr-sensitivity",
     question="How far apart are the best rates?",
-    command="python experiments/lr_sensitivity.py --dry-run --variants lora pissa "
-    "--learning-rates=1e-3:1e-1:2 --seeds 3",
+    command="python experiments/lr_sensitivity.py --dry-run --variants lora pissa --seeds 3",
 )
 DATABASE = "sqlite:///results/mlflow.db"
+KINDS = ("curve", "search", "replicates")
 
 
-def test_panels_of_one_task_that_differ_in_a_setting_are_told_apart_everywhere() -> None:
-    scores = {
-        50: {"lora": (0.2, 0.5, 0.4), "dora": (0.6, 0.5, 0.3)},
-        100: {"lora": (0.1, 0.7), "dora": (0.8, 0.6)},
-    }
-    records = [
-        replace(made, curve=(StepMetrics(1, 2.0, rate, 1.0),), cost=Cost(float(steps), 1.0))
-        for steps, of_variant in scores.items()
-        for variant, own in of_variant.items()
-        for rate, score in zip(RATES, own, strict=False)
-        for made in [record(variant, rate, 0, score, steps=steps)]
-    ]
-    summary = summarize_curves(records)
-    titles = [panel.title for panel in summary.panels]
-    assert len(set(titles)) == 2
-    assert [panel.title for panel in loss_panels(summary, records)] == titles
-    assert len(set(summary.warnings)) == len(summary.warnings)
-    assert all(any(title in warning for warning in summary.warnings) for title in titles)
-    headings = [verdict.heading for verdict in summary.verdicts]
-    assert len(headings) == len(set(headings)) == 4
-    costs = {(row.title, row.label): (row.train_seconds, row.score.mean) for row in summary.costs}
-    assert costs == {
-        (titles[0], "lora"): (50.0, 0.5),
-        (titles[0], "dora"): (50.0, 0.6),
-        (titles[1], "lora"): (100.0, 0.7),
-        (titles[1], "dora"): (100.0, 0.8),
-    }
+class Page(HTMLParser):
+    """A parsed page: its links, its text, and its scripts and styles."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.links: list[str] = []
+        self.open: list[str] = []
+        self.text = ""
+        self.scripts = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in ("meta", "img", "br", "input"):
+            self.open.append(tag)
+        self.links += [value or "" for name, value in attrs if name in ("src", "href")]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] in ("script", "style"):
+            self.scripts += data
+        else:
+            self.text += data
 
 
-def test_a_number_that_is_no_json_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = summarize_curves(study())
-    monkeypatch.setattr(report, "summarize", lambda *_: replace(whole, tolerance=float("nan")))
-    with pytest.raises(ValueError, match="JSON"):
-        write_report(STUDY_FILE, study(), tmp_path, DATABASE)
+def written(
+    folder: Path, records: list[Record], uri: str = DATABASE, **more: Any
+) -> tuple[Results, Page, dict[str, Any], str]:
+    """Write a report of STUDY with the fields `more`.
+
+    Returns:
+        The results, the page, the content of summary.json, and the text for the terminal.
+    """
+    results, sections = write_report(replace(STUDY, **more), records, folder, uri)
+    page = Page((folder / "report.html").read_text())
+    assert page.open == []
+    console = Console(record=True, width=80, file=io.StringIO(), highlight=False)
+    console.print(render.to_terminal(sections))
+    text = console.export_text()
+    assert all(len(line) <= 80 for line in text.splitlines())
+    return results, page, json.loads((folder / "summary.json").read_text()), text
 
 
-def _intervals(value: Any) -> Iterator[tuple[float, float]]:
-    if isinstance(value, dict):
-        if set(value) == {"low", "high"}:
-            yield value["low"], value["high"]
-        value = list(value.values())
-    for each in value if isinstance(value, list) else ():
-        yield from _intervals(each)
+def test_a_report_is_whole_files_and_nothing_else_and_asks_no_other_host(tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "study"
+    written(folder, several_tasks())
+    (folder / "mine.png").write_bytes(b"a user's own picture")
+    assert (folder / "curves-2.png").exists()
+    results, page, numbers, terminal = written(folder, study())  # this replaces the first report
+    stems = ("curves", "heatmap", "spread")
+    pictures = {f"{stem}.{kind}" for stem in stems for kind in ("png", "svg")}
+    assert {path.name for path in folder.iterdir()} == {"report.html", "summary.json", "mine.png", *pictures}
+    assert [v["answer"] for v in numbers["verdicts"]] == list(results.verdicts["answer"])
+    words = " ".join(page.text.split())
+    assert all(" ".join(answer.split()) in words for answer in results.verdicts["answer"])
+    assert numbers["states"] == {"finished": 63, "collapsed": 13, "diverged": 29, "stopped": 0, "failed": 0}
+    shown = {row["curve"]: row for row in numbers["best"]}
+    assert shown["lora"]["validation_score"] == pytest.approx(2.9 / 3)
+    assert "NaN" not in json.dumps(numbers)
+    elsewhere = {link for link in page.links if not link.startswith(("data:image/", "#"))}
+    assert elsewhere == pictures
+    html = (folder / "report.html").read_text()
+    assert "default-src 'none'" in html, "the browser itself refuses every request"
+    assert not re.search(r"url\((?!#)|@import|<link|<script [^>]*src", html)
+    assert terminal.index("best") < terminal.index("DESCRIPTIVE"), "the table comes before the verdicts"
 
 
-@pytest.mark.parametrize("kind", ["curve", "search", "replicates"])
+def _intervals(numbers: dict[str, Any]) -> Iterator[tuple[float, float]]:
+    for frame in ("best", "points", "comparison"):
+        for row in numbers[frame]:
+            yield from (
+                (row[name], row[f"{name.removesuffix('_low')}_high"])
+                for name in row
+                if name.endswith("_low") and row[name] is not None
+            )
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("has_items", [True, False])
 def test_equal_seeds_do_not_make_a_score_certain(tmp_path: Path, kind: str, has_items: bool) -> None:
     """Two seeds score the same on 109 rows."""
@@ -92,144 +123,98 @@ def test_equal_seeds_do_not_make_a_score_certain(tmp_path: Path, kind: str, has_
         for rate, n in right.items()
         for seed in range(2)
     ]
-    settings = AnalysisSettings(kind=kind)  # type: ignore[arg-type]
     names = tuple(r.fingerprint for r in records)
-    chosen = replace(STUDY_FILE, configurations=names, settings=settings)
-    summary = write_report(chosen, records, tmp_path, DATABASE)
-    console = Console(record=True, width=80, file=io.StringIO(), highlight=False)
-    console.print(render_summary(summary))
-    terminal = console.export_text()
-    page = Page((tmp_path / "report.html").read_text()).text
-    numbers = json.loads((tmp_path / "summary.json").read_text())
+    settings = AnalysisSettings(kind=kind)  # type: ignore[arg-type]
+    results, page, numbers, terminal = written(tmp_path, records, configurations=names, settings=settings)
     assert all(low < high for low, high in _intervals(numbers))
-    for text in (terminal, page):
-        pairs = re.findall(r"\[([+-]?[\d.]+), ([+-]?[\d.]+)\]", text)
+    for shown in (terminal, page.text):
+        pairs = re.findall(r"\[([+-]?[\d.]+), ([+-]?[\d.]+)\]", shown)
         assert all(low != high for low, high in pairs), pairs
     if kind == "curve":
         assert "0.963" in terminal
         assert ("[0.91, 0.99]" in terminal) == has_items
-        assert any("no interval" in warning for warning in summary.warnings) != has_items
-        assert numbers["panels"][0]["curves"][0]["best_rates"] == [1e-3, 3e-3]
+        assert any("no interval" in warning for warning in results.warnings) != has_items
+        assert numbers["best"][0]["rates"] == "1e-3 = 3e-3"
 
 
-class Page(HTMLParser):
-    """A parsed page, with its links, tags, open elements and text."""
-
-    VOID = frozenset({"meta", "img", "br"})
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.links: list[str] = []
-        self.tags: list[str] = []
-        self.open: list[str] = []
-        self.text = ""
-        self.scripts: list[str] = []
-        self.feed(html)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        if tag not in self.VOID:
-            self.open.append(tag)
-        self.links += [v or "" for k, v in attrs if k in ("src", "href")]
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] in ("script", "style"):
-            self.scripts.append(data)
-        else:
-            self.text += data
-
-
-def written(
-    folder: Path, records: list[Record], uri: str = DATABASE, **more: Any
-) -> tuple[Summary, Page, dict[str, Any]]:
-    """Write a report of STUDY_FILE with the fields `more`. Return the summary, the page and summary.json."""
-    summary = write_report(replace(STUDY_FILE, **more), records, folder, uri)
-    page = Page((folder / "report.html").read_text())
-    assert page.open == []
-    return summary, page, json.loads((folder / "summary.json").read_text())
-
-
-@pytest.fixture(scope="module")
-def of_study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Page]:
-    """Write the report of the synthetic study. Return its folder, which no test may change, and the page."""
-    folder = tmp_path_factory.mktemp("report") / "new" / "study"
-    return folder, written(folder, study())[1]
-
-
-def test_the_command_that_exports_names_the_folders_and_has_the_form_of_the_studys_command(
-    tmp_path: Path,
-) -> None:
-    folder = tmp_path / "mine" / "lr-sensitivity"
-    study_file = replace(STUDY_FILE, command="lora-orchestrator study --dry-run", folder=folder)
-    write_report(study_file, [record()], folder, "", tmp_path / "shared")
-    page = Page((folder / "report.html").read_text())
-    folders = f"--output {tmp_path / 'mine'} --store {tmp_path / 'shared'}"
-    assert f"lora-orchestrator export lr-sensitivity {record().fingerprint[:12]} {folders}" in page.text
-
-
-def test_the_command_of_each_rate_trains_its_seeds_in_another_output_and_store(tmp_path: Path) -> None:
+def test_commands_name_the_folders_and_train_again_elsewhere(tmp_path: Path) -> None:
     """With the folders of the study it would train nothing, because the results are known."""
-    folder, seeds = tmp_path / "mine" / "lr-sensitivity", [record(seed=seed) for seed in range(2)]
+    folder, shared = tmp_path / "mine" / "lr-sensitivity", tmp_path / "shared"
+    seeds = [record(seed=seed) for seed in range(2)]
     lanes = " ".join(each.fingerprint[:12] for each in seeds)
+    write_report(replace(STUDY, folder=folder), seeds, folder, "", shared)
+    text = Page((folder / "report.html").read_text()).text
+    assert (
+        f"export lr-sensitivity {seeds[0].fingerprint[:12]} --output {folder.parent} --store {shared}" in text
+    )
     again = f"lora-orchestrator study --config {folder / 'study.yaml'} --only {lanes}"
-    output, other = f" --output {folder.parent}-again", tmp_path / "shared"
-    for store, folders in ((None, output), (other, f"{output} --store {other}-again")):
-        write_report(replace(STUDY_FILE, folder=folder), seeds, folder, "", store)
-        assert f"{again}{folders}" in Page((folder / "report.html").read_text()).text.splitlines()
+    assert f"{again} --output {folder.parent}-again --store {shared}-again" in text
 
 
-def test_a_report_is_four_whole_files_and_nothing_else(of_study: tuple[Path, Page]) -> None:
-    folder, _ = of_study
-    summary, page, numbers = written(folder, study())  # This replaces the first report.
-    pictures = {f"{name}.{kind}" for name in ("curves", "heatmap", "spread") for kind in ("png", "svg")}
-    assert {p.name for p in folder.iterdir()} == {"report.html", "summary.json", *pictures}
-    assert [v["answer"] for v in numbers["verdicts"]] == [v.answer for v in summary.verdicts]
-    assert all(v.answer in page.text for v in summary.verdicts)
-    assert numbers["states"] == {"finished": 63, "collapsed": 13, "diverged": 29, "stopped": 0, "failed": 0}
-    shown = {c["label"]: c for c in numbers["panels"][0]["curves"]}
-    assert shown["lora"]["best_validation"]["mean"] == pytest.approx(2.9 / 3)
-    assert "NaN" not in json.dumps(numbers)
-
-
-def test_the_page_asks_no_other_host(of_study: tuple[Path, Page]) -> None:
-    folder, page = of_study
-    elsewhere = [link for link in page.links if not link.startswith(("data:image/png;base64,", "#"))]
-    assert set(elsewhere) == {p.name for p in folder.glob("*.*g")}
-    text = (folder / "report.html").read_text()
-    assert "default-src 'none'" in text  # The browser itself refuses every request.
-    assert not re.search(r"url\(|@import|<link|<script [^>]*src", text)
-
-
-def test_unfinished_runs_are_listed_with_reason_and_fingerprint_and_no_text_becomes_markup(
-    tmp_path: Path,
-) -> None:
+def test_runs_without_a_result_are_listed_and_no_text_becomes_markup(tmp_path: Path) -> None:
     markup = "<script>alert(1)</script>"
     failed = record(seed=8, validation=None, state="failed", reason=f"out of memory {markup}")
     stopped = record(seed=9, validation=0.1, state="stopped", reason="ASHA at step 30")
-    records = [*study(), failed, stopped]
     missing = tuple(f"{i:064x}" for i in range(12))
     about: dict[str, Any] = {"name": markup, "question": "a & b < c", "configurations": missing}
-    _, page, numbers = written(tmp_path, records, **about)
-    assert "alert(1)" not in " ".join(page.scripts)
-    assert "a & b < c" in page.text
-    for text in (f"out of memory {markup}", "ASHA at step 30", "smoothed training loss", "12 pending"):
+    _, page, numbers, _ = written(tmp_path, [*study(), failed, stopped], **about)
+    assert "alert(1)" not in page.scripts
+    for text in ("a & b < c", f"out of memory {markup}", "ASHA at step 30", "smoothed training loss"):
         assert text in page.text
-    for ended in (failed, stopped):
-        assert ended.fingerprint[:12] in page.text
+    assert "12 pending" in page.text
+    assert all(ended.fingerprint[:12] in page.text for ended in (failed, stopped))
     assert numbers["pending"] == 12
 
 
-def test_a_server_is_linked_without_its_password(tmp_path: Path) -> None:
+def test_a_study_without_a_record_has_a_page(tmp_path: Path) -> None:
+    _, page, numbers, _ = written(tmp_path, [], configurations=("a" * 64,))
+    assert "1 pending" in page.text
+    assert numbers["best"] == numbers["verdicts"] == []
+
+
+def test_no_secret_and_no_script_comes_from_the_address_of_a_server(tmp_path: Path) -> None:
     uri = "https://me:secret@mlflow.example:5000/x"
-    _, page, _ = written(tmp_path, [record()], uri, command=f"run --tracking-uri {uri}")
-    assert "https://mlflow.example:5000/x" in page.links
+    _, page, *_ = written(tmp_path, [record()], uri, command=f"run --tracking-uri {uri}")
+    assert "https://mlflow.example:5000/x" in page.text
     for file in ("report.html", "summary.json"):
         assert "secret" not in (tmp_path / file).read_text()
-
-
-def test_a_tracking_uri_that_is_no_web_address_is_no_link(tmp_path: Path) -> None:
-    _, page, _ = written(tmp_path, [record()], "javascript:alert(1)")
+    _, page, *_ = written(tmp_path, [record()], "javascript:alert(1)")
     assert not any(link.startswith("javascript") for link in page.links)
+
+
+def test_a_fault_of_the_data_is_an_alarm_before_all_other_limits(tmp_path: Path) -> None:
+    leak = "3 rows of the test split are in the training split"
+    task = replace(record().configuration.task, content="c" * 16)
+    own = [replace(r, configuration=replace(r.configuration, task=task)) for r in study()]
+    own = [replace(r, fingerprint=r.configuration.fingerprint) for r in own]
+    source = Source("c" * 16, "mails.py", title="mails by topic", warnings=(leak,))
+    results, page, _, terminal = written(tmp_path, own, sources=(source,))
+    assert results.warnings[0] == f"mails by topic: {leak}"
+    assert leak in page.text
+    assert f"! mails by topic: {leak}" in " ".join(terminal.split())
+
+
+def test_mlflow_gets_the_table_the_verdicts_and_the_best_points_as_metrics() -> None:
+    text, metrics = describe_study(STUDY, study())
+    assert "| lora | 1e-2 |" in text
+    assert text.index("| lora |") < text.index("Descriptive: ")
+    assert metrics["best_log10_learning_rate.lora"] == pytest.approx(-2)
+    assert metrics["best_validation_score.lora"] == pytest.approx(0.967, abs=1e-3)
+    assert metrics["best_test_score.lora"] > 0.9
+    assert not any(name.startswith("verdict") for name in metrics), "a descriptive verdict has no number"
+    several = describe_study(STUDY, several_tasks()).metrics
+    assert "best_test_score.lora.digits" in several
+    two = [record(steps=steps, validation=score) for steps, score in ((60, 0.5), (600, 0.75))]
+    name = "best_validation_score.lora.letters on letters-base (steps_horizon={})"
+    found = describe_study(STUDY, two).metrics
+    assert (found[name.format(60)], found[name.format(600)]) == (0.5, 0.75)
+
+
+def test_no_best_rate_is_named_where_nothing_was_learned(tmp_path: Path) -> None:
+    learned = [record("lora", r, 0, x, floor=0.1) for r, x in ((1e-3, 0.3), (1e-2, 0.9), (1e-1, 0.1))]
+    floor = [record("dora", r, 0, x, floor=0.1) for r, x in ((1e-3, 0.1), (1e-2, 0.05), (1e-1, None))]
+    results, _, _, terminal = written(tmp_path, [*learned, *floor])
+    assert results.best.set_index("curve")["nothing_learned"].to_dict() == {"lora": False, "dora": True}
+    row = next(line for line in terminal.splitlines() if line.startswith("dora "))
+    assert "nothing" in row
+    assert "best_log10_learning_rate.dora" not in describe_study(STUDY, [*learned, *floor]).metrics

@@ -14,7 +14,6 @@ from configurations import shipped
 from hub_folder import small
 from ray.cluster_utils import Cluster
 
-from orchestrator.analyze.published.published_selection import MARK
 from orchestrator.finetune.sources import hub_data
 from orchestrator.finetune.tasks import catalogue
 from orchestrator.study.config import shipped_studies
@@ -73,6 +72,7 @@ def test_a_preset_is_trained_and_reported(
     (report,) = (tmp_path / "out").glob("*/report.html")
     assert report.parent.name.startswith(f"lr_sensitivity-{name}")
     summary = json.loads((report.parent / "summary.json").read_text())
-    assert summary["warnings"][0].startswith(MARK)
+    mark = "Selected on the test set, as published (--select published)."
+    assert summary["warnings"][0].startswith(mark)
     assert {panel["task"] for panel in summary["panels"]} == set(tasks)
-    assert MARK in " ".join(out.split())
+    assert mark in " ".join(out.split())

@@ -50,6 +50,6 @@ def test_the_commands_of_the_quickstart_end_with_a_prediction(tmp_path: Path) ->
     assert "'label': 'billing'" in lines[-1]
     study = tmp_path / "results" / "mails"
     assert "export mails" in (study / "report.html").read_text()
-    panels = json.loads((study / "summary.json").read_text())["panels"]
-    assert {curve["variant"] for curve in panels[0]["curves"]} == {"lora", "dora"}
+    best = json.loads((study / "summary.json").read_text())["best"]
+    assert {curve["variant"] for curve in best} == {"lora", "dora"}
     assert "library_name: peft" in (tmp_path / "my-adapter" / "README.md").read_text()

@@ -55,9 +55,9 @@ def test_arms_are_trained_around_the_best_rate_and_kept(
     folder = output / NAME
     assert {path.name for path in folder.iterdir()} >= {"factors.png", "factors.svg", "report.html"}
     data = json.loads((folder / "summary.json").read_text())
-    (variant,) = data["factor_study"]["tasks"][0]["variants"]
-    assert variant["best_rate"] == 1e-2
-    assert [factor["title"] for factor in variant["factors"]] == ["dropout"]
+    (claim,) = data["claims"]
+    assert claim["best_rate"] == 1e-2
+    assert [factor["title"] for factor in data["factors"]] == ["learning rate", "dropout"]
     assert " ".join(data["verdicts"][0]["answer"].split()) in " ".join(out.split())
 
     assert study.run_here(output, *arguments, script=SCRIPT) == 0

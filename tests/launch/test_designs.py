@@ -14,7 +14,7 @@ from configurations import template
 from orchestrator.experiments.hyperparameter_sensitivity import SensitivityOptions
 from star_records import RATES, Surface, make_record
 
-from orchestrator.analyze.factors.star_data import find_changed_factor
+from orchestrator.analyze.factors import find_changed_factor
 from orchestrator.experiments import load
 from orchestrator.finetune.models.catalogue import UNPREPARED
 from orchestrator.launch.designs import (

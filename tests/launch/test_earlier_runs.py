@@ -21,7 +21,7 @@ from orchestrator.study.options import StudyOptions
 from orchestrator.util.errors import UsageError
 
 NEW = StudyFile("s", "?", "x")
-BEGUN = replace(NEW, configurations=("abc",), settings=AnalysisSettings(kind="replicates", max_replicates=20))
+BEGUN = replace(NEW, configurations=("abc",), settings=AnalysisSettings(kind="replicates"))
 OF_A_CURVE = replace(BEGUN, settings=AnalysisSettings())
 
 
@@ -43,26 +43,20 @@ def curve(store: Store, file: StudyFile, search: Any = "grid") -> Study:
     return replace(study_of([configuration()], store, StudyOptions(search=search)), file=file)
 
 
-def test_the_planned_maximum_is_that_of_the_command_the_study_or_the_replicates(store: Store) -> None:
-    assert fix_settings(tuned(store, NEW)).max_replicates == 10
-    assert fix_settings(tuned(store, NEW, max_replicates=20)).max_replicates == 20
-    assert fix_settings(tuned(store, BEGUN)).max_replicates == 20
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"margin": 0.02}, "--margin 0.02: study 's' began with 0.01"),
-        ({"max_replicates": 30}, "--max-replicates 30: study 's' began with 20"),
-        ({"replicates": 21}, "--replicates 21: study 's' was planned for at most 20"),
+        ({"select": "published"}, "--select published: study 's' began with validation"),
     ],
 )
 def test_what_was_fixed_before_the_results_does_not_change(
-    store: Store, change: dict[str, float], message: str
+    store: Store, change: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UsageError, match=message) as caught:
         fix_settings(tuned(store, BEGUN, **change))
     assert "\n" not in str(caught.value)
+    assert fix_settings(tuned(store, BEGUN, replicates=21)).margin == 0.01, "more replicates may be added"
 
 
 def test_a_study_of_another_kind_is_refused(store: Store) -> None:
@@ -78,7 +72,7 @@ def test_a_comparison_does_not_become_a_grid_or_a_search(store: Store) -> None:
 
 
 def test_configurations_that_an_earlier_command_left_without_a_record_leave_the_study(store: Store) -> None:
-    """They would never end, so that the comparison would have no planned look."""
+    """They would never end, so that no answer would be final."""
     done, now = record("lora", 1e-3), configuration()
     store.put(done)
     file = replace(BEGUN, configurations=(done.fingerprint, "old", now.fingerprint), reused=("old",))

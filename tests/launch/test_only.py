@@ -206,7 +206,7 @@ def test_the_study_keeps_its_kind_its_options_and_its_other_configurations(
         store.put(finished(configuration))
     folder = output / "x"
     listed = (*(c.fingerprint for c in plan.requested), "f" * 64)
-    settings = AnalysisSettings(kind="replicates", max_replicates=2)
+    settings = AnalysisSettings(kind="replicates")
     before = StudyFile("x", "?", "the whole command", listed, settings=settings, experiment="tuned")
     before.write(folder)
     (folder / "study.yaml").write_text("seeds: 2\n")

@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 from synthetic import record
 
-from orchestrator.analyze.best_lanes import best_lanes
-from orchestrator.analyze.page import mlflow_ui_command
-from orchestrator.analyze.summary import summarize
+from orchestrator.analyze.analysis import analyze
+from orchestrator.analyze.sections import mlflow_command
 from orchestrator.launch.reporting import AdapterKeeper, describe_failures, export_words
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store, adapter_file_name
@@ -56,8 +55,8 @@ def test_failures_are_listed_once_for_each_reason() -> None:
 
 def test_mlflow_is_opened_with_one_worker_on_a_database_only() -> None:
     """A busy machine does not start its four workers within their time limit."""
-    assert mlflow_ui_command("sqlite:///a.db") == "mlflow ui --workers 1 --backend-store-uri sqlite:///a.db"
-    assert mlflow_ui_command("http://server:5000") == ""
+    assert mlflow_command("sqlite:///a.db") == "mlflow ui --workers 1 --backend-store-uri sqlite:///a.db"
+    assert mlflow_command("http://server:5000") == ""
 
 
 SIZE = 100
@@ -131,22 +130,17 @@ def test_a_study_ends_with_the_best_run_of_the_best_point(store: Store, order: i
 
 
 def test_the_best_lanes_are_those_of_the_reports_best_rates() -> None:
-    study, own = StudyFile("rates", "", ""), records()
-    best = {lane.fingerprint for lane in best_lanes(study, own).values()}
-    (panel,) = summarize(study, own).panels
-    assert len(best) == len(panel.curves) == 2
-    for curve in panel.curves:
-        point = curve.point_at_rate(curve.best_rate)
-        assert point is not None
-        run = max(point.runs, key=lambda run: run.validation or 0.0)
-        assert run.fingerprint in best
+    found = analyze(StudyFile("rates", "", ""), records())
+    lanes = found.best_lanes.set_index("variant")["fingerprint"].to_dict()
+    assert found.best.set_index("variant")["fingerprint"].to_dict() == lanes
+    assert lanes == {v: record(v, 1e-2, 1, 0.85).fingerprint for v in ("lora", "hira")}
 
 
 def test_every_run_of_a_replicated_study_is_a_point() -> None:
     study = StudyFile("tuned", "", "", settings=AnalysisSettings(kind="replicates"))
     own = [each for each in records() if each.configuration.variant.name == "lora"]
-    (best,) = best_lanes(study, own).values()
-    assert best.fingerprint == record("lora", 1e-1, 1, 0.95).fingerprint
+    (best,) = analyze(study, own).best_lanes["fingerprint"]
+    assert best == record("lora", 1e-1, 1, 0.95).fingerprint
 
 
 def test_an_adapter_of_a_trainer_whose_record_the_driver_has_not_seen_stays(store: Store) -> None:

@@ -14,7 +14,6 @@ import json
 import sys
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -36,17 +35,14 @@ is rounded differently on each type of processor."""
 
 
 def numbers(results: Any) -> dict[str, Any]:
-    """Return the summary of results from `orchestrator.load` in the form of `summary.json`."""
-    return asdict(results.summary)
+    """Return the numbers of results from `orchestrator.load`, as in `summary.json`."""
+    found: dict[str, Any] = results.to_json()
+    return found
 
 
-def _estimate(estimate: Mapping[str, Any] | None) -> list[float | None] | None:
-    """Return [mean, low, high]; low and high are None without an interval."""
-    return None if estimate is None else [estimate["mean"], *_interval(estimate["interval"])]
-
-
-def _interval(interval: Mapping[str, float] | None) -> list[float | None]:
-    return [None, None] if interval is None else [interval["low"], interval["high"]]
+def _estimate(row: Mapping[str, Any], name: str) -> list[float | None]:
+    """Return [mean, low, high] of a column of a row; low and high are None without an interval."""
+    return [row[name], row[f"{name}_low"], row[f"{name}_high"]]
 
 
 def outcomes(summary: Mapping[str, Any]) -> list[str]:
@@ -58,74 +54,72 @@ def best(summary: Mapping[str, Any]) -> dict[str, Any]:
     """Return for each variant its best learning rate, and [mean, low, high] of its scores at this rate."""
     return {
         curve["variant"]: {
-            "best rate": curve["best_rate"],
-            "validation": _estimate(curve["best_validation"]),
-            "test": _estimate(curve["best_test"]),
+            "best rate": curve["learning_rate"],
+            "validation": _estimate(curve, "validation_score"),
+            "test": _estimate(curve, "test_score"),
         }
-        for panel in summary["panels"]
-        for curve in panel["curves"]
+        for curve in summary["best"]
     }
 
 
 def rows(summary: Mapping[str, Any]) -> dict[str, Any]:
     """Return for each variant except LoRA its tuned test score, its difference from LoRA, and the outcome."""
-    (task,) = summary["comparison"]["tasks"]
     return {
         row["variant"]: {
-            "test": _estimate(row["test"]),
-            "difference": [row["difference"], *_interval(row["interval"])],
+            "test": _estimate(row, "test_score"),
+            "difference": _estimate(row, "difference"),
             "outcome": row["outcome"],
             "LoRA matches or beats it": row["counts"],
             "pairs": row["pairs"],
         }
-        for row in task["rows"]
+        for row in summary["comparison"]
         if row["role"] != "baseline"
     }
 
 
 def reversals(summary: Mapping[str, Any]) -> dict[str, bool | None]:
     """Return for each variant whether its order relative to LoRA depends on the learning rate."""
-    (task,) = summary["comparison"]["tasks"]
-    return {row["variant"]: row["reversal"] for row in task["fixed_rate"]["rows"]}
+    return {row["variant"]: row["reversal"] for row in summary["fixed_rate"]}
 
 
 def effects(summary: Mapping[str, Any]) -> dict[str, Any]:
     """Return variant -> factor -> the score lost if the factor is set blindly, and if the rate is retuned."""
-    (task,) = summary["factor_study"]["tasks"]
-    return {
-        variant["variant"]: {
-            factor["name"]: {
-                "set blindly": _estimate(factor["misset"]),
-                "tuned again": _estimate(factor["retuned"]),
-            }
-            for factor in (variant["rate"], *variant["factors"])
+    found: dict[str, Any] = {}
+    for row in summary["factors"]:
+        found.setdefault(row["variant"], {})[row["factor"]] = {
+            "set blindly": _estimate(row, "misset"),
+            "tuned again": _estimate(row, "retuned"),
         }
-        for variant in task["variants"]
-    }
+    return found
 
 
 def _lost(summary: Mapping[str, Any]) -> dict[str, Any]:
     """Return for each variant [value, low, high] of the score that it loses at LoRA's best rate."""
-    (panel,) = summary["panels"]
-    return {
-        c["variant"]: [(lost := c["regret_at_reference_best"])["value"], *_interval(lost["interval"])]
-        for c in panel["curves"]
-    }
+    return {row["variant"]: _estimate(row, "lost") for row in summary["best"]}
 
 
-def _published_task(task: Mapping[str, Any]) -> dict[str, Any]:
-    variants = {v["variant"]: [v["rank"], v["best_score"], v["best_rates"]] for v in task["variants"]}
+def _published_task(summary: Mapping[str, Any], panel: Mapping[str, Any]) -> dict[str, Any]:
+    best, winners, noise = (
+        [row for row in summary[frame] if row["task"] == panel["task"]]
+        for frame in ("best", "winners", "noise")
+    )
+    variants = {v["variant"]: [v["rank"], v["test_score"], _rates(v["rates"])] for v in best}
     return {
         "rank, best score, best rates": variants,
-        "span": [task["span"], task["top_half_span"]],
-        "winners": {f"{each['learning_rate']:g}": sorted(each["winners"]) for each in task["winners"]},
-        "LoRA's rank in repeats": {f"{each['noise']:g}": each["reference_ranks"] for each in task["noise"]},
+        "span": [panel["span"], panel["half_span"]],
+        "winners": {f"{each['learning_rate']:g}": sorted(each["winner"]) for each in winners},
+        "LoRA's rank in repeats": {f"{each['noise']:g}": [each["low"], each["high"]] for each in noise},
     }
+
+
+def _rates(text: str) -> list[float]:
+    """Return the rates in a text like "5e-4 = 1e-3"."""
+    return [float(rate) for rate in text.split(" = ")]
 
 
 def published(summary: Mapping[str, Any]) -> dict[str, Any]:
     """Return for each task of the survey the ranks, spans and winners."""
-    return {task["task"]: _published_task(task) for task in summary["tasks"]}
+    return {panel["task"]: _published_task(summary, panel) for panel in summary["panels"]}
 
 
 def report(name: str, folder: Path) -> dict[str, Any]:

@@ -52,10 +52,6 @@ COMMANDS: dict[str, Case] = {
         "tuned --dry-run --plan --replicates 1000000000",
         "--replicates 1000000000 10000",
     ),
-    "fewer replicates at most than asked for": (
-        "tuned --dry-run --plan --max-replicates 3",
-        "--max-replicates 3 5",
-    ),
     "a tuning over one rate": ("tuned --dry-run --plan --learning-rates 1e-3", "letters 1 rate"),
     "a curve of one rate": ("sensitivity --dry-run --plan --learning-rates 1e-3", "--learning-rates 5"),
     "factors in a search": ("sensitivity --dry-run --plan --search qmc", "--search qmc grid"),

@@ -110,7 +110,7 @@ def test_what_has_no_meaning_beside_a_typed_option_is_left_out(tmp_path: Path) -
         (CurveOptions, "--config published-gsm8k-r128 --set warmup=0.1 --steps 7 --variants lora"),
         (CurveOptions, ""),
         (SensitivityOptions, "--factors rank,alpha --levels 1 --margin 0.02"),
-        (ComparisonOptions, "--replicates 3 --max-replicates 6 --task letters digits --margin 0.02"),
+        (ComparisonOptions, "--replicates 3 --task letters digits --margin 0.02"),
     ],
 )
 def test_the_file_of_a_study_repeats_its_options(

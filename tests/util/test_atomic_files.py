@@ -22,7 +22,7 @@ FULL = OSError(errno.ENOSPC, "full")
 
 def study(folder: Path) -> tuple[Path, Callable[[], object]]:
     folder /= "s"
-    StudyFile("s", "which?", "python x.py", ("a" * 64, "b" * 64), looks=(3,)).write(folder)
+    StudyFile("s", "which?", "python x.py", ("a" * 64, "b" * 64)).write(folder)
     return folder / STUDY_FILE, lambda: StudyFile.read(folder)
 
 

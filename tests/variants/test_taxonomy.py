@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 from peft import PeftType
 
-from orchestrator.analyze.published.published_scores import published_variants
+from orchestrator.analyze.published import published_variants
 from variants import catalogue
 from variants.describe import describe
 from variants.peft_fields import REFUSED_TYPES

@@ -1,0 +1,167 @@
+"""The analysis of a study: from its records to `Results`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.analyze import costs, curves, runs
+from orchestrator.analyze.limits import find_limits
+from orchestrator.analyze.results import Results
+from orchestrator.analyze.verdicts import Verdict, find_verdicts
+from orchestrator.record.schema import Record
+from orchestrator.record.store import Store
+from orchestrator.record.study_file import StudyFile, find_study
+from orchestrator.study.configuration import (
+    BatchConfig,
+    Configuration,
+    LRSchedule,
+    ModelChoice,
+    OptimizerConfig,
+    TaskChoice,
+    VariantChoice,
+)
+from orchestrator.study.names import default_output
+from orchestrator.util.errors import UsageError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def analyze(study: StudyFile, records: Iterable[Record]) -> Results:
+    """Analyze a study.
+
+    Args:
+        study: The study. `study.settings` say how its records are analyzed.
+        records: The records of its configurations, in any order; of several records of one configuration one
+            counts, see `runs.distinct_records`. Without a record, the frames have their columns and no row.
+    """
+    import pandas as pd
+
+    named = [study.rename(record) for record in runs.distinct_records(records)]
+    if not named:
+        return _without_rows(analyze(study, [_failed_record()]))
+    kept = list(map(runs.select_on_test, named)) if study.settings.select == "published" else named
+    frame = runs.run_frame(study, kept)
+    missing = bool(set(study.configurations) - set(frame["fingerprint"]))
+    kind, more = study.settings.kind, {}
+    shown = frame
+    if kind == "factors":
+        from orchestrator.analyze.factors import FactorStudy, find_stars
+
+        order = {fingerprint: i for i, fingerprint in enumerate(study.configurations)}
+        stars = find_stars(sorted(kept, key=lambda r: order.get(r.fingerprint, len(order))))
+        found = FactorStudy(stars, frame, study.settings)
+        more = {"factors": found.factors, "claims": found.claims}
+        if stars:
+            shown = frame[frame["fingerprint"].isin([f for star in stars for f in star.curve])]
+    points = curves.make_points(frame)
+    if kind in ("curve", "factors"):
+        best, panels = curves.best_of_curves(shown, points[points["group"].isin(shown["group"])])
+        if kind == "curve":
+            more = _compare_curves(frame, best, panels)
+        elif not stars:  # no curve has a score
+            best, panels = best.head(0), panels.head(0)
+    else:
+        best, panels = curves.best_of_groups(frame, points)
+    score_of = best.set_index(["panel", "curve"])["test_score"].to_dict()
+    if kind == "replicates":
+        from orchestrator.analyze.comparison import Comparison
+
+        items = {r.fingerprint: own for r in kept if (own := runs.item_results(r, "test")) is not None}
+        compared = Comparison(frame, best, study.settings, items, missing)
+        more = {
+            name: getattr(compared, name)
+            for name in ("comparison", "tuned", "pooled", "fixed_rate", "winners")
+        }
+        if len(compared.comparison):
+            score_of = compared.comparison.set_index(["panel", "variant"])["test_score"].to_dict()
+    points = _with_settings(points, frame).sort_values("validation_score", ascending=False, ignore_index=True)
+    more |= {"costs": costs.cost_frame(shown, score_of), "best_lanes": find_best_lanes(study, named)}
+    results = Results(study, named, frame, points, best, panels, **more)
+    verdicts = pd.DataFrame(map(asdict, find_verdicts(results)), columns=[f.name for f in fields(Verdict)])
+    return replace(results, verdicts=verdicts, warnings=find_limits(results))
+
+
+def find_best_lanes(study: StudyFile, records: Iterable[Record]) -> pd.DataFrame:
+    """Return the best point and the best run of each task, base model and variant of a study.
+
+    Args:
+        study: The study.
+        records: The records of its configurations, as far as they exist.
+    """
+    import pandas as pd
+
+    named = [study.rename(record) for record in runs.distinct_records(records)]
+    # A failed record has columns, and is no lane.
+    rows = [runs.lane_row(record, study.settings.kind) for record in named or [_failed_record()]]
+    return curves.best_lanes(curves.make_points(pd.DataFrame(rows)))
+
+
+def _failed_record() -> Record:
+    """Return a record whose frames have the columns that frames of a study without records have."""
+    own = Configuration(
+        VariantChoice("lora"),
+        TaskChoice("none", "", 1, 1, 1, "none", 0.0),
+        ModelChoice("none", ""),
+        OptimizerConfig(1.0),
+        LRSchedule(1),
+        BatchConfig(1),
+    )
+    return Record(own.fingerprint, own, "failed", 0)
+
+
+def _without_rows(found: Results) -> Results:
+    names = [each.name for each in fields(found) if each.name not in ("study", "records", "warnings")]
+    return replace(found, records=(), warnings=(), **{name: getattr(found, name).head(0) for name in names})
+
+
+def _compare_curves(frame: pd.DataFrame, best: pd.DataFrame, panels: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Return the frames `fixed_rate` and `winners` of a grid."""
+    import pandas as pd
+
+    from orchestrator.analyze.comparison import compare_curves_at_fixed_rate
+
+    parts: Mapping[str, list[Any]] = {"fixed_rate": [], "winners": []}
+    for panel, reference in zip(panels["panel"], panels["reference"], strict=True):
+        own_runs, own_best = (each[each["panel"] == panel] for each in (frame, best))
+        found = compare_curves_at_fixed_rate(own_runs, own_best, reference, curves.TOLERANCE)
+        for rows, part in zip(found, parts.values(), strict=True):
+            part += [{"panel": panel, **row} for row in rows]
+    return {name: pd.DataFrame(rows) for name, rows in parts.items()}
+
+
+def _with_settings(points: pd.DataFrame, frame: pd.DataFrame) -> pd.DataFrame:
+    """Return points with the task, the model and the values of all hyperparameters that the study varies."""
+    varied = [name for name in curves.varied_settings(frame) if name != "learning_rate"]
+    columns = [name for name in dict.fromkeys(["task_title", *varied]) if name not in points]
+    values = frame.drop_duplicates(["panel", "point"]).set_index(["panel", "point"])[columns]
+    return points.join(values, on=["panel", "point"])
+
+
+def load(study: str, *, output: str | Path | None = None, store: str | Path | None = None) -> Results:
+    """Load the results of a study.
+
+    Args:
+        study: The study's name, which is the name of its folder.
+        output: The folder with the studies' folders; by default ORCHESTRATOR_OUTPUT, else `results`.
+        store: The folder of the records; by default `store` in the output folder.
+
+    Returns:
+        The results that exist now. A running study has more results later.
+
+    Raises:
+        UsageError: There is no such study or no such store, or none of the study's configurations has a
+            record.
+    """
+    folder = Path(output) if output is not None else default_output()
+    opened = Store(Path(store) if store is not None else folder / "store", create=False)
+    study_file = find_study(folder, study)
+    found = [record for f in study_file.configurations if (record := opened.get(f)) is not None]
+    if not found:
+        raise UsageError(
+            f"study {study_file.name!r}: no record of it in {opened.root}; run it: {study_file.command}"
+        )
+    return analyze(study_file, found)

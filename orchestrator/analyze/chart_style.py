@@ -1,0 +1,225 @@
+"""The look of the charts: sizes, colors, axes and themes; and the files and the JavaScript made from them.
+
+A specification has no theme. Marks take their colors from named styles and from the color range "category",
+which `theme` defines for a light and for a dark page.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import altair as alt
+import numpy as np
+import pandas as pd
+from altair import TopLevelMixin
+from altair.utils.schemapi import debug_mode
+
+from orchestrator.util.atomic_files import write_atomically
+
+WIDE, PHONE = 1140, 350
+"""Widths of a page in pixels."""
+PADDING = 4
+FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Liberation Sans', 'DejaVu Sans', sans-serif"
+SHAPES = ("circle", "square", "diamond", "triangle-up", "cross", "triangle-right", "triangle-left", "wedge")
+CROSS = "M-.7,-.7L.7,.7M-.7,.7L.7,-.7"
+"""The shape of a diverged run."""
+LIGHT = {"ink": "#1c1e21", "soft": "#5d6470", "paper": "#ffffff", "line": "#e4e7eb", "faint": "#eceef1"}
+DARK = {"ink": "#e6e8eb", "soft": "#9aa3af", "paper": "#15181c", "line": "#2c323a", "faint": "#262b32"}
+_LIGHT_COLORS = ("#0072B2", "#D55E00", "#009E73", "#C266A0", "#B87B00", "#3B9BD9", "#7A6C00")
+_DARK_COLORS = ("#4DA6E8", "#F0834A", "#2DBE93", "#DE9CC0", "#E8AE33", "#A5D8F7", "#C2B23C")
+"""Colors of Okabe and Ito, which differ with any color vision, with a contrast of at least 3 to the page."""
+MAX_COLORS = 1 + len(_LIGHT_COLORS)
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A picture of a report."""
+
+    name: str
+    """Stem of its files NAME.png and NAME.svg."""
+    alt: str
+    """Description for readers who cannot see it."""
+    build: Callable[[int], TopLevelMixin]
+    """Takes the width of the page in pixels and returns the chart without a theme."""
+
+
+def theme(dark: bool) -> dict[str, Any]:
+    """Return the Vega-Lite `config` for a light or a dark page, whose background shows through."""
+    shades, colors = (DARK, _DARK_COLORS) if dark else (LIGHT, _LIGHT_COLORS)
+    ink, soft, paper = shades["ink"], shades["soft"], shades["paper"]
+    axis = {"domain": False, "ticks": False, "labelPadding": 6, "titlePadding": 8, "labelFontSize": 11}
+    texts = {"labelColor": soft, "titleColor": soft, "titleFontWeight": "normal", "titleFontSize": 12}
+    title: dict[str, Any] = {"anchor": "start", "fontSize": 12, "fontWeight": 600, "offset": 8}
+    return {
+        "background": "transparent",
+        "padding": PADDING,
+        "font": FONT,
+        "view": {"stroke": None},
+        "axis": {**axis, **texts, "gridColor": shades["line"], "labelOverlap": "greedy"},
+        "legend": {**texts, "labelFontSize": 11},
+        "title": {**title, "color": ink, "subtitleColor": soft, "subtitleFontSize": 12},
+        "header": {"labelColor": ink, "labelFontWeight": 600, "labelFontSize": 12, "title": None},
+        "range": {"category": [ink, *colors]},
+        "text": {"color": ink, "fontSize": 12},
+        "style": {
+            "ink": {"color": ink, "strokeWidth": 2.5},
+            "halo": {"color": paper, "strokeWidth": 5},
+            "quiet": {"color": soft, "strokeWidth": 1.3},
+            "pale": {"color": soft, "opacity": 0.6, "strokeWidth": 1.3},
+            "soft-text": {"color": soft, "fontSize": 11},
+            "hollow": {"fill": paper},
+            "empty": {"color": shades["faint"]},
+            "band": {"color": soft, "opacity": 0.18},
+        },
+    }
+
+
+@lru_cache(maxsize=128)  # the page and both files are made from one specification
+def specification(chart: Chart, width: int) -> dict[str, Any]:
+    """Return the Vega-Lite JSON of a chart without a theme; its largest part is `datasets`."""
+    with debug_mode(False):  # Altair's own checks take ten times as long as the rest
+        found: dict[str, Any] = chart.build(width - 2 * PADDING).to_dict(validate=False)
+    return found
+
+
+def to_png(chart: Chart) -> bytes:
+    """Return a chart as a PNG of a wide light page with two pixels per unit."""
+    import vl_convert
+
+    return vl_convert.svg_to_png(to_svg(chart), scale=2)
+
+
+@lru_cache(maxsize=128)
+def to_svg(chart: Chart, dark: bool = False) -> str:
+    """Return a chart as an SVG of a wide page."""
+    import vl_convert
+
+    opaque = {"background": (DARK if dark else LIGHT)["paper"], "padding": 16}
+    return vl_convert.vegalite_to_svg(specification(chart, WIDE) | {"config": theme(dark) | opaque})
+
+
+def vega_bundle() -> str:
+    """Return the JavaScript that defines `vega`, `vegaLite` and `vegaEmbed` on a page.
+
+    Making it takes seconds, so each user has a copy in `$XDG_CACHE_HOME/lora-orchestrator` (default:
+    `~/.cache`). A cache that cannot be read or written is not used.
+    """
+    import vl_convert
+
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora-orchestrator"
+    path = cache / f"vega-{version('vl-convert-python')}.js"
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        script = vl_convert.javascript_bundle()  # type: ignore[call-arg]  # its stub lacks the default
+    with suppress(OSError):
+        cache.mkdir(parents=True, exist_ok=True, mode=0o700)
+        write_atomically(path, script.encode())
+    return script
+
+
+def inline(frame: pd.DataFrame) -> alt.InlineData:
+    """Return a frame as rows in the specification, with six significant digits and without missing values."""
+    cells = ({key: _short(cell) for key, cell in row.items()} for row in frame.to_dict("records"))
+    rows = tuple({key: cell for key, cell in row.items() if cell is not None} for row in cells)
+    return alt.InlineData(values=rows)  # no list: Altair copies lists whenever it combines charts
+
+
+def _short(cell: Any) -> Any:
+    if isinstance(cell, list):
+        return [_short(each) for each in cell]
+    if not isinstance(cell, float):
+        return cell
+    return float(f"{cell:.6g}") if math.isfinite(cell) else None
+
+
+def text_width(text: str, size: float = 12) -> float:
+    """Return about the width of a text in pixels, rather too wide than too narrow."""
+    return 0.58 * size * len(text)
+
+
+def draw(mark: str, where: str = "", /, **options: Any) -> alt.Chart:
+    """Return a layer of one mark.
+
+    Args:
+        mark: The type of the mark.
+        where: A Vega expression of the rows that have one; all rows if empty.
+        **options: Its encodings, which are objects of Altair, and other properties of the mark. `data` are
+            rows of its own; without them it has the rows of the chart around it.
+    """
+    data, channels = options.pop("data", alt.Undefined), {"x2", "y2", "text", "detail", "tooltip"}
+    encodings = {k: v for k, v in options.items() if k in channels or isinstance(v, alt.SchemaBase | dict)}
+    chart = alt.Chart(data).transform_filter(where) if where else alt.Chart(data)
+    look = {k: v for k, v in options.items() if k not in encodings}
+    drawn: alt.Chart = getattr(chart, f"mark_{mark}")(**look).encode(**encodings)
+    return drawn
+
+
+def tips(**titles: str) -> list[alt.Tooltip]:
+    """Return a tooltip of columns of text, each with its title."""
+    return [alt.Tooltip(f"{field}:N", title=title) for field, title in titles.items()]
+
+
+def rate_text(rate: float) -> str:
+    """Format a learning rate with at most three significant digits: 3e-4."""
+    mantissa, _, exponent = f"{rate:.2e}".partition("e")
+    return f"{float(mantissa):g}e{int(exponent)}" if exponent else "none"
+
+
+def rate_ticks(rates: Iterable[float], domain: tuple[float, float], width: float) -> list[float]:
+    """Return the learning rates of an axis's labels: those of the study, or decades if they are too many."""
+    most = max(2, min(9, int(width / 52)))
+    low, high = domain
+    inside = sorted({rate for rate in rates if low <= rate <= high})
+    decades = [10.0**n for n in range(math.ceil(math.log10(low)), math.floor(math.log10(high)) + 1)]
+    shown = inside if len(inside) <= most or len(decades) < 2 else decades
+    return shown[:: math.ceil(len(shown) / most) or 1]
+
+
+class Palette(NamedTuple):
+    """The colors and shapes of curves. Above eight curves there are two colors and one shape."""
+
+    curves: list[str]
+    """The reference first, then by name."""
+    hues: dict[str, str]
+    """Curve -> value of the column `hue` of its rows."""
+    color: alt.Color
+    shape: alt.Shape
+    entries: list[tuple[str, str, str, bool]]
+    """The entries of a key: text, shape, hue, whether it is filled. Empty above eight curves."""
+
+
+def palette(curves: Iterable[str], reference: str) -> Palette:
+    """Return the colors and shapes of curves, of which `reference` has the color of the text."""
+    order = sorted(set(curves), key=lambda curve: (curve != reference, curve))
+    is_distinct = len(order) <= MAX_COLORS
+    hues = {c: c if is_distinct else "reference" if c == reference else "other" for c in order}
+    names, shapes = (order, SHAPES) if is_distinct else (["reference", "other"], SHAPES[:1])
+    color = alt.Color("hue:N", scale=alt.Scale(domain=names), legend=None)
+    shape = alt.Shape("curve:N", scale=alt.Scale(domain=order, range=list(shapes)), legend=None)
+    entries = [(curve, look, curve, True) for curve, look in zip(order, shapes, strict=False) if is_distinct]
+    return Palette(order, hues, color, shape, entries)
+
+
+def blend(stops: Sequence[str], share: float) -> tuple[float, float, float]:
+    """Return the red, green and blue (0..255) at a share of a color ramp, as Vega interpolates in RGB."""
+    parts = np.array([[int(stop[i : i + 2], 16) for i in (1, 3, 5)] for stop in stops])
+    red, green, blue = (
+        float(np.interp(share * (len(stops) - 1), range(len(stops)), part)) for part in parts.T
+    )
+    return red, green, blue
+
+
+def luminance(color: Sequence[float]) -> float:
+    """Return the relative luminance (WCAG 2) of a color with parts in 0..255."""
+    parts = [v / 255 for v in color]
+    linear = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]

@@ -1,0 +1,559 @@
+"""Replicated tuning: every variant compared with the tuned baseline, and at fixed learning rates.
+
+Replicate k consists of all runs with seed k. In each replicate validation chooses one run of every variant,
+and the test scores of the chosen runs are compared, paired by replicate. A tuning is usable if its chosen run
+has a test score, neither diverged nor collapsed, and is better than the untrained base.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.analyze import curves, formatting, stats
+from orchestrator.record.study_file import AnalysisSettings
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
+    from numpy.typing import NDArray
+
+CONTROLS = ("full", "head_only")
+"""Full fine-tuning and training of the head alone. They are compared with the baseline, but they are no
+variants of LoRA, so that claims and spans leave them out."""
+ALPHA = 0.05
+"""One minus the simultaneous confidence level of all intervals of a panel, and the error rate of a claim."""
+OUTLYING, MIN_FOR_OUTLIERS = 8.0, 8
+"""An outlier lies so many standard deviations from the median; with fewer replicates there is none."""
+BINS_PER_DECADE = 4
+"""Width of the bins in which the runs of all replicates are averaged to a curve."""
+
+_RUN_COLUMNS = (
+    *("group", "variant", "seed", "fingerprint", "learning_rate", "label", "state", "test_items"),
+    *("validation_score", "test_score", "task_title", "steps_horizon", "task_test_size"),
+)
+"""The columns of runs that the comparison reads."""
+
+
+class Comparison:
+    """The frames of a replicated tuning that `Results` documents."""
+
+    def __init__(
+        self,
+        runs: pd.DataFrame,
+        best: pd.DataFrame,
+        settings: AnalysisSettings,
+        items: Mapping[str, NDArray[np.float64]],
+        missing: bool,
+    ) -> None:
+        """Compare the variants of every panel in which the baseline was tuned.
+
+        Args:
+            runs: The runs, from `run_frame`.
+            best: The chosen run of every tuning, from `best_of_groups`.
+            settings: The baseline, the margin, and the variants without a verdict.
+            items: Fingerprint -> results on each test item, for the runs whose test score is their mean.
+            missing: True if configurations of the study have not ended.
+        """
+        import pandas as pd
+
+        parts: dict[str, list[Any]] = {
+            n: [] for n in ("comparison", "tuned", "pooled", "fixed_rate", "winners")
+        }
+        for panel, own in runs.groupby("panel"):
+            found = _Task(own, best[best["panel"] == panel], settings, items, missing)
+            for name, rows in found.frames().items():
+                parts[name] += [{"panel": panel, **row} for row in rows]
+        self.comparison, self.tuned, self.pooled, self.fixed_rate, self.winners = map(
+            pd.DataFrame, parts.values()
+        )
+
+
+class _Task:
+    """The comparison on one task and base model.
+
+    Attributes:
+        chosen: The chosen run of each whole tuning: the row of `best`, and `is_usable`, `label`,
+        `has_result`. tried: The runs of the whole tunings.
+        names: The variants with a whole tuning, the baseline first.
+    """
+
+    def __init__(
+        self,
+        runs: pd.DataFrame,
+        best: pd.DataFrame,
+        settings: AnalysisSettings,
+        items: Mapping[str, NDArray[np.float64]],
+        missing: bool,
+    ) -> None:
+        self.settings, self.items = settings, items
+        self._tables: dict[str, pd.DataFrame] = {}
+        runs = runs[list(_RUN_COLUMNS)]
+        label = runs.set_index("fingerprint")["label"]
+        results = runs.groupby("group")["label"].agg(lambda labels: (labels != "failed").any())
+        group = runs.drop_duplicates("group").set_index(["variant", "seed"])["group"]
+        keys = list(zip(best["variant"], best["replicate"], strict=True))
+        chosen = best.assign(
+            label=best["point"].map(lambda name: label.get(name, "")),
+            has_result=[bool(results[group[key]]) for key in keys],
+        )
+        usable = chosen["test_score"].notna() & (chosen["label"] == "finished") & ~chosen["nothing_learned"]
+        chosen = chosen.assign(is_usable=usable)
+        # A tuning with fewer runs than others, failed ones included, is incomplete. While configurations are
+        # missing, all tunings of one variant may lack runs.
+        largest = chosen.groupby("variant")["points"].transform("max")
+        whole = chosen["points"] == (chosen["points"].max() if missing else largest)
+        self.chosen = chosen[whole]
+        counts = self.chosen["variant"].value_counts()
+        self.missing = missing or not whole.all() or counts.nunique() > 1
+        self.names = [n for n in (settings.baseline, *sorted(counts.index)) if n in counts]
+        self.names = list(dict.fromkeys(self.names))
+        kept = set(zip(self.chosen["variant"], self.chosen["replicate"], strict=True))
+        is_whole = [key in kept for key in zip(runs["variant"], runs["seed"], strict=True)]
+        self.tried = runs[is_whole].sort_values(["learning_rate", "fingerprint"])
+        self.test = self._by_replicate("test_score").where(
+            self._by_replicate("is_usable").fillna(False).astype(bool)
+        )
+
+    def _by_replicate(self, column: str) -> pd.DataFrame:
+        """Return a column of `chosen` as a frame of replicates x variants."""
+        if column not in self._tables:
+            table = self.chosen.pivot(index="replicate", columns="variant", values=column)
+            self._tables[column] = table.reindex(columns=self.names)
+        return self._tables[column]
+
+    @property
+    def others(self) -> list[str]:
+        """The variants besides the baseline, sorted by name."""
+        return self.names[1:]
+
+    def frames(self) -> dict[str, list[dict[str, Any]]]:
+        """Return the rows of this task by the name of their frame; none without a tuning of the baseline."""
+        base = self.settings.baseline
+        if base not in self.names:
+            return {}
+        at_base = self.test.index.isin(self.chosen.loc[self.chosen["variant"] == base, "replicate"])
+        differences = self.test[self.others].sub(self.test[base], axis=0)[at_base]
+        errors = [self._item_error(name, differences[name]) for name in self.others]
+        found = stats.compare(
+            differences.to_numpy(float), [0.0 if math.isnan(e) else e for e in errors], ALPHA
+        )
+        share_p = [self._share_p(name) for name in self.others]
+        adjusted = stats.holm(share_p)
+        rows = [self._describe(base, "baseline")]
+        for i, name in enumerate(self.others):
+            row = self._describe(name, self._role(name)) | {"usable_p": adjusted[i], "item_error": errors[i]}
+            row |= _difference_fields(found, i, self.settings.margin, len(self.others))
+            row["skewed"] = _outliers(differences[name].dropna(), self.settings.margin)
+            rows.append(_decide_by_share(row, rows[0]))
+        p = stats.not_superior_p(found, self.settings.margin)
+        counted = [row for row in rows if row["role"] == "variant"]
+        task = self._task_fields(counted, errors) | _claim_fields(
+            counted,
+            rows[0],
+            dict(zip(self.others, p, strict=True)),
+            dict(zip(self.others, share_p, strict=True)),
+        )
+        rows[1:] = sorted(rows[1:], key=lambda r: _or_lowest(r["difference"]), reverse=True)
+        pooled = [point for name in self.names for point in self._pooled(name)]
+        fixed, winners = self._fixed_rate({row["variant"] for row in counted})
+        return {
+            "comparison": rows, "tuned": [task], "pooled": pooled, "fixed_rate": fixed, "winners": winners
+        }  # fmt: skip
+
+    def _role(self, name: str) -> str:
+        if name in CONTROLS:
+            return "control"
+        return "unverified" if name in self.settings.unverified else "variant"
+
+    def _item_error(self, name: str, differences: pd.Series) -> float:
+        """Return the standard error over the test items of a variant's mean difference; NaN if unknown.
+
+        All runs of a study are scored on the same items in the same order.
+        """
+        import numpy as np
+
+        point = self._by_replicate("point")
+        pairs = [
+            (self.items.get(point.loc[r, name]), self.items.get(point.loc[r, self.settings.baseline]))
+            for r in differences.dropna().index
+        ]
+        known = [
+            own - base
+            for own, base in pairs
+            if own is not None and base is not None and len(own) == len(base)
+        ]
+        if not known or len(known) < len(pairs) or len({len(each) for each in known}) > 1:
+            return math.nan
+        return stats.item_error(np.array(known))
+
+    def _share_p(self, name: str) -> float:
+        """Return the p value of "variant and baseline are usable equally often", without correction."""
+        pair = [name, self.settings.baseline]
+        known = self._by_replicate("has_result")[pair].eq(True).all(axis=1)
+        own, base = (self._by_replicate("is_usable")[known][each].astype(bool) for each in pair)
+        return stats.paired_share_p(int((own & ~base).sum()), int((base & ~own).sum()))
+
+    def _describe(self, name: str, role: str) -> dict[str, Any]:
+        """Return the fields of a row of `comparison` that describe the tunings of one variant."""
+        own = self.chosen[self.chosen["variant"] == name]
+        runs = self.tried[self.tried["variant"] == name]
+        items = runs.loc[runs["state"] == "finished", "test_items"]
+        # The number of items is that of the whole panel, the smallest of all finished runs.
+        all_items = self.tried.loc[self.tried["state"] == "finished", "test_items"]
+        test = stats.score_interval(
+            self.test[name].dropna().to_list(), int(all_items.min()) if len(items) else 0
+        )
+        ended = own[own["has_result"]]
+        share = stats.wilson(int(ended["is_usable"].sum()), len(ended))
+        ended_runs = runs["label"].isin(["finished", "collapsed", "diverged"])
+        rates = sorted(own["learning_rate"].dropna())
+        ends = dict.fromkeys((formatting.rate(rates[0]), formatting.rate(rates[-1]))) if rates else {}
+        return {
+            "variant": name,
+            "role": role,
+            "replicates": len(own),
+            "test_score": test.mean,
+            "test_score_low": test.low,
+            "test_score_high": test.high,
+            "usable": int(ended["is_usable"].sum()),
+            "tunings": len(ended),
+            "usable_low": share.low,
+            "usable_high": share.high,
+            "usable_runs": int((runs["label"] == "finished").sum()),
+            "ended_runs": int(ended_runs.sum()),
+            "failed_runs": int((runs["label"] == "failed").sum()),
+            "edge_choices": int((own["edges"] != "").sum()),
+            "chosen": " to ".join(ends),
+            "outcome": "undecided",
+            "counts": "not counted",
+            "pairs": 0,
+            **dict.fromkeys(("difference", "difference_low", "difference_high", "seed_error"), math.nan),
+            "replicates_to_decide": math.nan,
+            **self._optimum(name),
+        }
+
+    def _pooled(self, name: str) -> list[dict[str, Any]]:
+        """Return the curve of a variant over the runs of all replicates, averaged in bins of the rate.
+
+        The grids of the replicates are shifted, so that together they are finer than one grid.
+        """
+        import numpy as np
+
+        own = self.tried[(self.tried["variant"] == name) & self.tried["validation_score"].notna()]
+        x = np.log10(own["learning_rate"].to_numpy())
+        bins = np.floor(x * BINS_PER_DECADE + 1e-6)
+        table = (
+            own.assign(x=x)
+            .groupby(bins)
+            .agg(x=("x", "mean"), y=("validation_score", "mean"), n=("x", "size"))
+        )
+        return [
+            {"variant": name, "learning_rate": 10**row.x, "validation_score": row.y, "runs": row.n}
+            for row in table.itertuples()
+        ]
+
+    def _optimum(self, name: str) -> dict[str, Any]:
+        """Return the optimum and the width of the pooled curve; NaN where it does not determine them."""
+        import numpy as np
+
+        pooled = self._pooled(name)
+        nothing = {"best_rate": math.nan, "best_rate_at_edge": False, "width": math.nan}
+        if not pooled:
+            return nothing
+        x = np.log10([p["learning_rate"] for p in pooled])
+        y, n = (np.array([p[key] for p in pooled], dtype=float) for key in ("validation_score", "runs"))
+        peak = stats.find_peak(x, y, n)
+        wide = math.nan
+        if len(x) > 1:
+            best = int(np.argmax(y))
+            reach, is_bound = curves.width(x, y, best, float(y[best]) - self.settings.margin)
+            wide = math.nan if is_bound or reach < np.diff(x).max() - 1e-6 else reach
+        return {"best_rate": 10**peak.log10_rate, "best_rate_at_edge": peak.at_edge, "width": wide}
+
+    def _task_fields(self, counted: Sequence[Mapping[str, Any]], errors: Sequence[float]) -> dict[str, Any]:
+        """Return the fields of a row of `tuned` that describe the comparison as a whole."""
+        first = self.tried.iloc[0]
+        compared = [self.settings.baseline, *(row["variant"] for row in counted)]
+        means = self.test[compared].mean().dropna()
+        return {
+            "task": first["task_title"],
+            "steps": first["steps_horizon"],
+            "test_size": first["task_test_size"],
+            "replicates": int((self.chosen["variant"] == self.settings.baseline).sum()),
+            "points": int(self.chosen["points"].max()),
+            "has_item_error": not any(map(math.isnan, errors)),
+            "missing": self.missing,
+            "counted": len(counted),
+            "span": float(means.max() - means.min()) if len(means) > 1 else math.nan,
+            "expected_span": _noise_span(self.test[compared].dropna(axis=1, how="all").dropna()),
+        }
+
+    def _fixed_rate(self, counted: set[str]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """Compare the baseline and the counted variants at the rate that is best for either.
+
+        Returns:
+            The rows of `fixed_rate` and of `winners`. None if fewer than two replicates have the same rates
+            for all these variants, or if these replicates have different numbers of rates.
+        """
+        import numpy as np
+
+        names = [self.settings.baseline, *sorted(counted)]
+        rates = {key: tuple(own["learning_rate"]) for key, own in self.tried.groupby(["variant", "seed"])}
+        seeds = sorted(self.tried["seed"].unique())
+        shared = [
+            s for s in seeds if len({rates.get((name, s)) for name in names}) == 1 and (names[0], s) in rates
+        ]
+        if len(shared) < 2 or len({len(rates[names[0], s]) for s in shared}) != 1:
+            return [], []
+        scores, chosen = {}, {}
+        point = self._by_replicate("point")
+        for name in names:
+            own = self.tried[self.tried["variant"] == name]
+            by_seed = [own[own["seed"] == seed] for seed in shared]
+            scores[name] = np.array([each["test_score"].to_numpy(float) for each in by_seed])
+            places = [
+                np.flatnonzero(each["fingerprint"] == point.loc[s, name])
+                for s, each in zip(shared, by_seed, strict=True)
+            ]
+            chosen[name] = np.array([int(p[0]) if len(p) else -1 for p in places])
+        centers = np.exp(np.log(np.array([rates[names[0], s] for s in shared])).mean(axis=0))
+        return compare_at_fixed_rate(centers, scores, chosen, self.settings.baseline, self.settings.margin)
+
+
+def _or_lowest(value: float) -> float:
+    return -math.inf if math.isnan(value) else value
+
+
+def _difference_fields(found: stats.Comparison, i: int, margin: float, comparisons: int) -> dict[str, Any]:
+    """Return the fields of a row of `comparison` that come from the interval in column `i`."""
+    low, high, mean = float(found.low[i]), float(found.high[i]), float(found.mean[i])
+    outcome, counts = stats.classify(low, high, margin), stats.counts_for_baseline(low, high, margin)
+    fields: dict[str, Any] = {
+        "pairs": int(found.n[i]),
+        "difference": mean,
+        "difference_low": low,
+        "difference_high": high,
+        "outcome": outcome,
+        "counts": counts,
+    }
+    if math.isnan(low):
+        return fields
+    std, error = float(found.std[i]), float(found.error[i])
+    fields["seed_error"] = std / math.sqrt(found.n[i])
+    if outcome == "undecided" or counts == "open":
+        of_items = math.sqrt(max(0.0, error**2 - fields["seed_error"] ** 2))
+        needed = stats.replicates_to_decide(std, margin, comparisons, of_items)
+        fields["replicates_to_decide"] = math.nan if needed is None else needed
+    return fields
+
+
+def _decide_by_share(row: dict[str, Any], baseline: Mapping[str, Any]) -> dict[str, Any]:
+    """Correct `outcome` and `counts` of a row where the shares of usable tunings differ significantly.
+
+    If the baseline is usable less often, it does not match the variant, whatever the scores are. Without an
+    interval of the difference, the shares determine both. Controls and unverified variants never count.
+    """
+    if row["role"] != "variant":
+        row["counts"] = "not counted"
+    if not (row["tunings"] and baseline["tunings"]) or not row["usable_p"] <= ALPHA:
+        return row
+    is_worse = row["usable"] / row["tunings"] < baseline["usable"] / baseline["tunings"]
+    has_interval = not math.isnan(row["difference_low"])
+    if not has_interval:
+        row["outcome"] = "worse" if is_worse else "better"
+    if row["counts"] != "not counted" and not (is_worse and has_interval):
+        row["counts"] = "yes" if is_worse else "no"
+    return row
+
+
+def _claim_fields(
+    counted: Sequence[Mapping[str, Any]],
+    baseline: Mapping[str, Any],
+    p_not_superior: Mapping[str, float],
+    share_p: Mapping[str, float],
+) -> dict[str, Any]:
+    """Return how many counted variants the baseline matches or beats, and how many are better than it.
+
+    Both are lower 95 % confidence bounds: the number of hypotheses that Holm's procedure rejects. `p_claim`
+    is the p value of "the baseline is not inferior to more than half of them", and `p_against` that of "at
+    least half of them are better".
+    """
+    import numpy as np
+
+    holds, beaten = [], []
+    for row in counted:
+        p = p_not_superior[row["variant"]]
+        p_holds, p_beaten = (1.0, 1.0) if math.isnan(row["difference_low"]) else (p, 1.0 - p)
+        if row["usable_p"] <= ALPHA:  # the shares differ, see `_decide_by_share`
+            if row["usable"] * baseline["tunings"] >= baseline["usable"] * row["tunings"]:
+                p_holds, p_beaten = 1.0, min(p_beaten, share_p[row["variant"]])
+            elif math.isnan(row["difference_low"]):
+                p_holds = share_p[row["variant"]]
+        holds.append(p_holds)
+        beaten.append(p_beaten)
+    half = len(holds) // 2
+    return {
+        "holds_at_least": stats.count_shown(np.array(holds), ALPHA),
+        "beaten_at_least": stats.count_shown(np.array(beaten), ALPHA),
+        "p_claim": float(np.sort(stats.holm(np.array(holds)))[half]) if holds else 1.0,
+        "p_against": float(np.sort(stats.holm(np.array(beaten)))[(len(holds) - 1) // 2]) if holds else 1.0,
+    }
+
+
+def _outliers(differences: pd.Series, margin: float) -> list[tuple[int, float]]:
+    """Return the replicates whose difference from the baseline lies far from the others.
+
+    It is farther from the median of the others than the margin and `OUTLYING` standard deviations, which are
+    estimated as 1.4826 times the median absolute deviation. With fewer than `MIN_FOR_OUTLIERS` replicates
+    none is returned, because normal noise would exceed these limits too often.
+    """
+    found = []
+    for replicate, value in differences.items() if len(differences) >= MIN_FOR_OUTLIERS else ():
+        others = differences.drop(replicate)
+        spread = 1.4826 * (others - others.median()).abs().median()
+        if abs(value - others.median()) > max(margin, OUTLYING * spread):
+            found.append((int(str(replicate)), float(value)))
+    return found
+
+
+def _noise_span(test: pd.DataFrame) -> float:
+    """Return the expected span of the mean test scores if all variants have the same true score.
+
+    Noise that is common to all V variants of a replicate does not change the span. So each replicate's mean
+    over variants is subtracted before the standard errors are computed, and the variances are multiplied by
+    V / (V - 1), because the subtraction removes 1 / V of them.
+
+    Args:
+        test: Test scores of replicates x variants, without a missing one.
+
+    Returns:
+        The span; NaN with fewer than two variants or two replicates.
+    """
+    import numpy as np
+
+    n, count = test.shape
+    if n < 2 or count < 2:
+        return math.nan
+    residuals = test.to_numpy(float) - test.to_numpy(float).mean(axis=0)
+    residuals -= residuals.mean(axis=1, keepdims=True)
+    variance = (residuals**2).sum(axis=0) / (n - 1) * count / (count - 1)
+    return stats.expected_span(np.sqrt(variance / n))
+
+
+# -- claim 3: at one fixed learning rate the winner is an artefact of the rate
+
+
+def compare_at_fixed_rate(
+    rates: Sequence[float] | NDArray[np.float64],
+    scores: Mapping[str, NDArray[np.float64]],
+    chosen: Mapping[str, NDArray[np.int64]],
+    baseline: str,
+    margin: float,
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Compare each variant with the baseline at the rate that is best for either.
+
+    In each replicate there are two rates: the baseline's choice and the variant's own choice. The order is
+    reversed if the variant loses by more than the margin at one of them and wins by more than the margin at
+    the other. The scores of diverged and collapsed runs count as they are, because a user of one fixed rate
+    gets them. All intervals are simultaneous.
+
+    Args:
+        rates: The learning rates, ascending; geometric means over replicates if their grids are shifted.
+        scores: Variant -> test scores, shape (replicates, rates), NaN if missing.
+        chosen: Variant -> index of the rate that validation chose in each replicate; -1 for none.
+        baseline: The variant that the others are compared with.
+        margin: The smallest difference that matters.
+
+    Returns:
+        The rows of `fixed_rate`, the largest regret first, and of `winners`, the best variant at each rate. A
+        rate has no winner where the baseline has no score or all variants have the same mean.
+    """
+    import numpy as np
+
+    others = [name for name in scores if name != baseline]
+    if not others:
+        return [], []
+
+    def at(name: str, whose: str) -> NDArray[np.float64]:
+        index = chosen[whose]
+        return np.where(index >= 0, scores[name][np.arange(len(index)), np.maximum(index, 0)], np.nan)
+
+    regrets = [at(name, name) - at(name, baseline) for name in others]
+    at_base = [at(name, baseline) - at(baseline, baseline) for name in others]
+    at_own = [at(name, name) - at(baseline, name) for name in others]
+    found = stats.compare(np.array([*regrets, *at_base, *at_own]).T, alpha=ALPHA)
+    rows = []
+    for i, name in enumerate(others):
+        row: dict[str, Any] = {"variant": name}
+        for k, field in enumerate(("regret", "at_baseline_rate", "at_own_rate")):
+            column = i + k * len(others)
+            row |= {field: float(found.mean[column]), f"{field}_low": float(found.low[column])}
+            row[f"{field}_high"] = float(found.high[column])
+        if np.isfinite([row["regret"], row["at_baseline_rate"], row["at_own_rate"]]).all():
+            rows.append(row | {"reversal": _is_reversed(row, margin)})
+    rows.sort(key=lambda row: (-row["regret"], row["variant"]))
+    return rows, _winners(rates, scores, baseline) if rows else []
+
+
+def _is_reversed(row: Mapping[str, Any], margin: float) -> bool | None:
+    """Return whether the order is reversed; None if the intervals leave it open."""
+    ends = [(row[f"{field}_low"], row[f"{field}_high"]) for field in ("at_baseline_rate", "at_own_rate")]
+    if any(math.isnan(end) for pair in ends for end in pair):
+        return None
+    pairs = [(ends[0], ends[1]), (ends[1], ends[0])]
+    if any(loses[1] < -margin and wins[0] > margin for loses, wins in pairs):
+        return True
+    may_be = any(loses[0] <= -margin and wins[1] >= margin for loses, wins in pairs)
+    return None if may_be else False
+
+
+def _winners(
+    rates: Sequence[float] | NDArray[np.float64], scores: Mapping[str, NDArray[np.float64]], baseline: str
+) -> list[dict[str, Any]]:
+    """Return the variant with the highest mean test score at each rate; the baseline wins a tie."""
+    import numpy as np
+
+    winners = []
+    for i, rate in enumerate(rates):
+        known = {name: own[:, i] for name, own in scores.items() if np.isfinite(own[:, i]).any()}
+        means = {name: float(np.nanmean(column)) for name, column in known.items()}
+        if baseline in means and len(set(means.values())) > 1:
+            best = max(means, key=lambda name: (means[name], name == baseline))
+            row = {"learning_rate": float(rate), "winner": best, "score": means[best]}
+            winners.append(row | {"baseline_score": means[baseline]})
+    return winners
+
+
+def compare_curves_at_fixed_rate(
+    runs: pd.DataFrame, best: pd.DataFrame, reference: str, margin: float
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Compare the curves of one panel of a grid at fixed rates, paired by seed.
+
+    Controls, and curves on which nothing was learned, are left out.
+
+    Returns:
+        As for `compare_at_fixed_rate`. Nothing if LoRA's curve or a second one is missing, or if the curves
+        do not share two rates and the best rate of each.
+    """
+    import numpy as np
+
+    is_compared = best["learning_rate"].notna() & ~best["nothing_learned"] & ~best["variant"].isin(CONTROLS)
+    rate_of = best[is_compared].set_index("curve")["learning_rate"]
+    if reference not in rate_of or len(rate_of) < 2:
+        return [], []
+    own = runs[runs["curve"].isin(rate_of.index)]
+    tables = {
+        str(name): t.pivot(index="seed", columns="learning_rate", values="test_score")
+        for name, t in own.groupby("curve")
+    }
+    rates = sorted(set.intersection(*(set(table.columns) for table in tables.values())))
+    if len(rates) < 2 or not set(rate_of) <= set(rates):
+        return [], []
+    seeds = sorted(own["seed"].unique())
+    scores = {
+        name: table.reindex(index=seeds, columns=rates).to_numpy(float) for name, table in tables.items()
+    }
+    chosen = {name: np.full(len(seeds), rates.index(rate_of[name])) for name in tables}
+    return compare_at_fixed_rate(rates, scores, chosen, reference, margin)

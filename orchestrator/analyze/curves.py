@@ -1,0 +1,631 @@
+"""Points and best points: of every curve, search and tuning of a study, from its frame of runs.
+
+A point is the set of runs that differ in the seed alone. Validation chooses the best point of a group; no
+choice depends on a test score. A diverged run counts as the floor, and a failed run is missing. A run that
+was stopped early is censored, see `choosable`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.analyze import formatting, stats
+from orchestrator.analyze.runs import LABELS, SCORE_EPSILON
+from orchestrator.study.configuration import COLUMNS
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
+    from numpy.typing import NDArray
+
+Row = Mapping[Any, Any]
+"""A row of a frame."""
+_RUN_COLUMNS = (
+    *("panel", "group", "point", "variant", "curve", "task_title", "model", "seed", "state", "label"),
+    *("learning_rate", "base_score", "test_score", "untrained_test_score", "test_items"),
+    *("steps", "steps_horizon", "started"),
+)
+"""The columns of runs that a row of `best` is made from."""
+EDGE_FRACTION = 0.05
+"""A value lies at an edge if its distance from an end is at most this share of the range of tried values."""
+_MIN_VALUES = 5  # fewer values of a hyperparameter are a list of choices, which has no edges
+_NO_HYPERPARAMETERS = ("seed", "variant", "variant_numerics", "variant_revision", "loop_numerics")
+REFERENCE = "lora"
+"""The variant with which the others are compared."""
+TOLERANCE = 0.01
+"""A rate is good if its score is at most this far below the best one: 0.01 on a metric from 0 to 1."""
+
+
+def is_reference(label: str) -> bool:
+    """Return whether a curve's label is that of a curve of `REFERENCE`."""
+    return label.partition(" ")[0] == REFERENCE
+
+
+# -- points
+
+
+def make_points(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return the points of all groups, in ascending order of the learning rate.
+
+    Args:
+        runs: The columns task, model, panel, curve, variant, group, point, learning_rate, seed, state, label,
+            floor, fingerprint, validation_score, test_score, validation_items and test_items.
+
+    Returns:
+        One row a point, with the columns task, model, panel, variant, curve, group, point, learning_rate,
+        floor; `seeds`; the number of runs with each label of `LABELS`, "finished" as `usable`; mean, `_std`
+        over seeds and 95 % interval (`_low`, `_high`) of `validation_score` and `test_score`; `scored`, the
+        number of runs with a validation score; `eligible`, see `choosable`; `is_best`; and `fingerprint` of
+        its best finished run.
+    """
+    import pandas as pd
+
+    counts = {label: (runs["label"] == label).astype(int) for label in LABELS}
+    extra = runs.assign(**counts, scored=runs["validation_score"].notna().astype(int))
+    extra = extra.sort_values(["learning_rate", "seed", "fingerprint"], kind="stable")
+    finished = extra["state"] == "finished"
+    for split in ("validation", "test"):
+        extra[f"{split}_items"] = extra[f"{split}_items"].where(finished)
+    grouped = extra.groupby(["panel", "group", "point"], sort=False)
+    kept = ["task", "model", "variant", "curve", "learning_rate", "floor"]
+    points = grouped[kept].first()
+    points["seeds"] = grouped["seed"].nunique()
+    points[[*LABELS, "scored"]] = grouped[[*LABELS, "scored"]].sum()
+    points = points.rename(columns={"finished": "usable"})
+    for split in ("validation", "test"):
+        score = f"{split}_score"
+        items = grouped[f"{split}_items"].min().fillna(0)
+        found = [
+            stats.score_interval(own.dropna().to_list(), int(number))
+            for (_, own), number in zip(grouped[score], items, strict=True)
+        ]
+        points[[score, f"{score}_low", f"{score}_high"]] = [each[:3] for each in found]
+        points[f"{score}_std"] = grouped[score].std()
+    # Seeds are in ascending order, so that of equal scores the lowest seed's run is the best one.
+    best_runs = extra[finished & extra["validation_score"].notna()]
+    best_runs = best_runs.sort_values("validation_score", ascending=False, kind="stable")
+    points["fingerprint"] = best_runs.groupby(["panel", "group", "point"])["fingerprint"].first()
+    points["fingerprint"] = points["fingerprint"].fillna("")
+    points = points.reset_index().sort_values(["learning_rate", "point"], kind="stable", ignore_index=True)
+    points["eligible"], points["is_best"] = False, False
+    for _, own in points.groupby(["panel", "group"], sort=False):
+        eligible = choosable(own)
+        points.loc[own.index, "eligible"] = eligible
+        if (place := best_index(own["validation_score"].where(eligible).to_numpy())) is not None:
+            points.loc[own.index[place], "is_best"] = True
+    return pd.DataFrame(points)
+
+
+def rank_lanes(points: pd.DataFrame) -> pd.DataFrame:
+    """Rank the points of each task, base model and variant by their best finished run.
+
+    A point that may be chosen comes before the others, then the one with the higher mean validation score. Of
+    equal means the lowest learning rate comes first, which is the farthest from divergence.
+
+    Args:
+        points: Points from `make_points`, with the columns task and model.
+
+    Returns:
+        The points with a finished run, sorted by task, model, variant and `place`, 0 for the best one.
+    """
+    import pandas as pd
+
+    goal = ["task", "model", "variant"]
+    known = points[points["fingerprint"] != ""].copy()
+    top = (
+        known["validation_score"]
+        .where(known["eligible"])
+        .groupby([known[name] for name in goal])
+        .transform("max")
+    )
+    is_top = known["eligible"] & (known["validation_score"] >= top - SCORE_EPSILON)
+    # Means that differ by less than the rounding are equal.
+    known["_score"] = -known["validation_score"].mask(is_top, top)
+    known["_left_out"] = ~known["eligible"]
+    known = known.sort_values([*goal, "_left_out", "_score", "learning_rate", "point"], kind="stable")
+    known["place"] = known.groupby(goal).cumcount()
+    return pd.DataFrame(known.drop(columns=["_score", "_left_out"]).reset_index(drop=True))
+
+
+def best_lanes(points: pd.DataFrame) -> pd.DataFrame:
+    """Return the first row of `rank_lanes` for each task, model and variant, the best mean score first.
+
+    Lanes of equal means are sorted by name, LoRA first.
+    """
+    import pandas as pd
+
+    first = rank_lanes(points).query("place == 0")
+    first = first.assign(_score=-first["validation_score"], _other=first["variant"] != REFERENCE)
+    ordered = first.sort_values(["_score", "_other", "task", "model", "variant"], ignore_index=True)
+    return pd.DataFrame(ordered.drop(columns=["_score", "_other"]))
+
+
+def choosable(points: Mapping[str, Any] | pd.DataFrame) -> NDArray[np.bool_]:
+    """Return, for each point of one group, whether it may be chosen as the best.
+
+    A point without stopped runs may be chosen. The mean of a point with stopped runs is taken over the other
+    seeds only, so it is biased upwards. Such a point may be chosen only if it is better than the floor, and
+    the best of all points, when every stopped run counts as the floor. Scores above the floor in its stopped
+    runs would only raise its mean further.
+
+    Args:
+        points: The columns validation_score, scored, stopped and floor.
+    """
+    import numpy as np
+
+    names = ("validation_score", "scored", "stopped", "floor")
+    score, count, stopped, floor = (np.asarray(points[name], dtype=float) for name in names)
+    complete: NDArray[np.bool_] = (stopped == 0) & (count > 0)
+    total = np.where(count > 0, score * count, 0.0) + stopped * floor
+    means = np.where(count > 0, total / np.maximum(count + stopped, 1), -math.inf)
+    whole = max(floor.max(), means[complete].max(initial=-math.inf))
+    if means.max() <= whole + SCORE_EPSILON:
+        return complete
+    chosen: NDArray[np.bool_] = complete | (means >= means.max() - SCORE_EPSILON)
+    return chosen
+
+
+def best_index(scores: NDArray[np.float64]) -> int | None:
+    """Return the index of the highest score, of equal ones the first; None without a score."""
+    import numpy as np
+
+    if not np.isfinite(scores).any():
+        return None
+    return int(np.argmax(scores >= np.nanmax(scores) - SCORE_EPSILON))
+
+
+# -- the shape of one curve. `x` is log10 of the rates, ascending; `y` has the mean scores, NaN where unknown
+
+
+def bracket(y: NDArray[np.float64], best: int) -> str:
+    """Return "yes" if the grid brackets the best rate, else the edges at which the best score lies."""
+    low, high = (bool(score >= y[best] - SCORE_EPSILON) for score in (y[0], y[-1]))
+    if low and high:
+        return "both edges"
+    return "low edge" if low else "high edge" if high else "yes"
+
+
+def score_at(x: NDArray[np.float64], y: NDArray[np.float64], query: float) -> float:
+    """Return the score at `query`, interpolated linearly; NaN outside the grid and beside a missing score."""
+    import numpy as np
+
+    i = int(np.searchsorted(x, query - 1e-9))
+    if i < len(x) and abs(x[i] - query) <= 1e-9:
+        return float(y[i])
+    if i in (0, len(x)):
+        return math.nan
+    return float(y[i - 1] + (query - x[i - 1]) / (x[i] - x[i - 1]) * (y[i] - y[i - 1]))
+
+
+def width(x: NDArray[np.float64], y: NDArray[np.float64], best: int, threshold: float) -> tuple[float, bool]:
+    """Return the width of the connected range around the best rate with scores of at least `threshold`.
+
+    Returns:
+        The width in decades, and whether it is only a lower bound, because the grid ends or a missing score
+        follows before the score falls below the threshold.
+    """
+    total, is_bound = 0.0, False
+    for side in (-1, 1):
+        i = best
+        while 0 <= i + side < len(y) and y[i + side] >= threshold - SCORE_EPSILON:
+            i += side
+        reach, falls = abs(x[i] - x[best]), False
+        if 0 <= i + side < len(y) and not math.isnan(y[i + side]):
+            share = (y[i] - threshold) / (y[i] - y[i + side])
+            reach, falls = abs(x[i] + share * (x[i + side] - x[i]) - x[best]), True
+        total, is_bound = total + float(reach), is_bound or not falls
+    return total, is_bound
+
+
+def mean_loss_near(x: NDArray[np.float64], y: NDArray[np.float64], best: int) -> float:
+    """Return the mean of (best score - score) within half a decade of the best rate; NaN for no range.
+
+    The range ends earlier where the grid ends or a score is missing.
+    """
+    import numpy as np
+
+    known = np.isfinite(y)
+    first, last = best, best
+    while first > 0 and known[first - 1]:
+        first -= 1
+    while last < len(y) - 1 and known[last + 1]:
+        last += 1
+    low, high = max(x[first], x[best] - 0.5), min(x[last], x[best] + 0.5)
+    if high <= low:
+        return math.nan
+    knots = np.unique([low, *x[(x > low) & (x < high)], high])
+    falls = y[best] - np.array([score_at(x, y, knot) for knot in knots])
+    return float(np.trapezoid(falls, knots) / (high - low))
+
+
+def cliff_index(y: NDArray[np.float64], diverged: NDArray[np.float64], best: int, floor: float) -> int | None:
+    """Return the index of the first rate above the best at which training breaks down; None if none does.
+
+    It breaks down if more than half of the seeds diverge, or the score has fallen at least half of the way to
+    the floor.
+
+    Args:
+        y: The mean scores.
+        diverged: The shares of diverged seeds.
+        best: The index of the best rate.
+        floor: The score of a constant answer.
+    """
+    if y[best] <= floor + SCORE_EPSILON:
+        return None
+    broken = (diverged > 0.5) | (y <= (y[best] + floor) / 2 + SCORE_EPSILON)
+    return next((i for i in range(best + 1, len(y)) if broken[i]), None)
+
+
+# -- the curves of a panel
+
+
+@dataclass(frozen=True)
+class _Curve:
+    """The scores of one curve as arrays of shape (rates, seeds), NaN where missing."""
+
+    rates: NDArray[np.float64]
+    seeds: NDArray[np.int64]
+    validation: NDArray[np.float64]
+    test: NDArray[np.float64]
+    stopped: NDArray[np.bool_]
+    diverged: NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class _Means:
+    """The means of a curve over its seeds; a rate without a score is left out unless a run stopped there."""
+
+    rates: NDArray[np.float64]
+    y: NDArray[np.float64]
+    test: NDArray[np.float64]
+    diverged: NDArray[np.float64]
+    best: int | None
+
+    @property
+    def x(self) -> NDArray[np.float64]:
+        """log10 of the rates."""
+        import numpy as np
+
+        return np.log10(self.rates)
+
+    @property
+    def best_rate(self) -> float:
+        """The best rate; NaN without a score."""
+        return math.nan if self.best is None else float(self.rates[self.best])
+
+
+def best_of_curves(runs: pd.DataFrame, points: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return the best point of every curve of a grid, with the shape of the curve, and the panels.
+
+    Args:
+        runs: The runs of the curves, from `run_frame`.
+        points: Their points, from `make_points`.
+
+    Returns:
+        The frames `best` and `panels`, see `Results`.
+    """
+    import pandas as pd
+
+    best, panels = [], []
+    for panel, own in runs.groupby("panel"):
+        rows, about = _summarize_panel(own, points[points["panel"] == panel])
+        best.append(rows)
+        panels.append(about)
+    return pd.concat(best, ignore_index=True), pd.DataFrame(panels)
+
+
+def describe_panel(runs: pd.DataFrame) -> dict[str, Any]:
+    """Return the row of a panel without the fields that only curves have."""
+    first = runs.iloc[0]
+    return {
+        "panel": first["panel"],
+        "task": first["task_title"],
+        "model": first["model"],
+        "metric": first["metric"],
+        "floor": first["floor"],
+        "untrained_validation": runs["untrained_validation_score"].mean(),
+        "untrained_test": runs["untrained_test_score"].mean(),
+        "reference": "",
+        "common_rate": math.nan,
+        "common_label": "",
+        "axis": "validation score",
+    }
+
+
+def _summarize_panel(runs: pd.DataFrame, points: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, Any]]:
+    import numpy as np
+    import pandas as pd
+
+    floor = float(runs["floor"].iloc[0])
+    curves = {str(label): _arrays(own) for label, own in runs.groupby("curve")}
+    full = _Panel(curves, floor)
+    seeds = {label: curve.seeds[np.isfinite(curve.validation).any(axis=0)] for label, curve in curves.items()}
+    without = {int(seed): _Panel(curves, floor, seed) for seed in sorted(set().union(*seeds.values()))}
+    rows = []
+    for label in curves:
+        left_out = [without[int(seed)] for seed in seeds[label]]
+        own_runs = runs[runs["curve"] == label]
+        rows.append(_curve_row(label, full, left_out, own_runs, points[points["curve"] == label]))
+    best = pd.DataFrame(rows)
+    order = best["validation_score"].where(best["learning_rate"].notna(), -math.inf).fillna(0)
+    best = best.assign(_order=-order).sort_values(["_order", "curve"], ignore_index=True)
+    about = describe_panel(runs) | {
+        "reference": full.reference,
+        "common_rate": full.common_rate,
+        "common_label": "LoRA's best rate" if full.reference else "the rate best on average",
+    }
+    return best.drop(columns="_order"), about
+
+
+def _arrays(runs: pd.DataFrame) -> _Curve:
+    import numpy as np
+
+    rates, row = np.unique(runs["learning_rate"].to_numpy(), return_inverse=True)
+    seeds, column = np.unique(runs["seed"].to_numpy(), return_inverse=True)
+    validation, test = np.full((2, len(rates), len(seeds)), math.nan)
+    validation[row, column] = runs["validation_score"]
+    test[row, column] = runs["test_score"]
+    stopped, diverged = np.zeros((2, len(rates), len(seeds)), dtype=bool)
+    stopped[row, column] = runs["state"] == "stopped"
+    diverged[row, column] = runs["state"] == "diverged"
+    return _Curve(rates, seeds, validation, test, stopped, diverged)
+
+
+def _means(curve: _Curve, floor: float, without_seed: int | None) -> _Means:
+    import numpy as np
+
+    kept = curve.seeds != without_seed
+    known = np.isfinite(curve.validation[:, kept])
+    count, stopped = known.sum(axis=1), curve.stopped[:, kept].sum(axis=1)
+    with np.errstate(invalid="ignore"):
+        y = np.where(known, curve.validation[:, kept], 0).sum(axis=1) / count
+        tested = np.isfinite(curve.test[:, kept])
+        test = np.where(tested, curve.test[:, kept], 0).sum(axis=1) / tested.sum(axis=1)
+        diverged = np.nan_to_num(curve.diverged[:, kept].sum(axis=1) / count)
+    floors = np.full(len(y), floor)
+    outcome = {"validation_score": y, "scored": count, "stopped": stopped, "floor": floors}
+    usable = choosable(outcome) & (count > 0)
+    y, test = np.where(usable, y, math.nan), np.where(usable, test, math.nan)
+    shown = (count > 0) | curve.stopped.any(axis=1)
+    return _Means(curve.rates[shown], y[shown], test[shown], diverged[shown], best_index(y[shown]))
+
+
+class _Panel:
+    """The curves of a panel, and the rate at which they are compared.
+
+    Attributes:
+        means: Label -> means of the curve.
+        reference: Label of LoRA's curve, of several the one with the highest best score; empty without one.
+        common_rate: LoRA's best rate, or else the rate with the highest mean over the variants, among those
+            at which every variant has a score; NaN without one.
+    """
+
+    def __init__(self, curves: Mapping[str, _Curve], floor: float, without_seed: int | None = None) -> None:
+        self.floor = floor
+        self.means = {label: _means(curve, floor, without_seed) for label, curve in curves.items()}
+        tops = {
+            label: float(m.y[m.best])
+            for label, m in sorted(self.means.items())
+            if is_reference(label) and m.best is not None
+        }
+        self.reference = max(tops, key=lambda label: tops[label]) if tops else ""
+        self.common_rate = self.means[self.reference].best_rate if tops else self._average_best_rate()
+
+    def _average_best_rate(self) -> float:
+        scored = [m for m in self.means.values() if m.best is not None]
+        at_rate: dict[float, list[float]] = {}
+        for m in scored:
+            for rate, score in zip(m.rates, m.y, strict=True):
+                if not math.isnan(score):
+                    at_rate.setdefault(float(rate), []).append(float(score))
+        shared = [rate for rate in sorted(at_rate) if len(at_rate[rate]) == len(scored)]
+        return max(shared, key=lambda r: (round(math.fsum(at_rate[r]), 9), -r), default=math.nan)
+
+    def shape(self, label: str) -> dict[str, float | bool]:
+        """Return the statistics of a curve; NaN where the curve does not determine one."""
+        m = self.means[label]
+        if m.best is None:
+            return dict.fromkeys(("width", "width_90", "lost_near", "lost"), math.nan)
+        top, x = float(m.y[m.best]), m.x
+        wide, is_bound = width(x, m.y, m.best, top - TOLERANCE)
+        wide_90, is_bound_90 = math.nan, False
+        if top > self.floor + SCORE_EPSILON:
+            wide_90, is_bound_90 = width(x, m.y, m.best, self.floor + 0.9 * (top - self.floor))
+        lost = math.nan
+        if not math.isnan(self.common_rate):
+            lost = top - score_at(x, m.y, math.log10(self.common_rate))
+        return {
+            "width": wide,
+            "width_is_bound": is_bound,
+            "width_90": wide_90,
+            "width_90_is_bound": is_bound_90,
+            "lost_near": mean_loss_near(x, m.y, m.best),
+            "lost": lost,
+        }
+
+
+def _curve_row(
+    label: str, full: _Panel, left_out: Sequence[_Panel], runs: pd.DataFrame, points: pd.DataFrame
+) -> dict[str, Any]:
+    """Return the row of a curve in `best`, with jackknife intervals of its shape."""
+    import numpy as np
+
+    m, shape = full.means[label], full.shape(label)
+    others = [each.shape(label) for each in left_out]
+    scores = [full.floor, *m.y[np.isfinite(m.y)]]
+    decades, height = float(np.ptp(m.x)) if len(m.x) else 0.0, float(np.ptp(scores))
+    row = best_fields(runs[list(_RUN_COLUMNS)].to_dict("records"), points.to_dict("records"))
+    row["rates"] = "" if m.best is None else _equal_rates(m)
+    for name, most in (("width", decades), ("width_90", decades), ("lost_near", height), ("lost", height)):
+        is_bound = bool(shape.get(f"{name}_is_bound", False))
+        found = stats.jackknife(shape[name], [each[name] for each in others], (0.0, most))
+        row |= {name: found.mean, f"{name}_low": found.low, f"{name}_high": found.high}
+        if name.startswith("width"):
+            row[f"{name}_is_bound"] = is_bound
+        if is_bound:  # the true width may be larger than any interval
+            row |= {f"{name}_low": math.nan, f"{name}_high": math.nan}
+    row["rates_without_a_seed"] = _other_choices(label, left_out)
+    cliff = None if m.best is None else cliff_index(m.y, m.diverged, m.best, full.floor)
+    row["cliff"] = math.nan if cliff is None else float(m.rates[cliff])
+    row["bracket"] = "" if m.best is None else bracket(m.y, m.best)
+    common = full.common_rate
+    row["test_at_common_rate"] = math.nan if math.isnan(common) else score_at(m.x, m.test, math.log10(common))
+    return row
+
+
+def _equal_rates(m: _Means) -> str:
+    assert m.best is not None
+    return formatting.rates([float(r) for r in m.rates[m.y >= m.y[m.best] - SCORE_EPSILON]])
+
+
+def _other_choices(label: str, left_out: Sequence[_Panel]) -> list[float]:
+    """Return the best rates with each seed left out in turn; none with a single seed."""
+    rates = [each.means[label].best_rate for each in left_out]
+    return [rate for rate in rates if not math.isnan(rate)] if len(left_out) > 1 else []
+
+
+def best_fields(runs: Sequence[Row], points: Sequence[Row]) -> dict[str, Any]:
+    """Return those fields of a row of `best` that curves, searches and tunings have alike.
+
+    Args:
+        runs: The runs of the row, with the columns of `_RUN_COLUMNS`.
+        points: Their points.
+    """
+    fields: dict[str, Any] = {"seeds": 0, "fingerprint": "", "point": "", "learning_rate": math.nan}
+    fields |= dict.fromkeys(("diverged", "stopped", "scored"), 0)
+    for name in ("validation_score", "test_score"):
+        fields |= dict.fromkeys((name, f"{name}_low", f"{name}_high"), math.nan)
+    chosen = next((point for point in points if point["is_best"]), None)
+    fields |= {name: chosen[name] for name in fields} if chosen else {}
+    at_best = [run for run in runs if run["point"] == fields["point"]]
+    pairs = [(run["test_score"], run["untrained_test_score"]) for run in at_best]
+    pairs = [pair for pair in pairs if not any(map(math.isnan, pair))]
+    items = [run["test_items"] for run in at_best if run["state"] == "finished"]
+    gain = stats.gain_interval([a for a, _ in pairs], [b for _, b in pairs], min(items, default=0))
+    base = max(run["base_score"] for run in runs) + SCORE_EPSILON
+    labels = Counter(run["label"] for run in runs)
+    return fields | {
+        **{name: runs[0][name] for name in ("panel", "variant", "curve", "model")},
+        "task": runs[0]["task_title"],
+        "group": points[0]["group"],
+        "gain": gain.mean,
+        "gain_low": gain.low,
+        "gain_high": gain.high,
+        "nothing_learned": chosen is not None and not fields["validation_score"] > base,
+        "usable": labels["finished"],
+        "ended": labels["finished"] + labels["collapsed"] + labels["diverged"],
+    }
+
+
+# -- searches and tunings
+
+
+def best_of_groups(runs: pd.DataFrame, points: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return the chosen point of every search or tuning, and the panels.
+
+    Args:
+        runs: The runs, from `run_frame`.
+        points: Their points, from `make_points`; `order` and `settings` are added.
+
+    Returns:
+        The frames `best` and `panels`, see `Results`. Besides the columns that all studies have, a row of
+        `best` has `replicate` (the lowest seed), `points`, `edges` (hyperparameters whose chosen value lies
+        at an edge, for example "learning_rate (high edge)"), `steps` and `max_steps`, the optimizer steps of
+        all runs with and without early stopping.
+    """
+    import pandas as pd
+
+    varied = [name for name in varied_settings(runs) if name not in _RUN_COLUMNS]
+    own_runs, own_points = defaultdict(list), defaultdict(list)
+    for run in runs[[*_RUN_COLUMNS, *varied]].astype(object).to_dict("records"):
+        own_runs[run["panel"], run["group"]].append(run)
+    for place, point in enumerate(points.to_dict("records")):
+        own_points[point["panel"], point["group"]].append(point | {"place": place})
+    rows = []
+    order, settings = [0] * len(points), [""] * len(points)
+    for key, own in own_runs.items():
+        row, orders, texts = _group_row(own, own_points[key], ["learning_rate", *varied])
+        rows.append(row)
+        for point, number, text in zip(own_points[key], orders, texts, strict=True):
+            order[point["place"]], settings[point["place"]] = number, text
+    points["order"], points["settings"] = order, settings
+    best = pd.DataFrame(rows)
+    best["_order"] = -best["validation_score"].fillna(-math.inf)
+    best = best.sort_values(["panel", "_order", "curve", "replicate"], ignore_index=True)
+    panels = pd.DataFrame([describe_panel(own) for _, own in runs.groupby("panel")])
+    return best.drop(columns="_order"), panels
+
+
+def hyperparameters(runs: pd.DataFrame) -> list[str]:
+    """Return the columns of `runs` that are hyperparameters."""
+    return [n for n in runs if (n in COLUMNS or n.startswith("variant_")) and n not in _NO_HYPERPARAMETERS]
+
+
+def varied_settings(runs: pd.DataFrame) -> list[str]:
+    """Return the learning rate, and the other hyperparameters in which runs differ, sorted by name."""
+    counts = runs[hyperparameters(runs)].nunique(dropna=False)
+    return ["learning_rate", *sorted(n for n in counts.index[counts > 1] if n != "learning_rate")]
+
+
+def _group_row(
+    runs: Sequence[Row], points: Sequence[Row], names: Sequence[str]
+) -> tuple[dict[str, Any], list[int], list[str]]:
+    """Return the row of a group, and for each point its place in the order of starts and its settings.
+
+    Args:
+        runs: The runs of the group.
+        points: Its points.
+        names: The hyperparameters that the study varies.
+    """
+    first: dict[str, Row] = {}
+    started: dict[str, list[Any]] = defaultdict(list)
+    for run in runs:
+        first.setdefault(run["point"], run)
+        started[run["point"]].append(run["started"])
+    varied = [n for n in names if n == "learning_rate" or len({repr(run[n]) for run in runs}) > 1]
+    tried = [{name: first[point["point"]][name] for name in varied} for point in points]
+    texts = list(map(formatting.settings_text, tried))
+    in_order = sorted(range(len(points)), key=lambda i: min(started[points[i]["point"]]))
+    chosen = next((i for i, point in enumerate(points) if point["is_best"]), None)
+    row = best_fields(runs, points) | {
+        "replicate": min(run["seed"] for run in runs),
+        "settings": "" if chosen is None else texts[chosen],
+        "edges": "" if chosen is None else ", ".join(_edges(tried, points, chosen)),
+        "points": len(points),
+        "steps": sum(run["steps"] for run in runs),
+        "max_steps": sum(run["steps_horizon"] for run in runs),
+        "states": ", ".join(f"{n} {state}" for state, n in sorted(Counter(r["state"] for r in runs).items())),
+    }
+    row["rates"] = formatting.rate(row["learning_rate"])
+    return row, [in_order.index(i) + 1 for i in range(len(points))], texts
+
+
+def _edges(tried: Sequence[Row], points: Sequence[Row], chosen: int) -> list[str]:
+    """Return the hyperparameters whose chosen value is at an edge of the tried values, each with the edge."""
+    import numpy as np
+
+    sides = {name: _edge_side([each[name] for each in tried], chosen, name) for name in tried[0]}
+    if len(sides) == 1:  # a curve, which is not bracketed if an end has the best score, too
+        scores = [point["validation_score"] if point["eligible"] else math.nan for point in points]
+        if (side := bracket(np.array(scores), chosen)) != "yes":
+            sides["learning_rate"] = side
+    return [f"{name} ({side})" for name, side in sides.items() if side]
+
+
+def _edge_side(values: Sequence[Any], chosen: int, name: str) -> str:
+    """Return the edge of the tried values at which the chosen one lies; empty without one."""
+    numbers = sorted({float(v) for v in values if isinstance(v, int | float) and not math.isnan(v)})
+    value, least = values[chosen], 1 if name == "learning_rate" else _MIN_VALUES
+    if not isinstance(value, int | float) or len(numbers) < least:
+        return ""
+    scale = math.log10 if numbers[0] > 0 and numbers[-1] / numbers[0] >= 10 else float
+    low, high, position = scale(numbers[0]), scale(numbers[-1]), scale(float(value))
+    reach = EDGE_FRACTION * (high - low)
+    sides = [
+        name for name, distance in (("low", position - low), ("high", high - position)) if distance <= reach
+    ]
+    return "both edges" if len(sides) == 2 else f"{sides[0]} edge" if sides else ""

@@ -1,0 +1,554 @@
+"""Sensitivity studies: the test score lost by each hyperparameter and by the learning rate.
+
+A study has one star for each variant, task and base model: all runs that have the default configuration or
+differ from it in one factor, besides the learning rate and the seed. The runs of the default are the curve of
+the learning rate, and those of a factor are its arm. `effects` defines the losses A, B and D and the gain C.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import compress
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from orchestrator.analyze import effects, stats
+from orchestrator.analyze.comparison import CONTROLS
+from orchestrator.analyze.runs import Split, finite
+from orchestrator.record.schema import Record
+from orchestrator.record.study_file import AnalysisSettings
+from orchestrator.study.configuration import Configuration, Value
+from orchestrator.study.factors import (
+    ALL,
+    RATE,
+    Factor,
+    choose_factors,
+    default_rate,
+    is_near,
+    load_factors,
+    resweep_rates,
+)
+from orchestrator.study.option import format_value
+from orchestrator.study.space import apply_values, get_value
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Scores = NDArray[np.float64]
+Runs = Mapping[tuple[float, int], Record]
+"""The runs of one level: (learning rate, seed) -> record."""
+REQUIRED_SHARE = 0.8
+"""Share of the variants for which claim 1 must hold."""
+HALF_DECADE, FACTOR_2 = 0.5, math.log10(2)
+"""Log10 of the ratios by which a hyperparameter is off in D: 3.16 and 2."""
+DIFFERENCES = (-1.0, 1.0)
+"""The range of a difference of two scores."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """Scores of all levels of one factor, at the learning rates near the best one that all levels have.
+
+    Attributes:
+        levels: Measured levels including the default, in the order of their positions.
+        default: Index of the default in `levels`.
+        rates: Learning rates, ascending.
+        seeds: Seeds for which every level has a score at every rate; may be empty.
+        choices: Validation scores, shape (levels, rates, seeds).
+        values: Test scores, of the same shape.
+        at_default: Validation and test scores at the published default rate, each of shape (levels, seeds
+            with all these scores); None if not measured.
+        fingerprints: The runs at the levels other than the default.
+    """
+
+    factor: Factor
+    levels: tuple[Value, ...]
+    default: int
+    rates: tuple[float, ...]
+    seeds: tuple[int, ...]
+    choices: Scores
+    values: Scores
+    at_default: tuple[Scores, Scores] | None
+    fingerprints: tuple[str, ...]
+
+    @property
+    def positions(self) -> list[float]:
+        """Positions of the levels on the axis of the prior, see `Factor.position`."""
+        return [self.factor.position(level, i) for i, level in enumerate(self.levels)]
+
+    @property
+    def weights(self) -> Scores:
+        """The prior weights of the levels, shape (levels,)."""
+        if self.factor.prior == "choice":
+            return np.full(len(self.levels), 1 / len(self.levels))
+        ends = [self.factor.position(end, 0) for end in self.factor.prior_ends(self.levels[self.default])]
+        # The prior is cut to the measured levels: a task may allow fewer, such as at most its training
+        # examples.
+        low, high = max(ends[0], self.positions[0]), min(ends[1], self.positions[-1])
+        return effects.prior_weights(self.positions, min(low, high), high)
+
+
+@dataclass(frozen=True)
+class Star:
+    """Scores of one variant on one task and base model: the curve of the learning rate and the arms.
+
+    Attributes:
+        default: The default configuration, without learning rate and seed (see `_normalize`).
+        rates: Learning rates at which the default configuration has a score, ascending.
+        seeds: Seeds for which the curve has a score at every rate; may be empty.
+        choices: Validation scores of the curve, shape (rates, seeds).
+        values: Test scores of the curve, of the same shape.
+        peak: Optimum of the mean validation score over all seeds, including incomplete ones.
+        center: The rate of x*: the rate of the curve that is nearest to the optimum.
+        curve: Fingerprints of the runs of the curve.
+        num_outside: Number of runs that differ from the default in more than one factor; they enter nothing.
+    """
+
+    default: Configuration
+    rates: tuple[float, ...]
+    seeds: tuple[int, ...]
+    choices: Scores
+    values: Scores
+    peak: stats.Peak
+    center: float
+    arms: tuple[Arm, ...]
+    curve: tuple[str, ...]
+    num_outside: int
+
+    def rate_ends(self, scale: float) -> tuple[float, float]:
+        """Return log10 of the ends of `scale` times the curve's range, around its best rate."""
+        return effects.scaled_ends([math.log10(r) for r in self.rates], math.log10(self.center), scale)
+
+    def misset_rate(self, scale: float, columns: Sequence[int], sweep: Sequence[float]) -> Scores:
+        """Return A of the learning rate, shape (columns,).
+
+        Args:
+            scale: The range of the rate, as a multiple of the curve's range.
+            columns: Indices of the seeds.
+            sweep: The rates among which the best one is chosen.
+        """
+        rows = [self.rates.index(rate) for rate in sweep]
+        weights = effects.prior_weights([math.log10(r) for r in self.rates], *self.rate_ends(scale))
+        return effects.misset_rate(self.values[:, columns], self.choices[:, columns], rows, weights)
+
+
+# -- stars
+
+
+def find_stars(records: Sequence[Record]) -> list[Star]:
+    """Return one star per task, base model and variant, sorted by these names, if its curve has a score.
+
+    Args:
+        records: Records with distinct fingerprints, in the order in which the study requested them, in which
+            a star's default is first.
+    """
+    factors = choose_factors([ALL], (record.configuration for record in records))
+    groups: dict[tuple[str, str, str], dict[str, dict[tuple[float, int], Record]]] = {}
+    for record in records:
+        c = record.configuration
+        levels = groups.setdefault((c.task.name, c.model.name, c.variant.name), defaultdict(dict))
+        levels[_normalize(c).fingerprint][c.optimizer.learning_rate, c.seed] = record
+    stars = [_build_star(list(levels.values()), factors) for _, levels in sorted(groups.items())]
+    return [star for star in stars if star is not None]
+
+
+def _normalize(configuration: Configuration) -> Configuration:
+    """Replace learning rate and seed by placeholders, so that all runs of a curve are equal."""
+    optimizer = replace(configuration.optimizer, learning_rate=1.0)  # the same placeholder as in templates
+    return replace(configuration, optimizer=optimizer, seed=0)
+
+
+def _build_star(levels: Sequence[Runs], factors: Sequence[Factor]) -> Star | None:
+    """Return the star of one variant, task and base model; None if its curve has no score.
+
+    Args:
+        levels: The runs in groups of equal configurations, apart from the learning rate and the seed.
+        factors: The factors whose arms are collected.
+    """
+    configurations = [_normalize(next(iter(runs.values())).configuration) for runs in levels]
+    first = _find_default(configurations, levels, factors)
+    default, curve = configurations[first], levels[first]
+    rates, seeds = sorted({rate for rate, _ in curve}), sorted({seed for _, seed in curve})
+    choices, values = _score_arrays([curve], rates, seeds)
+    known = np.isfinite(choices[0]) & np.isfinite(values[0])
+    counts = known.sum(axis=1)
+    scored = counts > 0
+    if not scored.any():
+        return None
+    rates = list(compress(rates, scored))
+    sums = np.where(known, choices[0], 0.0).sum(axis=1)[scored]
+    peak, center = effects.find_center(rates, sums / counts[scored], counts[scored])
+    complete = known[scored].all(axis=0)
+    changed = [find_changed_factor(c, default, factors) for c in configurations]
+    arms = []
+    for factor in factors:
+        own = [runs for runs, each in zip(levels, changed, strict=True) if each is factor]
+        if own and (arm := _build_arm(factor, [curve, *own], rates, center)) is not None:
+            arms.append(arm)
+    outside = [runs for i, runs in enumerate(levels) if i != first and changed[i] is None]
+    return Star(
+        default=default,
+        rates=tuple(rates),
+        seeds=tuple(compress(seeds, complete)),
+        choices=choices[0][scored][:, complete],
+        values=values[0][scored][:, complete],
+        peak=peak,
+        center=center,
+        arms=tuple(arms),
+        curve=tuple(record.fingerprint for record in curve.values()),
+        num_outside=sum(map(len, outside)),
+    )
+
+
+def _find_default(
+    configurations: Sequence[Configuration], levels: Sequence[Runs], factors: Sequence[Factor]
+) -> int:
+    """Return the index of the default configuration.
+
+    It is the one from which the most runs differ in at most one factor. Of several such configurations it is
+    the one with the most learning rates, because the curve has more rates than the arms; then the one with
+    the most runs; then the first one, because a study requests its default first.
+    """
+
+    def rank(i: int) -> tuple[int, int, int]:
+        explained = sum(
+            len(runs)
+            for j, (c, runs) in enumerate(zip(configurations, levels, strict=True))
+            if i == j or find_changed_factor(c, configurations[i], factors) is not None
+        )
+        return explained, len({rate for rate, _ in levels[i]}), len(levels[i])
+
+    return max(range(len(levels)), key=rank)
+
+
+def find_changed_factor(
+    configuration: Configuration, default: Configuration, factors: Sequence[Factor]
+) -> Factor | None:
+    """Return the one factor in which a configuration differs from the default; None if there is no such one.
+
+    Args:
+        configuration: A configuration with the learning rate and the seed of `default`.
+        default: The default configuration.
+        factors: Factors of the study.
+    """
+    for factor in factors:
+        value, changed = get_value(default, factor.name), get_value(configuration, factor.name)
+        if value is None or changed in (None, value):
+            continue
+        restored = apply_values(configuration, {factor.name: value})
+        # `apply_values` lowers the number of evaluations of a configuration with few steps.
+        if replace(restored, evaluations=default.evaluations) == default:
+            return factor
+    return None
+
+
+def _score_arrays(
+    levels: Sequence[Runs], rates: Sequence[float], seeds: Sequence[int]
+) -> tuple[Scores, Scores]:
+    """Return validation and test scores, each of shape (levels, rates, seeds); NaN without a score."""
+
+    def scores(split: Split) -> Scores:
+        found = [
+            [[_score(runs.get((rate, seed)), split) for seed in seeds] for rate in rates] for runs in levels
+        ]
+        return np.array(found, dtype=float)
+
+    return scores("validation"), scores("test")
+
+
+def _score(record: Record | None, split: Split) -> float:
+    """Return the score of a run; NaN if it is missing, was stopped or failed.
+
+    A diverged run has the floor of the task, as has a finished run without a finite score.
+    """
+    if record is None:
+        return math.nan
+    score = finite(record.score(split))
+    return record.configuration.task.floor if math.isnan(score) and record.state == "finished" else score
+
+
+def _build_arm(
+    factor: Factor, levels: Sequence[Runs], curve_rates: Sequence[float], center: float
+) -> Arm | None:
+    """Return the arm of a factor; None if its levels have no common rate near `center` or no common seed.
+
+    Args:
+        factor: The factor.
+        levels: The runs of each level, the default first.
+        curve_rates: Rates at which the curve has a score. The arm has no other rates.
+        center: The rate of x*. The arm has all common rates near it (see `is_near`), not only those that the
+            design asks for now, because further seeds may have moved x*.
+    """
+    named = [get_value(next(iter(runs.values())).configuration, factor.name) for runs in levels]
+    known = [value for value in named if value is not None]
+    order = _level_order(factor, known)
+    ordered = [levels[i] for i in order]
+    seeds = sorted(set.intersection(*({seed for _, seed in runs} for runs in levels)))
+    measured = set(curve_rates).intersection(*({rate for rate, _ in runs} for runs in levels))
+    rates = sorted(rate for rate in measured if is_near(rate, center))
+    if not rates or not seeds:
+        return None
+    choices, values = _score_arrays(ordered, rates, seeds)
+    complete = np.asarray((np.isfinite(choices) & np.isfinite(values)).all(axis=(0, 1)))
+    at_default = None
+    if (published := default_rate(curve_rates)) in measured:
+        both = _score_arrays(ordered, [published], seeds)
+        ok = np.isfinite(both).all(axis=(0, 1, 2))
+        at_default = (both[0][:, 0, ok], both[1][:, 0, ok]) if ok.any() else None
+    return Arm(
+        factor=factor,
+        levels=tuple(known[i] for i in order),
+        default=order.index(0),
+        rates=tuple(rates),
+        seeds=tuple(compress(seeds, complete)),
+        choices=choices[:, :, complete],
+        values=values[:, :, complete],
+        at_default=at_default,
+        fingerprints=tuple(record.fingerprint for runs in levels[1:] for record in runs.values()),
+    )
+
+
+def _level_order(factor: Factor, levels: Sequence[Value]) -> list[int]:
+    """Return the indices that sort the levels by value, or those of a choice by `Factor.levels`."""
+    if factor.prior != "choice":
+        return sorted(range(len(levels)), key=lambda i: float(levels[i]))
+    listed = list(factor.levels)
+    return sorted(range(len(levels)), key=lambda i: listed.index(levels[i]) if levels[i] in listed else -1)
+
+
+# -- effects
+
+
+class FactorStudy:
+    """The frames of a sensitivity study, see `Results`: `factors` and `claims`."""
+
+    def __init__(self, stars: Sequence[Star], runs: pd.DataFrame, settings: AnalysisSettings) -> None:
+        """Estimate the effects of all factors and test claim 1.
+
+        Args:
+            stars: The stars of the study.
+            runs: The runs, from `run_frame`.
+            settings: The margin, and the variants that do not count for the claim.
+        """
+        import pandas as pd
+
+        factors, claims = [], []
+        runs = runs.set_index("fingerprint")
+        by_panel: dict[str, list[Star]] = defaultdict(list)
+        for star in stars:
+            by_panel[str(runs.loc[star.curve[0], "panel"])].append(star)
+        for panel, own in by_panel.items():
+            measured = dict.fromkeys(a.factor for star in own for a in star.arms if not a.factor.variant)
+            for star in own:
+                has = {arm.factor.name for arm in star.arms}
+                missing = [f.title for f in measured if f.name not in has and f.name != RATE]
+                about = {"panel": panel, "variant": star.default.variant.name}
+                compared = [_Comparison(star, arm) for arm in star.arms]
+                rows = [_arm_row(each, settings.margin, runs["label"]) for each in compared]
+                rows.sort(key=lambda row: -np.nan_to_num(row["misset"]))
+                judged = [each for each in compared if not each.arm.factor.alias]
+                factors += [about | row for row in (_rate_row(star, judged, runs["label"]), *rows)]
+                counted = about["variant"] not in {*CONTROLS, *settings.unverified}
+                claim = _claim_row(star, judged, settings.margin)
+                claims.append(about | {"counted": counted, "missing": ", ".join(missing)} | claim)
+        self.factors, self.claims = pd.DataFrame(factors), pd.DataFrame(claims)
+
+
+class _Comparison:
+    """Losses of one factor and of the learning rate, per seed, over the seeds that arm and curve share.
+
+    Attributes:
+        arm: The runs of the factor.
+        values: Test scores of the arm, shape (levels, rates, common seeds).
+        choices: Validation scores of the arm, of the same shape.
+    """
+
+    def __init__(self, star: Star, arm: Arm) -> None:
+        self.arm = arm
+        common = [seed for seed in arm.seeds if seed in star.seeds]
+        own = [arm.seeds.index(seed) for seed in common]
+        self.values, self.choices = arm.values[:, :, own], arm.choices[:, :, own]
+        self._star, self._curve_columns = star, [star.seeds.index(seed) for seed in common]
+
+    def retuned_rate(self, scale: float) -> Scores:
+        """Return B of the learning rate against this factor, shape (common seeds,).
+
+        The prior of the rate is cut to the rates of the arm, because the factor was varied at no other rate.
+        Rates farther from the best one have larger losses, so this B is too small rather than too large.
+
+        Args:
+            scale: The range of the rate, as a multiple of the curve's range.
+        """
+        x = [math.log10(rate) for rate in self.arm.rates]
+        low, high = self._star.rate_ends(scale)
+        weights = effects.prior_weights(x, max(low, x[0]), min(high, x[-1]))
+        return effects.retuned_rate(self.values, self.choices, self.arm.default, weights)
+
+    def differences(self, scale: float, ratio: float = 1.0) -> list[Scores]:
+        """Return the loss of the rate minus `ratio` times the loss of the factor.
+
+        Args:
+            scale: The range of the rate, as a multiple of the curve's range.
+            ratio: The multiple of the factor's loss.
+
+        Returns:
+            The differences of A and the differences of B, each of shape (common seeds,).
+        """
+        own = (self.values, self.choices, self.arm.default, self.arm.weights)
+        return [
+            self._star.misset_rate(scale, self._curve_columns, self.arm.rates) - ratio * effects.misset(*own),
+            self.retuned_rate(scale) - ratio * effects.retuned(*own),
+        ]
+
+    def contrasts(self, scale: float, margin: float) -> list[effects.Contrast]:
+        """Return the contrast of A and the contrast of B.
+
+        If the arm covers less than the range of the rate, B of the rate is too small, and the contrast of B
+        cannot refute the claim: its `p_less` is 1.
+
+        Args:
+            scale: The range of the rate, as a multiple of the curve's range.
+            margin: Smallest difference of the score that matters.
+        """
+        by_a, by_b = (effects.contrast(d, margin) for d in self.differences(scale))
+        low, high = self._star.rate_ends(scale)
+        covers = is_near(10**low, self._star.center) and is_near(10**high, self._star.center)
+        return [by_a, by_b if covers else replace(by_b, p_less=1.0)]
+
+
+def _fields(name: str, per_seed: Scores | None) -> dict[str, float]:
+    """Return the mean over seeds with its t interval as columns `name`, `name_low` and `name_high`."""
+    found = stats.mean_interval([] if per_seed is None else [float(v) for v in per_seed])
+    low, high = np.clip([found.low, found.high], *DIFFERENCES)
+    return {name: found.mean, f"{name}_low": float(low), f"{name}_high": float(high)}
+
+
+def _counts(fingerprints: Sequence[str], labels: pd.Series) -> dict[str, int]:
+    """Return the number of usable runs and of those that ended."""
+    own = labels.loc[list(fingerprints)]
+    return {
+        "usable": int((own == "finished").sum()),
+        "ended": int(own.isin(["finished", "collapsed", "diverged"]).sum()),
+    }
+
+
+def _arm_row(compared: _Comparison, margin: float, labels: pd.Series) -> dict[str, Any]:
+    """Return the row of one factor. Losses of the factor alone use all seeds of its arm."""
+    arm, factor = compared.arm, compared.arm.factor
+    own = (arm.values, arm.choices, arm.default)
+    scores = effects.at_best_rate(*own)
+    gain = None if arm.at_default is None else effects.gain(arm.at_default[1], arm.at_default[0], arm.default)
+
+    def off_by(distance: float) -> Scores | None:
+        if factor.prior != "log":  # other factors have no ratios
+            return None
+        return effects.loss_off_by(scores, arm.positions, arm.positions[arm.default], distance)
+
+    row: dict[str, Any] = {
+        "factor": factor.name,
+        "title": factor.title,
+        "alias": factor.alias,
+        "levels": ", ".join(factor.label(level) for level in arm.levels),
+        "default": factor.label(arm.levels[arm.default]),
+        **_fields("misset", effects.misset(*own, arm.weights)),
+        **_fields("retuned", effects.retuned(*own, arm.weights)),
+        **_fields("gain", gain),
+        **_fields("off_by_2", off_by(FACTOR_2)),
+        **_fields("off_by_half_decade", off_by(HALF_DECADE)),
+        **_fields("rate_retuned", compared.retuned_rate(1.0)),
+        **_counts(arm.fingerprints, labels),
+        "edge_levels": ", ".join(_edge_levels(arm)),
+    }
+    for name, contrast in zip(("misset", "retuned"), compared.contrasts(1.0, margin), strict=True):
+        seeds = effects.seeds_to_support(contrast, margin)
+        row |= {f"{name}_contrast_low": contrast.lower}
+        row |= {
+            f"{name}_seeds": contrast.seeds,
+            f"{name}_seeds_to_decide": math.nan if seeds is None else seeds,
+        }
+    return row
+
+
+def _edge_levels(arm: Arm) -> list[str]:
+    """Return the labels of the levels whose best rate is the first or the last one of the arm.
+
+    A level at which all rates have the same mean score is left out.
+    """
+    if not arm.seeds:
+        return []
+    means = arm.choices.mean(axis=2)
+    best = means.argmax(axis=1)
+    is_edge = ((best == 0) | (best == len(arm.rates) - 1)) & (np.ptp(means, axis=1) > 0)
+    return [arm.factor.label(level) for level in compress(arm.levels, is_edge)]
+
+
+def _rate_row(star: Star, judged: Sequence[_Comparison], labels: pd.Series) -> dict[str, Any]:
+    """Return the row of the learning rate.
+
+    Its B is the smallest B(rate | h) over the factors h outside the alias group: the loss that remains if the
+    factor that compensates best for a wrong rate is tuned.
+
+    Args:
+        star: The runs of the variant and task.
+        judged: The comparisons with the factors outside the alias group.
+        labels: Fingerprint -> label.
+    """
+    factor = load_factors()[RATE]
+    x, center = [math.log10(rate) for rate in star.rates], math.log10(star.center)
+    retuned = [_fields("retuned", each.retuned_rate(1.0)) for each in judged]
+    known = [fields for fields in retuned if not math.isnan(fields["retuned"])]
+    sweep, start = resweep_rates(star.rates, star.center), star.rates.index(default_rate(star.rates))
+    return {
+        "factor": factor.name,
+        "title": factor.title,
+        "alias": True,
+        "levels": ", ".join(map(format_value, star.rates)),
+        "default": format_value(star.rates[start]),
+        **_fields("misset", star.misset_rate(1.0, range(len(star.seeds)), sweep)),
+        **min(known, key=lambda fields: fields["retuned"], default=_fields("retuned", None)),
+        **_fields("gain", effects.gain(star.values, star.choices, start)),
+        **_fields("off_by_2", effects.loss_off_by(star.values, x, center, FACTOR_2)),
+        **_fields("off_by_half_decade", effects.loss_off_by(star.values, x, center, HALF_DECADE)),
+        **_counts(star.curve, labels),
+        "edge_levels": format_value(star.center) if star.peak.at_edge else "",
+    }
+
+
+def _claim_row(star: Star, judged: Sequence[_Comparison], margin: float) -> dict[str, Any]:
+    """Return the test of claim 1 for one variant and task, at all ranges of the rate."""
+    contrasts = {
+        scale: [found for each in judged for found in each.contrasts(scale, margin)]
+        for scale in effects.RANGE_SCALES
+    }
+    far = [effects.contrast(d, 0.0) for each in judged for d in each.differences(1.0, effects.FAR_MORE)]
+    claim = effects.judge_claim(contrasts)
+    return {
+        "outcome": claim.outcome,
+        "p_supported": claim.p_supported,
+        "p_refuted": claim.p_refuted,
+        **{f"outcome_{name}": outcome for name, outcome in claim.outcomes.items()},
+        "far_more": bool(far) and all(c.p_more <= effects.ALPHA for c in far),
+        "best_rate": star.center,
+        "best_at_edge": star.peak.at_edge,
+        "seeds": len(star.seeds),
+        "num_outside": star.num_outside,
+    }
+
+
+def count_claims(claims: pd.DataFrame) -> dict[str, int]:
+    """Return for how many counted variants of a panel claim 1 must hold, holds and fails.
+
+    `supported` and `refuted` are lower 95 % confidence bounds: the numbers that Holm's procedure shows.
+    """
+    own = claims[claims["counted"]]
+    return {
+        "judged": len(own),
+        "required": math.ceil(REQUIRED_SHARE * len(own)),
+        "supported": stats.count_shown(own["p_supported"].to_numpy(), effects.ALPHA),
+        "refuted": stats.count_shown(own["p_refuted"].to_numpy(), effects.ALPHA),
+    }

@@ -1,1 +1,0 @@
-"""Sensitivity analysis: effects of hyperparameters on the score, from the records of a star design."""

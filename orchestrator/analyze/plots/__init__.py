@@ -1,1 +1,0 @@
-"""The static pictures of a report (matplotlib)."""

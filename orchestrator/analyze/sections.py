@@ -1,0 +1,692 @@
+"""The sections of a report, in the order in which the page, the terminal and MLflow show them.
+
+A section is a function from the results to `Section`s. To add one, write the function and add it to
+`SECTIONS`. A picture of it needs a function in `charts`.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.analyze import charts, formatting, verdicts
+from orchestrator.analyze.costs import loss_frame, time_use
+from orchestrator.analyze.formatting import count, number, points, rate
+from orchestrator.analyze.render import Column, Section, Table
+from orchestrator.analyze.results import Results
+from orchestrator.analyze.runs import count_provenance
+from orchestrator.record.study_file import data_warnings
+from orchestrator.study.names import store_command
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Report:
+    """The results, and where the study's files are; commands in the report name these folders."""
+
+    results: Results
+    tracking_uri: str = ""
+    """MLflow's tracking URI of the runs, without user and password."""
+    output: Path | None = None
+    """The output folder with the study's folder; None for the default."""
+    store: Path | None = None
+    """The store of the records; None for the one in the output folder."""
+
+
+def name_of(stem: str, place: int) -> str:
+    """Return the name of a section or picture: "curves" for the first panel, "curves-2" for the second."""
+    return f"{stem}-{place}" if place > 1 else stem
+
+
+def of_panel(frame: pd.DataFrame, panel: Row) -> pd.DataFrame:
+    """Return the rows of a panel in a frame that may be empty."""
+    return frame[frame["panel"] == panel["panel"]] if len(frame) else frame
+
+
+def title_of(results: Results, what: str, panel: Row) -> str:
+    """Return the title of a section about a panel, which it names if there are several."""
+    return f"{what}: {panel['panel']}" if len(results.panels) > 1 else what
+
+
+def panels_of(results: Results) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the panels with their places, from 1 on."""
+    yield from enumerate(results.panels.to_dict("records"), 1)
+
+
+def curve_rows(frame: pd.DataFrame, best: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of points or runs that belong to the curves of a panel in `best`."""
+    return frame[(frame["panel"].isin(best["panel"])) & frame["group"].isin(best["group"])]
+
+
+Cell = tuple[Column, Callable[[Row], str]]
+"""A column of a table, and the function that returns its text for a row of a frame."""
+
+
+def text(header: str, cell: Callable[[Row], str], more: bool = False) -> Cell:
+    """Return a column of texts; with `more` only the page shows it, on demand."""
+    return Column(header, "text", more), cell
+
+
+def figure(header: str, cell: Callable[[Row], str], more: bool = False) -> Cell:
+    """Return a column of numbers; with `more` only the page shows it, on demand."""
+    return Column(header, "number", more), cell
+
+
+def make_table(frame: pd.DataFrame, *cells: Cell, dim: Callable[[Row], bool] = lambda _: False) -> Table:
+    """Return a table with a row for each row of a frame.
+
+    Args:
+        frame: The rows.
+        *cells: The columns.
+        dim: Whether a row is shown weaker.
+    """
+    rows = frame.to_dict("records")
+    return Table(
+        tuple(column for column, _ in cells),
+        tuple(tuple(cell(row) for _, cell in cells) for row in rows),
+        dim=frozenset(place for place, row in enumerate(rows) if dim(row)),
+    )
+
+
+# -- at a glance
+
+
+def glance(report: Report) -> Iterator[Section]:
+    """The answer on the first screen: best rates and widths, whether the winner stands, costs, what next."""
+    results = report.results
+    found = results.verdicts[results.verdicts["next_step"] != ""]
+    step, command = found.iloc[0][["next_step", "next_command"]] if len(found) else ("", "")
+    for place, panel in panels_of(results):
+        compared = of_panel(results.comparison, panel)
+        best = of_panel(results.best, panel)
+        rule, facts = verdicts.BEST_RATES_RULES, verdicts.best_rate_facts(panel, best)
+        is_grid = results.study.settings.kind in ("curve", "factors")
+        sentences = [verdicts.decide(rule, facts)[1] if is_grid else "", _standing(results, panel)]
+        yield Section(
+            name_of("glance", place),
+            panel["panel"],
+            " ".join(filter(None, [*sentences, _cost_sentence(results, panel)])),
+            _tuned_table(results, compared) if len(compared) else _best_table(results, panel, best),
+            note=_TUNED_NOTE if len(compared) else _BEST_NOTE,
+            step=step if place == 1 else "",
+            command=command if place == 1 else "",
+        )
+
+
+_BEST_NOTE = (  # the width is that of `curves.TOLERANCE`
+    "Best rate: the one with the highest mean validation score. Within 0.01: decades of learning rate (1 is "
+    "a factor of 10) around it whose score is at most 0.01 lower; ≥ if the grid ends before. Brackets: 95 % "
+    "interval over seeds and test items. Lost: validation score lost by training at that one rate."
+)
+_TUNED_NOTE = (
+    "Each variant is tuned in every replicate; the test score of the run that validation chose counts. "
+    "Differences in points (0.01 of the score) with simultaneous 95 % intervals. Best rate and decades "
+    "within the margin: from the runs of all replicates together."
+)
+
+
+def _standing(results: Results, panel: Row) -> str:
+    """Return the sentence on whether the variant with the highest test score is better than the others."""
+    compared = of_panel(results.comparison, panel)
+    if len(compared):
+        name = verdicts.shown_name(results.study.settings.baseline)
+        if not compared["difference_low"].notna().any():
+            return f"No variant can be compared with tuned {name} yet."
+        better = list(compared.loc[compared["outcome"] == "better", "variant"])
+        if better:
+            return f"Better than tuned {name} by these replicates: {formatting.join(better)}."
+        return f"No variant is shown to be better than tuned {name}."
+    own = of_panel(results.best, panel)
+    own = own[own["test_score"].notna() & ~own["nothing_learned"]].sort_values("test_score", ascending=False)
+    if len(own) < 2:
+        return ""
+    top, rest = own.iloc[0], own[1:]
+    shown = f"{top['curve']} has the highest test score, {number(top['test_score'])}"
+    if math.isnan(top["test_score_low"]):
+        return f"{shown}; without an interval that is no ranking."
+    near = rest.loc[rest["test_score_high"].fillna(rest["test_score"]) >= top["test_score_low"], "curve"]
+    if len(near):
+        seeds = count(int(top["seeds"]), "seed")
+        return f"{shown}; {seeds} do not separate it from {formatting.join(list(near))}."
+    return f"{shown}, and its interval lies above all others; the rates were chosen on the same seeds."
+
+
+def _cost_sentence(results: Results, panel: Row) -> str:
+    """Return the sentence on what a run and the whole panel cost."""
+    own = of_panel(results.costs, panel)
+    if not len(own) or not own["study_seconds"].sum():
+        return ""
+    seconds = own["train_seconds"] + own["evaluate_seconds"]
+    each = dict.fromkeys((formatting.duration(seconds.min()), formatting.duration(seconds.max())))
+    total = formatting.duration(own["study_seconds"].sum())
+    return f"A run takes {' to '.join(each)}; all runs together took {total}."
+
+
+def width_text(row: Row, points_of_curve: pd.DataFrame, name: str = "width") -> str:
+    """Return a width in decades as text.
+
+    Args:
+        row: The row of a curve in `best`.
+        points_of_curve: Its points: the grid does not resolve a width below the spacing of its rates.
+        name: The column with the width.
+    """
+    import numpy as np
+
+    if math.isnan(row[name]):
+        return "-"
+    gaps = np.diff(np.log10(np.sort(points_of_curve["learning_rate"].unique())))
+    if not row[f"{name}_is_bound"] and len(gaps) and row[name] < np.median(gaps) - 1e-9:
+        return "not resolved"
+    return f"{'≥' if row[f'{name}_is_bound'] else ''}{number(row[name], 2)}"
+
+
+def best_rate_text(row: Row) -> str:
+    """Return the best rate of a row of `best`, marked where the grid or the search does not bracket it."""
+    if math.isnan(row["learning_rate"]):
+        return "-"
+    if row["nothing_learned"]:
+        return "nothing learnt"
+    if row.get("bracket") == "both edges":
+        return f"{row['rates']} (flat)"
+    edge = row.get("bracket") in ("low edge", "high edge") or row.get("edges")
+    return f"{row.get('settings') or row['rates']}{' (edge)' if edge else ''}"
+
+
+def _score_text(row: Row) -> str:
+    """Return the test score with its interval, whose ends have fewer digits."""
+    ends = formatting.interval(row["test_score_low"], row["test_score_high"], 2)
+    return f"{number(row['test_score'])} {ends}".rstrip()
+
+
+def _best_table(results: Results, panel: Row, best: pd.DataFrame) -> Table:
+    """Return the table of the best points of curves or searches."""
+    own_points = dict(tuple(curve_rows(results.points, best).groupby("curve")))
+
+    def width_of(name: str) -> Callable[[Row], str]:
+        return lambda row: width_text(row, own_points[row["curve"]], name)
+
+    def lost(row: Row) -> str:
+        return number(math.nan if row["nothing_learned"] else row["lost"], 2)
+
+    variant, score = text("variant", lambda r: r["curve"]), figure("test score", _score_text)
+    usable = figure("usable runs", lambda r: f"{r['usable']}/{r['ended']}")
+    more = (
+        figure("validation score", lambda r: formatting.estimate(r, "validation_score"), more=True),
+        figure("gain over untrained", lambda r: formatting.estimate(r, "gain"), more=True),
+    )
+    if results.study.settings.kind == "search":
+        cells = [
+            *(variant, text("best point", best_rate_text), score),
+            *(figure("points tried", lambda r: str(r["points"])), usable, *more),
+            figure("steps trained", lambda r: f"{r['steps'] / max(r['max_steps'], 1):.0%}", more=True),
+            text("runs", lambda r: r["states"], more=True),
+        ]
+    else:
+        cells = [
+            *(variant, figure("best rate", best_rate_text), figure("within 0.01", width_of("width")), score),
+            figure("lost at LoRA's rate" if panel["reference"] else "lost at one rate", lost),
+            *(usable, *more, figure("decades that keep 90 %", width_of("width_90"), more=True)),
+            figure("lost within half a decade", lambda r: formatting.estimate(r, "lost_near"), more=True),
+            figure("first rate that breaks down", lambda r: rate(r["cliff"]), more=True),
+        ]
+    table = make_table(best, *cells, dim=lambda r: r["nothing_learned"] or math.isnan(r["learning_rate"]))
+    if math.isnan(panel["untrained_test"]):
+        return table
+    shown = {"variant": "untrained", "test score": number(panel["untrained_test"])}
+    shown["validation score"] = number(panel["untrained_validation"])
+    last = tuple(shown.get(column.header, "") for column in table.columns)
+    return replace(table, rows=(*table.rows, last), dim=table.dim | {len(table.rows)})
+
+
+def _tuned_table(results: Results, compared: pd.DataFrame) -> Table:
+    """Return the table of a replicated tuning."""
+    name = verdicts.shown_name(results.study.settings.baseline)
+
+    def difference(row: Row) -> str:
+        ends = formatting.points_interval(row["difference_low"], row["difference_high"])
+        return f"{points(row['difference'])} {ends or verdicts.missing_interval(row)}"
+
+    def unless_baseline(cell: Callable[[Row], str]) -> Callable[[Row], str]:
+        return lambda row: "" if row["role"] == "baseline" else cell(row)
+
+    return make_table(
+        compared,
+        text("variant", lambda r: r["variant"]),
+        figure("best rate", lambda r: rate(r["best_rate"]) + (" (edge)" if r["best_rate_at_edge"] else "")),
+        figure(
+            "within the margin", lambda r: "not resolved" if math.isnan(r["width"]) else number(r["width"], 2)
+        ),
+        figure("tuned test score", lambda r: number(r["test_score"])),
+        figure(f"minus {name}", unless_baseline(difference)),
+        text("outcome", lambda r: r["role"] if r["role"] in ("baseline", "unverified") else r["outcome"]),
+        text(f"{name} matches or beats it", unless_baseline(lambda r: r["counts"]), more=True),
+        figure("usable tunings", lambda r: f"{r['usable']}/{r['tunings']}", more=True),
+        figure("test score, 95 % interval", lambda r: formatting.estimate(r, "test_score"), more=True),
+        figure("usable runs", lambda r: f"{r['usable_runs']}/{r['ended_runs']}", more=True),
+        figure("chosen rates", lambda r: r["chosen"] or "-", more=True),
+        figure("replicates that decide", lambda r: number(r["replicates_to_decide"], 0), more=True),
+        dim=lambda r: r["role"] == "baseline",
+    )
+
+
+# -- verdicts and limits
+
+
+def verdict_sections(report: Report) -> Iterator[Section]:
+    """The verdicts: claim, outcome, answer, design, and what would decide more."""
+    yield from verdict_cards(verdicts.Verdict(**row) for row in report.results.verdicts.to_dict("records"))
+
+
+def verdict_cards(found: Iterable[verdicts.Verdict]) -> Iterator[Section]:
+    """Return verdicts as sections. The first next step is left out: the page shows it at a glance."""
+    found = list(found)
+    shown = {next((each.next_step for each in found if each.next_step), "")}
+    for place, verdict in enumerate(found, 1):
+        is_new = verdict.next_step not in shown
+        shown.add(verdict.next_step)
+        yield Section(
+            name_of("verdict", place),
+            verdict.heading,
+            verdict.answer,
+            note=verdict.design,
+            step=verdict.next_step if is_new else "",
+            command=verdict.next_command if is_new else "",
+            outcome=verdict.outcome,
+        )
+
+
+def limit_sections(report: Report) -> Iterator[Section]:
+    """What limits the results: faults of the data first, in red."""
+    faults = data_warnings(report.results.study.sources)
+    others = [each for each in report.results.warnings if each not in faults]
+    if faults:
+        yield Section("faults", "The data", "\n\n".join(faults), level="alarm")
+    if others:
+        yield Section("limits", count(len(others), "limitation"), "\n\n".join(others), level="warning")
+
+
+# -- pictures and tables
+
+
+def factor_sections(report: Report) -> Iterator[Section]:
+    """What each hyperparameter costs, one table a variant."""
+    results = report.results
+    for place, panel in panels_of(results):
+        rows, name = of_panel(results.factors, panel), name_of("factors", place)
+        if not len(rows):
+            continue
+        title = title_of(results, "What each hyperparameter costs", panel)
+        yield Section(name, title, chart=charts.factor_bars(rows, name), note=_FACTOR_NOTE)
+        claims = of_panel(results.claims, panel).set_index("variant")
+        for variant, own in rows.groupby("variant", sort=False):
+            claim = claims.loc[variant]
+            outcome = claim["outcome"] if claim["counted"] else "not counted"
+            ranges = {"half": "half of the range", "measured": "all of it", "double": "double the range"}
+            shown = [f"{words} {claim[f'outcome_{key}']}" for key, words in ranges.items()]
+            told = (
+                f"Best rate {rate(claim['best_rate'])}. The learning rate matters most: {', '.join(shown)}."
+            )
+            yield Section(
+                f"{name}-{variant}", f"{variant} on {panel['task']}: {outcome}", told, _factor_table(own)
+            )
+
+
+_FACTOR_NOTE = (
+    "Lost test score in points (0.01 of the score), means over seeds with 95 % intervals. Set blindly (A): "
+    "the value is drawn from the factor's range, and nothing else reacts. Tuned again (B): the same with the "
+    "learning rate tuned at each value; for the learning rate, with that other factor tuned that makes up "
+    "for it best. * acts as a learning rate. Off by 3.16 (D): the value is wrong by that factor, either way. "
+    "Gain (C): from tuning this alone, all else at the published default."
+)
+
+
+def _factor_table(rows: pd.DataFrame) -> Table:
+    return make_table(
+        rows,
+        text("factor", lambda r: f"{r['title']}{'*' if r['alias'] else ''}"),
+        figure("set blindly (A)", lambda r: formatting.points_estimate(r, "misset")),
+        figure("tuned again (B)", lambda r: formatting.points_estimate(r, "retuned")),
+        figure("off by 3.16", lambda r: points(r["off_by_half_decade"], sign=False)),
+        figure("gain", lambda r: points(r["gain"], sign=False)),
+        figure("usable runs", lambda r: f"{r['usable']}/{r['ended']}"),
+        figure("off by 2", lambda r: points(r["off_by_2"], sign=False), more=True),
+        text("levels", lambda r: r["levels"], more=True),
+        text("default", lambda r: r["default"], more=True),
+    )
+
+
+def comparison_charts(report: Report) -> Iterator[Section]:
+    """The differences from the tuned baseline, and the curves of all replicates together."""
+    results, settings = report.results, report.results.study.settings
+    for place, panel in panels_of(results):
+        rows, pooled = of_panel(results.comparison, panel), of_panel(results.pooled, panel)
+        name = name_of("forest", place)
+        if len(rows) > 1:
+            yield Section(
+                name,
+                title_of(results, f"Difference from tuned {verdicts.shown_name(settings.baseline)}", panel),
+                chart=charts.forest(panel, rows, settings.margin, name),
+                note="Mean difference of the test score, simultaneous 95 % interval; the band is the margin.",
+            )
+        name = name_of("tuned_curves", place)
+        if len(pooled):
+            yield Section(
+                name,
+                title_of(results, "Score over learning rate, all replicates", panel),
+                chart=charts.tuned_curves(panel, pooled, of_panel(results.best, panel), name),
+                note="Mean validation score in bins of a quarter of a decade; ticks are the chosen rates.",
+            )
+
+
+def curve_charts(report: Report) -> Iterator[Section]:
+    """Score over learning rate, heat map, and the scores at one common rate and at each best rate."""
+    results = report.results
+    if results.study.settings.kind not in ("curve", "factors"):
+        return
+    for place, panel in panels_of(results):
+        best = of_panel(results.best, panel)
+        own, runs = (curve_rows(frame, best) for frame in (results.points, results.runs))
+        if own["validation_score"].isna().all():
+            continue
+        curves, cells, bests = (name_of(stem, place) for stem in ("curves", "heatmap", "spread"))
+        yield Section(
+            curves,
+            title_of(results, "Score over learning rate", panel),
+            chart=charts.score_curves(panel, own, best, runs, curves),
+            note="Mean over seeds with its 95 % interval; the best rate is ringed. Single runs are dots, "
+            "collapsed ones triangles, diverged ones crosses at the score of a constant answer. The line is "
+            "dashed across a cliff, between the last usable rate and the first at which most runs break.",
+        )
+        yield Section(
+            cells,
+            title_of(results, "Every variant and rate", panel),
+            chart=charts.heat_map(panel, own, best, cells),
+            note="Mean validation score; a frame marks the best rate. ▽ most runs collapsed or diverged.",
+        )
+        if best["test_at_common_rate"].notna().sum() > 1:
+            yield Section(
+                bests,
+                title_of(results, "One rate for all, or each its own", panel),
+                chart=charts.spread(panel, best, bests),
+                note=f"Test score at {panel['common_label']} (hollow) and at the rate that the variant's own "
+                "validation scores chose (filled, with its 95 % interval).",
+            )
+
+
+def search_charts(report: Report) -> Iterator[Section]:
+    """The points of a search, and the best score so far."""
+    results = report.results
+    for place, panel in panels_of(results) if results.study.settings.kind == "search" else ():
+        own, best, name = (
+            of_panel(results.points, panel),
+            of_panel(results.best, panel),
+            name_of("search", place),
+        )
+        if own["validation_score"].isna().all():
+            continue
+        yield Section(
+            name,
+            title_of(results, "Points of the search", panel),
+            chart=charts.search_points(panel, own, best, name),
+            note="Left: validation score of each point over its learning rate. Right: the best score so far.",
+        )
+
+
+def loss_charts(report: Report) -> Iterator[Section]:
+    """The training losses at the best rates and the next ones."""
+    results = report.results
+    is_search = results.study.settings.kind == "search"
+    losses = loss_frame(results.runs, results.best, results.records, neighbors=not is_search)
+    for place, panel in panels_of(results):
+        own, name = of_panel(losses, panel), name_of("training", place)
+        if len(own):
+            yield Section(
+                name,
+                title_of(results, "Training curves", panel),
+                chart=charts.losses(own, name),
+                note="Mean over the runs at the best learning rate and at the next ones.",
+            )
+
+
+def adapters(report: Report) -> Iterator[Section]:
+    """The best trained lane of each variant, and the command that exports it."""
+    results = report.results
+    runs = results.runs.set_index("fingerprint")
+    best = results.best_lanes
+    best = best.assign(seed=[runs.loc[own, "seed"] for own in best["fingerprint"]])
+
+    def export(row: Row) -> str:
+        folders = {"output": report.output, "store": report.store}
+        return store_command("export", results.name, row["fingerprint"][:12], **folders)
+
+    table = make_table(
+        best,
+        text("variant", lambda r: r["variant"]),
+        text("task", lambda r: r["task"]),
+        figure("rate", lambda r: rate(r["learning_rate"])),
+        figure("seed", lambda r: str(r["seed"])),
+        (Column("command", "command"), export),
+    )
+    about = "The best run of the best point of each variant. The command writes a PEFT folder."
+    if table.rows:
+        yield Section("adapters", "Trained adapters", about, table, folded=True)
+
+
+def cost_sections(report: Report) -> Iterator[Section]:
+    """Time, memory and parameters of each variant, and its test score over them."""
+    results = report.results
+    for place, panel in panels_of(results):
+        own, name = of_panel(results.costs, panel), name_of("costs", place)
+        if not len(own):
+            continue
+        scored = own[own["test_score"].notna() & (own["train_seconds"] > 0)]
+        yield Section(
+            name,
+            title_of(results, "Costs", panel),
+            _time_use_text(results) if place == 1 else "",
+            make_table(
+                own,
+                text("variant", lambda r: r["curve"]),
+                figure("test score", lambda r: number(r["test_score"])),
+                figure("training of a run", lambda r: formatting.duration(r["train_seconds"])),
+                figure("evaluation of a run", lambda r: formatting.duration(r["evaluate_seconds"])),
+                figure("peak memory", lambda r: formatting.memory(r["peak_memory"])),
+                figure("trainable parameters", lambda r: f"{r['trainable_parameters']:,}"),
+                figure("all its runs", lambda r: formatting.duration(r["study_seconds"]), more=True),
+            ),
+            charts.cost_scatter(scored, name) if len(scored) > 1 else None,
+            note="Means over finished runs; the seconds of a run are its share of its lane group's. The step "
+            "line is the Pareto front: no other variant is as cheap and as good.",
+            folded=True,
+        )
+
+
+def _time_use_text(results: Results) -> str:
+    """Return the sentence with the shares of the trainers' time by kind; empty if no record has them."""
+    used = time_use(results.runs)
+    total = sum(used.values())
+    shares = ", ".join(f"{name} {seconds / total:.1%}" for name, seconds in used.items())
+    return f"Time of the trainers, {formatting.duration(total)} in total: {shares}." if used else ""
+
+
+def point_tables(report: Report) -> Iterator[Section]:
+    """Every rate of a grid, with the command that trains its runs again."""
+    results = report.results
+    fingerprints = results.runs.groupby(["panel", "point"])["fingerprint"].agg(list)
+    shown = [label for label in ("collapsed", "diverged", "stopped", "failed") if results.points[label].any()]
+
+    def again(row: Row) -> str:
+        return results.study.train_again(fingerprints[row["panel"], row["point"]], store=report.store)
+
+    is_grid = results.study.settings.kind in ("curve", "factors")
+    for place, panel in panels_of(results) if is_grid else ():
+        own = curve_rows(results.points, of_panel(results.best, panel))
+        yield Section(
+            name_of("points", place),
+            title_of(results, "Every rate, with the command that trains it again", panel),
+            table=make_table(
+                own.sort_values(["curve", "learning_rate"]),
+                text("variant", lambda r: r["curve"]),
+                figure("rate", lambda r: formatting.exact_rate(r["learning_rate"]) + " ◯" * r["is_best"]),
+                figure("seeds", lambda r: str(r["scored"])),
+                figure("validation score", lambda r: formatting.estimate(r, "validation_score")),
+                figure("test score", lambda r: formatting.estimate(r, "test_score")),
+                *(figure(label, lambda r, label=label: str(r[label])) for label in shown),  # type: ignore[misc]
+                (Column("command", "command"), again),
+            ),
+            note="◯ the best rate. Means are over the seeds that were not stopped early.",
+            folded=True,
+        )
+
+
+MEANINGS = {
+    "failed": "missing: the same command tries them again",
+    "stopped": "stopped early, so part of no mean",
+    "diverged": "counted as the floor",
+    "collapsed": "finished, but no better than the untrained model; counted as their score",
+}
+"""Label of a run -> how the analysis counts such runs."""
+
+
+def broken_runs(report: Report) -> Iterator[Section]:
+    """The runs without a useful result, with the reason of each."""
+    runs = report.results.runs.sort_values(["panel", "curve", "learning_rate", "seed"])
+    for label, meaning in MEANINGS.items():
+        table = make_table(
+            runs[runs["label"] == label],
+            text("variant", lambda r: r["curve"]),
+            text("task", lambda r: r["panel"]),
+            figure("rate", lambda r: formatting.exact_rate(r["learning_rate"])),
+            figure("seed", lambda r: str(r["seed"])),
+            figure("steps", lambda r: str(r["steps"])),
+            text("reason", lambda r: r["reason"] or "-"),
+            (Column("fingerprint", "code"), lambda r: r["fingerprint"][:12]),
+        )
+        if table.rows:
+            yield Section(f"runs-{label}", f"{len(table.rows)} {label}: {meaning}", table=table, folded=True)
+
+
+def definitions(report: Report) -> Iterator[Section]:
+    """What the numbers mean."""
+    yield Section("definitions", "What these numbers mean", _DEFINITIONS, folded=True)
+
+
+_DEFINITIONS = """\
+Best rate: the rate with the highest validation mean over seeds, of equal ones the lowest. Test scores enter
+no choice. At the grid's edge the optimum may lie beyond.
+
+Intervals: of scores and gains the t interval over seeds, widened by the error of the test items (Wilson)
+where their results are known. Of decades and lost scores the jackknife over seeds; it covers less than 95 %
+where the top of the curve is flatter than the noise, so that it shows a scale and is no test. Of
+differences the paired t interval over replicates, with Bonferroni's correction for the number of variants.
+
+Usable runs neither diverged nor collapsed, of those that ended. In means a collapsed run counts as its
+score and a diverged one as the score of a constant answer. A rate at which runs were stopped early is
+chosen only if it is the best even if every stopped run counts as a constant answer.
+
+Decades: the width of the range of rates around the best (1 decade is a factor of 10) with a score within
+0.01 of the best one, or with at least 90 % of the way from a constant answer to it. Between rates the score
+is interpolated linearly in the logarithm of the rate. "Not resolved": narrower than the spacing of the
+grid.
+
+First rate that breaks down: the first rate above the best at which more than half of the seeds diverge, or
+the score has fallen half of the way to that of a constant answer."""
+
+
+def provenance(report: Report) -> Iterator[Section]:
+    """The commands of the study, and the software and hardware of its runs."""
+    import pandas as pd
+
+    counts = count_provenance(report.results.records)
+    shown = {name: ", ".join(f"{value} ({n})" for value, n in own.items()) for name, own in counts.items()}
+    yield Section(
+        "provenance",
+        "Commands and versions",
+        table=make_table(
+            pd.DataFrame({"name": shown.keys(), "values": shown.values()}),
+            text("software and hardware", lambda r: r["name"]),
+            text("value (runs)", lambda r: r["values"]),
+        ),
+        step="The whole study; runs with a result are not trained again:",
+        command=report.results.study.command,
+        in_terminal=False,
+    )
+    if report.tracking_uri:
+        where = mlflow_command(report.tracking_uri)
+        about = "" if where else report.tracking_uri
+        yield Section("mlflow", "All runs in MLflow", about, command=where, in_terminal=False)
+
+
+def mlflow_command(tracking_uri: str) -> str:
+    """Return the command that opens the runs in MLflow's UI; empty for a server, which serves its own UI."""
+    if not tracking_uri or tracking_uri.startswith(("http://", "https://")):
+        return ""
+    # Four workers, MLflow's default, end each other by a time limit while a busy machine starts them.
+    return shlex.join(["mlflow", "ui", "--workers", "1", "--backend-store-uri", tracking_uri])
+
+
+SECTIONS: tuple[Callable[[Report], Iterable[Section]], ...] = (
+    glance,
+    verdict_sections,
+    limit_sections,
+    factor_sections,
+    comparison_charts,
+    curve_charts,
+    search_charts,
+    loss_charts,
+    cost_sections,
+    adapters,
+    point_tables,
+    broken_runs,
+    definitions,
+    provenance,
+)
+"""The sections of every report, in their order."""
+
+
+def make_sections(report: Report) -> list[Section]:
+    """Return all sections of a report that have something to show."""
+    return [section for make in SECTIONS for section in make(report)]
+
+
+def setup_line(results: Results) -> str:
+    """Return the setup of a study in one line: what a caption of its pictures in a paper needs."""
+    import pandas as pd
+
+    runs = results.runs
+    if not len(runs):
+        return ""
+
+    def shown(column: str, unit: str = "{}") -> str:
+        values = sorted(runs[column].dropna().unique()) if column in runs else []
+        if not values:
+            return ""
+        texts = [f"{value:g}" if isinstance(value, float) else f"{value}" for value in values]
+        return unit.format(texts[0] if len(texts) == 1 else f"{texts[0]} to {texts[-1]}")
+
+    rows = " / ".join(shown(f"task_{split}_size") for split in ("train", "validation", "test"))
+    seeds = sorted(runs["seed"].unique())
+    started, ended = runs["started"].min(), runs["ended"].max()
+    parts = [
+        f"{rows} rows (train / validation / test)",
+        ", ".join(sorted(metric.replace("_", " ") for metric in runs["metric"].unique())),
+        shown("rank", "rank {}"),
+        shown("alpha", "alpha {}"),
+        shown("batch_size", "batch {}"),
+        shown("steps_horizon", "{} steps"),
+        ", ".join(sorted(runs["schedule"].dropna().unique())),
+        f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {seeds[0]} to {seeds[-1]}",
+    ]
+    if pd.notna(started) and started.year > 1970:
+        spent = formatting.duration(max(0.0, (ended - started).total_seconds()))
+        parts += [f"{started:%Y-%m-%d}", f"{spent} from first start to last end"]
+    parts.append(", ".join(sorted(runs["device"].dropna().unique())))
+    return " · ".join(filter(None, parts))

@@ -1,0 +1,637 @@
+"""Verdicts: when a claim is supported, refuted or undecided, and the sentences that say so.
+
+The tables of rules below are the whole decision. The first rule whose predicate holds for the facts of a
+panel gives the outcome and the sentence; facts are counts and limits from the frames of `Results`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from orchestrator.analyze import formatting, stats
+from orchestrator.analyze.formatting import count, number, points, points_interval, rate
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from orchestrator.analyze.results import Results
+
+VerdictOutcome = Literal["supported", "refuted", "undecided", "descriptive"]
+"""The outcome for a claim. A descriptive verdict tests nothing, so it has no error rate."""
+Facts = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The answer of a study to one claim. All texts are complete sentences, shown without further wording.
+
+    Attributes:
+        claim: The claim in one sentence.
+        outcome: The outcome.
+        answer: The result in a few sentences, with the deciding numbers and their intervals.
+        design: The tasks, models, variants, factors, seeds or replicates, and budget.
+        next_step: What would make the answer more precise; empty if nothing would.
+        next_command: The command for `next_step`, or empty.
+        scope: The task or tasks to which the outcome applies, such as "digits".
+    """
+
+    claim: str
+    outcome: VerdictOutcome
+    answer: str
+    design: str
+    next_step: str = ""
+    next_command: str = ""
+    scope: str = ""
+
+    @property
+    def heading(self) -> str:
+        """The claim with its scope, as it is shown beside the outcome."""
+        return f"{self.claim.removesuffix('.')} ({self.scope})." if self.scope else self.claim
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One line of a table of rules.
+
+    Attributes:
+        applies: Predicate over the facts.
+        outcome: The outcome where it holds.
+        sentence: A template of the sentence, filled in with the facts.
+        claim: The heading in place of the claim; empty to keep it.
+        command: A template of the command of the next step.
+    """
+
+    applies: Callable[[Facts], bool]
+    outcome: VerdictOutcome
+    sentence: str
+    claim: str = ""
+    command: str = ""
+
+
+def _otherwise(_: Facts) -> bool:
+    return True
+
+
+def decide(rules: Sequence[Rule], facts: Facts) -> tuple[Rule, str]:
+    """Return the first rule that applies, and its sentence."""
+    rule = next(rule for rule in rules if rule.applies(facts))
+    return rule, rule.sentence.format(**facts)
+
+
+RATE_MATTERS = "The learning rate matters more than any other hyperparameter."
+RATE_MATTERS_RULES = (
+    Rule(
+        lambda f: f["refuted"] > f["judged"] - f["required"],
+        "refuted",
+        "It fails for at least {refuted} of {judged} variants; it may fail for {spare}.",
+    ),
+    Rule(
+        lambda f: not f["measured"],
+        "undecided",
+        "On {task} no factor but the learning rate has been measured yet.",
+    ),
+    Rule(
+        lambda f: f["missing"],
+        "undecided",
+        "It is shown for at least {supported} of {judged} variants ({required} needed), but some "
+        "configurations have not ended.",
+    ),
+    Rule(
+        lambda f: f["judged"] and f["supported"] >= f["required"],
+        "supported",
+        "It is shown for at least {supported} of {judged} variants; {required} are needed.",
+    ),
+    Rule(
+        _otherwise,
+        "undecided",
+        "It is shown for at least {supported} of {judged} variants; {required} are needed.",
+    ),
+)
+"""Claim 1: shown for a variant if A and B of the rate exceed those of every other factor by the margin."""
+
+TUNED_WINS = "Tuned {name} matches or beats most variants."
+TUNED_WINS_RULES = (
+    Rule(lambda f: not f["counted"], "descriptive", "On {task} there is no variant that the claim counts."),
+    Rule(
+        lambda f: 2 * f["holds_at_least"] > f["counted"],
+        "supported",
+        "On {task} it holds for at least {holds_at_least} of {counted} variants ({needed} needed).",
+    ),
+    Rule(
+        lambda f: 2 * f["beaten_at_least"] >= f["counted"],
+        "refuted",
+        "On {task} at least {beaten_at_least} of {counted} variants are better by more than the margin.",
+    ),
+    Rule(
+        _otherwise,
+        "undecided",
+        "On {task} it is shown for at least {holds_at_least} of {counted} variants ({needed} needed).",
+    ),
+)
+"""Claim 2: a variant counts for LoRA if the interval of its difference lies below the margin."""
+
+RATE_DECIDES = "At one fixed learning rate the winner is an artefact of the rate."
+RATE_DECIDES_RULES = (
+    Rule(lambda f: f["reversed"], "supported", "{reversals}."),
+    Rule(
+        lambda f: not f["open"],
+        "refuted",
+        "Between {name}'s best rate and a variant's own no variant changes its order with {name} by more "
+        "than the margin.",
+        "At LoRA's best learning rate no variant changes its order with LoRA.",
+    ),
+    Rule(
+        _otherwise,
+        "undecided",
+        "It stays open whether a variant changes its order with {name} between their best rates.",
+        "Whether one fixed learning rate changes which variant wins stays open.",
+    ),
+)
+"""Claim 3: the order is reversed if a variant loses by more than the margin at one of two rates, LoRA's best
+and its own, and wins by more than the margin at the other. The headings are those of a grid, where the rates
+are chosen on the seeds that are compared."""
+
+BEST_RATES_RULES = (
+    Rule(lambda f: not f["scored"], "descriptive", "No learning rate of {panel} has a score yet."),
+    Rule(
+        lambda f: f["unlearned"] == f["scored"],
+        "descriptive",
+        "Nothing was learnt on {panel}: no run of any variant is better than the untrained model or a "
+        "constant answer.",
+    ),
+    Rule(
+        lambda f: not f["peaked"],
+        "descriptive",
+        "No variant of {panel} scores better inside the grid than at its ends.",
+    ),
+    Rule(lambda f: f["peaked"] == 1, "descriptive", "The best rate of {first} is {first_rates}."),
+    Rule(
+        lambda f: f["decades"] < 0.005 and not f["ties"],
+        "descriptive",
+        "All {peaked} variants are best at one rate, {first_rates}.",
+        "All variants are best at one learning rate.",
+    ),
+    Rule(
+        lambda f: f["shared"],
+        "descriptive",
+        "All {peaked} variants are best at {shared}.",
+        "No variant needs a learning rate of its own.",
+    ),
+    Rule(
+        _otherwise,
+        "descriptive",
+        "The best rates of {peaked} variants lie{at_least} {decades:.1f} decades apart ({first} "
+        "{first_rates}, {last} {last_rates}).",
+        "Each variant has a learning rate of its own at which it is best.",
+    ),
+)
+"""What a grid shows about the best rates of a panel."""
+
+NEXT_STEPS = (
+    Rule(
+        lambda f: f["missing"],
+        "undecided",
+        "Some configurations have not ended; the same command continues.",
+        command="{command}",
+    ),
+    Rule(lambda f: f["outcome"] != "undecided" or not f["open"], "descriptive", ""),
+    Rule(
+        lambda f: f["without"],
+        "undecided",
+        "There is no interval for {without}; more replicates may give one.",
+    ),
+    Rule(
+        lambda f: f["hopeless"],
+        "undecided",
+        "For {hopeless} even 1,000 replicates may not decide; this needs a larger test split (--test-size) "
+        "or a wider margin.",
+    ),
+    Rule(
+        lambda f: f["needed"] <= f["replicates"],
+        "undecided",
+        "The margin lies in the interval of {open}; the number of replicates that excludes it depends on the "
+        "true difference.",
+    ),
+    Rule(
+        _otherwise,
+        "undecided",
+        "About {needed} replicates decide every open comparison with probability 80 %, whatever the true "
+        "differences are, if the spread stays.",
+        command="{more}",
+    ),
+)
+"""What decides claim 2 where it is open."""
+
+
+def shown_name(variant: str) -> str:
+    """Return the name of a variant as it is written in a sentence."""
+    return "LoRA" if variant == "lora" else variant
+
+
+def find_verdicts(results: Results) -> list[Verdict]:
+    """Return the verdicts of a study, the most important first."""
+    find = {"factors": _factors, "replicates": _tuned, "curve": _curves, "search": _searches}
+    found = list(find[results.study.settings.kind](results))
+    if results.study.settings.select == "published":
+        mark = "Selected on the test set, as published (--select published)."
+        found = [replace(verdict, design=f"{verdict.design} {mark}") for verdict in found]
+    return found
+
+
+# -- grids
+
+
+def has_peak(row: Facts) -> bool:
+    """Return whether a row of `best` has a best rate: something was learned, and not both ends are best."""
+    return not (
+        math.isnan(row["learning_rate"]) or row["nothing_learned"] or row.get("bracket") == "both edges"
+    )
+
+
+def _curves(results: Results) -> Iterator[Verdict]:
+    fixed = []
+    for panel in results.panels.to_dict("records"):
+        best, runs = (each[each["panel"] == panel["panel"]] for each in (results.best, results.runs))
+        rates, seeds = sorted(runs["learning_rate"].unique()), runs["seed"].nunique()
+        scope = panel["panel"].replace(f" on {panel['model']}", "")
+        grid = f"{count(len(rates), 'learning rate')} from {rate(rates[0])} to {rate(rates[-1])}"
+        if len(rates) == 1:
+            grid = f"one learning rate, {rate(rates[0])}"
+        rule, text = decide(BEST_RATES_RULES, best_rate_facts(panel, best))
+        unlearned = best.loc[best["nothing_learned"], "curve"]
+        if rule.sentence and 0 < len(unlearned) < len(best):
+            text += f" Nothing was learnt by {', '.join(unlearned)}."
+        yield Verdict(
+            rule.claim or "The learning rate at which each variant is best.",
+            "descriptive",
+            " ".join(filter(None, (text, _span_sentence(panel, best)))),
+            f"{panel['panel']}: {count(len(best), 'variant')}, {grid}, {count(seeds, 'seed')}; "
+            f"{panel['metric'].replace('_', ' ')}.",
+            "The rates were chosen on these seeds. Replicated tuning tells which variant is better.",
+            results.study.again(experiment="tuned"),
+            scope,
+        )
+        own = _rows(results.fixed_rate, panel["panel"])
+        if own:
+            names = ", ".join([panel["reference"], *(row["variant"] for row in own)])
+            design = (
+                f"{panel['panel']}: {names}; {count(len(rates), 'learning rate')} with "
+                f"{count(seeds, 'seed')}. The rates are chosen on the same seeds, so this is descriptive."
+            )
+            chosen = best.set_index("curve")["rates"].to_dict()
+            rule, verdict = _fixed_rate(own, panel["reference"], scope, design, chosen)
+            fixed.append(replace(verdict, claim=rule.claim or verdict.claim, outcome="descriptive"))
+    yield from fixed
+
+
+def _rows(frame: pd.DataFrame, panel: str) -> list[dict[str, Any]]:
+    """Return the rows of a panel in a frame that may be empty."""
+    found: list[dict[str, Any]] = frame[frame["panel"] == panel].to_dict("records") if len(frame) else []
+    return found
+
+
+def best_rate_facts(panel: Facts, best: pd.DataFrame) -> dict[str, Any]:
+    """Return the facts on which `BEST_RATES_RULES` decide."""
+    rows = best.to_dict("records")
+    scored = [row for row in rows if not math.isnan(row["learning_rate"])]
+    peaked = sorted((r for r in rows if has_peak(r)), key=lambda r: (r["learning_rate"], r["curve"]))
+    equal = [set(row["rates"].split(" = ")) for row in peaked]
+    shared = sorted(set.intersection(*equal), key=float) if equal else []
+    facts: dict[str, Any] = {
+        "panel": panel["panel"],
+        "scored": len(scored),
+        "peaked": len(peaked),
+        "decades": 0.0,
+    }
+    facts |= {"unlearned": sum(row["nothing_learned"] for row in scored), "decades": 0.0}
+    if peaked:
+        first, last = peaked[0], peaked[-1]
+        facts |= {"first": first["curve"], "first_rates": first["rates"]}
+        facts |= {"last": last["curve"], "last_rates": last["rates"]}
+        facts["decades"] = math.log10(last["learning_rate"] / first["learning_rate"])
+    facts["ties"] = any(len(own) > 1 for own in equal)
+    facts["shared"] = formatting.join(shared) + (" alike" if len(shared) > 1 else "")
+    facts["at_least"] = "" if all(row.get("bracket") == "yes" for row in peaked) else " at least"
+    return facts
+
+
+def _span_sentence(panel: Facts, best: pd.DataFrame) -> str:
+    """Return the sentence on the test scores at one common rate and at each variant's own best rate."""
+    own = best[~best["nothing_learned"] & best["test_at_common_rate"].notna() & best["test_score"].notna()]
+    if len(own) < 2:
+        return ""
+    at_common = own.set_index("curve")["test_at_common_rate"].sort_values(kind="stable")
+    low, high = at_common.iloc[0], at_common.iloc[-1]
+    whose = "their test scores"
+    if len(own) < len(best):
+        whose = f"the test scores of {len(own)} of {len(best)} variants"
+    return (
+        f"At {panel['common_label']} ({rate(panel['common_rate'])}) {whose} span {number(high - low, 2)} "
+        f"({at_common.index[0]} {number(low, 2)} to {at_common.index[-1]} {number(high, 2)}); each at its "
+        f"own best rate, {number(own['test_score'].max() - own['test_score'].min(), 2)}."
+    )
+
+
+# -- claim 3
+
+
+def _fixed_rate(
+    rows: Sequence[Facts], baseline: str, scope: str, design: str, chosen: Mapping[str, str]
+) -> tuple[Rule, Verdict]:
+    """Return the rule that decided claim 3 and the verdict.
+
+    Args:
+        rows: The rows of `Results.fixed_rate` of one panel.
+        baseline: The curve at whose rate the others are compared.
+        scope: The text for `Verdict.scope`.
+        design: The text for `Verdict.design`.
+        chosen: Curve -> its best rate as text; empty for replicates, which have different best rates.
+    """
+    name = shown_name(baseline)
+    reversed_rows = [row for row in rows if row["reversal"] is True]
+    facts: dict[str, Any] = {
+        "name": name,
+        "reversed": len(reversed_rows),
+        "open": sum(row["reversal"] is None for row in rows),
+        "reversals": "; ".join(
+            _reversal(row, name, chosen.get(baseline, ""), chosen) for row in reversed_rows[:2]
+        ),
+    }
+    if len(reversed_rows) > 2:
+        facts["reversals"] += f"; so it is for {len(reversed_rows)} of {len(rows)} variants"
+    rule, text = decide(RATE_DECIDES_RULES, facts)
+    worst = max(rows, key=lambda row: row["regret"])
+    if round(100 * worst["regret"], 1) > 0:
+        lost = " ".join(
+            [
+                points(worst["regret"], False),
+                points_interval(worst["regret_low"], worst["regret_high"], False),
+            ]
+        )
+        text += (
+            f" At {name}'s best rate {worst['variant']} loses most against its own: {lost.strip()} points."
+        )
+    return rule, Verdict(RATE_DECIDES, rule.outcome, text, design, scope=scope)
+
+
+def _reversal(row: Facts, name: str, base_rate: str, chosen: Mapping[str, str]) -> str:
+    """Return the clause on a variant whose order with the baseline is reversed."""
+    variant = row["variant"]
+    at_base, at_own = row["at_baseline_rate"], row["at_own_rate"]
+    where = f"{name}'s best rate{f' ({base_rate})' if base_rate else ''}"
+    own = f"{variant}'s own{f' ({chosen[variant]})' if chosen.get(variant) else ''}"
+    winners = (name, variant) if at_base < 0 else (variant, name)
+    losers = winners[::-1]
+    return (
+        f"At {where} {winners[0]} beats {losers[0]} by {points(abs(at_base), False)} points, at {own} "
+        f"{winners[1]} beats {losers[1]} by {points(abs(at_own), False)}"
+    )
+
+
+# -- replicated tuning
+
+
+def _tuned(results: Results) -> Iterator[Verdict]:
+    tasks = results.tuned.to_dict("records") if len(results.tuned) else []
+    settings = results.study.settings
+    claim = TUNED_WINS.format(name=shown_name(settings.baseline))
+    verdicts, fixed = [], []
+    for task in tasks:
+        rows = _rows(results.comparison, task["panel"])
+        design = _tuned_design(task, rows, settings.margin)
+        facts = task | {"needed": task["counted"] // 2 + 1}
+        rule, text = decide(TUNED_WINS_RULES, facts)
+        step, command = _next_step(results, task, rows, rule.outcome)
+        answer = " ".join(
+            filter(None, (text, _outcome_sentence(task, rows, settings.baseline), _noise(task)))
+        )
+        verdicts.append(Verdict(claim, rule.outcome, answer, design, step, command, task["task"]))
+        if own := _rows(results.fixed_rate, task["panel"]):
+            fixed.append(_fixed_rate(own, settings.baseline, task["task"], design, {})[1])
+    if len(tasks) > 1:
+        yield _over_tasks(claim, tasks, verdicts)
+    yield from verdicts
+    yield from fixed
+
+
+def _over_tasks(claim: str, tasks: Sequence[Facts], verdicts: Sequence[Verdict]) -> Verdict:
+    """Return the verdict on claim 2 over all tasks: whether it holds on more than half of them (Holm)."""
+    import numpy as np
+
+    shown, against = (stats.count_shown(np.array([t[p] for t in tasks])) for p in ("p_claim", "p_against"))
+    needed = len(tasks) // 2 + 1
+    outcome: VerdictOutcome = (
+        "supported" if shown >= needed else "refuted" if against >= needed else "undecided"
+    )
+    each = ", ".join(f"{verdict.scope} {verdict.outcome}" for verdict in verdicts)
+    answer = f"It holds on at least {shown} of {len(tasks)} tasks ({needed} needed; {each})."
+    return Verdict(claim, outcome, answer, " ".join(v.design for v in verdicts), scope=f"{len(tasks)} tasks")
+
+
+def _tuned_design(task: Facts, rows: Sequence[Facts], margin: float) -> str:
+    names = ", ".join(row["variant"] for row in rows)
+    return (
+        f"{task['panel']}, {task['steps']} steps: {names}; each tuned on validation over {task['points']} "
+        f"points in {task['replicates']} replicates, the test score of the chosen run counts; margin "
+        f"{round(100 * margin, 1):g} points, simultaneous 95 % intervals (paired t, Bonferroni)."
+    )
+
+
+def _outcome_sentence(task: Facts, rows: Sequence[Facts], baseline: str) -> str:
+    """Return the sentence that lists the counted variants by outcome, with differences in points."""
+    groups = []
+    for outcome in (*(name for name, _ in stats.OUTCOMES), "undecided"):
+        own = [_difference(row) for row in rows if row["role"] == "variant" and row["outcome"] == outcome]
+        groups += [f"{outcome}: {', '.join(own)}"] if own else []
+    where = "" if task["has_item_error"] else f" on these {task['test_size']} test items"
+    found = "; ".join(groups)
+    return f"Difference from tuned {shown_name(baseline)} in points{where}: {found}." if groups else ""
+
+
+def _difference(row: Facts) -> str:
+    """Return a variant with its difference and its interval, or the reason why it has none."""
+    ends = points_interval(row["difference_low"], row["difference_high"])
+    shown = "" if math.isnan(row["difference"]) else points(row["difference"])
+    return " ".join(filter(None, (row["variant"], shown, ends or f"({missing_interval(row)})")))
+
+
+def missing_interval(row: Facts) -> str:
+    """Return why a row of `comparison` has no interval; empty for the baseline and if it has one."""
+    if row["role"] == "baseline" or not math.isnan(row["difference_low"]):
+        return ""
+    if row["pairs"] < 2:
+        usable = "replicate is" if row["pairs"] == 1 else "replicates are"
+        return f"{row['pairs'] or 'no'} {usable} usable for both"
+    return "the same difference in every replicate"
+
+
+def _noise(task: Facts) -> str:
+    if math.isnan(task["span"]) or math.isnan(task["expected_span"]):
+        return ""
+    span, noise = (points(task[name], sign=False) for name in ("span", "expected_span"))
+    return f"The mean scores span {span} points; equal variants would span {noise} by noise alone."
+
+
+def _next_step(results: Results, task: Facts, rows: Sequence[Facts], outcome: str) -> tuple[str, str]:
+    """Return the sentence and the command of the next step in a replicated tuning; both may be empty."""
+    opened = [row for row in rows if row["role"] == "variant" and row["counts"] == "open"]
+    hopeless = [r["variant"] for r in opened if math.isnan(r["replicates_to_decide"])]
+    needed = max((int(r["replicates_to_decide"]) for r in opened if r["variant"] not in hopeless), default=0)
+    facts = {
+        "missing": task["missing"],
+        "outcome": outcome,
+        "open": ", ".join(row["variant"] for row in opened),
+        "without": ", ".join(f"{r['variant']} ({why})" for r in opened if (why := missing_interval(r))),
+        "hopeless": ", ".join(hopeless),
+        "needed": needed,
+        "replicates": task["replicates"],
+        "command": results.study.command,
+        "more": results.study.again("--replicates", str(needed)),
+    }
+    rule, text = decide(NEXT_STEPS, facts)
+    return text, rule.command.format(**facts)
+
+
+# -- sensitivity
+
+
+def _factors(results: Results) -> Iterator[Verdict]:
+    from orchestrator.analyze.factors import count_claims
+
+    margin = results.study.settings.margin
+    for panel in results.panels.to_dict("records"):
+        claims, rows = (
+            frame[frame["panel"] == panel["panel"]] for frame in (results.claims, results.factors)
+        )
+        judged = rows[rows["variant"].isin(claims.loc[claims["counted"], "variant"])]
+        others = judged[~judged["alias"]]
+        numbers = count_claims(claims)
+        facts = numbers | {
+            "task": panel["task"],
+            "measured": len(others),
+            "missing": results.missing,
+            "spare": numbers["judged"] - numbers["required"],
+        }
+        rule, text = decide(RATE_MATTERS_RULES, facts)
+        own = claims[claims["counted"]]
+        sentences = (_cost_sentence(panel, judged), _claim_sentence(own) if len(others) else "", text)
+        step, seeds = ("", 0) if rule.outcome != "undecided" else _more_seeds(own, others)
+        command = results.study.again("--seeds", str(seeds)) if seeds else ""
+        if results.missing:
+            step, command = (
+                "Some configurations have not ended; the same command continues.",
+                results.study.command,
+            )
+        yield Verdict(
+            RATE_MATTERS,
+            rule.outcome,
+            " ".join(filter(None, sentences)),
+            _factor_design(panel, claims, rows, margin),
+            step,
+            command,
+            panel["task"],
+        )
+
+
+def _cost_sentence(panel: Facts, rows: pd.DataFrame) -> str:
+    """Return the sentence on A of the learning rate and the largest A of the others; empty without one."""
+    rates = rows.loc[rows["factor"] == "learning_rate", "misset"].dropna()
+    others = rows[~rows["alias"] & rows["misset"].notna()]
+    if not len(rates) or not len(others):
+        return ""
+    low, high = points(rates.min(), sign=False), points(rates.max(), sign=False)
+    worst = others.loc[others["misset"].idxmax()]
+    aliases = ", ".join(dict.fromkeys(rows.loc[rows["alias"] & (rows["factor"] != "learning_rate"), "title"]))
+    return (
+        f"On {panel['task']} the learning rate, set blindly, costs "
+        f"{low if low == high else f'{low} to {high}'} points, and any other "
+        f"hyperparameter{f' but {aliases}' if aliases else ''} at most "
+        f"{points(worst['misset'], sign=False)} ({worst['title']} for {worst['variant']})."
+    )
+
+
+def _claim_sentence(claims: pd.DataFrame) -> str:
+    """Return the sentence on the variants for which the claim holds, fails or is undecided."""
+    words = {
+        "supported": "holds for",
+        "refuted": "fails for",
+        "undecided": "is undecided for",
+        "undecided (range)": "changes with the range of the rate for",
+    }
+    named = {word: claims.loc[claims["outcome"] == outcome, "variant"] for outcome, word in words.items()}
+    groups = " and ".join(f"{word} {', '.join(own)}" for word, own in named.items() if len(own))
+    far = claims.loc[(claims["outcome"] == "supported") & claims["far_more"], "variant"]
+    whom = "all" if len(far) == len(claims) else ", ".join(far)
+    more = f"; for {whom} the rate costs more than three times what any other factor does" if len(far) else ""
+    return f"The claim {groups}{more}."
+
+
+def _factor_design(panel: Facts, claims: pd.DataFrame, rows: pd.DataFrame, margin: float) -> str:
+    titles = ", ".join(dict.fromkeys(rows.loc[rows["factor"] != "learning_rate", "title"])) or "nothing"
+    seeds = sorted(set(claims["seeds"]))
+    shown = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+    return (
+        f"{panel['panel']}; variants {', '.join(claims['variant'])}; learning rate against {titles}; {shown} "
+        f"seeds; margin {points(margin, sign=False)} points; one-sided 95 % limits, at half, the measured "
+        "and double range of the rate."
+    )
+
+
+def _more_seeds(claims: pd.DataFrame, others: pd.DataFrame) -> tuple[str, int]:
+    """Return the next step towards a decision and the number of seeds to train; 0 if seeds may not do."""
+    opened = claims[claims["outcome"] != "supported"]
+    by_range = opened.loc[opened["outcome"] == "undecided (range)", "variant"]
+    if len(by_range):
+        return (
+            f"For {', '.join(by_range)} the answer depends on how well the rate is known beforehand, which "
+            "no further run can settle.",
+            0,
+        )
+    rows = others[others["variant"].isin(opened["variant"])]
+    if not len(rows):
+        return "The levels of the factors have not been trained yet; the same command continues.", 0
+    have = int(rows["misset_seeds"].max())
+    if have < 2:
+        return "Five seeds give intervals.", 5
+    if len(lacking := rows[rows["misset_seeds"] < 2]):
+        names = ", ".join(lacking["title"] + " (" + lacking["variant"] + ")")
+        return f"There is no interval for {names}: fewer than two seeds have every score.", 0
+    needed = rows[["misset_seeds_to_decide", "retuned_seeds_to_decide"]]
+    if needed.isna().any(axis=None):
+        return (
+            "The learning rate and the closest factor cost about the same; more seeds may not decide it.",
+            0,
+        )
+    seeds = max(have + 1, int(needed.max(axis=None)))
+    return f"About {seeds} seeds decide it if the differences and their spread stay as they are.", seeds
+
+
+# -- searches
+
+
+def _searches(results: Results) -> Iterator[Verdict]:
+    for panel in results.panels.to_dict("records"):
+        rows = _rows(results.best, panel["panel"])
+        found = [
+            f"{row['curve']} has learnt nothing"
+            if row["nothing_learned"]
+            else f"{row['curve']} {number(row['validation_score'])} (test {number(row['test_score'])}) at "
+            f"{row['settings']}"
+            for row in rows
+            if not math.isnan(row["learning_rate"])
+        ]
+        tried = sorted({row["points"] for row in rows})
+        each = count(tried[-1], "point") if len(tried) == 1 else f"{tried[0]} to {tried[-1]} points"
+        yield Verdict(
+            "The search has found a best point for each variant.",
+            "descriptive",
+            f"Best by validation score: {'; '.join(found)}." if found else "No point has a score yet.",
+            f"{panel['panel']}: {count(len(rows), 'variant')}, {each} each, one seed a point; "
+            f"{panel['metric'].replace('_', ' ')}. The best of many single runs scores too high.",
+            "Replicated tuning tells which variant is better.",
+            results.study.again(experiment="tuned"),
+            panel["task"],
+        )
