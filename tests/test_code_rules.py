@@ -11,8 +11,8 @@ FOLDERS = ("docs", "experiments", "orchestrator", "tests", "variants")
 PRIVATE_OF_RAY = re.compile(r"\bray(?:\.\w+)*\._[a-z]\w+")
 PRIVATE_OF_RAY_FILE = ROOT / "orchestrator" / "execution" / "private_ray.py"
 BUDGETS = {
-    "orchestrator": (227, 22335),
-    "orchestrator/analyze": (19, 4615),
+    "orchestrator": (227, 22339),
+    "orchestrator/analyze": (19, 4619),
     "orchestrator/cli": (4, 304),
     "orchestrator/cluster": (3, 230),
     "orchestrator/execution": (16, 2513),
@@ -28,7 +28,7 @@ BUDGETS = {
 }
 """Package -> (modules, lines of code) that it may have at most. A change that makes one smaller
 lowers its numbers; a change that raises one says what that is worth."""
-DOC_WORDS = 45_984
+DOC_WORDS = 45_985
 """Words that all pages may have together."""
 
 

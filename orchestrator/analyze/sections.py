@@ -122,14 +122,17 @@ def glance(report: Report) -> Iterator[Section]:
 
 
 _BEST_NOTE = (  # the width is that of `curves.TOLERANCE`
-    "Best rate: the one with the highest mean validation score. Within 0.01: decades of learning rate (1 is "
-    "a factor of 10) around it whose score is at most 0.01 lower; ≥ if the grid ends before. Brackets: 95 % "
-    "interval over seeds and test items. Lost: validation score lost by training at that one rate."
+    "Best rate: the one with the highest mean validation score; (edge): the grid ends there, and the optimum "
+    "may lie beyond. Within 0.01: decades of learning rate (1 is a factor of 10) around it whose score is at "
+    "most 0.01 lower; ≥ if the grid ends before; not resolved if narrower than the grid's steps. Brackets: "
+    "95 % interval over seeds and test items. Lost: validation score lost by training at that one rate. "
+    "Usable: neither collapsed nor diverged."
 )
 _TUNED_NOTE = (
     "Each variant is tuned in every replicate; the test score of the run that validation chose counts. "
-    "Differences in points (0.01 of the score) with simultaneous 95 % intervals. Best rate and decades "
-    "within the margin: from the runs of all replicates together."
+    "Differences in points (0.01 of the score) with simultaneous 95 % intervals. Best rate and decades of "
+    "learning rate within the margin of the best score: from the runs of all replicates together; (edge): "
+    "the grids end there, widen them; not resolved: narrower than a quarter of a decade."
 )
 
 

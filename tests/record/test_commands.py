@@ -58,7 +58,7 @@ def test_sync_rebuilds_both_projections(results, run):
         runs = client.search_runs([client.get_experiment_by_name(name).experiment_id])
         found[name] = sorted(r.data.tags.get("state", r.info.status) for r in runs)
         experiment = client.get_experiment_by_name(name)
-        assert "### Best points: letters on letters-base" in experiment.tags["mlflow.note.content"]
+        assert "## letters on letters-base" in experiment.tags["mlflow.note.content"]
     assert found == {
         "rates": ["FINISHED", "diverged", "failed", "finished", "stopped"],
         "second": ["KILLED", "finished"],
@@ -137,7 +137,7 @@ def test_show_of_a_failed_record_has_its_traceback(run, results, make_record):
 
 
 @pytest.mark.parametrize(
-    "fault", ["{", {"name": 3}, {"name": "a"}, {"schema_version": 2}, {"nights": 3}], ids=str
+    "fault", ["{", {"name": 3}, {"name": "a"}, {"schema_version": 3}, {"nights": 3}], ids=str
 )
 def test_a_bad_study_file_is_named_and_stops_that_study_only(run, results, make_record, caplog, fault):
     empty_database(results / "results/store/mlflow.db")
