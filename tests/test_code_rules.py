@@ -24,7 +24,7 @@ BUDGETS = {
     "orchestrator/util": (10, 559),
     "variants": (128, 6717),
     "experiments": (16, 2075),
-    "tests": (277, 33386),
+    "tests": (277, 33395),
 }
 """Package -> (modules, lines of code) that it may have at most. A change that makes one smaller
 lowers its numbers; a change that raises one says what that is worth."""

@@ -225,7 +225,7 @@ def _best_table(results: Results, panel: Row, best: pd.DataFrame) -> Table:
         figure("validation score", lambda r: formatting.estimate(r, "validation_score"), more=True),
         figure("gain over untrained", lambda r: formatting.estimate(r, "gain"), more=True),
     )
-    if results.study.settings.kind == "search":
+    if results.study.settings.kind in ("search", "replicates"):  # points that form no curve
         cells = [
             *(variant, text("best point", best_rate_text), score),
             *(figure("points tried", lambda r: str(r["points"])), usable, *more),

@@ -17,6 +17,7 @@ from tuned_records import Truth, compare, is_of, row_of, shifted_rates, study_of
 
 from orchestrator.analyze.analysis import analyze
 from orchestrator.analyze.comparison import compare_at_fixed_rate
+from orchestrator.analyze.report import write_report
 from orchestrator.analyze.results import Results
 from orchestrator.cli.commands import Report
 from orchestrator.record.schema import ItemResults, Record
@@ -403,3 +404,14 @@ def test_the_curves_of_a_grid_show_it_too_and_say_that_they_are_descriptive() ->
     assert claims(found) == ["descriptive"]
     alone = analyze_curves([r for r in study() if not is_of(r, "lora")])
     assert claims(alone) == [], "there is no LoRA to take the rate from"
+
+
+@pytest.mark.parametrize("kept", [0, 3])
+def test_a_study_without_a_whole_tuning_of_the_baseline_has_a_report(tmp_path: Path, kept: int) -> None:
+    """As after an interruption: the baseline has no record yet, or fewer rates than the others."""
+    records = tuned_records({"lora": Truth(), "pissa": Truth()}, replicates=2)
+    of_lora = [r for r in records if r.configuration.variant.name == "lora"]
+    found = [r for r in records if r not in of_lora] + of_lora[:kept]
+    results, _ = write_report(study_of(records), found, tmp_path / "study", "")
+    assert results.comparison.empty
+    assert (tmp_path / "study" / "report.html").exists()
