@@ -11,20 +11,20 @@ FOLDERS = ("docs", "experiments", "orchestrator", "tests", "variants")
 PRIVATE_OF_RAY = re.compile(r"\bray(?:\.\w+)*\._[a-z]\w+")
 PRIVATE_OF_RAY_FILE = ROOT / "orchestrator" / "execution" / "private_ray.py"
 BUDGETS = {
-    "orchestrator": (227, 22339),
-    "orchestrator/analyze": (19, 4619),
+    "orchestrator": (227, 22363),
+    "orchestrator/analyze": (19, 4642),
     "orchestrator/cli": (4, 304),
     "orchestrator/cluster": (3, 230),
     "orchestrator/execution": (16, 2513),
     "orchestrator/export": (4, 462),
     "orchestrator/finetune": (138, 9435),
     "orchestrator/launch": (8, 1294),
-    "orchestrator/record": (12, 1641),
+    "orchestrator/record": (12, 1642),
     "orchestrator/study": (9, 1203),
     "orchestrator/util": (10, 559),
     "variants": (128, 6717),
     "experiments": (16, 2075),
-    "tests": (277, 33395),
+    "tests": (277, 33412),
 }
 """Package -> (modules, lines of code) that it may have at most. A change that makes one smaller
 lowers its numbers; a change that raises one says what that is worth."""

@@ -68,16 +68,15 @@ def analyze(study: StudyFile, records: Iterable[Record]) -> Results:
         best, panels = curves.best_of_groups(frame, points)
     score_of = best.set_index(["panel", "curve"])["test_score"].to_dict()
     if kind == "replicates":
-        from orchestrator.analyze.comparison import Comparison
+        from orchestrator.analyze.comparison import compare_tuned
 
         items = {r.fingerprint: own for r in kept if (own := runs.item_results(r, "test")) is not None}
-        compared = Comparison(frame, best, study.settings, items, missing)
-        more = {
-            name: getattr(compared, name)
-            for name in ("comparison", "tuned", "pooled", "fixed_rate", "winners")
-        }
-        if len(compared.comparison):
-            score_of = compared.comparison.set_index(["panel", "variant"])["test_score"].to_dict()
+        more = compare_tuned(frame, best, study.settings, items, missing)
+        own_scores = more["comparison"]
+        # A row of `best` is one replicate; without a comparison no score stands for a variant.
+        score_of = (
+            {} if own_scores.empty else own_scores.set_index(["panel", "variant"])["test_score"].to_dict()
+        )
     points = _with_settings(points, frame).sort_values("validation_score", ascending=False, ignore_index=True)
     more |= {"costs": costs.cost_frame(shown, score_of), "best_lanes": find_best_lanes(study, named)}
     results = Results(study, named, frame, points, best, panels, **more)

@@ -7,14 +7,11 @@ which `theme` defines for a light and for a dark page.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import version
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import altair as alt
 import numpy as np
@@ -22,7 +19,7 @@ import pandas as pd
 from altair import TopLevelMixin
 from altair.utils.schemapi import debug_mode
 
-from orchestrator.util.atomic_files import write_atomically
+from variants import source_cache
 
 WIDE, PHONE = 1140, 350
 """Widths of a page in pixels."""
@@ -98,31 +95,23 @@ def to_png(chart: Chart) -> bytes:
 
 
 @lru_cache(maxsize=128)
-def to_svg(chart: Chart, dark: bool = False) -> str:
-    """Return a chart as an SVG of a wide page."""
+def to_svg(chart: Chart) -> str:
+    """Return a chart as an SVG of a wide light page."""
     import vl_convert
 
-    opaque = {"background": (DARK if dark else LIGHT)["paper"], "padding": 16}
-    return vl_convert.vegalite_to_svg(specification(chart, WIDE) | {"config": theme(dark) | opaque})
+    config = theme(dark=False) | {"background": LIGHT["paper"], "padding": 16}
+    return vl_convert.vegalite_to_svg(specification(chart, WIDE) | {"config": config})
 
 
 def vega_bundle() -> str:
     """Return the JavaScript that defines `vega`, `vegaLite` and `vegaEmbed` on a page.
 
-    Making it takes seconds, so each user has a copy in `$XDG_CACHE_HOME/lora-orchestrator` (default:
-    `~/.cache`). A cache that cannot be read or written is not used.
+    Making it takes seconds, so that each user has a copy, see `source_cache`.
     """
     import vl_convert
 
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora-orchestrator"
-    path = cache / f"vega-{version('vl-convert-python')}.js"
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, ValueError):
-        script = vl_convert.javascript_bundle()  # type: ignore[call-arg]  # its stub lacks the default
-    with suppress(OSError):
-        cache.mkdir(parents=True, exist_ok=True, mode=0o700)
-        write_atomically(path, script.encode())
+    make = cast(Callable[[], str], vl_convert.javascript_bundle)  # its stub lacks the defaults
+    script: str = source_cache.cached("vega", make, also=version("vl-convert-python"))
     return script
 
 
@@ -166,12 +155,6 @@ def draw(mark: str, where: str = "", /, **options: Any) -> alt.Chart:
 def tips(**titles: str) -> list[alt.Tooltip]:
     """Return a tooltip of columns of text, each with its title."""
     return [alt.Tooltip(f"{field}:N", title=title) for field, title in titles.items()]
-
-
-def rate_text(rate: float) -> str:
-    """Format a learning rate with at most three significant digits: 3e-4."""
-    mantissa, _, exponent = f"{rate:.2e}".partition("e")
-    return f"{float(mantissa):g}e{int(exponent)}" if exponent else "none"
 
 
 def rate_ticks(rates: Iterable[float], domain: tuple[float, float], width: float) -> list[float]:

@@ -16,7 +16,8 @@ import numpy as np
 import pandas as pd
 
 from orchestrator.analyze import chart_style as style
-from orchestrator.analyze.chart_style import CROSS, Chart, Palette, draw, inline, rate_text, text_width, tips
+from orchestrator.analyze import formatting
+from orchestrator.analyze.chart_style import CROSS, Chart, Palette, draw, inline, text_width, tips
 
 Panel = Mapping[str, Any]
 """The row of a panel."""
@@ -24,7 +25,7 @@ Range = tuple[float, float]
 RAMP = ("#440154", "#46327e", "#365c8d", "#277f8e", "#1fa187", "#4ac16d", "#a0da39", "#fde725")
 """Viridis: its lightness grows evenly, for any color vision."""
 _OUTCOME_SHAPES = ("circle", "triangle-right", "triangle-left", "square", "diamond")
-OUTCOMES = dict(
+_OUTCOME_LOOKS = dict(
     zip(("undecided", "better", "worse", "equivalent", "not inferior"), _OUTCOME_SHAPES, strict=True)
 )
 """Outcome of a comparison -> its shape, in the order of the colors."""
@@ -248,7 +249,7 @@ def _point_rows(points: pd.DataFrame, best: pd.DataFrame) -> pd.DataFrame:
     rows = rows.assign(
         kind="point",
         is_second=False if source is None else source.ne(source.iloc[0]),
-        rate=rows["x"].map(rate_text),
+        rate=rows["x"].map(formatting.rate),
         validation=_estimates(points, "validation_score"),
         test=_estimates(points, "test_score"),
         usable=_shares(counts["usable"], ended),
@@ -284,7 +285,7 @@ def _run_rows(runs: pd.DataFrame) -> pd.DataFrame:
     rows = known.reindex(columns=["curve", "label", "seed", *names]).rename(columns=names)
     texts = {field: rows[field].map(_number) for field in ("validation", "test")}
     short = known["fingerprint"].str[:12]
-    return rows.assign(kind="run", rate=rows["x"].map(rate_text), fingerprint=short, **texts)
+    return rows.assign(kind="run", rate=rows["x"].map(formatting.rate), fingerprint=short, **texts)
 
 
 def _tops(points: pd.DataFrame, best: pd.DataFrame) -> tuple[Range, Range] | None:
@@ -439,7 +440,7 @@ class _Curves:
             return self.overlaid(width, _tops(points, best))
         rates = dict(zip(best["curve"], best["learning_rate"], strict=True))
         order = dict.fromkeys([*rates, *self.palette.curves], math.nan) | rates
-        titles = {c: c if math.isnan(rate) else f"{c}: {rate_text(rate)}" for c, rate in order.items()}
+        titles = {c: c if math.isnan(rate) else f"{c}: {formatting.rate(rate)}" for c, rate in order.items()}
         return self.multiples(width, titles)
 
 
@@ -479,7 +480,7 @@ def tuned_curves(panel: Panel, pooled: pd.DataFrame, best: pd.DataFrame, name: s
     curves = _Curves.of(panel, marks, _line_rows(marks))
     chosen = best.dropna(subset=["learning_rate"])
     ticks = chosen.reindex(columns=["variant", "replicate"]).assign(x=chosen["learning_rate"])
-    ticks = ticks.assign(hue=ticks["variant"].map(curves.palette.hues), rate=ticks["x"].map(rate_text))
+    ticks = ticks.assign(hue=ticks["variant"].map(curves.palette.hues), rate=ticks["x"].map(formatting.rate))
     names = tips(variant="variant", rate="chosen rate", replicate="replicate")
 
     def build(width: int) -> Any:
@@ -541,7 +542,7 @@ def heat_map(panel: Panel, points: pd.DataFrame, best: pd.DataFrame, name: str) 
         digits=[f"{score:.{2 if high <= 1 else 1}f}" for score in measured],
     )
     rows = [curve for curve in dict.fromkeys(best["curve"]) if curve in set(cells["curve"])]
-    rates = list(dict.fromkeys(map(rate_text, sorted(points["learning_rate"]))))
+    rates = list(dict.fromkeys(map(formatting.rate, sorted(points["learning_rate"]))))
     stops = [low + (high - low or 1.0) * i / (len(RAMP) - 1) for i in range(len(RAMP))]
 
     def build(width: int) -> Any:
@@ -581,13 +582,13 @@ def spread(panel: Panel, best: pd.DataFrame, name: str) -> Chart:
     table = best[["curve", *numbers]].rename(columns=numbers)
     table = table.assign(
         hue=best["curve"].map(palette.hues),
-        rate=[rate_text(rate) if rate == rate else "no score yet" for rate in best["learning_rate"]],
+        rate=[formatting.rate(rate) if rate == rate else "no score yet" for rate in best["learning_rate"]],
         test=_estimates(best, "test_score"),
         there=table["common"].map(_number),
         usable=_shares(best["usable"], best["ended"]),
     )
     ends, label = _score_range(best[[*numbers]].to_numpy().flat), f"at {panel['common_label']}"
-    label += f", {rate_text(panel['common_rate'])}"
+    label += f", {formatting.rate(panel['common_rate'])}"
     names = tips(curve="curve", rate="its best rate", test="test score", there=label, usable="usable runs")
 
     def build(width: int) -> Any:
@@ -651,8 +652,8 @@ def forest(panel: Panel, comparison: pd.DataFrame, margin: float, name: str) -> 
     )
     names = tips(row="variant", text="points", outcome="outcome", test="test score", pairs="pairs")
     note = f"test score minus that of {baseline['variant']} ({_number(baseline['test_score'], 3)}), in points"
-    color = alt.Color("outcome:N", scale=alt.Scale(domain=list(OUTCOMES)), legend=None)
-    scale = alt.Scale(domain=list(OUTCOMES), range=list(OUTCOMES.values()))
+    color = alt.Color("outcome:N", scale=alt.Scale(domain=list(_OUTCOME_LOOKS)), legend=None)
+    scale = alt.Scale(domain=list(_OUTCOME_LOOKS), range=list(_OUTCOME_LOOKS.values()))
     band, zero = (inline(pd.DataFrame({"at": [x], "to": [-x]})) for x in (-100 * margin, 0.0))
 
     def build(width: int) -> Any:
@@ -787,7 +788,7 @@ def losses(losses: pd.DataFrame, name: str) -> Chart:
     low = losses["loss"].min()
     ends = low - 0.04 * (first - low), first + 0.25 * (first - low) + 1e-9
     table = losses.groupby(["curve", "role", "learning_rate"])[["step", "loss"]].agg(list).reset_index()
-    table = table.assign(hue=table["role"].map(_ROLES), rate=table["learning_rate"].map(rate_text))
+    table = table.assign(hue=table["role"].map(_ROLES), rate=table["learning_rate"].map(formatting.rate))
     curves, roles = list(dict.fromkeys(losses["curve"])), list(_ROLES.values())
     color = alt.Color("hue:N", scale=alt.Scale(domain=roles), legend=None)
     scale = alt.Scale(domain=roles, range=[[1, 0], [2, 3], [6, 3]])

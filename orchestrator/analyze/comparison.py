@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 CONTROLS = ("full", "head_only")
 """Full fine-tuning and training of the head alone. They are compared with the baseline, but they are no
 variants of LoRA, so that claims and spans leave them out."""
-ALPHA = 0.05
-"""One minus the simultaneous confidence level of all intervals of a panel, and the error rate of a claim."""
 OUTLYING, MIN_FOR_OUTLIERS = 8.0, 8
 """An outlier lies so many standard deviations from the median; with fewer replicates there is none."""
 BINS_PER_DECADE = 4
@@ -36,60 +34,51 @@ _RUN_COLUMNS = (
 """The columns of runs that the comparison reads."""
 
 
-class Comparison:
-    """The frames of a replicated tuning that `Results` documents."""
+def compare_tuned(
+    runs: pd.DataFrame,
+    best: pd.DataFrame,
+    settings: AnalysisSettings,
+    items: Mapping[str, NDArray[np.float64]],
+    missing: bool,
+) -> dict[str, pd.DataFrame]:
+    """Compare the variants of every panel in which the baseline was tuned.
 
-    def __init__(
-        self,
-        runs: pd.DataFrame,
-        best: pd.DataFrame,
-        settings: AnalysisSettings,
-        items: Mapping[str, NDArray[np.float64]],
-        missing: bool,
-    ) -> None:
-        """Compare the variants of every panel in which the baseline was tuned.
+    Args:
+        runs: The runs, from `run_frame`.
+        best: The chosen run of every tuning, from `best_of_groups`.
+        settings: The baseline, the margin, and the variants without a verdict.
+        items: Fingerprint -> results on each test item, for the runs whose test score is their mean.
+        missing: True if configurations of the study have not ended.
 
-        Args:
-            runs: The runs, from `run_frame`.
-            best: The chosen run of every tuning, from `best_of_groups`.
-            settings: The baseline, the margin, and the variants without a verdict.
-            items: Fingerprint -> results on each test item, for the runs whose test score is their mean.
-            missing: True if configurations of the study have not ended.
-        """
-        import pandas as pd
+    Returns:
+        The frames comparison, tuned, pooled, fixed_rate and winners, see `Results`.
+    """
+    import pandas as pd
 
-        parts: dict[str, list[Any]] = {
-            n: [] for n in ("comparison", "tuned", "pooled", "fixed_rate", "winners")
-        }
-        for panel, own in runs.groupby("panel"):
-            found = _Task(own, best[best["panel"] == panel], settings, items, missing)
-            for name, rows in found.frames().items():
-                parts[name] += [{"panel": panel, **row} for row in rows]
-        self.comparison, self.tuned, self.pooled, self.fixed_rate, self.winners = map(
-            pd.DataFrame, parts.values()
-        )
+    frames: dict[str, list[Any]] = {n: [] for n in ("comparison", "tuned", "pooled", "fixed_rate", "winners")}
+    for panel, own in runs[[*_RUN_COLUMNS, "panel"]].groupby("panel"):
+        task = _Task(own, best[best["panel"] == panel], settings, missing)
+        for name, rows in task.frames(items).items():
+            frames[name] += [{"panel": panel, **row} for row in rows]
+    return {name: pd.DataFrame(rows) for name, rows in frames.items()}
 
 
 class _Task:
     """The comparison on one task and base model.
 
     Attributes:
-        chosen: The chosen run of each whole tuning: the row of `best`, and `is_usable`, `label`,
-        `has_result`. tried: The runs of the whole tunings.
+        chosen: The chosen run of each whole tuning: the row of `best`, with the label of the run, whether it
+            is usable (`is_usable`), and whether any run of the tuning did not fail (`has_result`).
+        tried: The runs of the whole tunings.
         names: The variants with a whole tuning, the baseline first.
+        test: Test scores of the usable tunings, as a frame of replicates x variants.
     """
 
     def __init__(
-        self,
-        runs: pd.DataFrame,
-        best: pd.DataFrame,
-        settings: AnalysisSettings,
-        items: Mapping[str, NDArray[np.float64]],
-        missing: bool,
+        self, runs: pd.DataFrame, best: pd.DataFrame, settings: AnalysisSettings, missing: bool
     ) -> None:
-        self.settings, self.items = settings, items
+        self.settings = settings
         self._tables: dict[str, pd.DataFrame] = {}
-        runs = runs[list(_RUN_COLUMNS)]
         label = runs.set_index("fingerprint")["label"]
         results = runs.groupby("group")["label"].agg(lambda labels: (labels != "failed").any())
         group = runs.drop_duplicates("group").set_index(["variant", "seed"])["group"]
@@ -107,8 +96,8 @@ class _Task:
         self.chosen = chosen[whole]
         counts = self.chosen["variant"].value_counts()
         self.missing = missing or not whole.all() or counts.nunique() > 1
-        self.names = [n for n in (settings.baseline, *sorted(counts.index)) if n in counts]
-        self.names = list(dict.fromkeys(self.names))
+        names = dict.fromkeys((settings.baseline, *sorted(counts.index)))
+        self.names = [name for name in names if name in counts]
         kept = set(zip(self.chosen["variant"], self.chosen["replicate"], strict=True))
         is_whole = [key in kept for key in zip(runs["variant"], runs["seed"], strict=True)]
         self.tried = runs[is_whole].sort_values(["learning_rate", "fingerprint"])
@@ -117,7 +106,7 @@ class _Task:
         )
 
     def _by_replicate(self, column: str) -> pd.DataFrame:
-        """Return a column of `chosen` as a frame of replicates x variants."""
+        """Return a column of `chosen` as a frame: a row for each replicate, a column for each variant."""
         if column not in self._tables:
             table = self.chosen.pivot(index="replicate", columns="variant", values=column)
             self._tables[column] = table.reindex(columns=self.names)
@@ -128,17 +117,21 @@ class _Task:
         """The variants besides the baseline, sorted by name."""
         return self.names[1:]
 
-    def frames(self) -> dict[str, list[dict[str, Any]]]:
-        """Return the rows of this task by the name of their frame; none without a tuning of the baseline."""
+    def frames(self, items: Mapping[str, NDArray[np.float64]]) -> dict[str, list[dict[str, Any]]]:
+        """Return the rows of this task by the name of their frame; none without a tuning of the baseline.
+
+        Args:
+            items: As for `compare_tuned`.
+        """
+        import numpy as np
+
         base = self.settings.baseline
         if base not in self.names:
             return {}
         at_base = self.test.index.isin(self.chosen.loc[self.chosen["variant"] == base, "replicate"])
         differences = self.test[self.others].sub(self.test[base], axis=0)[at_base]
-        errors = [self._item_error(name, differences[name]) for name in self.others]
-        found = stats.compare(
-            differences.to_numpy(float), [0.0 if math.isnan(e) else e for e in errors], ALPHA
-        )
+        errors = [self._item_error(name, differences[name], items) for name in self.others]
+        found = stats.compare(differences.to_numpy(float), np.nan_to_num(errors))
         share_p = [self._share_p(name) for name in self.others]
         adjusted = stats.holm(share_p)
         rows = [self._describe(base, "baseline")]
@@ -155,19 +148,20 @@ class _Task:
             dict(zip(self.others, p, strict=True)),
             dict(zip(self.others, share_p, strict=True)),
         )
-        rows[1:] = sorted(rows[1:], key=lambda r: _or_lowest(r["difference"]), reverse=True)
+        rows[1:] = sorted(rows[1:], key=lambda row: np.nan_to_num(-row["difference"], nan=math.inf))
         pooled = [point for name in self.names for point in self._pooled(name)]
         fixed, winners = self._fixed_rate({row["variant"] for row in counted})
-        return {
-            "comparison": rows, "tuned": [task], "pooled": pooled, "fixed_rate": fixed, "winners": winners
-        }  # fmt: skip
+        own = {"comparison": rows, "tuned": [task], "pooled": pooled}
+        return own | {"fixed_rate": fixed, "winners": winners}
 
     def _role(self, name: str) -> str:
         if name in CONTROLS:
             return "control"
         return "unverified" if name in self.settings.unverified else "variant"
 
-    def _item_error(self, name: str, differences: pd.Series) -> float:
+    def _item_error(
+        self, name: str, differences: pd.Series, items: Mapping[str, NDArray[np.float64]]
+    ) -> float:
         """Return the standard error over the test items of a variant's mean difference; NaN if unknown.
 
         All runs of a study are scored on the same items in the same order.
@@ -176,7 +170,7 @@ class _Task:
 
         point = self._by_replicate("point")
         pairs = [
-            (self.items.get(point.loc[r, name]), self.items.get(point.loc[r, self.settings.baseline]))
+            (items.get(point.loc[r, name]), items.get(point.loc[r, self.settings.baseline]))
             for r in differences.dropna().index
         ]
         known = [
@@ -255,22 +249,33 @@ class _Task:
         ]
 
     def _optimum(self, name: str) -> dict[str, Any]:
-        """Return the optimum and the width of the pooled curve; NaN where it does not determine them."""
+        """Return the optimum and the width of the pooled curve; NaN where it does not determine them.
+
+        A width below the largest distance of two bins is not resolved, so NaN. With `width_is_bound` it is a
+        lower bound: the curve ends before its score falls below the margin.
+        """
         import numpy as np
 
         pooled = self._pooled(name)
-        nothing = {"best_rate": math.nan, "best_rate_at_edge": False, "width": math.nan}
         if not pooled:
-            return nothing
+            return {
+                "best_rate": math.nan,
+                "best_rate_at_edge": False,
+                "width": math.nan,
+                "width_is_bound": False,
+            }
         x = np.log10([p["learning_rate"] for p in pooled])
         y, n = (np.array([p[key] for p in pooled], dtype=float) for key in ("validation_score", "runs"))
         peak = stats.find_peak(x, y, n)
-        wide = math.nan
-        if len(x) > 1:
-            best = int(np.argmax(y))
-            reach, is_bound = curves.width(x, y, best, float(y[best]) - self.settings.margin)
-            wide = math.nan if is_bound or reach < np.diff(x).max() - 1e-6 else reach
-        return {"best_rate": 10**peak.log10_rate, "best_rate_at_edge": peak.at_edge, "width": wide}
+        best = int(np.argmax(y))
+        reach, is_bound = curves.width(x, y, best, float(y[best]) - self.settings.margin)
+        is_resolved = len(x) > 1 and (is_bound or reach >= np.diff(x).max() - 1e-6)
+        return {
+            "best_rate": 10**peak.log10_rate,
+            "best_rate_at_edge": peak.at_edge,
+            "width": reach if is_resolved else math.nan,
+            "width_is_bound": is_resolved and is_bound,
+        }
 
     def _task_fields(self, counted: Sequence[Mapping[str, Any]], errors: Sequence[float]) -> dict[str, Any]:
         """Return the fields of a row of `tuned` that describe the comparison as a whole."""
@@ -294,7 +299,7 @@ class _Task:
         """Compare the baseline and the counted variants at the rate that is best for either.
 
         Returns:
-            The rows of `fixed_rate` and of `winners`. None if fewer than two replicates have the same rates
+            The rows of `fixed_rate` and of `winners`; none if fewer than two replicates have the same rates
             for all these variants, or if these replicates have different numbers of rates.
         """
         import numpy as np
@@ -320,10 +325,6 @@ class _Task:
             chosen[name] = np.array([int(p[0]) if len(p) else -1 for p in places])
         centers = np.exp(np.log(np.array([rates[names[0], s] for s in shared])).mean(axis=0))
         return compare_at_fixed_rate(centers, scores, chosen, self.settings.baseline, self.settings.margin)
-
-
-def _or_lowest(value: float) -> float:
-    return -math.inf if math.isnan(value) else value
 
 
 def _difference_fields(found: stats.Comparison, i: int, margin: float, comparisons: int) -> dict[str, Any]:
@@ -357,7 +358,7 @@ def _decide_by_share(row: dict[str, Any], baseline: Mapping[str, Any]) -> dict[s
     """
     if row["role"] != "variant":
         row["counts"] = "not counted"
-    if not (row["tunings"] and baseline["tunings"]) or not row["usable_p"] <= ALPHA:
+    if not (row["tunings"] and baseline["tunings"]) or not row["usable_p"] <= stats.ALPHA:
         return row
     is_worse = row["usable"] / row["tunings"] < baseline["usable"] / baseline["tunings"]
     has_interval = not math.isnan(row["difference_low"])
@@ -386,7 +387,7 @@ def _claim_fields(
     for row in counted:
         p = p_not_superior[row["variant"]]
         p_holds, p_beaten = (1.0, 1.0) if math.isnan(row["difference_low"]) else (p, 1.0 - p)
-        if row["usable_p"] <= ALPHA:  # the shares differ, see `_decide_by_share`
+        if row["usable_p"] <= stats.ALPHA:  # the shares differ, see `_decide_by_share`
             if row["usable"] * baseline["tunings"] >= baseline["usable"] * row["tunings"]:
                 p_holds, p_beaten = 1.0, min(p_beaten, share_p[row["variant"]])
             elif math.isnan(row["difference_low"]):
@@ -395,8 +396,8 @@ def _claim_fields(
         beaten.append(p_beaten)
     half = len(holds) // 2
     return {
-        "holds_at_least": stats.count_shown(np.array(holds), ALPHA),
-        "beaten_at_least": stats.count_shown(np.array(beaten), ALPHA),
+        "holds_at_least": stats.count_shown(holds),
+        "beaten_at_least": stats.count_shown(beaten),
         "p_claim": float(np.sort(stats.holm(np.array(holds)))[half]) if holds else 1.0,
         "p_against": float(np.sort(stats.holm(np.array(beaten)))[(len(holds) - 1) // 2]) if holds else 1.0,
     }
@@ -483,7 +484,7 @@ def compare_at_fixed_rate(
     regrets = [at(name, name) - at(name, baseline) for name in others]
     at_base = [at(name, baseline) - at(baseline, baseline) for name in others]
     at_own = [at(name, name) - at(baseline, name) for name in others]
-    found = stats.compare(np.array([*regrets, *at_base, *at_own]).T, alpha=ALPHA)
+    found = stats.compare(np.array([*regrets, *at_base, *at_own]).T)
     rows = []
     for i, name in enumerate(others):
         row: dict[str, Any] = {"variant": name}

@@ -27,7 +27,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from orchestrator.analyze.stats import Peak, find_peak
+from orchestrator.analyze.stats import ALPHA, POWER, Peak, find_peak
 
 Scores = NDArray[np.float64]
 """Scores, or weights of scores."""
@@ -94,7 +94,7 @@ def find_center(rates: Sequence[float] | Scores, means: ArrayLike, counts: Array
 # -- losses, per seed
 
 
-def best_index(choices: Scores) -> NDArray[np.intp]:
+def choose_by_others(choices: Scores) -> NDArray[np.intp]:
     """Return for each seed the candidate with the best mean over the other seeds.
 
     Args:
@@ -120,7 +120,7 @@ def tuned_scores(values: Scores, choices: Scores) -> Scores:
     Returns:
         Scores, shape (..., seeds).
     """
-    index = best_index(choices)[..., None, :]
+    index = choose_by_others(choices)[..., None, :]
     taken: Scores = np.take_along_axis(values, index, axis=-2)[..., 0, :]
     return taken
 
@@ -269,16 +269,14 @@ def loss_off_by(values: Scores, positions: Sequence[float], optimum: float, dist
 #   factors at exactly the margin refute the claim in more than 5 % of studies.
 
 ClaimOutcome = Literal["supported", "refuted", "undecided", "undecided (range)"]
-ALPHA = 0.05
-"""Level of each test, and error of each one-sided confidence limit."""
 FAR_MORE = 3.0
 """Ratio of the losses above which the rate matters "far more"."""
 RANGE_SCALES = (0.5, 1.0, 2.0)
 """Ranges of the rate at which the claim is tested, as multiples of the curve's range."""
 RANGE_NAMES = dict(zip(RANGE_SCALES, ("half", "measured", "double"), strict=True))
 """Multiple of the curve's range -> its name."""
-POWER, MAX_SEEDS = 0.8, 100
-"""Power for which `seeds_to_support` plans, and the largest number of seeds that it returns."""
+MAX_SEEDS = 100
+"""The largest number of seeds that `seeds_to_support` returns."""
 
 
 @dataclass(frozen=True)

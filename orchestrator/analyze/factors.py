@@ -46,8 +46,6 @@ REQUIRED_SHARE = 0.8
 """Share of the variants for which claim 1 must hold."""
 HALF_DECADE, FACTOR_2 = 0.5, math.log10(2)
 """Log10 of the ratios by which a hyperparameter is off in D: 3.16 and 2."""
-DIFFERENCES = (-1.0, 1.0)
-"""The range of a difference of two scores."""
 
 
 @dataclass(frozen=True)
@@ -424,7 +422,7 @@ class _Comparison:
 def _fields(name: str, per_seed: Scores | None) -> dict[str, float]:
     """Return the mean over seeds with its t interval as columns `name`, `name_low` and `name_high`."""
     found = stats.mean_interval([] if per_seed is None else [float(v) for v in per_seed])
-    low, high = np.clip([found.low, found.high], *DIFFERENCES)
+    low, high = np.clip([found.low, found.high], *stats.DIFFERENCES)
     return {name: found.mean, f"{name}_low": float(low), f"{name}_high": float(high)}
 
 
@@ -532,7 +530,7 @@ def _claim_row(star: Star, judged: Sequence[_Comparison], margin: float) -> dict
         "p_supported": claim.p_supported,
         "p_refuted": claim.p_refuted,
         **{f"outcome_{name}": outcome for name, outcome in claim.outcomes.items()},
-        "far_more": bool(far) and all(c.p_more <= effects.ALPHA for c in far),
+        "far_more": bool(far) and all(c.p_more <= stats.ALPHA for c in far),
         "best_rate": star.center,
         "best_at_edge": star.peak.at_edge,
         "seeds": len(star.seeds),
@@ -549,6 +547,6 @@ def count_claims(claims: pd.DataFrame) -> dict[str, int]:
     return {
         "judged": len(own),
         "required": math.ceil(REQUIRED_SHARE * len(own)),
-        "supported": stats.count_shown(own["p_supported"].to_numpy(), effects.ALPHA),
-        "refuted": stats.count_shown(own["p_refuted"].to_numpy(), effects.ALPHA),
+        "supported": stats.count_shown(own["p_supported"].to_numpy(), stats.ALPHA),
+        "refuted": stats.count_shown(own["p_refuted"].to_numpy(), stats.ALPHA),
     }

@@ -14,11 +14,6 @@ from typing import Any
 from orchestrator.util import redaction
 
 
-def is_missing(value: float | None) -> bool:
-    """Return whether a number is None or NaN."""
-    return value is None or math.isnan(value)
-
-
 def exact_rate(value: float) -> str:
     """Format a learning rate so that it reads back as the same number."""
     return rate(value) if float(rate(value)) == value else repr(value)

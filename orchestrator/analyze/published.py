@@ -7,7 +7,6 @@ an own study: a score from one seed has no interval, and the rates were selected
 
 from __future__ import annotations
 
-import json
 import math
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +20,7 @@ from orchestrator.analyze.render import Section
 from orchestrator.analyze.results import Results, frame_rows
 from orchestrator.analyze.sections import figure, text
 from orchestrator.analyze.verdicts import Verdict
-from orchestrator.record.study_file import StudyFile
+from orchestrator.record.study_file import STUDY_FILE, StudyFile
 from orchestrator.study.config import SHIPPED_FOLDER
 from orchestrator.util.errors import UsageError, suggest_nearest
 from orchestrator.util.graceful_interrupts import PROGRAM
@@ -131,7 +130,6 @@ def best_points(points: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for curve, own in table.iterrows():
         rates = [float(rate) for rate in own.index[is_best.loc[curve]]]
-        at_ends = set(rates) <= {table.columns[0], table.columns[-1]}
         rows.append({
             "panel": points["panel"].iloc[0],
             "task": points["task"].iloc[0],
@@ -146,7 +144,7 @@ def best_points(points: pd.DataFrame) -> pd.DataFrame:
             **{f"{name}_score_{end}": math.nan for name in ("test", "validation") for end in ("low", "high")},
             "rank": int((top > top[curve]).sum()) + 1,
             "tied": [str(name) for name in top.index[top == top[curve]] if name != curve],
-            "bracket": "yes" if not at_ends else "low edge" if rates[0] == table.columns[0] else "high edge",
+            "bracket": _edges_of(rates, table.columns[0], table.columns[-1]),
             "range": round(float(own.max() - own.min()), 2),
             "lost": round(float(top[curve] - own[reference_rate]), 2),
             "test_at_common_rate": float(own[reference_rate]),
@@ -157,6 +155,12 @@ def best_points(points: pd.DataFrame) -> pd.DataFrame:
             "ended": 1,
         })  # fmt: skip
     return pd.DataFrame(rows).sort_values(["rank", "curve"], ignore_index=True)
+
+
+def _edges_of(rates: Sequence[float], first: float, last: float) -> str:
+    """Return the column `bracket` of a variant with these best rates, on a grid from `first` to `last`."""
+    names = {(first,): "low edge", (last,): "high edge", (first, last): "both edges"}
+    return names.get(tuple(rates), "yes")
 
 
 def simulate_noise(points: pd.DataFrame, noise: float) -> dict[str, Any]:
@@ -354,8 +358,8 @@ def _overlay_points(known: pd.DataFrame, survey: str, name: str) -> pd.DataFrame
     scores = 100 * whole["mean"]
     return template.assign(
         variant=curve,
-        curve=curve + ", " + name,
-        group=curve + ", " + name,
+        curve=curve,
+        group=curve,
         learning_rate=whole["learning_rate"],
         source=name,
         test_score=scores,
@@ -515,9 +519,9 @@ def survey_sections(survey: Survey) -> Iterator[Section]:
             step=found[0].next_step if place == 1 else "",
             command=found[0].next_command if place == 1 else "",
         )
-    yield from sections.verdict_cards(found)
-    for about in survey.overlays:
-        yield Section("overlay", "An own study beside it", about)
+    yield from sections.verdict_cards(found, [found[0].next_step])
+    for place, about in enumerate(survey.overlays, 1):
+        yield Section(sections.name_of("overlay", place), "An own study beside it (dashed)", about)
     yield from sections.curve_charts(sections.Report(survey.results))
     for place, panel in sections.panels_of(survey.results):
         table = sections.make_table(
@@ -545,14 +549,16 @@ def show_published(
             ones. Only the published tasks of that study are shown.
 
     Raises:
-        UsageError: A task is unknown, or the study cannot be drawn.
+        UsageError: A task is unknown, the study cannot be drawn, or the folder belongs to a study.
     """
     from rich.console import Console
 
+    folder = output / "published"
+    if (folder / STUDY_FILE).exists():
+        raise UsageError(f"{folder}: it is the folder of a study of yours; take another --output.")
     own = load(overlay, output=output, store=store) if overlay else None
     survey = Survey(tasks, noise or tuple(SEED_NOISE), own)
-    made = list(survey_sections(survey))
-    results = survey.results
+    made, results = list(survey_sections(survey)), survey.results
     numbers = {
         "schema_version": report.SCHEMA_VERSION,
         "source": SOURCE,
@@ -560,16 +566,10 @@ def show_published(
         **{name: frame_rows(getattr(results, name)) for name in ("panels", "points", "best", "winners")},
         "noise": frame_rows(survey.noise),
     }
-    folder = output / "published"
     title = f"The published scores of {SOURCE}"
     setup = "20 variants · one seed a score · rates chosen on the test set"
     page = render.to_html(title, results.study.question, setup, [], made)
-    files = {
-        **report.picture_files(made),
-        "summary.json": json.dumps(numbers, indent=1, allow_nan=False).encode(),
-        "report.html": page.encode(),
-    }
-    report.write_files(folder, files)
+    report.write_files(folder, page, numbers, made)
     console = Console(width=80, highlight=False)
     console.print(render.to_terminal(made))
     console.print(f"Report   {folder / 'report.html'}", markup=False, soft_wrap=True)

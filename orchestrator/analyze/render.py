@@ -193,8 +193,8 @@ def _markdown_cell(column: Column, text: str) -> str:
 
 
 def _escape(text: str) -> str:
-    """Escape what Markdown reads as markup in names and sentences."""
-    return re.sub(r"([\\|*`<])", r"\\\1", " ".join(text.split()))
+    """Escape what Markdown reads as markup in names and sentences, also links and images."""
+    return re.sub(r"([\\|*`<]|(?<=\])\()", r"\\\1", " ".join(text.split()))
 
 
 # -- page

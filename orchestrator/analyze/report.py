@@ -92,30 +92,32 @@ def write_report(
         "setup": sections.setup_line(results),
         "pending": results.missing,
     }
-    summary = json.dumps(about | results.to_json(), indent=1, allow_nan=False)
-    write_files(
-        folder, {**picture_files(made), "summary.json": summary.encode(), "report.html": page.encode()}
-    )
+    write_files(folder, page, about | results.to_json(), made)
     return results, made
 
 
-def picture_files(made: Sequence[Section]) -> dict[str, bytes]:
-    """Return file name -> content of the pictures of sections, each as PNG and SVG."""
+def write_files(folder: Path, page: str, numbers: Mapping[str, Any], made: Sequence[Section]) -> None:
+    """Write the files of a report, and remove pictures of an earlier one.
+
+    Args:
+        folder: The folder.
+        page: The content of report.html.
+        numbers: The content of summary.json, without the names of the pictures.
+        made: The sections, whose charts are written as PNG and SVG.
+    """
     from orchestrator.analyze import chart_style
 
-    files = {}
+    pictures: dict[str, bytes] = {}
     for chart in (section.chart for section in made if section.chart is not None):
-        files[f"{chart.name}.png"] = chart_style.to_png(chart)
-        files[f"{chart.name}.svg"] = chart_style.to_svg(chart).encode()
-    return files
-
-
-def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write the files of a report, and remove pictures of an earlier one."""
+        pictures[f"{chart.name}.png"] = chart_style.to_png(chart)
+        pictures[f"{chart.name}.svg"] = chart_style.to_svg(chart).encode()
+    summary = json.dumps({**numbers, "pictures": list(pictures)}, indent=1, allow_nan=False)
+    earlier = report_files(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    files = {**pictures, "summary.json": summary.encode(), "report.html": page.encode()}
     for name, content in files.items():
         atomic_files.write_atomically(folder / name, content)
-    for path in report_files(folder):
+    for path in earlier:
         if path.name not in files:
             path.unlink(missing_ok=True)
 
@@ -125,6 +127,7 @@ def describe_study(study: StudyFile, records: Iterable[Record]) -> StudyDescript
     from orchestrator.analyze import sections
     from orchestrator.analyze.analysis import analyze
 
+    study = replace(study, command=formatting.redact_secrets(study.command))
     results = analyze(study, records)
     return describe(results, sections.make_sections(sections.Report(results)))
 

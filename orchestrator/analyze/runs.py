@@ -263,7 +263,9 @@ def select_on_test(record: Record) -> Record:
     tests = [each for each in record.evaluations if each.split == "test"]
     items = {split: own for split, own in record.items.items() if split == "test"}
     if record.configuration.test_evaluations == "every" and tests:
-        best = max(tests, key=lambda each: _or_lowest(each.scores.get(metric)))
+        best = max(
+            tests, key=lambda each: -math.inf if math.isnan(s := finite(each.scores.get(metric))) else s
+        )
         tests, items = [*(each for each in tests if each is not best), best], {}
     # Every title and picture shows the model's name. The name is not part of the fingerprint.
     model = replace(record.configuration.model, name=f"{record.configuration.model.name} {ON_TEST}")
@@ -276,10 +278,6 @@ def select_on_test(record: Record) -> Record:
         baseline_scores=dict.fromkeys(("validation", "test"), untrained) if record.baseline_scores else {},
         items={split: own for own in items.values() for split in ("validation", "test")},
     )
-
-
-def _or_lowest(score: float | None) -> float:
-    return score if score is not None and math.isfinite(score) else -math.inf
 
 
 def count_provenance(records: Iterable[Record]) -> dict[str, dict[str, int]]:

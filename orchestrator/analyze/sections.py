@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -102,11 +102,9 @@ def make_table(frame: pd.DataFrame, *cells: Cell, dim: Callable[[Row], bool] = l
 def glance(report: Report) -> Iterator[Section]:
     """The answer on the first screen: best rates and widths, whether the winner stands, costs, what next."""
     results = report.results
-    found = results.verdicts[results.verdicts["next_step"] != ""]
-    step, command = found.iloc[0][["next_step", "next_command"]] if len(found) else ("", "")
     for place, panel in panels_of(results):
-        compared = of_panel(results.comparison, panel)
-        best = of_panel(results.best, panel)
+        compared, best = of_panel(results.comparison, panel), of_panel(results.best, panel)
+        step, command = _next_step(results, panel)
         rule, facts = verdicts.BEST_RATES_RULES, verdicts.best_rate_facts(panel, best)
         is_grid = results.study.settings.kind in ("curve", "factors")
         sentences = [verdicts.decide(rule, facts)[1] if is_grid else "", _standing(results, panel)]
@@ -116,9 +114,17 @@ def glance(report: Report) -> Iterator[Section]:
             " ".join(filter(None, [*sentences, _cost_sentence(results, panel)])),
             _tuned_table(results, compared) if len(compared) else _best_table(results, panel, best),
             note=_TUNED_NOTE if len(compared) else _BEST_NOTE,
-            step=step if place == 1 else "",
-            command=command if place == 1 else "",
+            step=step,
+            command=command,
         )
+
+
+def _next_step(results: Results, panel: Row) -> tuple[str, str]:
+    """Return the first next step of the verdicts on a panel, and its command."""
+    found = results.verdicts[
+        (results.verdicts["panel"] == panel["panel"]) & (results.verdicts["next_step"] != "")
+    ]
+    return (found["next_step"].iloc[0], found["next_command"].iloc[0]) if len(found) else ("", "")
 
 
 _BEST_NOTE = (  # the width is that of `curves.TOLERANCE`
@@ -203,6 +209,11 @@ def best_rate_text(row: Row) -> str:
     return f"{row.get('settings') or row['rates']}{' (edge)' if edge else ''}"
 
 
+def rates_text(rates: Iterable[float]) -> str:
+    """Return different learning rates in ascending order: 3e-3, 1e-2."""
+    return ", ".join(map(rate, sorted(set(rates)))) or "-"
+
+
 def _score_text(row: Row) -> str:
     """Return the test score with its interval, whose ends have fewer digits."""
     ends = formatting.interval(row["test_score_low"], row["test_score_high"], 2)
@@ -237,6 +248,8 @@ def _best_table(results: Results, panel: Row, best: pd.DataFrame) -> Table:
             *(variant, figure("best rate", best_rate_text), figure("within 0.01", width_of("width")), score),
             figure("lost at LoRA's rate" if panel["reference"] else "lost at one rate", lost),
             *(usable, *more, figure("decades that keep 90 %", width_of("width_90"), more=True)),
+            figure("within 0.01, 95 % interval", lambda r: formatting.estimate(r, "width", 2), more=True),
+            figure("best rates without one seed", lambda r: rates_text(r["rates_without_a_seed"]), more=True),
             figure("lost within half a decade", lambda r: formatting.estimate(r, "lost_near"), more=True),
             figure("first rate that breaks down", lambda r: rate(r["cliff"]), more=True),
         ]
@@ -257,6 +270,11 @@ def _tuned_table(results: Results, compared: pd.DataFrame) -> Table:
         ends = formatting.points_interval(row["difference_low"], row["difference_high"])
         return f"{points(row['difference'])} {ends or verdicts.missing_interval(row)}"
 
+    def width(row: Row) -> str:
+        if math.isnan(row["width"]):
+            return "not resolved"
+        return f"{'≥' if row['width_is_bound'] else ''}{number(row['width'], 2)}"
+
     def unless_baseline(cell: Callable[[Row], str]) -> Callable[[Row], str]:
         return lambda row: "" if row["role"] == "baseline" else cell(row)
 
@@ -264,9 +282,7 @@ def _tuned_table(results: Results, compared: pd.DataFrame) -> Table:
         compared,
         text("variant", lambda r: r["variant"]),
         figure("best rate", lambda r: rate(r["best_rate"]) + (" (edge)" if r["best_rate_at_edge"] else "")),
-        figure(
-            "within the margin", lambda r: "not resolved" if math.isnan(r["width"]) else number(r["width"], 2)
-        ),
+        figure("within the margin", width),
         figure("tuned test score", lambda r: number(r["test_score"])),
         figure(f"minus {name}", unless_baseline(difference)),
         text("outcome", lambda r: r["role"] if r["role"] in ("baseline", "unverified") else r["outcome"]),
@@ -285,16 +301,17 @@ def _tuned_table(results: Results, compared: pd.DataFrame) -> Table:
 
 def verdict_sections(report: Report) -> Iterator[Section]:
     """The verdicts: claim, outcome, answer, design, and what would decide more."""
-    yield from verdict_cards(verdicts.Verdict(**row) for row in report.results.verdicts.to_dict("records"))
+    results = report.results
+    at_a_glance = {_next_step(results, panel)[0] for _, panel in panels_of(results)}
+    yield from verdict_cards(
+        (verdicts.Verdict(**row) for row in results.verdicts.to_dict("records")), at_a_glance
+    )
 
 
-def verdict_cards(found: Iterable[verdicts.Verdict]) -> Iterator[Section]:
-    """Return verdicts as sections. The first next step is left out: the page shows it at a glance."""
-    found = list(found)
-    shown = {next((each.next_step for each in found if each.next_step), "")}
+def verdict_cards(found: Iterable[verdicts.Verdict], at_a_glance: Collection[str]) -> Iterator[Section]:
+    """Return verdicts as sections, without the next steps that the page shows at a glance."""
     for place, verdict in enumerate(found, 1):
-        is_new = verdict.next_step not in shown
-        shown.add(verdict.next_step)
+        is_new = verdict.next_step not in at_a_glance
         yield Section(
             name_of("verdict", place),
             verdict.heading,
@@ -352,6 +369,9 @@ _FACTOR_NOTE = (
 
 
 def _factor_table(rows: pd.DataFrame) -> Table:
+    def contrast(name: str) -> Callable[[Row], str]:
+        return lambda row: points(row.get(f"{name}_contrast_low", math.nan), sign=False)
+
     return make_table(
         rows,
         text("factor", lambda r: f"{r['title']}{'*' if r['alias'] else ''}"),
@@ -361,6 +381,8 @@ def _factor_table(rows: pd.DataFrame) -> Table:
         figure("gain", lambda r: points(r["gain"], sign=False)),
         figure("usable runs", lambda r: f"{r['usable']}/{r['ended']}"),
         figure("off by 2", lambda r: points(r["off_by_2"], sign=False), more=True),
+        figure("rate minus this (A), at least", contrast("misset"), more=True),
+        figure("rate minus this (B), at least", contrast("retuned"), more=True),
         text("levels", lambda r: r["levels"], more=True),
         text("default", lambda r: r["default"], more=True),
     )
@@ -550,6 +572,49 @@ def point_tables(report: Report) -> Iterator[Section]:
         )
 
 
+def tuning_tables(report: Report) -> Iterator[Section]:
+    """Every point of a search, or the chosen run of every tuning; and the variants at LoRA's best rate."""
+    results, kind = report.results, report.results.study.settings.kind
+    for place, panel in panels_of(results):
+        if kind in ("search", "replicates"):
+            own = of_panel(results.points if kind == "search" else results.best, panel)
+            yield Section(
+                name_of("tried", place),
+                title_of(results, "Every point" if kind == "search" else "Every tuning", panel),
+                table=make_table(
+                    own.sort_values(["curve", "order" if kind == "search" else "replicate"]),
+                    text("variant", lambda r: r["curve"]),
+                    *((figure("replicate", lambda r: str(r["replicate"])),) if kind == "replicates" else ()),
+                    text("settings", lambda r: r["settings"] or "-"),
+                    figure("validation score", lambda r: number(r["validation_score"])),
+                    figure("test score", lambda r: number(r["test_score"])),
+                    (Column("fingerprint", "code"), lambda r: r["fingerprint"][:12]),
+                ),
+                folded=True,
+            )
+        fixed = of_panel(results.fixed_rate, panel)
+        if len(fixed):
+            yield Section(
+                name_of("fixed_rate", place),
+                title_of(results, "At LoRA's best rate, and at each variant's own", panel),
+                table=make_table(
+                    fixed,
+                    text("variant", lambda r: r["variant"]),
+                    figure("lost at LoRA's rate", lambda r: formatting.points_estimate(r, "regret")),
+                    figure(
+                        "minus LoRA there", lambda r: formatting.points_estimate(r, "at_baseline_rate", True)
+                    ),
+                    figure(
+                        "minus LoRA at its own rate",
+                        lambda r: formatting.points_estimate(r, "at_own_rate", True),
+                    ),
+                    text("order changes", lambda r: {True: "yes", False: "no"}.get(r["reversal"], "open")),
+                ),
+                note="Test scores, differences in points with simultaneous 95 % intervals.",
+                folded=True,
+            )
+
+
 MEANINGS = {
     "failed": "missing: the same command tries them again",
     "stopped": "stopped early, so part of no mean",
@@ -623,9 +688,8 @@ def provenance(report: Report) -> Iterator[Section]:
         in_terminal=False,
     )
     if report.tracking_uri:
-        where = mlflow_command(report.tracking_uri)
-        about = "" if where else report.tracking_uri
-        yield Section("mlflow", "All runs in MLflow", about, command=where, in_terminal=False)
+        where = mlflow_command(report.tracking_uri) or report.tracking_uri
+        yield Section("mlflow", "All runs in MLflow", command=where, in_terminal=False)
 
 
 def mlflow_command(tracking_uri: str) -> str:
@@ -648,6 +712,7 @@ SECTIONS: tuple[Callable[[Report], Iterable[Section]], ...] = (
     cost_sections,
     adapters,
     point_tables,
+    tuning_tables,
     broken_runs,
     definitions,
     provenance,

@@ -284,31 +284,22 @@ def paired_share_p(won: int, lost: int) -> float:
     return min(1.0, float(2 * tail / 2**n))
 
 
-def item_error(differences: ArrayLike, clusters: ArrayLike | None = None) -> float:
-    """Return the standard error over test items of the mean difference (Liang and Zeger 1986; Miller 2024).
+def item_error(differences: ArrayLike) -> float:
+    """Return the standard error over test items of a mean difference, clustered by item (Miller 2024).
 
-    The difference of each item is first averaged over the replicates.
+    The results of one item in several replicates are correlated. So the difference of each item is first
+    averaged over the replicates.
 
     Args:
         differences: Variant minus baseline on each item, shape (replicates, items).
-        clusters: Group of each item, such as the document that it belongs to, shape (items,). The items of
-            one group may be correlated. By default all items are independent.
 
     Returns:
-        The standard error; NaN without a replicate, or with fewer than two items or groups.
+        The standard error; NaN without a replicate or with fewer than two items.
     """
     d = np.asarray(differences, dtype=float)
     if d.ndim < 2 or not len(d) or d.shape[1] < 2:
         return math.nan
-    means = d.mean(axis=0)
-    residuals = means - means.mean()
-    if clusters is not None:
-        _, group = np.unique(np.asarray(clusters), return_inverse=True)
-        residuals = np.bincount(group, residuals)
-    groups = len(residuals)
-    if groups < 2:
-        return math.nan
-    return math.sqrt(groups / (groups - 1) * float((residuals**2).sum())) / len(means)
+    return float(d.mean(axis=0).std(ddof=1)) / math.sqrt(d.shape[1])
 
 
 # -- words

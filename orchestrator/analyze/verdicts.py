@@ -36,6 +36,7 @@ class Verdict:
         next_step: What would make the answer more precise; empty if nothing would.
         next_command: The command for `next_step`, or empty.
         scope: The task or tasks to which the outcome applies, such as "digits".
+        panel: The panel of the verdict; empty if it is about several.
     """
 
     claim: str
@@ -45,6 +46,7 @@ class Verdict:
     next_step: str = ""
     next_command: str = ""
     scope: str = ""
+    panel: str = ""
 
     @property
     def heading(self) -> str:
@@ -219,7 +221,8 @@ NEXT_STEPS = (
         _otherwise,
         "undecided",
         "About {needed} replicates decide every open comparison with probability 80 %, whatever the true "
-        "differences are, if the spread stays.",
+        "differences are, if the spread stays. Fix the number first: who adds replicates until something is "
+        "decided errs more often than stated.",
         command="{more}",
     ),
 )
@@ -273,6 +276,7 @@ def _curves(results: Results) -> Iterator[Verdict]:
             "The rates were chosen on these seeds. Replicated tuning tells which variant is better.",
             results.study.again(experiment="tuned"),
             scope,
+            panel["panel"],
         )
         own = _rows(results.fixed_rate, panel["panel"])
         if own:
@@ -408,7 +412,9 @@ def _tuned(results: Results) -> Iterator[Verdict]:
         answer = " ".join(
             filter(None, (text, _outcome_sentence(task, rows, settings.baseline), _noise(task)))
         )
-        verdicts.append(Verdict(claim, rule.outcome, answer, design, step, command, task["task"]))
+        verdicts.append(
+            Verdict(claim, rule.outcome, answer, design, step, command, task["task"], task["panel"])
+        )
         if own := _rows(results.fixed_rate, task["panel"]):
             fixed.append(_fixed_rate(own, settings.baseline, task["task"], design, {})[1])
     if len(tasks) > 1:
@@ -533,6 +539,7 @@ def _factors(results: Results) -> Iterator[Verdict]:
             step,
             command,
             panel["task"],
+            panel["panel"],
         )
 
 
@@ -634,4 +641,5 @@ def _searches(results: Results) -> Iterator[Verdict]:
             "Replicated tuning tells which variant is better.",
             results.study.again(experiment="tuned"),
             panel["task"],
+            panel["panel"],
         )

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import shlex
 from collections.abc import Collection, Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
@@ -24,19 +24,18 @@ _log = logging.getLogger(__name__)
 STUDY_FILE = "study.json"
 LOCK_FILE = ".lock"
 """File beside study.json that a running study locks. Only its holder writes study.json."""
-PICTURES = ("factors", "forest", "tuned_curves", "search", "curves", "heatmap", "spread", "training", "costs")
-"""Names of the pictures of a report, the most important first. A picture of the first panel consists of the
-files NAME.png and NAME.svg beside study.json, one of the second panel of NAME-2.png and so on."""
-_REPORT_FILE = re.compile(rf"report\.html|summary\.json|({'|'.join(PICTURES)})(-\d+)?\.(png|svg)")
 
 
 def report_files(folder: Path) -> list[Path]:
-    """Return the files of the report in a study's folder, the pictures in the order of `PICTURES`."""
-    found = (
-        [path for path in folder.iterdir() if _REPORT_FILE.fullmatch(path.name)] if folder.is_dir() else []
-    )
-    names = [*PICTURES, "report", "summary"]
-    return sorted(found, key=lambda path: (names.index(re.split(r"[-.]", path.name)[0]), path.name))
+    """Return the files of the report in a folder: the pictures that summary.json names, then the others."""
+    summary = folder / "summary.json"
+    names: list[str] = []
+    with suppress(OSError, ValueError):  # there is no report yet, or its summary is damaged
+        names = json.loads(summary.read_bytes()).get("pictures", [])
+    pictures = [
+        folder / name for name in names if name == Path(name).name and name.endswith((".png", ".svg"))
+    ]
+    return [path for path in (*pictures, folder / "report.html", summary) if path.is_file()]
 
 
 StudyKind = Literal["curve", "search", "replicates", "factors"]

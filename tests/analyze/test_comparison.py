@@ -415,3 +415,29 @@ def test_a_study_without_a_whole_tuning_of_the_baseline_has_a_report(tmp_path: P
     results, _ = write_report(study_of(records), found, tmp_path / "study", "")
     assert results.comparison.empty
     assert (tmp_path / "study" / "report.html").exists()
+
+
+def test_a_range_that_the_grids_do_not_leave_is_at_least_that_wide(tmp_path: Path) -> None:
+    rates = [float(f"{10 ** (i / 4):.3g}") for i in range(-16, -5)]
+    same = [
+        record(v, rate, s, 0.9 + 0.001 * s) for v in ("lora", "pissa") for rate in rates for s in range(2)
+    ]
+    found = compare(same)
+    row, rates_of = row_of(found, "pissa"), found.pooled.groupby("variant")["learning_rate"]
+    assert row["width_is_bound"]
+    assert row["width"] == pytest.approx(math.log10(rates_of.max()["pissa"] / rates_of.min()["pissa"]))
+    _, sections = write_report(study_of(same), same, tmp_path / "study", "")
+    table = next(each.table for each in sections if each.name == "glance")
+    assert table is not None
+    assert f"≥{row['width']:.2f}" in table.rows[1]
+
+
+def test_each_task_shows_its_own_next_step_at_a_glance(tmp_path: Path) -> None:
+    clear = tuned_records({"lora": Truth(), "pissa": Truth(0.8)}, 6, task="digits")
+    noisy = tuned_records({"lora": Truth(), "pissa": Truth()}, 6, noise=0.01, task="letters")
+    found = [*clear, *noisy]
+    _, sections = write_report(study_of(found), found, tmp_path / "study", "")
+    steps = {each.title.split()[0]: each.step for each in sections if each.name.startswith("glance")}
+    assert steps["digits"] == ""
+    assert "replicates decide" in steps["letters"]
+    assert not any(each.step in steps.values() for each in sections if each.outcome and each.step)

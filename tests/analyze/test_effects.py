@@ -102,11 +102,11 @@ def test_off_by_a_factor_is_the_mean_of_both_ways_and_of_one_where_the_levels_en
 
 def test_no_seed_takes_part_in_the_choice_for_itself() -> None:
     scores = RNG.normal(size=(6, 5))
-    chosen = effects.best_index(scores)
+    chosen = effects.choose_by_others(scores)
     for seed in range(5):
         changed = scores.copy()
         changed[:, seed] = RNG.normal(size=6) * 100
-        assert effects.best_index(changed)[seed] == chosen[seed]
+        assert effects.choose_by_others(changed)[seed] == chosen[seed]
 
 
 def test_equal_rates_do_not_look_better_than_they_are() -> None:
@@ -120,10 +120,11 @@ def test_equal_rates_do_not_look_better_than_they_are() -> None:
 
 def test_a_tie_goes_to_the_first_row_in_spite_of_rounding() -> None:
     tied = np.array([[0.1, 0.2, 0.3], [0.3, 0.2, 0.1 + 1e-16], [0.2, 0.2, 0.2]])
-    assert effects.best_index(np.repeat(tied.mean(axis=1, keepdims=True), 4, axis=1)).tolist() == [0] * 4
+    means = np.repeat(tied.mean(axis=1, keepdims=True), 4, axis=1)
+    assert effects.choose_by_others(means).tolist() == [0] * 4
     # Without the last seed both means are 0.2, but the sums differ by floating-point errors.
     sums = np.array([[0.3, 0.2, 0.1, 0.7], [0.1, 0.2, 0.3, 0.7]])
-    assert effects.best_index(sums)[3] == 0
+    assert effects.choose_by_others(sums)[3] == 0
 
 
 @pytest.mark.parametrize(("scale", "ends"), [(0.5, (-2.5, -1.5)), (1.0, (-3.0, -1.0)), (2.0, (-4.0, 0.0))])

@@ -13,6 +13,7 @@ from orchestrator.experiments.published import Published
 from synthetic import record
 
 from orchestrator.analyze.analysis import analyze
+from orchestrator.analyze.chart_style import WIDE, specification
 from orchestrator.analyze.published import (
     REFERENCE,
     TASKS,
@@ -20,6 +21,7 @@ from orchestrator.analyze.published import (
     read_points,
     show_published,
     simulate_noise,
+    survey_sections,
     survey_verdicts,
 )
 from orchestrator.record.schema import Record
@@ -153,13 +155,22 @@ def test_an_own_study_is_drawn_by_published_name_in_points() -> None:
     found = beside(own_records())
     assert found.results.panels["task"].tolist() == ["gsm8k"], "the task of the user's study alone"
     own = found.results.points[found.results.points["source"] == "mine"]
-    assert set(own["curve"]) == {"LoRA, mine", "RsLoRA, mine", "LoRA+, mine"}
+    assert set(own["curve"]) == {"LoRA", "RsLoRA", "LoRA+"}
     lora = own[own["variant"] == "LoRA"].sort_values("learning_rate")
     assert lora["learning_rate"].tolist() == [1e-4, 1e-3]
     assert lora["test_score"].tolist() == pytest.approx([25.0, 45.0])
     text = "mine: small-base on metamathqa, 2 seeds. Not published, so not drawn: vera."
     assert found.overlays == [text]
     assert len(found.rows("gsm8k")) == 20, "it enters no number of the survey"
+    charts = {each.name: each.chart for each in survey_sections(found) if each.chart is not None}
+    lines = json.dumps(specification(charts["curves"], WIDE)["datasets"])
+    assert lines.count('"kind": "line", "dash": "second source"') == 4 * 2, "LoRA's is in each small plot, too"
+
+
+def test_a_study_of_the_user_is_not_overwritten(tmp_path: Path) -> None:
+    StudyFile("published", "?", "command").write(tmp_path / "published")
+    with pytest.raises(UsageError, match="the folder of a study of yours"):
+        show_published(["gsm8k"], [1.0], tmp_path, tmp_path / "store")
 
 
 def test_an_average_over_tasks_has_the_rates_at_which_each_task_has_a_score() -> None:
@@ -234,12 +245,13 @@ def test_the_page_loads_nothing_and_shows_every_variant(page: Path) -> None:
 def test_summary_and_pictures_are_beside_the_page(page: Path) -> None:
     summary = json.loads((page / "summary.json").read_text())
     assert [panel["task"] for panel in summary["panels"]] == ["gsm8k"]
-    lora = {p["learning_rate"]: p["test_score"] for p in summary["points"] if p["curve"] == "LoRA"}
-    assert max(lora.values()) == lora[5e-4] == 75.51
+    lora = [p for p in summary["points"] if p["curve"] == "LoRA"]
+    published = {p["learning_rate"]: p["test_score"] for p in lora if p["source"] == "published"}
+    assert max(published.values()) == published[5e-4] == 75.51
     scores = [p["test_score"] for p in summary["points"] if p["source"] == "published"]
     assert sorted(scores) == sorted(read_points("gsm8k")["test_score"])
     assert [(each["low"], each["high"]) for each in summary["noise"]] == [(1, 6), (1, 10)]
-    assert "LoRA, mine" in {p["curve"] for p in summary["points"]}
+    assert {p["source"] for p in lora} == {"published", "mine"}
     for stem in ("curves", "heatmap"):
         assert (page / f"{stem}.png").read_bytes().startswith(b"\x89PNG")
         assert "<svg" in (page / f"{stem}.svg").read_text()
