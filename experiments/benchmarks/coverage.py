@@ -2,11 +2,12 @@
 
     python experiments/benchmarks/coverage.py [--replicates 2000] [--rows intervals power ...] [--json FILE]
 
-Prints a Markdown table. A row with limits ends in ok or MISSED; the exit code is 1 if a row has missed.
-docs/statistics.md has the table of the last complete run.
+The script prints a Markdown table. A row with limits ends in "ok" or "MISSED". The exit code is 1 if a row
+has missed its limits. docs/statistics.md has the table of the last complete run.
 
-The intervals of the comparison are paired t intervals. If all true differences change, they move by the same
-amount. So their simultaneous coverage for unequal variants is 100 % minus the error for equal variants.
+The intervals of the comparison are paired t intervals. If all true differences change, the intervals move by
+the same amounts. Their simultaneous coverage for unequal variants is therefore 100 % minus the error for
+equal variants.
 """
 
 from __future__ import annotations
@@ -45,19 +46,20 @@ STANDARD_DEVIATIONS: dict[Noise, float] = {
 }
 """Noise -> the standard deviation of the baseline's scores."""
 FLOOR = -50.0
-"""The score of a collapsed run in `tuned_scores`, relative to that of the best rate."""
+"""The score of a collapsed run in `tuned_scores`, relative to the score at the best rate."""
 
 
 def score_noise(noise: Noise, shape: tuple[int, ...], generator: np.random.Generator) -> Floats:
-    """Draw the noise of scores, with equal means; the first variant is the baseline.
+    """Draw the noise of scores with equal means. The first variant is the baseline.
 
     Args:
-        noise: The distribution. "equal": normal, standard deviation 1. "unequal": normal, standard deviation
-            2 for one variant, 3 for two and 1 for the others. "heavy tails": t with 3 degrees of freedom.
-            "near ceiling": the distance below a ceiling is exponential with mean 1. "one in ten collapsed":
-            normal, and one run in ten of every variant lies 15 lower.
-        shape: (studies, replicates, variants with the baseline), and further axes.
-        generator: The source of random numbers.
+        noise: The distribution. "equal": normal with standard deviation 1. "unequal": normal with standard
+            deviation 2 for one variant, 3 for two variants and 1 for the others. "heavy tails": t
+            distribution with 3 degrees of freedom. "near ceiling": the distance below a ceiling is
+            exponential with mean 1. "one in ten collapsed": normal with standard deviation 1, and each score
+            is 15 lower with probability 0.1.
+        shape: (studies, replicates, variants with the baseline), and additional axes.
+        generator: The random number generator.
     """
     if noise == "heavy tails":
         return generator.standard_t(3, shape)
@@ -73,7 +75,7 @@ def score_noise(noise: Noise, shape: tuple[int, ...], generator: np.random.Gener
 
 
 def from_baseline(scores: Floats) -> Floats:
-    """Return the differences from the first of K + 1 scores, shape (..., K)."""
+    """Return the differences of K scores from the first of K + 1 scores, shape (..., K)."""
     return scores[..., 1:] - scores[..., :1]
 
 
@@ -87,23 +89,24 @@ def tuned_scores(
 ) -> Floats:
     """Draw the test scores of replicated tuning, for variants that are equal when tuned.
 
-    Every variant has a best rate of its own, and loses 30 points one decade away from it (quadratically). The
-    probability that a run collapses is logistic in the rate: one half at 0.7 decades above the best rate. A
-    run has noise with a standard deviation of about 0.7 points that validation and test score share, and 0.5
-    points in each score alone. The grid spans three decades. Every replicate shifts it by a random offset,
-    the same for all variants.
+    Each variant has its own best rate and loses 30 points one decade away from it (quadratically). The
+    probability that a run collapses is a logistic function of log10 of the rate; it is one half at 0.7
+    decades above the best rate. The noise of a run has two parts: a part with a standard deviation of about
+    0.7 points, which validation and test score share, and a part of 0.5 points in each score alone. The grid
+    spans three decades. Each replicate shifts the grid by a random offset, which is the same for all
+    variants.
 
     Args:
-        noise: The distribution of the noise that validation and test score share. Runs that collapse lie at
-            `FLOOR`.
-        studies: Number of studies.
-        replicates: Number of replicates of each study.
-        variants: Number of variants, including the baseline.
-        rates_per_decade: Number of learning rates per decade.
-        generator: The source of random numbers.
+        noise: The distribution of the noise that validation and test score share. Collapsed runs have the
+            score `FLOOR`.
+        studies: The number of studies.
+        replicates: The number of replicates of each study.
+        variants: The number of variants, including the baseline.
+        rates_per_decade: The number of learning rates per decade.
+        generator: The random number generator.
 
     Returns:
-        Shape (studies, replicates, variants).
+        Test scores, shape (studies, replicates, variants).
     """
     spacing = 1 / rates_per_decade
     grid = np.arange(0.0, 3.0, spacing)
@@ -121,14 +124,15 @@ def tuned_scores(
 
 
 BATCH = 250
-"""Number of studies in one array operation."""
+"""The number of studies in one array operation."""
 UNBOUNDED = (-np.inf, np.inf)
 Limits = tuple[float, float]
 ERROR: Limits = (0.0, 5.9)
-"""Allowed percentages of an error; at 10,000 studies its standard error is 0.2."""
+"""The allowed range of an error, in percent. With 10,000 studies, the standard error of such a percentage is
+0.2."""
 NO_LIMITS: Limits = (-np.inf, np.inf)
 SIZES = [(n, count) for n in (5, 10, 20) for count in (4, 9, 19)]
-"""Numbers of replicates and of variants besides the baseline."""
+"""(number of replicates, number of variants besides the baseline)."""
 SMALL_SIZES = [(n, count) for n in (5, 10) for count in (4, 9)]
 
 
@@ -163,13 +167,13 @@ def _errs(differences: Floats, true: Floats | float = 0.0) -> NDArray[np.bool_]:
 def _error_rows(
     group: str, case: str, draw: Callable[[int], tuple[Floats, Floats | float]], studies: int
 ) -> list[Row]:
-    """Measure the error of each of `SIZES`, on parts of the same studies.
+    """Measure the error for each of `SIZES`, on parts of the same studies.
 
     Args:
         group: The group of the rows.
         case: The case, without the size.
-        draw: Number of studies -> differences of the largest size, and the true differences.
-        studies: Number of studies.
+        draw: Number of studies -> the differences for the largest size, and the true differences.
+        studies: The number of studies.
     """
     errors = np.zeros(len(SIZES))
     for batch in _batches(studies):
@@ -198,8 +202,8 @@ def interval_rows(noise: Noise, studies: int, seed: int) -> list[Row]:
 def tuning_rows(noise: Noise, rates_per_decade: int, studies: int, seed: int) -> list[Row]:
     """Measure the error of the whole procedure, including tuning, for variants that are equal when tuned.
 
-    Validation chooses runs with a lucky noise, so that tuned variants with unequal noise are not equal. Their
-    true differences are means over many tunings.
+    Validation prefers runs whose noise is positive. Tuned variants with unequal noise are therefore not
+    equal. Their true differences are estimated as means over many tunings.
     """
     generator = np.random.default_rng(seed)
     n, count = SIZES[-1]
@@ -215,9 +219,9 @@ def tuning_rows(noise: Noise, rates_per_decade: int, studies: int, seed: int) ->
 
 
 def skewed_rows(lower: float, studies: int, seed: int) -> list[Row]:
-    """Measure the error if one tuning in ten ends lower, for every variant but the baseline.
+    """Measure the error if one tuning in ten of every variant but the baseline ends `lower` points lower.
 
-    No method keeps its error here, so that the rows have no limits.
+    No method keeps its nominal error here, so the rows have no limits.
     """
     generator = np.random.default_rng(seed)
     n, count = SIZES[-1]
@@ -232,10 +236,10 @@ def skewed_rows(lower: float, studies: int, seed: int) -> list[Row]:
 
 
 def power_rows(noise: Noise, n: int, count: int, studies: int, seed: int) -> list[Row]:
-    """Measure the power and the width of the intervals, where every second variant differs.
+    """Measure the power and the width of the intervals if every second variant differs from the baseline.
 
-    The true difference is 1.15 times the half-width that an interval has on average with equal normal noise
-    of the same standard deviation. The power is the share of these differences that are found.
+    The true difference is 1.15 times the average half-width of an interval for equal normal noise of the same
+    standard deviation. The power is the share of these differences that are found.
     """
     generator = np.random.default_rng(seed)
     unit = STANDARD_DEVIATIONS[noise]
@@ -280,7 +284,10 @@ def unusable_rows(share: float, n: int, count: int, studies: int, seed: int) -> 
 
 
 def factor_rows(noise: str, seeds: int, studies: int, seed: int) -> list[Row]:
-    """Measure the coverage of each factor's losses, and of their differences from the learning rate's."""
+    """Measure the coverage of the intervals of each factor's losses and of their contrasts with the rate.
+
+    A contrast is the loss of the learning rate minus the loss of the factor.
+    """
     shares = interval_shares(ROWS[noise], seeds, studies, np.random.default_rng(seed))
     case = f"{noise}, {seeds} seeds"
     return [
@@ -299,18 +306,18 @@ def claim_rows(index: int, seeds: int, studies: int, seed: int) -> list[Row]:
 
 
 RowFunction = Callable[..., list[Row]]
-"""Function that returns rows of the table. Its last arguments are `studies` and `seed`."""
+"""A function that returns rows of the table. Its last arguments are `studies` and `seed`."""
 CHEAP_FACTOR = 5
-"""Rows that analyze many studies in one array operation simulate this many times as many studies."""
+"""A row that analyzes many studies in one array operation simulates this many times as many studies."""
 Task = tuple[str, RowFunction, tuple[Any, ...], int]
-"""Group of rows, function that computes them, its first arguments, and the number of studies."""
+"""(group of rows, function that computes them, its first arguments, number of studies)."""
 
 
 def list_tasks(replicates: int) -> list[Task]:
-    """Return the simulations, those that take longest first.
+    """Return the simulations, the slowest ones first.
 
     Args:
-        replicates: Number of synthetic studies of the expensive rows.
+        replicates: The number of synthetic studies of a slow row.
     """
     many = CHEAP_FACTOR * replicates
     noises = list(STANDARD_DEVIATIONS)
@@ -328,7 +335,7 @@ def list_tasks(replicates: int) -> list[Task]:
 
 
 def simulate(task: Task) -> list[Row]:
-    """Return the rows of a task. The seed depends on the task alone, so that --rows changes no result."""
+    """Return the rows of a task. The seed depends on the task alone, so --rows changes no number."""
     group, function, arguments, studies = task
     started = time.monotonic()
     rows = function(*arguments, studies, zlib.crc32(repr((group, function.__name__, arguments)).encode()))
@@ -349,7 +356,7 @@ def row_cells(row: Row) -> list[str]:
 
 
 def main() -> int:
-    """Run the benchmark of the command line, and return the exit code."""
+    """Run the benchmark with the arguments of the command line, and return the exit code."""
     groups = sorted({task[0] for task in list_tasks(1)})
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -1,4 +1,4 @@
-"""The analysis of a study: from its records to `Results`."""
+"""The analysis of a study: it turns the records of the study into `Results`."""
 
 from __future__ import annotations
 
@@ -34,9 +34,10 @@ def analyze(study: StudyFile, records: Iterable[Record]) -> Results:
     """Analyze a study.
 
     Args:
-        study: The study. `study.settings` say how its records are analyzed.
-        records: The records of its configurations, in any order; of several records of one configuration one
-            counts, see `runs.distinct_records`. Without a record, the frames have their columns and no row.
+        study: The study. `study.settings` determine how its records are analyzed.
+        records: The records of the study's configurations, in any order. If a configuration has several
+            records, `runs.distinct_records` chooses one of them. Without a record, each frame has its columns
+            and no row.
     """
     import pandas as pd
 
@@ -73,7 +74,7 @@ def analyze(study: StudyFile, records: Iterable[Record]) -> Results:
         items = {r.fingerprint: own for r in kept if (own := runs.item_results(r, "test")) is not None}
         more = compare_tuned(frame, best, study.settings, items, missing)
         own_scores = more["comparison"]
-        # A row of `best` is one replicate; without a comparison no score stands for a variant.
+        # A row of `best` is one replicate. Without a comparison, there is no score of a variant as a whole.
         score_of = (
             {} if own_scores.empty else own_scores.set_index(["panel", "variant"])["test_score"].to_dict()
         )
@@ -85,22 +86,22 @@ def analyze(study: StudyFile, records: Iterable[Record]) -> Results:
 
 
 def find_best_lanes(study: StudyFile, records: Iterable[Record]) -> pd.DataFrame:
-    """Return the best point and the best run of each task, base model and variant of a study.
+    """Return the best point and its best run for each task, base model and variant of a study.
 
     Args:
         study: The study.
-        records: The records of its configurations, as far as they exist.
+        records: The records of the study's configurations. Configurations may lack a record.
     """
     import pandas as pd
 
     named = [study.rename(record) for record in runs.distinct_records(records)]
-    # A failed record has columns, and is no lane.
+    # A failed record gives the frame its columns, and it adds no lane.
     rows = [runs.lane_row(record, study.settings.kind) for record in named or [_failed_record()]]
     return curves.best_lanes(curves.make_points(pd.DataFrame(rows)))
 
 
 def _failed_record() -> Record:
-    """Return a record whose frames have the columns that frames of a study without records have."""
+    """Return a record of a failed run, from which the frames of a study without records get their columns."""
     own = Configuration(
         VariantChoice("lora"),
         TaskChoice("none", "", 1, 1, 1, "none", 0.0),
@@ -133,7 +134,7 @@ def _compare_curves(frame: pd.DataFrame, best: pd.DataFrame, panels: pd.DataFram
 
 
 def _with_settings(points: pd.DataFrame, frame: pd.DataFrame) -> pd.DataFrame:
-    """Return points with the task, the model and the values of all hyperparameters that the study varies."""
+    """Add the title of the task and the values of all hyperparameters that the study varies to the points."""
     varied = [name for name in curves.varied_settings(frame) if name != "learning_rate"]
     columns = [name for name in dict.fromkeys(["task_title", *varied]) if name not in points]
     values = frame.drop_duplicates(["panel", "point"]).set_index(["panel", "point"])[columns]
@@ -145,15 +146,15 @@ def load(study: str, *, output: str | Path | None = None, store: str | Path | No
 
     Args:
         study: The study's name, which is the name of its folder.
-        output: The folder with the studies' folders; by default ORCHESTRATOR_OUTPUT, else `results`.
+        output: The folder that contains the folders of studies; by default the environment variable
+            ORCHESTRATOR_OUTPUT, or `results` if it is not set.
         store: The folder of the records; by default `store` in the output folder.
 
     Returns:
-        The results that exist now. A running study has more results later.
+        The results at the time of the call. If the study is still running, a later call may return more.
 
     Raises:
-        UsageError: There is no such study or no such store, or none of the study's configurations has a
-            record.
+        UsageError: The study or the store does not exist, or none of the study's configurations has a record.
     """
     folder = Path(output) if output is not None else default_output()
     opened = Store(Path(store) if store is not None else folder / "store", create=False)

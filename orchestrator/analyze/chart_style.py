@@ -1,7 +1,7 @@
-"""The look of the charts: sizes, colors, axes and themes; and the files and the JavaScript made from them.
+"""The look of the charts (sizes, colors, axes and themes), and the conversion of charts to files.
 
-A specification has no theme. Marks take their colors from named styles and from the color range "category",
-which `theme` defines for a light and for a dark page.
+A chart is a Vega-Lite specification without a theme. Its marks take their colors from named styles and from
+the color range "category". `theme` defines the styles and the range for a light page and for a dark page.
 """
 
 from __future__ import annotations
@@ -22,34 +22,39 @@ from altair.utils.schemapi import debug_mode
 from variants import source_cache
 
 WIDE, PHONE = 1140, 350
-"""Widths of a page in pixels."""
+"""Widths in pixels of a page on a wide screen and on a phone."""
 PADDING = 4
+"""The space around a chart in pixels."""
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Liberation Sans', 'DejaVu Sans', sans-serif"
 SHAPES = ("circle", "square", "diamond", "triangle-up", "cross", "triangle-right", "triangle-left", "wedge")
 CROSS = "M-.7,-.7L.7,.7M-.7,.7L.7,-.7"
-"""The shape of a diverged run."""
+"""The mark of a diverged run, as an SVG path."""
 LIGHT = {"ink": "#1c1e21", "soft": "#5d6470", "paper": "#ffffff", "line": "#e4e7eb", "faint": "#eceef1"}
 DARK = {"ink": "#e6e8eb", "soft": "#9aa3af", "paper": "#15181c", "line": "#2c323a", "faint": "#262b32"}
 _LIGHT_COLORS = ("#0072B2", "#D55E00", "#009E73", "#C266A0", "#B87B00", "#3B9BD9", "#7A6C00")
 _DARK_COLORS = ("#4DA6E8", "#F0834A", "#2DBE93", "#DE9CC0", "#E8AE33", "#A5D8F7", "#C2B23C")
-"""Colors of Okabe and Ito, which differ with any color vision, with a contrast of at least 3 to the page."""
+"""Colors of the curves on a light page and on a dark page, based on the palette of Okabe and Ito.
+
+People with any color vision can tell the colors apart. Their contrast with the page is at least 3 (WCAG 2).
+"""
 MAX_COLORS = 1 + len(_LIGHT_COLORS)
+"""The largest number of curves with colors of their own. The reference has the color of the text."""
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A picture of a report."""
+    """A chart of a report."""
 
     name: str
-    """Stem of its files NAME.png and NAME.svg."""
+    """The stem of the names of its files, NAME.png and NAME.svg."""
     alt: str
-    """Description for readers who cannot see it."""
+    """The text alternative for readers who cannot see the chart."""
     build: Callable[[int], TopLevelMixin]
-    """Takes the width of the page in pixels and returns the chart without a theme."""
+    """A function from the width of the page in pixels to the chart without a theme."""
 
 
 def theme(dark: bool) -> dict[str, Any]:
-    """Return the Vega-Lite `config` for a light or a dark page, whose background shows through."""
+    """Return the Vega-Lite `config` for a light or a dark page. It gives charts a transparent background."""
     shades, colors = (DARK, _DARK_COLORS) if dark else (LIGHT, _LIGHT_COLORS)
     ink, soft, paper = shades["ink"], shades["soft"], shades["paper"]
     axis = {"domain": False, "ticks": False, "labelPadding": 6, "titlePadding": 8, "labelFontSize": 11}
@@ -79,16 +84,21 @@ def theme(dark: bool) -> dict[str, Any]:
     }
 
 
-@lru_cache(maxsize=128)  # the page and both files are made from one specification
+@lru_cache(maxsize=128)  # the page, the PNG and the SVG use the same specification
 def specification(chart: Chart, width: int) -> dict[str, Any]:
-    """Return the Vega-Lite JSON of a chart without a theme; its largest part is `datasets`."""
-    with debug_mode(False):  # Altair's own checks take ten times as long as the rest
+    """Return the Vega-Lite specification of a chart as JSON types, without a theme.
+
+    Args:
+        chart: The chart.
+        width: The width of the page in pixels.
+    """
+    with debug_mode(False):  # Altair's validation takes ten times as long as the rest
         found: dict[str, Any] = chart.build(width - 2 * PADDING).to_dict(validate=False)
     return found
 
 
 def to_png(chart: Chart) -> bytes:
-    """Return a chart as a PNG of a wide light page with two pixels per unit."""
+    """Return a chart as a PNG file, with twice as many pixels in each direction as the SVG has units."""
     import vl_convert
 
     return vl_convert.svg_to_png(to_svg(chart), scale=2)
@@ -96,7 +106,7 @@ def to_png(chart: Chart) -> bytes:
 
 @lru_cache(maxsize=128)
 def to_svg(chart: Chart) -> str:
-    """Return a chart as an SVG of a wide light page."""
+    """Return a chart as an SVG file, with the light theme and the width of a wide page."""
     import vl_convert
 
     config = theme(dark=False) | {"background": LIGHT["paper"], "padding": 16}
@@ -106,7 +116,7 @@ def to_svg(chart: Chart) -> str:
 def vega_bundle() -> str:
     """Return the JavaScript that defines `vega`, `vegaLite` and `vegaEmbed` on a page.
 
-    Making it takes seconds, so that each user has a copy, see `source_cache`.
+    Making the bundle takes seconds, so the user's cache folder keeps it, see `source_cache`.
     """
     import vl_convert
 
@@ -116,10 +126,13 @@ def vega_bundle() -> str:
 
 
 def inline(frame: pd.DataFrame) -> alt.InlineData:
-    """Return a frame as rows in the specification, with six significant digits and without missing values."""
+    """Return the rows of a frame as data that are part of a specification.
+
+    Floating-point numbers are rounded to six significant digits. Missing and infinite values are left out.
+    """
     cells = ({key: _short(cell) for key, cell in row.items()} for row in frame.to_dict("records"))
     rows = tuple({key: cell for key, cell in row.items() if cell is not None} for row in cells)
-    return alt.InlineData(values=rows)  # no list: Altair copies lists whenever it combines charts
+    return alt.InlineData(values=rows)  # a tuple, because Altair copies a list whenever it combines charts
 
 
 def _short(cell: Any) -> Any:
@@ -131,18 +144,24 @@ def _short(cell: Any) -> Any:
 
 
 def text_width(text: str, size: float = 12) -> float:
-    """Return about the width of a text in pixels, rather too wide than too narrow."""
+    """Estimate the width of a text in pixels. Most texts are narrower than the estimate.
+
+    Args:
+        text: The text.
+        size: The size of the font in pixels.
+    """
     return 0.58 * size * len(text)
 
 
 def draw(mark: str, where: str = "", /, **options: Any) -> alt.Chart:
-    """Return a layer of one mark.
+    """Return a layer that draws one mark for each row of its data.
 
     Args:
-        mark: The type of the mark.
-        where: A Vega expression of the rows that have one; all rows if empty.
-        **options: Its encodings, which are objects of Altair, and other properties of the mark. `data` are
-            rows of its own; without them it has the rows of the chart around it.
+        mark: The type of the mark, such as "point".
+        where: A Vega expression that selects rows; empty for all rows.
+        **options: Encoding channels and properties of the mark. Altair objects, dicts and the channels x2,
+            y2, text, detail and tooltip are encodings; other options are properties. The option `data` sets
+            the layer's own rows. A layer without this option has the rows of the plot that contains it.
     """
     data, channels = options.pop("data", alt.Undefined), {"x2", "y2", "text", "detail", "tooltip"}
     encodings = {k: v for k, v in options.items() if k in channels or isinstance(v, alt.SchemaBase | dict)}
@@ -153,12 +172,26 @@ def draw(mark: str, where: str = "", /, **options: Any) -> alt.Chart:
 
 
 def tips(**titles: str) -> list[alt.Tooltip]:
-    """Return a tooltip of columns of text, each with its title."""
+    """Return the lines of a tooltip.
+
+    Args:
+        **titles: Column of text -> title that its line shows.
+    """
     return [alt.Tooltip(f"{field}:N", title=title) for field, title in titles.items()]
 
 
 def rate_ticks(rates: Iterable[float], domain: tuple[float, float], width: float) -> list[float]:
-    """Return the learning rates of an axis's labels: those of the study, or decades if they are too many."""
+    """Return the learning rates that are labels of an axis.
+
+    These are the rates of the study. If there are too many of them, the labels are powers of ten or every nth
+    rate.
+
+    Args:
+        rates: The learning rates of the study.
+        domain: The ends of the axis.
+        width: The width of the axis in pixels. There is at most one label per 52 pixels, but two are allowed
+            in any case and nine at most.
+    """
     most = max(2, min(9, int(width / 52)))
     low, high = domain
     inside = sorted({rate for rate in rates if low <= rate <= high})
@@ -168,20 +201,20 @@ def rate_ticks(rates: Iterable[float], domain: tuple[float, float], width: float
 
 
 class Palette(NamedTuple):
-    """The colors and shapes of curves. Above eight curves there are two colors and one shape."""
+    """The colors and shapes of curves. More than eight curves have only two colors and one shape."""
 
     curves: list[str]
-    """The reference first, then by name."""
+    """The names of the curves: the reference first, then the others in alphabetical order."""
     hues: dict[str, str]
-    """Curve -> value of the column `hue` of its rows."""
+    """Curve -> value of the column `hue` in its rows. The color scale maps this value to a color."""
     color: alt.Color
     shape: alt.Shape
     entries: list[tuple[str, str, str, bool]]
-    """The entries of a key: text, shape, hue, whether it is filled. Empty above eight curves."""
+    """The entries of a legend: text, shape, hue, whether the shape is filled; empty above eight curves."""
 
 
 def palette(curves: Iterable[str], reference: str) -> Palette:
-    """Return the colors and shapes of curves, of which `reference` has the color of the text."""
+    """Return the colors and shapes of curves. The curve `reference` has the color of the text."""
     order = sorted(set(curves), key=lambda curve: (curve != reference, curve))
     is_distinct = len(order) <= MAX_COLORS
     hues = {c: c if is_distinct else "reference" if c == reference else "other" for c in order}
@@ -193,7 +226,15 @@ def palette(curves: Iterable[str], reference: str) -> Palette:
 
 
 def blend(stops: Sequence[str], share: float) -> tuple[float, float, float]:
-    """Return the red, green and blue (0..255) at a share of a color ramp, as Vega interpolates in RGB."""
+    """Return the color at a position of a color ramp, as Vega interpolates it in RGB.
+
+    Args:
+        stops: The colors of the ramp at equal distances, as "#rrggbb".
+        share: The position, from 0 (first color) to 1 (last color).
+
+    Returns:
+        Red, green and blue, each from 0 to 255.
+    """
     parts = np.array([[int(stop[i : i + 2], 16) for i in (1, 3, 5)] for stop in stops])
     red, green, blue = (
         float(np.interp(share * (len(stops) - 1), range(len(stops)), part)) for part in parts.T
@@ -202,7 +243,7 @@ def blend(stops: Sequence[str], share: float) -> tuple[float, float, float]:
 
 
 def luminance(color: Sequence[float]) -> float:
-    """Return the relative luminance (WCAG 2) of a color with parts in 0..255."""
+    """Return the relative luminance (WCAG 2), from 0 to 1, of a color: red, green and blue from 0 to 255."""
     parts = [v / 255 for v in color]
     linear = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in parts]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]

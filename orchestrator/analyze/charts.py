@@ -1,6 +1,8 @@
-"""The charts of a report: a function for each, from the frames of one panel to a `Chart`.
+"""The charts of a report, as Vega-Lite specifications that Altair builds.
 
-A chart is drawn for a width in pixels. On a phone its plots stand below each other.
+Each public function takes the data frames of one panel and returns a `Chart`. `results.Results` explains the
+terms panel, curve and point. A chart is built for a page width in pixels. On a narrow page, such as that of a
+phone, the plots of a chart stand below each other.
 """
 
 from __future__ import annotations
@@ -18,33 +20,40 @@ import pandas as pd
 from orchestrator.analyze import chart_style as style
 from orchestrator.analyze import formatting
 from orchestrator.analyze.chart_style import CROSS, Chart, Palette, draw, inline, text_width, tips
+from orchestrator.analyze.runs import SCORE_EPSILON
 
 Panel = Mapping[str, Any]
-"""The row of a panel."""
+"""A row of the frame `Results.panels`: column -> value."""
 Range = tuple[float, float]
+"""The lower and the upper end of an axis."""
 RAMP = ("#440154", "#46327e", "#365c8d", "#277f8e", "#1fa187", "#4ac16d", "#a0da39", "#fde725")
-"""Viridis: its lightness grows evenly, for any color vision."""
+"""Colors of the Viridis color map, from the lowest value to the highest.
+
+Their lightness grows evenly, so that people with any color vision can order them.
+"""
 _OUTCOME_SHAPES = ("circle", "triangle-right", "triangle-left", "square", "diamond")
 _OUTCOME_LOOKS = dict(
     zip(("undecided", "better", "worse", "equivalent", "not inferior"), _OUTCOME_SHAPES, strict=True)
 )
-"""Outcome of a comparison -> its shape, in the order of the colors."""
+"""Outcome of a comparison -> shape of its mark. The order of the outcomes is the order of their colors."""
 COSTS = {
     "train_seconds": "training seconds of a run",
     "trainable_parameters": "trainable parameters",
     "peak_memory": "peak memory (bytes)",
 }
-"""The columns of the frame of costs that are drawn, with the titles of their axes."""
+"""Column of the frame `Results.costs` -> title of its axis."""
 _LOSSES = {"A: set blindly": "misset", "B: the rate tuned again": "retuned"}
 _ROLES = {"best": "at the best rate", "lower": "at the next lower rate", "higher": "at the next higher rate"}
 _DASHES = {"solid": [1, 0], "cliff": [6, 4], "second source": [2, 3]}
 _LINE, _GAP, _BAR, _NOTHING = "M-1,0L1,0", "M-1,0L-.3,0M.3,0L1,0", "M0,-1L0,1", "M0,0"
 _RING = "M1,0A1,1,0,1,1,-1,0A1,1,0,1,1,1,0M.3,0A.3,.3,0,1,1,-.3,0A.3,.3,0,1,1,.3,0"
+"""Symbols of the legends, as SVG paths."""
 _LEFT, _RIGHT = 40, 62
-"""Pixels of the vertical axis with its numbers, and of a label in the right margin."""
+"""Width in pixels of the vertical axis with its numbers, and of the right margin, which holds a label."""
 _HOLLOW: dict[str, Any] = {"filled": False, "opacity": 1, "style": "hollow", "strokeWidth": 1.8}
 _SOLID: dict[str, Any] = {"filled": True, "opacity": 1}
 _OPEN: dict[str, Any] = {"filled": False, "opacity": 1, "strokeWidth": 1.8}
+"""Properties of marks. A hollow mark hides what is behind it; an open mark does not."""
 _BESIDE: dict[str, Any] = {"align": "left", "dx": 12}
 _NAMES = {"curve": "curve", "rate": "learning rate"}
 _SCORES = {"validation": "validation score", "test": "test score"}
@@ -56,11 +65,17 @@ def _is_phone(width: int) -> bool:
     return width < 640
 
 
-# Axes, labels and keys
+# Axes, labels and legends
 
 
 def _pad(values: Iterable[float], share: float, least: float = 0.0) -> Range:
-    """Return the range of the finite values, wider by a share at both ends."""
+    """Return the range of the finite values, widened at both ends.
+
+    Args:
+        values: The values. Without a finite value, the range 0 to 1 is widened.
+        share: The widening at each end, as a share of the length of the range.
+        least: The length of which `share` is taken if the range is shorter.
+    """
     finite = [v for v in values if math.isfinite(v)] or [0.0, 1.0]
     low, high = min(finite), max(finite)
     reach = max(high - low, least) or abs(high) or 1.0
@@ -68,7 +83,11 @@ def _pad(values: Iterable[float], share: float, least: float = 0.0) -> Range:
 
 
 def _score_range(values: Iterable[float]) -> Range:
-    """Return the ends of an axis of scores: a little more than 0..1 if all scores are shares."""
+    """Return the ends of an axis of scores.
+
+    If all finite scores lie between 0 and 1, the axis covers 0 to 1. Otherwise the axis covers the scores.
+    Both ranges are widened by 4 % at each end.
+    """
     finite = [v for v in values if math.isfinite(v)]
     return _pad([0.0, 1.0] if all(0 <= v <= 1 for v in finite) else finite, 0.04)
 
@@ -87,7 +106,7 @@ def _axis(
 
 @dataclass(frozen=True)
 class _View:
-    """The size of one plot in pixels and the ends of its axes."""
+    """The size of one plot in pixels, the ends of its horizontal axis, and the ends of its axis of scores."""
 
     width: float
     height: float
@@ -106,26 +125,27 @@ class _View:
         return _axis(alt.Y, field, self.scores, minExtent=_LEFT, maxExtent=_LEFT)
 
     def pixel(self, x: float, score: float) -> tuple[float, float]:
-        """Return the place of a point."""
+        """Return the distances in pixels of a data point from the left and from the top edge of the plot."""
         (first, last), (low, high) = self.ends, self.scores
         share = math.log(x / first) / math.log(last / first) if self.is_log else (x - first) / (last - first)
         return share * self.width, (high - score) / (high - low) * self.height
 
     def point(self, left: float, top: float) -> tuple[float, float]:
-        """Return the point at a place: the inverse of `pixel`."""
+        """Return the data point at these pixel distances. This function is the inverse of `pixel`."""
         (first, last), (low, high), share = self.ends, self.scores, left / self.width
         x = first * (last / first) ** share if self.is_log else first + (last - first) * share
         return x, high - top / self.height * (high - low)
 
     def labels(self, spots: pd.DataFrame, marks: Iterable[tuple[float, float]]) -> pd.DataFrame:
-        """Place labels beside points so that they cover neither marks nor each other.
+        """Place labels beside data points so that no label covers a mark or another label.
 
         Args:
-            spots: Columns x, score and text.
-            marks: Points of the plot.
+            spots: One row for each label: the columns x and score of its data point, and its text.
+            marks: The data points (x, score) that no label may cover.
 
         Returns:
-            The spots that have room for their labels, at the middle of the labels.
+            One row for each label that has a free position. The columns x and score are the data coordinates
+            of the center of the label. The column text is the label.
         """
         taken = np.array([(*self.pixel(*mark), 4.0, 4.0) for mark in marks])
         rows = []
@@ -144,11 +164,19 @@ class _View:
 
 
 _Entry = tuple[str, str, str, bool]
-"""Entry of a key: text, shape, name of the color ("" for grey), whether it is filled."""
+"""An entry of a legend: text, shape, value on the color scale ("" for grey), whether the shape is filled."""
 
 
 def _key(entries: Sequence[_Entry], color: alt.Color, width: float, start: float = _LEFT) -> Any:
-    """Draw symbols with their texts, in lines that fit the width, from the left edge of a plot's axis."""
+    """Return a legend: symbols with their texts, in as many lines as the width requires.
+
+    Args:
+        entries: The entries.
+        color: The color scale of the entries.
+        width: The width of the legend in pixels.
+        start: The width in pixels of the vertical axis of the plot below. The legend starts at the left edge
+            of this axis.
+    """
     rows, left, line = [], 0.0, 0
     for entry in entries:
         need = 34 + text_width(entry[0], 11)
@@ -170,21 +198,33 @@ def _key(entries: Sequence[_Entry], color: alt.Color, width: float, start: float
 
 
 def _plot(table: pd.DataFrame, layers: Sequence[Any], width: float, height: float, title: str = "") -> Any:
-    """Return layers as one plot, all with the rows of `table`."""
+    """Return layers as one plot. A layer without data of its own draws the rows of `table`."""
     titled = {"title": alt.TitleParams(title, frame="bounds")} if title else {}
     return alt.layer(*layers, data=inline(table)).properties(width=width, height=height, **titled)
 
 
 def _facet(plot: Any, field: str, order: Sequence[str], columns: int) -> Any:
-    """Return a plot for each value of a column; its title is broken after a colon."""
+    """Return a grid of plots, one for each value of a column.
+
+    The value is the title of its plot. A line break replaces each ": " in the title.
+
+    Args:
+        plot: The plot, with the rows of all values.
+        field: The name of the column.
+        order: The values of the column, in the order of their plots.
+        columns: The number of plots in a row of the grid.
+    """
     header = alt.Header(labelExpr="split(datum.label, ': ')", labelAnchor="start")
     facet = alt.Facet(f"{field}:N", sort=list(order), title=None, header=header)
-    spacing = {"row": 46, "column": 16}  # with "flush", the titles stand in the space between the rows
+    spacing = {"row": 46, "column": 16}  # with bounds="flush", the titles use the space between the rows
     return plot.facet(facet=facet, columns=columns, spacing=spacing, bounds="flush")
 
 
 def _stack(panel: Panel, width: int, note: str, *views: Any) -> alt.VConcatChart:
-    """Return the views below each other, under the panel's title and a note."""
+    """Return views below each other, under the name of the panel as title and a note as subtitle.
+
+    The title is broken into lines of at most `width` pixels. An empty note adds no subtitle.
+    """
     lines = [""]
     for word in str(panel["panel"]).split():
         fits = text_width(f"{lines[-1]} {word}", 13) < width
@@ -199,7 +239,14 @@ def _beside(width: int, views: Sequence[Any]) -> Any:
 
 
 def _rows(labels: Sequence[str], width: int, field: str = "row", padding: float = 0.1) -> tuple[Any, int]:
-    """Return an axis with a row for each label, and its width."""
+    """Return a vertical axis with one row for each label, and the width of the axis in pixels.
+
+    Args:
+        labels: The labels, from the top to the bottom.
+        width: The width of the page in pixels. The axis takes at most 42 % of it and truncates longer labels.
+        field: The column with the labels.
+        padding: The space between two rows, as a share of their distance.
+    """
     size = 11 if _is_phone(width) else 12
     extent = int(min(max([text_width(label, size) for label in labels], default=0.0) + 16, 0.42 * width))
     look: dict[str, Any] = {"minExtent": extent, "maxExtent": extent, "labelLimit": extent - 12}
@@ -213,7 +260,14 @@ def _number(value: float, digits: int = 4) -> str:
 
 
 def _estimates(frame: pd.DataFrame, name: str, form: str = "{:.4g}", unit: float = 1.0) -> list[str]:
-    """Return "0.953 [0.912, 0.973]" for each row of the columns `name`, `name`_low and `name`_high."""
+    """Return each row's mean and 95 % interval as text, for example "0.953 [0.912, 0.973]".
+
+    Args:
+        frame: The rows.
+        name: The column of the mean. The suffixes `_low` and `_high` name the columns of the interval.
+        form: The format of a number.
+        unit: The factor by which the numbers are multiplied.
+    """
     columns = frame.reindex(columns=[name, f"{name}_low", f"{name}_high"]).astype(float) * unit
     texts = []
     for mean, low, high in columns.itertuples(index=False):
@@ -230,7 +284,11 @@ def _shares(usable: Iterable[float], ended: Iterable[float]) -> list[str]:
 
 
 def _side_steps(curves: Sequence[str], rates: Iterable[float]) -> dict[str, float]:
-    """Return curve -> factor of its rates, so close to 1 that a point stays nearest to its own rate."""
+    """Return curve -> factor by which its learning rates are multiplied in a chart.
+
+    The factors keep the points of two curves from hiding each other. They are so close to 1 that each point
+    stays nearest to its own rate. With more than `MAX_COLORS` curves, all factors are 1.
+    """
     logs = sorted({math.log10(rate) for rate in rates if rate > 0})
     gap = min((b - a for a, b in pairwise(logs)), default=0.5)
     step = min(0.03, 0.4 * gap / len(curves)) if len(curves) <= style.MAX_COLORS else 0.0
@@ -238,7 +296,20 @@ def _side_steps(curves: Sequence[str], rates: Iterable[float]) -> dict[str, floa
 
 
 def _point_rows(points: pd.DataFrame, best: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows of the marks of points, by curve, source and rate."""
+    """Return one row for each point, with what its marks and its tooltip show.
+
+    Returns:
+        The rows, sorted by curve, source and learning rate. Besides texts of the tooltip, they have the
+        columns
+
+        - x, score, low, high: the learning rate, the mean validation score and its 95 % interval.
+        - is_second: whether the point is from another source than the first point of `points`.
+        - broken: whether more runs collapsed or diverged than were usable.
+        - failure: "diverged" if more runs diverged than collapsed, else "collapsed".
+        - is_gap: whether the point may not be chosen as the best.
+        - is_best: whether the point is the best of its curve; false for points of a second source.
+        - is_shown: whether a mark shows the mean score: no gap, and at least one usable run or no known run.
+    """
     labels = ["usable", "collapsed", "diverged", "stopped", "failed"]
     counts = points.reindex(columns=labels).fillna(0).astype(int)
     ended, broken = counts.sum(axis=1), counts["collapsed"] + counts["diverged"]
@@ -264,10 +335,11 @@ def _point_rows(points: pd.DataFrame, best: pd.DataFrame) -> pd.DataFrame:
 
 
 def _line_rows(points: pd.DataFrame) -> pd.DataFrame:
-    """Return both ends of each line between neighbors.
+    """Return two rows for each line segment between neighboring points of a curve: the ends of the segment.
 
-    A line is dashed across a cliff: between a rate at which most runs are usable and a neighbor at which most
-    broke down. A rate that may not be chosen interrupts the line.
+    The column `piece` is the number of the segment, and `dash` is its style. The style is "cliff" between a
+    learning rate at which most runs are usable and a neighboring rate at which most runs collapsed or
+    diverged. A point that may not be chosen as the best interrupts the line.
     """
     rows: list[tuple[Any, ...]] = []
     for (curve, is_second), own in points.groupby(["curve", "is_second"], sort=False):
@@ -289,18 +361,23 @@ def _run_rows(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def _tops(points: pd.DataFrame, best: pd.DataFrame) -> tuple[Range, Range] | None:
-    """Return the ranges of rates and scores that show the best points of the curves.
+    """Return the ranges of learning rates and scores of an enlarged plot of the best points of the curves.
 
-    Curves below a gap in the best scores are left out, if the gap is larger than a fifth of the plot's height
-    and has three quarters of the curves above it.
+    The best scores of the curves may have a gap that is larger than a fifth of the range of all scores. If at
+    least three quarters of the curves lie above such a gap, the curves below the gap are left out.
+
+    Args:
+        points: The result of `_point_rows`.
+        best: The best point of each curve.
 
     Returns:
-        The ranges. None with fewer than two best points, or if they are most of the whole plot.
+        The range of learning rates and the range of scores. None with fewer than two best points, if all
+        scores are equal, or if the enlarged plot would cover 70 % or more of the range of all scores.
     """
     known = best.dropna(subset=["learning_rate", "validation_score"]).sort_values("validation_score")
     scores = known["validation_score"].tolist()[::-1]
     height = points["score"].max() - points["score"].min()
-    if len(scores) < 2 or not height > 0:
+    if len(scores) < 2 or not height > SCORE_EPSILON:
         return None
     gaps = enumerate(pairwise(scores), 1)
     low = next((a for n, (a, b) in gaps if a - b > height / 5 and 4 * n >= 3 * len(scores)), scores[-1])
@@ -313,19 +390,28 @@ def _tops(points: pd.DataFrame, best: pd.DataFrame) -> tuple[Range, Range] | Non
 
 @dataclass(frozen=True)
 class _Curves:
-    """What a chart of curves shows, for any width."""
+    """The data, colors and axes of a chart of curves. They do not depend on the width of the page."""
 
     panel: Panel
     palette: Palette
     table: pd.DataFrame
-    """Rows of the kinds line, point and run."""
+    """The rows of all marks. The column `kind` is "line" (end of a line segment), "point" (mean) or "run"."""
     rates: Sequence[float]
+    """The learning rates of the points."""
     ends: Range
+    """The ends of the axis of learning rates."""
     scores: Range
+    """The ends of the axis of scores."""
 
     @classmethod
     def of(cls, panel: Panel, points: pd.DataFrame, *others: pd.DataFrame) -> _Curves:
-        """Combine rows, and shift the curves sideways so that their points do not hide each other."""
+        """Combine the rows of marks, and shift the curves so that their points do not hide each other.
+
+        Args:
+            panel: The panel's row.
+            points: The result of `_point_rows`.
+            *others: Rows of the kinds "line" and "run".
+        """
         palette = style.palette(points["curve"], panel["reference"])
         steps = _side_steps(palette.curves, points["x"])
         shown = points.drop(columns=["failure", "broken", "is_second", "is_gap"])
@@ -335,7 +421,12 @@ class _Curves:
         return cls(panel, palette, table, sorted(set(points["x"])), _rate_range(points["x"]), scores)
 
     def layers(self, view: _View, is_clipped: bool = False) -> list[alt.Chart]:
-        """Draw the curves; with `is_clipped` without the intervals of points outside the plot."""
+        """Return the layers that draw the curves: lines, intervals, runs and points.
+
+        Args:
+            view: The plot. The interval of a point is left out if the point lies outside the plot.
+            is_clipped: Whether the other marks are cut off at the edges of the plot.
+        """
         low, high = view.scores
         inside = f"isValid(datum.low) && datum.score >= {low:.6g} && datum.score <= {high:.6g}"
         scale = alt.Scale(domain=list(_DASHES), range=list(_DASHES.values()))
@@ -357,7 +448,12 @@ class _Curves:
         ]
 
     def untrained(self, view: _View, is_labeled: bool) -> list[alt.Chart]:
-        """Draw a line at the untrained base's score, labeled in the right margin."""
+        """Return the layers of a horizontal line at the validation score of the untrained base model.
+
+        Args:
+            view: The plot. If the score is missing or lies outside the plot, there are no layers.
+            is_labeled: Whether a label in the right margin explains the line.
+        """
         score = self.panel["untrained_validation"]
         if not view.scores[0] <= score <= view.scores[1]:
             return []
@@ -368,7 +464,10 @@ class _Curves:
         return [line, draw("text", **text, **look, **at)] if is_labeled else [line]
 
     def names(self, view: _View) -> pd.DataFrame:
-        """Return the labels of the curves whose best points have room for them."""
+        """Return the names of the curves as labels beside their best points, see `_View.labels`.
+
+        A curve has no label if its best point lies outside the plot or has no free position beside it.
+        """
         points = self.table[(self.table["kind"] == "point") & self.table["score"].notna()]
         best = points[points["is_best"].astype(bool) & points["score"].between(*view.scores)]
         marks = list(zip(points["x"], points["score"], strict=True))
@@ -381,7 +480,7 @@ class _Curves:
         return view.labels(best.assign(text=best["curve"]), marks)
 
     def entries(self) -> list[_Entry]:
-        """Return the entries of the key for the symbols that the table has."""
+        """Return the legend's entries for the symbols that occur in the table."""
         found = {v for name in ("label", "dash") if name in self.table for v in self.table[name].dropna()}
         found |= {"best"} if self.table["is_best"].eq(True).any() else set()
         found |= {"low"} if self.table["low"].notna().any() else set()
@@ -397,12 +496,17 @@ class _Curves:
         return [(text, shape, "", False) for name, text, shape in symbols if name in found]
 
     def overlaid(self, width: int, top: tuple[Range, Range] | None = None, beside: Any = None) -> list[Any]:
-        """Draw all curves in one plot, and beside it the region `top` or another plot.
+        """Draw all curves in one plot, with an optional second plot beside it.
+
+        The legend names the curves unless each curve has a label in the first plot.
 
         Args:
-            width: The width of the page.
-            top: The ranges of rates and scores of the second plot.
-            beside: Function from a width and a height to another plot.
+            width: The width of the page in pixels.
+            top: The ranges of learning rates and scores that the second plot enlarges.
+            beside: A function from a width and a height in pixels to the second plot, in place of `top`.
+
+        Returns:
+            The last arguments of `_stack`: an empty note, the legend and the plots.
         """
         free, height = width - _LEFT - _RIGHT, 250 if _is_phone(width) else 360
         sizes = (free, free + _RIGHT - 12) if _is_phone(width) else (0.54 * (free - 72), 0.46 * (free - 72))
@@ -422,7 +526,16 @@ class _Curves:
         return ["", _key(entries, self.palette.color, width), _beside(width, plots)]
 
     def multiples(self, width: int, titles: Mapping[str, str]) -> list[Any]:
-        """Draw each curve in a plot of its own, over the reference's curve in grey."""
+        """Draw each curve in a plot of its own, over the reference's curve in grey.
+
+        Args:
+            width: The width of the page in pixels.
+            titles: Curve -> title of its plot, in the order of the plots.
+
+        Returns:
+            The last arguments of `_stack`: a note with the title of the axis of scores, the legend and the
+            plots.
+        """
         columns, reference = 2 if _is_phone(width) else 5, self.panel["reference"]
         size = (width - _LEFT - 12 - 16 * (columns - 1)) / columns
         view = _View(size, 0.75 * size, self.ends, self.scores)
@@ -435,7 +548,16 @@ class _Curves:
         return [self.panel["axis"], _key(entries + self.entries(), self.palette.color, width), facet]
 
     def build(self, width: int, points: pd.DataFrame, best: pd.DataFrame) -> list[Any]:
-        """Draw the curves in the way that suits their number."""
+        """Draw up to eight curves in one plot, and more curves in a plot for each.
+
+        Args:
+            width: The width of the page in pixels.
+            points: The result of `_point_rows`.
+            best: The best point of each curve.
+
+        Returns:
+            The last arguments of `_stack`: the note, the legend and the plots.
+        """
         if self.palette.entries:
             return self.overlaid(width, _tops(points, best))
         rates = dict(zip(best["curve"], best["learning_rate"], strict=True))
@@ -447,16 +569,18 @@ class _Curves:
 def score_curves(
     panel: Panel, points: pd.DataFrame, best: pd.DataFrame, runs: pd.DataFrame, name: str
 ) -> Chart:
-    """Draw the validation score over the learning rate, and beside it the best parts enlarged.
+    """Draw the validation score of each curve over the learning rate.
 
-    With more than eight curves, each one has a plot of its own, over the reference's curve in grey.
+    Up to eight curves share one plot, and a second plot enlarges the region of their best points. With more
+    than eight curves, each curve has a plot of its own, over the reference's curve in grey.
 
     Args:
         panel: The panel's row.
-        points: Its points. With a column `source`, the lines of a second source are dashed.
+        points: The points of the panel. If there is a column `source`, the lines of all sources but the first
+            are dashed.
         best: The best point of each curve.
-        runs: Its runs; empty for published scores.
-        name: Stem of the chart's files.
+        runs: The runs of the panel; empty for published scores.
+        name: The stem of the chart's file names.
     """
     marks = _point_rows(points, best)
     curves = _Curves.of(panel, marks, _line_rows(marks), _run_rows(runs))
@@ -465,13 +589,15 @@ def score_curves(
 
 
 def tuned_curves(panel: Panel, pooled: pd.DataFrame, best: pd.DataFrame, name: str) -> Chart:
-    """Draw each variant's validation score over all replicates, and below it the chosen rates as ticks.
+    """Draw each variant's validation score over the learning rate, averaged over all replicates.
+
+    Below this plot, a tick marks the learning rate that each replicate chose.
 
     Args:
         panel: The panel's row.
-        pooled: The pooled curves.
+        pooled: The panel's rows of the frame `Results.pooled`.
         best: The best point of each variant and replicate.
-        name: Stem of the chart's files.
+        name: The stem of the chart's file names.
     """
     points = pooled.rename(columns={"variant": "curve", "runs": "usable"})
     tops = points.loc[points.groupby("curve")["validation_score"].idxmax()]
@@ -495,7 +621,17 @@ def tuned_curves(panel: Panel, pooled: pd.DataFrame, best: pd.DataFrame, name: s
 
 
 def search_points(panel: Panel, points: pd.DataFrame, best: pd.DataFrame, name: str) -> Chart:
-    """Draw the score of each point over its learning rate, and the best score so far over their order."""
+    """Draw the validation score of each point of a search over its learning rate.
+
+    A second plot shows the best score so far over the order in which the points were tried. A diverged point
+    is drawn at the floor, the score of a constant answer.
+
+    Args:
+        panel: The panel's row.
+        points: The points of the search.
+        best: The best point of each curve.
+        name: The stem of the chart's file names.
+    """
     marks = _point_rows(points, best).assign(order=points["order"], settings=points.get("settings", ""))
     marks.loc[marks["broken"] & (marks["failure"] == "diverged"), "score"] = panel["floor"]
     marks = marks.dropna(subset=["score"]).sort_values(["curve", "order"])
@@ -527,9 +663,10 @@ def search_points(panel: Panel, points: pd.DataFrame, best: pd.DataFrame, name: 
 
 
 def heat_map(panel: Panel, points: pd.DataFrame, best: pd.DataFrame, name: str) -> Chart:
-    """Draw a cell for each curve and learning rate, colored by the validation score.
+    """Draw a cell for each curve and learning rate, colored by the mean validation score.
 
-    A cell in which most runs broke down has a triangle (collapsed) or a cross (diverged) only.
+    If more runs collapsed or diverged than were usable, the cell has a symbol in place of a color: a cross if
+    more runs diverged than collapsed, else a triangle. A frame marks the best rate of each curve.
     """
     cells = _point_rows(points, best)
     cells = cells[(cells["score"].notna() | cells["broken"]) & ~cells["is_second"]]
@@ -538,7 +675,7 @@ def heat_map(panel: Panel, points: pd.DataFrame, best: pd.DataFrame, name: str) 
     shares = ((measured - low) / ((high - low) or 1.0)).fillna(0.0)
     lights = [style.luminance(style.blend(RAMP, share)) for share in shares]
     cells = cells.drop(columns=["kind", "is_gap", "is_shown", "is_second", "low", "high"]).assign(
-        ink=["#ffffff" if light < 0.179 else "#000000" for light in lights],  # the one of more contrast
+        ink=["#ffffff" if light < 0.179 else "#000000" for light in lights],  # the higher contrast
         digits=[f"{score:.{2 if high <= 1 else 1}f}" for score in measured],
     )
     rows = [curve for curve in dict.fromkeys(best["curve"]) if curve in set(cells["curve"])]
@@ -574,7 +711,11 @@ def heat_map(panel: Panel, points: pd.DataFrame, best: pd.DataFrame, name: str) 
 
 
 def spread(panel: Panel, best: pd.DataFrame, name: str) -> Chart:
-    """Draw each curve's test score at the common rate (hollow) and at its own best rate (filled)."""
+    """Draw each curve's test score at two learning rates.
+
+    A hollow mark shows the score at the panel's common rate. A filled mark shows the score at the curve's own
+    best rate.
+    """
     best = best.sort_values("test_score", ascending=False)
     palette = style.palette(best["curve"], panel["reference"])
     numbers = {"test_score": "own", "test_score_low": "low", "test_score_high": "high"}
@@ -616,9 +757,10 @@ def spread(panel: Panel, best: pd.DataFrame, name: str) -> Chart:
 
 
 def _difference_range(rows: pd.DataFrame, margin: float) -> Range:
-    """Return an axis with the margin, two thirds of the differences and most of their intervals.
+    """Return the ends of the axis of differences, in the unit of the scores.
 
-    Outliers lie outside, where an arrow stands for them: they would compress the other rows.
+    The axis covers at least two thirds of the differences, and twice the margin on both sides of 0. It leaves
+    out outliers, which would compress the other rows. `forest` draws an arrow at the edge for each of them.
     """
     sizes = sorted(rows["difference"].dropna().abs())
     usual = (rows["difference_high"] - rows["difference_low"]).median()
@@ -630,13 +772,16 @@ def _difference_range(rows: pd.DataFrame, margin: float) -> Range:
 
 
 def forest(panel: Panel, comparison: pd.DataFrame, margin: float, name: str) -> Chart:
-    """Draw each variant's difference from the baseline with its interval, and the margin as a band.
+    """Draw a forest plot: each variant's test score minus that of the baseline, with its 95 % interval.
+
+    A band marks the differences from minus the margin to plus the margin. The axis is in points (0.01 of the
+    score).
 
     Args:
         panel: The panel's row.
-        comparison: The rows of the comparison, the baseline first.
+        comparison: The panel's rows of the frame `Results.comparison`, the baseline first.
         margin: The smallest difference that matters, in the unit of the scores.
-        name: Stem of the chart's files.
+        name: The stem of the chart's file names.
     """
     baseline, rows = comparison.iloc[0], comparison.iloc[1:].sort_values("difference", ascending=False)
     low, high = (100 * end for end in _difference_range(rows, margin))
@@ -683,7 +828,15 @@ def forest(panel: Panel, comparison: pd.DataFrame, margin: float, name: str) -> 
 
 
 def factor_bars(factors: pd.DataFrame, name: str) -> Chart:
-    """Draw what each factor loses if set blindly (A) and with the rate tuned again (B), a plot a variant."""
+    """Draw the test score that each factor of a sensitivity study loses, one plot for each variant.
+
+    A circle is the loss if the factor is set blindly (A). A diamond is the loss if the learning rate is tuned
+    again for each value of the factor (B). The axis is in points (0.01 of the score).
+
+    Args:
+        factors: The rows of one panel in the frame `Results.factors`.
+        name: The stem of the chart's file names.
+    """
     starred = [f"{t}*" if alias else t for t, alias in zip(factors["title"], factors["alias"], strict=True)]
     usable, parts = _shares(factors["usable"], factors["ended"]), []
     for hue, field in _LOSSES.items():
@@ -725,13 +878,26 @@ def factor_bars(factors: pd.DataFrame, name: str) -> Chart:
 
 
 def _pareto_front(costs: pd.Series, scores: pd.Series) -> pd.DataFrame:
-    """Return the points that no other point dominates, in ascending order of the cost."""
+    """Return the points on the Pareto front of low costs and high scores.
+
+    A point is on the front if its score is higher than that of every other point of the same or a lower cost.
+
+    Returns:
+        The points in ascending order of the cost, with the cost in column x and the score in column score.
+    """
     points = pd.DataFrame({"x": costs, "score": scores}).sort_values(["x", "score"], ascending=[True, False])
     return points[points["score"] > points["score"].cummax().shift(fill_value=-math.inf)]
 
 
 def cost_scatter(costs: pd.DataFrame, name: str) -> Chart:
-    """Draw the test score over each known cost of a run, with the Pareto front as a line of steps."""
+    """Draw the test score over the costs of a run, one plot for each cost that is known for all curves.
+
+    A line of steps is the Pareto front.
+
+    Args:
+        costs: The rows of one panel in the frame `Results.costs`.
+        name: The stem of the chart's file names.
+    """
     costs = costs.dropna(subset=["test_score"]).sort_values("test_score", ascending=False)
     fields = {field: title for field, title in COSTS.items() if (costs[field] > 0).all()}
     palette = style.palette(costs["curve"], "lora")
@@ -783,7 +949,14 @@ def cost_scatter(costs: pd.DataFrame, name: str) -> Chart:
 
 
 def losses(losses: pd.DataFrame, name: str) -> Chart:
-    """Draw the training loss over the steps at the best rate and its neighbors, a plot for each curve."""
+    """Draw the training loss over the steps, one plot for each curve.
+
+    Each plot has a line for the best learning rate, for the next lower rate and for the next higher rate.
+
+    Args:
+        losses: The rows of one panel in the result of `costs.loss_frame`.
+        name: The stem of the chart's file names.
+    """
     first = losses.sort_values("step").groupby(["curve", "role"])["loss"].first().max()
     low = losses["loss"].min()
     ends = low - 0.04 * (first - low), first + 0.25 * (first - low) + 1e-9

@@ -1,8 +1,11 @@
-"""Replicated tuning: every variant compared with the tuned baseline, and at fixed learning rates.
+"""Replicated tuning: comparisons of all variants with the tuned baseline, and at fixed learning rates.
 
-Replicate k consists of all runs with seed k. In each replicate validation chooses one run of every variant,
-and the test scores of the chosen runs are compared, paired by replicate. A tuning is usable if its chosen run
-has a test score, neither diverged nor collapsed, and is better than the untrained base.
+A tuning consists of all runs of one variant with one seed. Replicate k consists of the tunings of all
+variants with seed k. In each tuning, validation chooses one run. The test scores of the chosen runs are
+compared in pairs: variant minus baseline in the same replicate.
+
+A tuning is usable if its chosen run has a test score, neither diverged nor collapsed, and is better than the
+untrained base model.
 """
 
 from __future__ import annotations
@@ -20,12 +23,13 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 CONTROLS = ("full", "head_only")
-"""Full fine-tuning and training of the head alone. They are compared with the baseline, but they are no
-variants of LoRA, so that claims and spans leave them out."""
+"""Full fine-tuning, and training of the head alone. Both are compared with the baseline. They are not
+variants of LoRA, so claims and spans do not count them."""
 OUTLYING, MIN_FOR_OUTLIERS = 8.0, 8
-"""An outlier lies so many standard deviations from the median; with fewer replicates there is none."""
+"""An outlier lies more than `OUTLYING` standard deviations from the median. With fewer than
+`MIN_FOR_OUTLIERS` replicates there is no outlier."""
 BINS_PER_DECADE = 4
-"""Width of the bins in which the runs of all replicates are averaged to a curve."""
+"""The number of bins per decade of the learning rate. The runs of all replicates in a bin are averaged."""
 
 _RUN_COLUMNS = (
     *("group", "variant", "seed", "fingerprint", "learning_rate", "label", "state", "test_items"),
@@ -47,8 +51,9 @@ def compare_tuned(
         runs: The runs, from `run_frame`.
         best: The chosen run of every tuning, from `best_of_groups`.
         settings: The baseline, the margin, and the variants without a verdict.
-        items: Fingerprint -> results on each test item, for the runs whose test score is their mean.
-        missing: True if configurations of the study have not ended.
+        items: Fingerprint -> the result on each test item, for runs whose test score is the mean of these
+            results.
+        missing: True if configurations of the study have no record.
 
     Returns:
         The frames comparison, tuned, pooled, fixed_rate and winners, see `Results`.
@@ -66,12 +71,17 @@ def compare_tuned(
 class _Task:
     """The comparison on one task and base model.
 
+    A tuning is whole if it has as many runs as the largest tuning of its variant. While configurations of the
+    study have no record, it must have as many runs as the largest tuning of any variant.
+
     Attributes:
-        chosen: The chosen run of each whole tuning: the row of `best`, with the label of the run, whether it
-            is usable (`is_usable`), and whether any run of the tuning did not fail (`has_result`).
+        chosen: The chosen run of each whole tuning. The columns are those of `best`, the label of the run,
+            whether the tuning is usable (`is_usable`), and whether at least one run of the tuning did not
+            fail (`has_result`).
         tried: The runs of the whole tunings.
         names: The variants with a whole tuning, the baseline first.
-        test: Test scores of the usable tunings, as a frame of replicates x variants.
+        test: The test scores of the usable tunings, as a frame with one row for each replicate and one column
+            for each variant.
     """
 
     def __init__(
@@ -89,8 +99,8 @@ class _Task:
         )
         usable = chosen["test_score"].notna() & (chosen["label"] == "finished") & ~chosen["nothing_learned"]
         chosen = chosen.assign(is_usable=usable)
-        # A tuning with fewer runs than others, failed ones included, is incomplete. While configurations are
-        # missing, all tunings of one variant may lack runs.
+        # Failed runs count as runs of a tuning. While configurations have no record, all tunings of one
+        # variant may lack runs, so the largest tuning of any variant is the measure.
         largest = chosen.groupby("variant")["points"].transform("max")
         whole = chosen["points"] == (chosen["points"].max() if missing else largest)
         self.chosen = chosen[whole]
@@ -118,7 +128,7 @@ class _Task:
         return self.names[1:]
 
     def frames(self, items: Mapping[str, NDArray[np.float64]]) -> dict[str, list[dict[str, Any]]]:
-        """Return the rows of this task by the name of their frame; none without a tuning of the baseline.
+        """Return frame -> its rows for this task; empty if the baseline has no whole tuning.
 
         Args:
             items: As for `compare_tuned`.
@@ -162,7 +172,7 @@ class _Task:
     def _item_error(
         self, name: str, differences: pd.Series, items: Mapping[str, NDArray[np.float64]]
     ) -> float:
-        """Return the standard error over the test items of a variant's mean difference; NaN if unknown.
+        """Return the standard error of a variant's mean difference over the test items; NaN if it is unknown.
 
         All runs of a study are scored on the same items in the same order.
         """
@@ -190,11 +200,11 @@ class _Task:
         return stats.paired_share_p(int((own & ~base).sum()), int((base & ~own).sum()))
 
     def _describe(self, name: str, role: str) -> dict[str, Any]:
-        """Return the fields of a row of `comparison` that describe the tunings of one variant."""
+        """Return the fields of a row of `Results.comparison` that describe the tunings of one variant."""
         own = self.chosen[self.chosen["variant"] == name]
         runs = self.tried[self.tried["variant"] == name]
         items = runs.loc[runs["state"] == "finished", "test_items"]
-        # The number of items is that of the whole panel, the smallest of all finished runs.
+        # The smallest number of items of all finished runs of the panel counts.
         all_items = self.tried.loc[self.tried["state"] == "finished", "test_items"]
         test = stats.score_interval(
             self.test[name].dropna().to_list(), int(all_items.min()) if len(items) else 0
@@ -231,7 +241,8 @@ class _Task:
     def _pooled(self, name: str) -> list[dict[str, Any]]:
         """Return the curve of a variant over the runs of all replicates, averaged in bins of the rate.
 
-        The grids of the replicates are shifted, so that together they are finer than one grid.
+        Each replicate shifts its grid by another offset. All grids together are therefore finer than one
+        grid.
         """
         import numpy as np
 
@@ -249,10 +260,11 @@ class _Task:
         ]
 
     def _optimum(self, name: str) -> dict[str, Any]:
-        """Return the optimum and the width of the pooled curve; NaN where it does not determine them.
+        """Return the best rate and the width of a variant's pooled curve; NaN where they are undefined.
 
-        A width below the largest distance of two bins is not resolved, so NaN. With `width_is_bound` it is a
-        lower bound: the curve ends before its score falls below the margin.
+        The width is that of the range around the best bin in which the score is at most the margin below the
+        best score. If the curve ends within this range, the width is only a lower bound (`width_is_bound`).
+        Any other width below the largest distance between neighboring bins is not resolved, so it is NaN.
         """
         import numpy as np
 
@@ -278,7 +290,7 @@ class _Task:
         }
 
     def _task_fields(self, counted: Sequence[Mapping[str, Any]], errors: Sequence[float]) -> dict[str, Any]:
-        """Return the fields of a row of `tuned` that describe the comparison as a whole."""
+        """Return the fields of a row of `Results.tuned` that describe the comparison as a whole."""
         first = self.tried.iloc[0]
         compared = [self.settings.baseline, *(row["variant"] for row in counted)]
         means = self.test[compared].mean().dropna()
@@ -296,11 +308,11 @@ class _Task:
         }
 
     def _fixed_rate(self, counted: set[str]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        """Compare the baseline and the counted variants at the rate that is best for either.
+        """Compare the baseline and the counted variants at the baseline's and at the variants' best rates.
 
         Returns:
-            The rows of `fixed_rate` and of `winners`; none if fewer than two replicates have the same rates
-            for all these variants, or if these replicates have different numbers of rates.
+            The rows of `fixed_rate` and of `winners`. Both are empty if fewer than two replicates have the
+            same rates for all of these variants, or if these replicates have different numbers of rates.
         """
         import numpy as np
 
@@ -328,7 +340,7 @@ class _Task:
 
 
 def _difference_fields(found: stats.Comparison, i: int, margin: float, comparisons: int) -> dict[str, Any]:
-    """Return the fields of a row of `comparison` that come from the interval in column `i`."""
+    """Return the fields of a row of `Results.comparison` that follow from the interval in column `i`."""
     low, high, mean = float(found.low[i]), float(found.high[i]), float(found.mean[i])
     outcome, counts = stats.classify(low, high, margin), stats.counts_for_baseline(low, high, margin)
     fields: dict[str, Any] = {
@@ -351,10 +363,19 @@ def _difference_fields(found: stats.Comparison, i: int, margin: float, compariso
 
 
 def _decide_by_share(row: dict[str, Any], baseline: Mapping[str, Any]) -> dict[str, Any]:
-    """Correct `outcome` and `counts` of a row where the shares of usable tunings differ significantly.
+    """Correct `outcome` and `counts` of a row by the shares of usable tunings.
 
-    If the baseline is usable less often, it does not match the variant, whatever the scores are. Without an
-    interval of the difference, the shares determine both. Controls and unverified variants never count.
+    `outcome` compares the variant with the baseline. `counts` is "yes" if the baseline matches or beats the
+    variant, "no" if it does not, and "open" if this is undecided. On entry, both follow from the interval of
+    the difference of the scores. They are corrected as follows:
+
+    - If the variant is a control or unverified, `counts` is always "not counted".
+    - If the baseline is usable significantly less often than the variant, `counts` is "no", whatever the
+      scores are.
+    - If the shares differ significantly and the difference has no interval, the variant with the higher share
+      is better: `outcome` and `counts` follow from the shares alone.
+
+    In all other cases the row stays as it is.
     """
     if row["role"] != "variant":
         row["counts"] = "not counted"
@@ -375,11 +396,21 @@ def _claim_fields(
     p_not_superior: Mapping[str, float],
     share_p: Mapping[str, float],
 ) -> dict[str, Any]:
-    """Return how many counted variants the baseline matches or beats, and how many are better than it.
+    """Return the fields of a row of `Results.tuned` that test claim 2 (`TUNED_WINS` in `verdicts`).
 
-    Both are lower 95 % confidence bounds: the number of hypotheses that Holm's procedure rejects. `p_claim`
-    is the p value of "the baseline is not inferior to more than half of them", and `p_against` that of "at
-    least half of them are better".
+    Args:
+        counted: The rows of `Results.comparison` that count for the claim.
+        baseline: The row of the baseline.
+        p_not_superior: Variant -> p value of "the variant is better than the baseline by at least the
+            margin".
+        share_p: Variant -> p value of "both are usable equally often".
+
+    Returns:
+        - holds_at_least, beaten_at_least: lower 95 % confidence bounds of the number of variants that the
+          baseline matches or beats, and of the number of variants that are better than the baseline by more
+          than the margin. Each is the number of hypotheses that Holm's procedure rejects.
+        - p_claim: the p value for "the baseline matches or beats more than half of the variants".
+        - p_against: the p value for "at least half of the variants are better than the baseline".
     """
     import numpy as np
 
@@ -387,7 +418,7 @@ def _claim_fields(
     for row in counted:
         p = p_not_superior[row["variant"]]
         p_holds, p_beaten = (1.0, 1.0) if math.isnan(row["difference_low"]) else (p, 1.0 - p)
-        if row["usable_p"] <= stats.ALPHA:  # the shares differ, see `_decide_by_share`
+        if row["usable_p"] <= stats.ALPHA:  # the shares differ significantly, see `_decide_by_share`
             if row["usable"] * baseline["tunings"] >= baseline["usable"] * row["tunings"]:
                 p_holds, p_beaten = 1.0, min(p_beaten, share_p[row["variant"]])
             elif math.isnan(row["difference_low"]):
@@ -404,11 +435,19 @@ def _claim_fields(
 
 
 def _outliers(differences: pd.Series, margin: float) -> list[tuple[int, float]]:
-    """Return the replicates whose difference from the baseline lies far from the others.
+    """Return the replicates whose difference from the baseline lies far from the other replicates.
 
-    It is farther from the median of the others than the margin and `OUTLYING` standard deviations, which are
-    estimated as 1.4826 times the median absolute deviation. With fewer than `MIN_FOR_OUTLIERS` replicates
-    none is returned, because normal noise would exceed these limits too often.
+    A replicate lies far if its distance from the median of the others is larger than the margin and larger
+    than `OUTLYING` standard deviations. The standard deviation is estimated as 1.4826 times the median
+    absolute deviation. With fewer than `MIN_FOR_OUTLIERS` replicates none is returned, because normal noise
+    would exceed these limits too often.
+
+    Args:
+        differences: Replicate -> variant minus baseline.
+        margin: The smallest difference that matters.
+
+    Returns:
+        (replicate, difference) of each outlier.
     """
     found = []
     for replicate, value in differences.items() if len(differences) >= MIN_FOR_OUTLIERS else ():
@@ -422,12 +461,12 @@ def _outliers(differences: pd.Series, margin: float) -> list[tuple[int, float]]:
 def _noise_span(test: pd.DataFrame) -> float:
     """Return the expected span of the mean test scores if all variants have the same true score.
 
-    Noise that is common to all V variants of a replicate does not change the span. So each replicate's mean
-    over variants is subtracted before the standard errors are computed, and the variances are multiplied by
-    V / (V - 1), because the subtraction removes 1 / V of them.
+    Noise that all V variants of a replicate share does not change the span. The mean of each replicate over
+    the variants is therefore subtracted before the standard errors are computed. This subtraction removes 1 /
+    V of the variance, so the variances are multiplied by V / (V - 1).
 
     Args:
-        test: Test scores of replicates x variants, without a missing one.
+        test: Test scores, a frame of replicates x variants without a missing score.
 
     Returns:
         The span; NaN with fewer than two variants or two replicates.
@@ -443,7 +482,7 @@ def _noise_span(test: pd.DataFrame) -> float:
     return stats.expected_span(np.sqrt(variance / n))
 
 
-# -- claim 3: at one fixed learning rate the winner is an artefact of the rate
+# -- claim 3: the winner at one fixed learning rate is an artefact of the rate
 
 
 def compare_at_fixed_rate(
@@ -453,23 +492,25 @@ def compare_at_fixed_rate(
     baseline: str,
     margin: float,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Compare each variant with the baseline at the rate that is best for either.
+    """Compare each variant with the baseline at the baseline's best rate and at the variant's own best rate.
 
-    In each replicate there are two rates: the baseline's choice and the variant's own choice. The order is
-    reversed if the variant loses by more than the margin at one of them and wins by more than the margin at
-    the other. The scores of diverged and collapsed runs count as they are, because a user of one fixed rate
-    gets them. All intervals are simultaneous.
+    In each replicate, validation chooses both rates. The order of the variant and the baseline is reversed if
+    the variant loses by more than the margin at one of the two rates and wins by more than the margin at the
+    other. The scores of diverged and collapsed runs count as they are, because a user who trains at one fixed
+    rate gets these scores. All intervals are simultaneous.
 
     Args:
-        rates: The learning rates, ascending; geometric means over replicates if their grids are shifted.
+        rates: The learning rates, ascending. If the replicates have shifted grids, each rate is the geometric
+            mean over the replicates.
         scores: Variant -> test scores, shape (replicates, rates), NaN if missing.
         chosen: Variant -> index of the rate that validation chose in each replicate; -1 for none.
         baseline: The variant that the others are compared with.
         margin: The smallest difference that matters.
 
     Returns:
-        The rows of `fixed_rate`, the largest regret first, and of `winners`, the best variant at each rate. A
-        rate has no winner where the baseline has no score or all variants have the same mean.
+        The rows of `fixed_rate`, the largest regret first, and the rows of `winners`, the best variant at
+        each rate. A rate has no winner if the baseline has no score at this rate, or if all variants have the
+        same mean.
     """
     import numpy as np
 
@@ -499,7 +540,7 @@ def compare_at_fixed_rate(
 
 
 def _is_reversed(row: Mapping[str, Any], margin: float) -> bool | None:
-    """Return whether the order is reversed; None if the intervals leave it open."""
+    """Return whether the order is reversed; None if the intervals neither show nor exclude it."""
     ends = [(row[f"{field}_low"], row[f"{field}_high"]) for field in ("at_baseline_rate", "at_own_rate")]
     if any(math.isnan(end) for pair in ends for end in pair):
         return None
@@ -513,7 +554,7 @@ def _is_reversed(row: Mapping[str, Any], margin: float) -> bool | None:
 def _winners(
     rates: Sequence[float] | NDArray[np.float64], scores: Mapping[str, NDArray[np.float64]], baseline: str
 ) -> list[dict[str, Any]]:
-    """Return the variant with the highest mean test score at each rate; the baseline wins a tie."""
+    """Return the variant with the highest mean test score at each rate. The baseline wins a tie."""
     import numpy as np
 
     winners = []
@@ -532,11 +573,17 @@ def compare_curves_at_fixed_rate(
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Compare the curves of one panel of a grid at fixed rates, paired by seed.
 
-    Controls, and curves on which nothing was learned, are left out.
+    Controls are left out, and so are curves on which nothing was learned.
+
+    Args:
+        runs: The runs of the panel, from `run_frame`.
+        best: The rows of `Results.best` of the panel.
+        reference: The label of LoRA's curve; empty if there is none.
+        margin: The smallest difference that matters.
 
     Returns:
-        As for `compare_at_fixed_rate`. Nothing if LoRA's curve or a second one is missing, or if the curves
-        do not share two rates and the best rate of each.
+        As for `compare_at_fixed_rate`. Both lists are empty if there is no LoRA curve or no second curve, if
+        the curves share fewer than two rates, or if the best rate of a curve is not among the shared rates.
     """
     import numpy as np
 

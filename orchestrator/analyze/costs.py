@@ -1,4 +1,4 @@
-"""What a study costs: the runs of each curve and the time of the trainers. And its losses over the steps."""
+"""The costs of a study (runs, time and memory of each curve), and its training losses over the steps."""
 
 from __future__ import annotations
 
@@ -13,28 +13,35 @@ if TYPE_CHECKING:
     import pandas as pd
 
 MAX_BINS = 100
-"""Largest number of points of a line of losses: each is the mean over a bin of equally many steps."""
+"""The largest number of points of a line of losses. Each point is the mean over a bin of consecutive
+steps."""
 _UNITS: Mapping[str, str] = {
     **dict.fromkeys(("exact_match", "numeric", "token_f1", "pass_at_1", "prompt_strict"), "nats per token"),
     **dict.fromkeys(("accuracy", "f1", "macro_f1", "matthews"), "nats per example"),
     "pearson": "squared error",
 }
-"""Metric -> unit of the loss, for metrics that only answers, only classes or only numbers have."""
+"""Metric -> unit of the loss. A metric is listed if it belongs to one kind of task alone: to answers, to
+classes or to numbers."""
 
 
 def cost_frame(runs: pd.DataFrame, scores: Mapping[tuple[str, str], float]) -> pd.DataFrame:
-    """Return the costs of each curve with a finished run, by panel, the best score first.
+    """Return the costs of each curve that has a finished run, by panel, the best score first.
 
     Args:
         runs: The runs, from `run_frame`.
         scores: (panel, curve) -> test score at the best point.
 
     Returns:
-        panel, variant, curve; `runs`, the number of finished runs, over which the mean `train_seconds` and
-        `evaluate_seconds` of a run are taken; the largest `peak_memory` in bytes, of all lanes of a group
-        together (0 if unknown); the median `trainable_parameters`; `study_seconds`, the training and
-        evaluation time of all runs, unfinished ones included; and `test_score`. The seconds of a run are its
-        equal share of the time of its lane group, see `Cost`.
+        One row for each curve, with these columns:
+
+        - panel, variant, curve: the names of the curve.
+        - runs: the number of finished runs.
+        - train_seconds, evaluate_seconds: the mean time of a finished run. The time of a run is its equal
+          share of the time of its lane group, see `Cost`.
+        - peak_memory: the largest memory in bytes of all lanes of a lane group together; 0 if unknown.
+        - trainable_parameters: the median number of trainable parameters.
+        - study_seconds: the training and evaluation time of all runs, including unfinished ones.
+        - test_score: the test score at the best point; NaN if unknown.
     """
     import pandas as pd
 
@@ -57,9 +64,9 @@ def cost_frame(runs: pd.DataFrame, scores: Mapping[tuple[str, str], float]) -> p
 
 
 def time_use(runs: pd.DataFrame) -> dict[str, float]:
-    """Return the seconds of the trainers by kind, largest first; empty if no record has them.
+    """Return how the trainers spent their time: kind of work -> seconds, in descending order.
 
-    Kinds without time are left out.
+    Records without these times are left out, and so are kinds of work without time.
     """
     known = runs[(runs["start_seconds"] > 0) | (runs["other_seconds"] > 0)]
     named = {
@@ -76,18 +83,24 @@ def time_use(runs: pd.DataFrame) -> dict[str, float]:
 def loss_frame(
     runs: pd.DataFrame, best: pd.DataFrame, records: Iterable[Record], neighbors: bool
 ) -> pd.DataFrame:
-    """Return the training losses of each curve at its best learning rate and at the next ones.
+    """Return the training losses of each curve at its best learning rate and at the neighboring rates.
 
     Args:
         runs: The runs, from `run_frame`.
         best: The best points.
         records: The records, from which the losses are read.
-        neighbors: False to leave out the next rates: the points of a search have no neighbors that differ in
-            the rate alone.
+        neighbors: False to leave out the neighboring rates. The points of a search have no neighbors that
+            differ in the rate alone.
 
     Returns:
-        panel, curve; `role`: "best", "lower" or "higher"; `learning_rate`, the lowest of the runs; `step`,
-        the middle of a bin; `loss`, the mean of the runs in the bin; `unit`, the title of the loss axis.
+        One row for each bin of steps, with these columns:
+
+        - panel, curve: the names of the curve.
+        - role: "best", "lower" or "higher".
+        - learning_rate: the lowest learning rate of the runs.
+        - unit: the title of the loss axis, with the unit.
+        - step: the middle of the bin.
+        - loss: the mean loss of the runs in the bin.
     """
     import pandas as pd
 
@@ -112,7 +125,7 @@ def loss_frame(
 
 
 def _chosen_runs(runs: pd.DataFrame, best: pd.DataFrame, neighbors: bool) -> pd.DataFrame:
-    """Return the runs at the best rate of each row of `best` and at the next ones, with their role."""
+    """Return the runs at the best rate of each row of `best` and at the neighboring rates."""
     import pandas as pd
 
     parts = [runs.head(0).assign(role="")]
@@ -129,6 +142,6 @@ def _chosen_runs(runs: pd.DataFrame, best: pd.DataFrame, neighbors: bool) -> pd.
 
 
 def _unit(run: pd.Series) -> str:
-    """Return the title of the loss axis; without unit for a task in a user's Python file."""
+    """Return the title of the loss axis. It has no unit for a task in a user's Python file."""
     unit = None if str(run["task"]).endswith(FILE_SUFFIX) else _UNITS.get(run["metric"])
     return f"training loss ({unit})" if unit else "training loss"

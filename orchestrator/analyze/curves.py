@@ -1,8 +1,11 @@
-"""Points and best points: of every curve, search and tuning of a study, from its frame of runs.
+"""The points of a study, the best point of each curve, search or tuning, and the shape of each curve.
 
-A point is the set of runs that differ in the seed alone. Validation chooses the best point of a group; no
-choice depends on a test score. A diverged run counts as the floor, and a failed run is missing. A run that
-was stopped early is censored, see `choosable`.
+A point is a set of runs that differ in the seed alone. Its score is the mean score of these runs. In a
+replicated tuning, each run is a point.
+
+Validation scores choose the best point of a group of points. No choice depends on a test score. A diverged
+run has the task's floor as its score, and a failed run is missing. The final score of a run that was stopped
+early is unknown; `choosable` says when a point with such runs may be chosen.
 """
 
 from __future__ import annotations
@@ -23,25 +26,26 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 Row = Mapping[Any, Any]
-"""A row of a frame."""
+"""A row of a frame: column -> value."""
 _RUN_COLUMNS = (
     *("panel", "group", "point", "variant", "curve", "task_title", "model", "seed", "state", "label"),
     *("learning_rate", "base_score", "test_score", "untrained_test_score", "test_items"),
     *("steps", "steps_horizon", "started"),
 )
-"""The columns of runs that a row of `best` is made from."""
+"""The columns of runs from which a row of `Results.best` is made."""
 EDGE_FRACTION = 0.05
-"""A value lies at an edge if its distance from an end is at most this share of the range of tried values."""
-_MIN_VALUES = 5  # fewer values of a hyperparameter are a list of choices, which has no edges
+"""A value lies at an edge if its distance from an end of the tried range is at most this share of the
+range."""
+_MIN_VALUES = 5  # with fewer distinct values, a hyperparameter is a choice from a list, which has no edges
 _NO_HYPERPARAMETERS = ("seed", "variant", "variant_numerics", "variant_revision", "loop_numerics")
 REFERENCE = "lora"
-"""The variant with which the others are compared."""
+"""The variant with which the other variants are compared."""
 TOLERANCE = 0.01
-"""A rate is good if its score is at most this far below the best one: 0.01 on a metric from 0 to 1."""
+"""A learning rate is good if its score is at most this far below the best score, on a metric from 0 to 1."""
 
 
 def is_reference(label: str) -> bool:
-    """Return whether a curve's label is that of a curve of `REFERENCE`."""
+    """Return whether the curve with this label is a curve of `REFERENCE`."""
     return label.partition(" ")[0] == REFERENCE
 
 
@@ -56,11 +60,18 @@ def make_points(runs: pd.DataFrame) -> pd.DataFrame:
             floor, fingerprint, validation_score, test_score, validation_items and test_items.
 
     Returns:
-        One row a point, with the columns task, model, panel, variant, curve, group, point, learning_rate,
-        floor; `seeds`; the number of runs with each label of `LABELS`, "finished" as `usable`; mean, `_std`
-        over seeds and 95 % interval (`_low`, `_high`) of `validation_score` and `test_score`; `scored`, the
-        number of runs with a validation score; `eligible`, see `choosable`; `is_best`; and `fingerprint` of
-        its best finished run.
+        One row for each point, with these columns:
+
+        - task, model, panel, variant, curve, group, point, learning_rate, floor: the values of its runs.
+        - seeds: the number of seeds.
+        - usable, collapsed, diverged, stopped, failed: the number of runs with each label of `LABELS`. The
+          column of the label "finished" is `usable`.
+        - scored: the number of runs with a validation score.
+        - validation_score, test_score: the mean score. The suffix `_std` marks the standard deviation over
+          seeds, and `_low` and `_high` mark the ends of the 95 % confidence interval.
+        - eligible: whether the point may be chosen as the best, see `choosable`.
+        - is_best: whether the point is the best one of its group.
+        - fingerprint: the finished run with the best validation score; empty if there is none.
     """
     import pandas as pd
 
@@ -85,7 +96,8 @@ def make_points(runs: pd.DataFrame) -> pd.DataFrame:
         ]
         points[[score, f"{score}_low", f"{score}_high"]] = [each[:3] for each in found]
         points[f"{score}_std"] = grouped[score].std()
-    # Seeds are in ascending order, so that of equal scores the lowest seed's run is the best one.
+    # The seeds are in ascending order. Of runs with equal scores, the run with the lowest seed is the best
+    # one.
     best_runs = extra[finished & extra["validation_score"].notna()]
     best_runs = best_runs.sort_values("validation_score", ascending=False, kind="stable")
     points["fingerprint"] = best_runs.groupby(["panel", "group", "point"])["fingerprint"].first()
@@ -101,16 +113,18 @@ def make_points(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def rank_lanes(points: pd.DataFrame) -> pd.DataFrame:
-    """Rank the points of each task, base model and variant by their best finished run.
+    """Rank the points of each task, base model and variant.
 
-    A point that may be chosen comes before the others, then the one with the higher mean validation score. Of
-    equal means the lowest learning rate comes first, which is the farthest from divergence.
+    Points that may be chosen (see `choosable`) come before the other points. Among both, the point with the
+    higher mean validation score comes first. Of points with equal means, the one with the lowest learning
+    rate comes first, because it is the farthest from divergence.
 
     Args:
         points: Points from `make_points`, with the columns task and model.
 
     Returns:
-        The points with a finished run, sorted by task, model, variant and `place`, 0 for the best one.
+        The points that have a finished run, sorted by task, model, variant and `place`. The column `place`
+        has the rank, from 0 for the best point.
     """
     import pandas as pd
 
@@ -123,7 +137,7 @@ def rank_lanes(points: pd.DataFrame) -> pd.DataFrame:
         .transform("max")
     )
     is_top = known["eligible"] & (known["validation_score"] >= top - SCORE_EPSILON)
-    # Means that differ by less than the rounding are equal.
+    # Means that differ by less than `SCORE_EPSILON` count as equal.
     known["_score"] = -known["validation_score"].mask(is_top, top)
     known["_left_out"] = ~known["eligible"]
     known = known.sort_values([*goal, "_left_out", "_score", "learning_rate", "point"], kind="stable")
@@ -132,9 +146,10 @@ def rank_lanes(points: pd.DataFrame) -> pd.DataFrame:
 
 
 def best_lanes(points: pd.DataFrame) -> pd.DataFrame:
-    """Return the first row of `rank_lanes` for each task, model and variant, the best mean score first.
+    """Return the best point of each task, base model and variant: the rows of `rank_lanes` at place 0.
 
-    Lanes of equal means are sorted by name, LoRA first.
+    The rows are sorted by their mean validation score, the best one first. Of equal scores, LoRA comes first,
+    and the other variants follow by name.
     """
     import pandas as pd
 
@@ -145,12 +160,14 @@ def best_lanes(points: pd.DataFrame) -> pd.DataFrame:
 
 
 def choosable(points: Mapping[str, Any] | pd.DataFrame) -> NDArray[np.bool_]:
-    """Return, for each point of one group, whether it may be chosen as the best.
+    """Return which points of one group may be chosen as the best, shape (points,).
 
-    A point without stopped runs may be chosen. The mean of a point with stopped runs is taken over the other
-    seeds only, so it is biased upwards. Such a point may be chosen only if it is better than the floor, and
-    the best of all points, when every stopped run counts as the floor. Scores above the floor in its stopped
-    runs would only raise its mean further.
+    A point without stopped runs may be chosen if it has a score.
+
+    The mean of a point with stopped runs is taken over its other seeds only, so it is biased upwards. If
+    every stopped run counts as the floor, the mean is a lower bound. A point with stopped runs may be chosen
+    only if its lower bound is above the floor, and above the mean of every point without stopped runs, and no
+    lower bound of another point is higher.
 
     Args:
         points: The columns validation_score, scored, stopped and floor.
@@ -170,7 +187,7 @@ def choosable(points: Mapping[str, Any] | pd.DataFrame) -> NDArray[np.bool_]:
 
 
 def best_index(scores: NDArray[np.float64]) -> int | None:
-    """Return the index of the highest score, of equal ones the first; None without a score."""
+    """Return the index of the highest score, of equal scores the first one; None if all scores are NaN."""
     import numpy as np
 
     if not np.isfinite(scores).any():
@@ -178,11 +195,18 @@ def best_index(scores: NDArray[np.float64]) -> int | None:
     return int(np.argmax(scores >= np.nanmax(scores) - SCORE_EPSILON))
 
 
-# -- the shape of one curve. `x` is log10 of the rates, ascending; `y` has the mean scores, NaN where unknown
+# -- the shape of one curve
+#
+# `x` has log10 of the learning rates, ascending. `y` has the mean score at each rate, NaN where it is
+# unknown. Both have the shape (rates,). `best` is the index of the best rate.
 
 
 def bracket(y: NDArray[np.float64], best: int) -> str:
-    """Return "yes" if the grid brackets the best rate, else the edges at which the best score lies."""
+    """Return "yes" if the best rate lies inside the grid, else the ends of the grid that have the best score.
+
+    Returns:
+        "yes", "low edge", "high edge" or "both edges".
+    """
     low, high = (bool(score >= y[best] - SCORE_EPSILON) for score in (y[0], y[-1]))
     if low and high:
         return "both edges"
@@ -190,7 +214,10 @@ def bracket(y: NDArray[np.float64], best: int) -> str:
 
 
 def score_at(x: NDArray[np.float64], y: NDArray[np.float64], query: float) -> float:
-    """Return the score at `query`, interpolated linearly; NaN outside the grid and beside a missing score."""
+    """Return the score at the log10 rate `query` by linear interpolation.
+
+    The score is NaN outside of the grid and next to a missing score.
+    """
     import numpy as np
 
     i = int(np.searchsorted(x, query - 1e-9))
@@ -202,11 +229,13 @@ def score_at(x: NDArray[np.float64], y: NDArray[np.float64], query: float) -> fl
 
 
 def width(x: NDArray[np.float64], y: NDArray[np.float64], best: int, threshold: float) -> tuple[float, bool]:
-    """Return the width of the connected range around the best rate with scores of at least `threshold`.
+    """Return the width of the range around the best rate in which the score is at least `threshold`.
+
+    The range is connected. Its ends are interpolated linearly between the rates of the grid.
 
     Returns:
-        The width in decades, and whether it is only a lower bound, because the grid ends or a missing score
-        follows before the score falls below the threshold.
+        The width in decades, and whether the width is only a lower bound. It is a lower bound if the grid
+        ends, or a score is missing, before the score falls below the threshold.
     """
     total, is_bound = 0.0, False
     for side in (-1, 1):
@@ -222,9 +251,10 @@ def width(x: NDArray[np.float64], y: NDArray[np.float64], best: int, threshold: 
 
 
 def mean_loss_near(x: NDArray[np.float64], y: NDArray[np.float64], best: int) -> float:
-    """Return the mean of (best score - score) within half a decade of the best rate; NaN for no range.
+    """Return the mean of (best score - score) over the range of half a decade on both sides of the best rate.
 
-    The range ends earlier where the grid ends or a score is missing.
+    The mean is that of the linearly interpolated curve over log10 of the rate. The range ends earlier where
+    the grid ends or where a score is missing. The mean is NaN if the best rate has no neighbor with a score.
     """
     import numpy as np
 
@@ -243,16 +273,19 @@ def mean_loss_near(x: NDArray[np.float64], y: NDArray[np.float64], best: int) ->
 
 
 def cliff_index(y: NDArray[np.float64], diverged: NDArray[np.float64], best: int, floor: float) -> int | None:
-    """Return the index of the first rate above the best at which training breaks down; None if none does.
+    """Return the index of the first rate above the best rate at which training breaks down.
 
-    It breaks down if more than half of the seeds diverge, or the score has fallen at least half of the way to
-    the floor.
+    Training breaks down at a rate if more than half of the seeds diverge, or if the mean score lies at most
+    halfway from the floor to the best score.
 
     Args:
-        y: The mean scores.
-        diverged: The shares of diverged seeds.
+        y: The mean score at each rate.
+        diverged: The share of diverged seeds at each rate.
         best: The index of the best rate.
         floor: The score of a constant answer.
+
+    Returns:
+        The index; None if training breaks down at no rate, or if the best score is not above the floor.
     """
     if y[best] <= floor + SCORE_EPSILON:
         return None
@@ -265,7 +298,10 @@ def cliff_index(y: NDArray[np.float64], diverged: NDArray[np.float64], best: int
 
 @dataclass(frozen=True)
 class _Curve:
-    """The scores of one curve as arrays of shape (rates, seeds), NaN where missing."""
+    """The runs of one curve: arrays of shape (rates, seeds).
+
+    `rates` has the shape (rates,), and `seeds` has the shape (seeds,). A missing score is NaN.
+    """
 
     rates: NDArray[np.float64]
     seeds: NDArray[np.int64]
@@ -277,7 +313,17 @@ class _Curve:
 
 @dataclass(frozen=True)
 class _Means:
-    """The means of a curve over its seeds; a rate without a score is left out unless a run stopped there."""
+    """The means of one curve over its seeds: arrays of shape (rates,).
+
+    A rate without a score is left out, unless a run at this rate was stopped early.
+
+    Attributes:
+        rates: The learning rates, ascending.
+        y: The mean validation scores; NaN at a rate that may not be chosen (see `choosable`).
+        test: The mean test scores; NaN where `y` is NaN.
+        diverged: The shares of diverged seeds.
+        best: The index of the best rate; None if no rate may be chosen.
+    """
 
     rates: NDArray[np.float64]
     y: NDArray[np.float64]
@@ -287,26 +333,23 @@ class _Means:
 
     @property
     def x(self) -> NDArray[np.float64]:
-        """log10 of the rates."""
+        """Log10 of the rates."""
         import numpy as np
 
         return np.log10(self.rates)
 
     @property
     def best_rate(self) -> float:
-        """The best rate; NaN without a score."""
+        """The best rate; NaN if no rate may be chosen."""
         return math.nan if self.best is None else float(self.rates[self.best])
 
 
 def best_of_curves(runs: pd.DataFrame, points: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return the best point of every curve of a grid, with the shape of the curve, and the panels.
+    """Return the frames `best` and `panels` of a grid, see `Results`.
 
     Args:
         runs: The runs of the curves, from `run_frame`.
-        points: Their points, from `make_points`.
-
-    Returns:
-        The frames `best` and `panels`, see `Results`.
+        points: The points of these runs, from `make_points`.
     """
     import pandas as pd
 
@@ -319,7 +362,7 @@ def best_of_curves(runs: pd.DataFrame, points: pd.DataFrame) -> tuple[pd.DataFra
 
 
 def describe_panel(runs: pd.DataFrame) -> dict[str, Any]:
-    """Return the row of a panel without the fields that only curves have."""
+    """Return the row of a panel in `Results.panels`, without a reference curve and a common rate."""
     first = runs.iloc[0]
     return {
         "panel": first["panel"],
@@ -395,13 +438,14 @@ def _means(curve: _Curve, floor: float, without_seed: int | None) -> _Means:
 
 
 class _Panel:
-    """The curves of a panel, and the rate at which they are compared.
+    """The means of all curves of a panel, and the learning rate at which the curves are compared.
 
     Attributes:
-        means: Label -> means of the curve.
-        reference: Label of LoRA's curve, of several the one with the highest best score; empty without one.
-        common_rate: LoRA's best rate, or else the rate with the highest mean over the variants, among those
-            at which every variant has a score; NaN without one.
+        means: Label of a curve -> its means.
+        reference: The label of LoRA's curve; empty if there is none. Of several LoRA curves, it is the one
+            with the highest best score.
+        common_rate: LoRA's best rate. Without a LoRA curve, it is the rate with the highest mean score over
+            the curves, among the rates at which every curve has a score. It is NaN if there is no such rate.
     """
 
     def __init__(self, curves: Mapping[str, _Curve], floor: float, without_seed: int | None = None) -> None:
@@ -426,7 +470,7 @@ class _Panel:
         return max(shared, key=lambda r: (round(math.fsum(at_rate[r]), 9), -r), default=math.nan)
 
     def shape(self, label: str) -> dict[str, float | bool]:
-        """Return the statistics of a curve; NaN where the curve does not determine one."""
+        """Return the statistics of a curve's shape, see `Results.best`; NaN where one is undefined."""
         m = self.means[label]
         if m.best is None:
             return dict.fromkeys(("width", "width_90", "lost_near", "lost"), math.nan)
@@ -451,7 +495,7 @@ class _Panel:
 def _curve_row(
     label: str, full: _Panel, left_out: Sequence[_Panel], runs: pd.DataFrame, points: pd.DataFrame
 ) -> dict[str, Any]:
-    """Return the row of a curve in `best`, with jackknife intervals of its shape."""
+    """Return the row of a curve in `best`, with jackknife intervals of the statistics of its shape."""
     import numpy as np
 
     m, shape = full.means[label], full.shape(label)
@@ -466,7 +510,7 @@ def _curve_row(
         row |= {name: found.mean, f"{name}_low": found.low, f"{name}_high": found.high}
         if name.startswith("width"):
             row[f"{name}_is_bound"] = is_bound
-        if is_bound:  # the true width may be larger than any interval
+        if is_bound:  # the true width may lie above any interval
             row |= {f"{name}_low": math.nan, f"{name}_high": math.nan}
     row["rates_without_a_seed"] = _other_choices(label, left_out)
     cliff = None if m.best is None else cliff_index(m.y, m.diverged, m.best, full.floor)
@@ -483,17 +527,17 @@ def _equal_rates(m: _Means) -> str:
 
 
 def _other_choices(label: str, left_out: Sequence[_Panel]) -> list[float]:
-    """Return the best rates with each seed left out in turn; none with a single seed."""
+    """Return the best rate without each seed in turn; an empty list for a single seed."""
     rates = [each.means[label].best_rate for each in left_out]
     return [rate for rate in rates if not math.isnan(rate)] if len(left_out) > 1 else []
 
 
 def best_fields(runs: Sequence[Row], points: Sequence[Row]) -> dict[str, Any]:
-    """Return those fields of a row of `best` that curves, searches and tunings have alike.
+    """Return the fields of a row of `best` that curves, searches and tunings have in common.
 
     Args:
-        runs: The runs of the row, with the columns of `_RUN_COLUMNS`.
-        points: Their points.
+        runs: The runs of the curve, search or tuning, with the columns `_RUN_COLUMNS`.
+        points: The points of these runs.
     """
     fields: dict[str, Any] = {"seeds": 0, "fingerprint": "", "point": "", "learning_rate": math.nan}
     fields |= dict.fromkeys(("diverged", "stopped", "scored"), 0)
@@ -525,17 +569,26 @@ def best_fields(runs: Sequence[Row], points: Sequence[Row]) -> dict[str, Any]:
 
 
 def best_of_groups(runs: pd.DataFrame, points: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return the chosen point of every search or tuning, and the panels.
+    """Return the frames `best` and `panels` of searches or of a replicated tuning, see `Results`.
+
+    The function adds two columns to `points`. `order` is the place of a point in the order in which the
+    points of its group were started, from 1. `settings` has the hyperparameters of the point as text.
 
     Args:
         runs: The runs, from `run_frame`.
-        points: Their points, from `make_points`; `order` and `settings` are added.
+        points: The points of these runs, from `make_points`.
 
     Returns:
-        The frames `best` and `panels`, see `Results`. Besides the columns that all studies have, a row of
-        `best` has `replicate` (the lowest seed), `points`, `edges` (hyperparameters whose chosen value lies
-        at an edge, for example "learning_rate (high edge)"), `steps` and `max_steps`, the optimizer steps of
-        all runs with and without early stopping.
+        `best` and `panels`. Besides the columns that all studies have, `best` has these columns:
+
+        - replicate: the lowest seed of the runs.
+        - settings: the hyperparameters of the best point as text.
+        - points: the number of points.
+        - edges: the hyperparameters whose chosen value lies at an edge of the tried values, for example
+          "learning_rate (high edge)".
+        - steps: the number of optimizer steps that all runs took.
+        - max_steps: the number of optimizer steps that all runs would have taken without early stopping.
+        - states: the number of runs with each state, as text.
     """
     import pandas as pd
 
@@ -561,12 +614,12 @@ def best_of_groups(runs: pd.DataFrame, points: pd.DataFrame) -> tuple[pd.DataFra
 
 
 def hyperparameters(runs: pd.DataFrame) -> list[str]:
-    """Return the columns of `runs` that are hyperparameters."""
+    """Return the names of the columns of `runs` that are hyperparameters."""
     return [n for n in runs if (n in COLUMNS or n.startswith("variant_")) and n not in _NO_HYPERPARAMETERS]
 
 
 def varied_settings(runs: pd.DataFrame) -> list[str]:
-    """Return the learning rate, and the other hyperparameters in which runs differ, sorted by name."""
+    """Return "learning_rate", followed by the other hyperparameters in which runs differ, sorted by name."""
     counts = runs[hyperparameters(runs)].nunique(dropna=False)
     return ["learning_rate", *sorted(n for n in counts.index[counts > 1] if n != "learning_rate")]
 
@@ -574,11 +627,11 @@ def varied_settings(runs: pd.DataFrame) -> list[str]:
 def _group_row(
     runs: Sequence[Row], points: Sequence[Row], names: Sequence[str]
 ) -> tuple[dict[str, Any], list[int], list[str]]:
-    """Return the row of a group, and for each point its place in the order of starts and its settings.
+    """Return the row of a group in `best`, and the columns `order` and `settings` of its points.
 
     Args:
         runs: The runs of the group.
-        points: Its points.
+        points: The points of the group.
         names: The hyperparameters that the study varies.
     """
     first: dict[str, Row] = {}
@@ -605,11 +658,19 @@ def _group_row(
 
 
 def _edges(tried: Sequence[Row], points: Sequence[Row], chosen: int) -> list[str]:
-    """Return the hyperparameters whose chosen value is at an edge of the tried values, each with the edge."""
+    """Return the hyperparameters whose chosen value lies at an edge of the tried values, each with the edge.
+
+    Args:
+        tried: The hyperparameters of each point of the group.
+        points: The points of the group.
+        chosen: The index of the best point.
+    """
     import numpy as np
 
     sides = {name: _edge_side([each[name] for each in tried], chosen, name) for name in tried[0]}
-    if len(sides) == 1:  # a curve, which is not bracketed if an end has the best score, too
+    # If only the learning rate varies, the points form a curve. An end of the curve that also has the best
+    # score is an edge.
+    if len(sides) == 1:
         scores = [point["validation_score"] if point["eligible"] else math.nan for point in points]
         if (side := bracket(np.array(scores), chosen)) != "yes":
             sides["learning_rate"] = side
@@ -617,7 +678,13 @@ def _edges(tried: Sequence[Row], points: Sequence[Row], chosen: int) -> list[str
 
 
 def _edge_side(values: Sequence[Any], chosen: int, name: str) -> str:
-    """Return the edge of the tried values at which the chosen one lies; empty without one."""
+    """Return the edge of the tried values at which the chosen value lies; empty if it lies at none.
+
+    Args:
+        values: The tried value of each point.
+        chosen: The index of the best point.
+        name: The name of the hyperparameter.
+    """
     numbers = sorted({float(v) for v in values if isinstance(v, int | float) and not math.isnan(v)})
     value, least = values[chosen], 1 if name == "learning_rate" else _MIN_VALUES
     if not isinstance(value, int | float) or len(numbers) < least:

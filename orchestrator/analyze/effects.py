@@ -1,20 +1,27 @@
-"""Losses A, B and D and gain C of one hyperparameter, and the test of claim 1 (docs/sensitivity.md).
+"""The losses A, B and D and the gain C of one hyperparameter, and the test of claim 1.
 
-Notation: f(u, l) is the test score of one factor's level u and the learning rate l, E_u the mean over the
-factor's prior, and x* the default configuration at its best rate.
+docs/sensitivity.md explains them. A factor is a hyperparameter whose effect is measured, and its levels are
+the values that are trained. The factor's prior is the distribution of a value that is not tuned.
 
-- A (`misset`): the factor is drawn from its prior, and the rate stays the best one of the default.
-- B (`retuned`): the factor is drawn from its prior, and the rate is tuned for each value.
-- C (`gain`): one hyperparameter alone is tuned, from the published default.
-- D (`loss_off_by`): the factor is too high or too low by a given ratio.
+Notation: f(u, l) is the test score at level u of the factor and learning rate l. E_u is the expectation over
+the factor's prior, and E_l is the expectation over the prior of the learning rate. x* is the default
+configuration at its best learning rate, and f(x*) is its score.
 
-The functions of losses take two arrays of the same shape, (levels, rates, seeds) unless stated otherwise:
-`values` has the test scores, which are reported; `choices` has the validation scores, which choose a rate or
+- A (`misset`): the loss if the factor is drawn from its prior, and the rate stays the best one of the
+  default.
+- B (`retuned`): the loss if the factor is drawn from its prior, and the rate is tuned for each drawn value.
+- B(rate | h) (`retuned_rate`): the loss if the rate is drawn from its prior, and the factor h is tuned for
+  each drawn rate.
+- C (`gain`): the gain if one hyperparameter alone is tuned, from the published default.
+- D (`loss_off_by`): the loss if the factor is too high or too low by a given ratio.
+
+The functions of losses take two arrays of the same shape, (levels, rates, seeds) unless stated otherwise.
+`values` has the test scores, which are reported. `choices` has the validation scores, which choose a rate or
 a level. All levels have the same rates.
 
 The rate or level for a seed is the one with the best mean validation score over the *other* seeds. If the
-seed's own score took part, the score of the chosen candidate would be biased upwards: for the best of five
-equal rates and three seeds by half of the standard deviation over seeds.
+seed's own score took part in the choice, the score of the chosen candidate would be biased upwards. For the
+best of five equally good rates and three seeds, this bias is half of the standard deviation over seeds.
 """
 
 from __future__ import annotations
@@ -30,19 +37,19 @@ from numpy.typing import ArrayLike, NDArray
 from orchestrator.analyze.stats import ALPHA, POWER, Peak, find_peak
 
 Scores = NDArray[np.float64]
-"""Scores, or weights of scores."""
+"""An array of scores, or of weights of scores."""
 
 
 def prior_weights(positions: Sequence[float] | Scores, low: float, high: float) -> Scores:
     """Return weights w such that w @ scores is the expected score under a uniform prior.
 
-    Between the levels the score is interpolated linearly, and beyond the first and last level it is constant.
-    The expectation of this function is exact.
+    The score is interpolated linearly between the levels, and it is constant beyond the first and the last
+    level. The expectation of this interpolated score is exact.
 
     Args:
-        positions: Positions of the levels, ascending; logarithms for a log-uniform prior.
-        low: Lower end of the prior.
-        high: Upper end of the prior; the prior is the single point `low` if `high` is not above it.
+        positions: The positions of the levels, ascending; logarithms for a log-uniform prior.
+        low: The lower end of the prior.
+        high: The upper end of the prior. If it is not above `low`, the prior is the single point `low`.
 
     Returns:
         Weights, shape (levels,), with the sum 1.
@@ -51,7 +58,7 @@ def prior_weights(positions: Sequence[float] | Scores, low: float, high: float) 
     unit = np.eye(len(x))
     if high <= low:
         return np.array([np.interp(low, x, row) for row in unit])
-    # The interpolated function has kinks at the levels only, so the trapezoid rule is exact.
+    # The interpolated function is linear between the levels, so the trapezoid rule is exact.
     nodes = np.unique(np.concatenate([[low, high], x[(x > low) & (x < high)]]))
     hats = np.array([np.interp(nodes, x, row) for row in unit])
     weights: Scores = np.trapezoid(hats, nodes, axis=1) / (high - low)
@@ -59,28 +66,29 @@ def prior_weights(positions: Sequence[float] | Scores, low: float, high: float) 
 
 
 def scaled_ends(positions: Sequence[float] | Scores, center: float, scale: float) -> tuple[float, float]:
-    """Return the ends of a range after scaling its distances from the best point.
+    """Return the ends of a range after its distances from the best point are multiplied by a scale.
 
     Args:
-        positions: Measured positions, ascending; at scale 1 the range goes from the first to the last.
-        center: Position of the best point, which the scaling leaves in place.
-        scale: Ratio of the new distances to the old ones: 0.5 halves the range, 2 doubles it. Beyond the
-            measured positions `prior_weights` takes the score to be constant.
+        positions: The measured positions, ascending. At scale 1 the range goes from the first to the last
+            position.
+        center: The position of the best point, which does not move.
+        scale: The ratio of the new distances to the old distances: 0.5 halves the range, and 2 doubles it.
+            `prior_weights` takes the score to be constant beyond the measured positions.
     """
     return center - scale * (center - positions[0]), center + scale * (positions[-1] - center)
 
 
 def find_center(rates: Sequence[float] | Scores, means: ArrayLike, counts: ArrayLike) -> tuple[Peak, float]:
-    """Return the optimum of a curve and the rate of x*.
+    """Return the optimum of a curve, and the learning rate of x*.
 
     Args:
-        rates: Learning rates of the curve.
-        means: Mean validation score at each rate; NaN for a rate without a score.
-        counts: Number of seeds in each mean.
+        rates: The learning rates of the curve.
+        means: The mean validation score at each rate; NaN for a rate without a score.
+        counts: The number of seeds in each mean.
 
     Returns:
-        The optimum, and the rate with a score that is nearest to it in log10; of two equally near ones the
-        lower.
+        The optimum of the fitted parabola, and the rate with a score that is nearest to the optimum in log10.
+        Of two equally near rates, it is the lower one.
 
     Raises:
         ValueError: No rate has a score.
@@ -95,13 +103,13 @@ def find_center(rates: Sequence[float] | Scores, means: ArrayLike, counts: Array
 
 
 def choose_by_others(choices: Scores) -> NDArray[np.intp]:
-    """Return for each seed the candidate with the best mean over the other seeds.
+    """Return, for each seed, the candidate with the best mean score over the other seeds.
 
     Args:
-        choices: Scores, shape (..., candidates, seeds). A single seed chooses by its own score.
+        choices: Scores, shape (..., candidates, seeds). If there is a single seed, its own scores choose.
 
     Returns:
-        Indices of candidates, shape (..., seeds); the first one of equal candidates.
+        Indices of candidates, shape (..., seeds). Of equal candidates, the first one is chosen.
     """
     n = choices.shape[-1]
     means = choices if n == 1 else (choices.sum(axis=-1, keepdims=True) - choices) / (n - 1)
@@ -111,14 +119,16 @@ def choose_by_others(choices: Scores) -> NDArray[np.intp]:
 
 
 def tuned_scores(values: Scores, choices: Scores) -> Scores:
-    """Return for each seed the test score of the candidate that the other seeds choose.
+    """Return, for each seed, the test score of the candidate with the best validation score.
+
+    The validation score of a candidate is the mean over the other seeds, see `choose_by_others`.
 
     Args:
         values: Test scores, shape (..., candidates, seeds).
-        choices: Validation scores, which choose the candidate.
+        choices: Validation scores, which choose the candidate, of the same shape.
 
     Returns:
-        Scores, shape (..., seeds).
+        Test scores, shape (..., seeds).
     """
     index = choose_by_others(choices)[..., None, :]
     taken: Scores = np.take_along_axis(values, index, axis=-2)[..., 0, :]
@@ -131,21 +141,21 @@ def at_best_rate(values: Scores, choices: Scores, default: int) -> Scores:
     Args:
         values: Test scores, shape (levels, rates, seeds).
         choices: Validation scores, which choose the rate.
-        default: Index of the default level.
+        default: The index of the default level.
     """
     return tuned_scores(values, np.broadcast_to(choices[default], choices.shape))
 
 
 def misset(values: Scores, choices: Scores, default: int, weights: Scores) -> Scores:
-    """Return A of a factor: the loss if it is drawn from its prior and all else is as at x*.
+    """Return A of a factor: the loss if the factor is drawn from its prior and the rate is not tuned again.
 
-    A = f(x*) - E_u[f(u, l*)], with the best rate l* of the default level.
+    A = f(x*) - E_u[f(u, l*)], where l* is the best rate of the default level.
 
     Args:
         values: Test scores, shape (levels, rates, seeds).
         choices: Validation scores, which choose the rate.
-        default: Index of the default level.
-        weights: Prior weights of the levels, shape (levels,).
+        default: The index of the default level.
+        weights: The prior weights of the levels, shape (levels,).
 
     Returns:
         Losses, shape (seeds,).
@@ -156,16 +166,17 @@ def misset(values: Scores, choices: Scores, default: int, weights: Scores) -> Sc
 
 
 def misset_rate(values: Scores, choices: Scores, sweep: Sequence[int], weights: Scores) -> Scores:
-    """Return A of the learning rate: the loss if it is drawn from its prior and all else is as at x*.
+    """Return A of the learning rate: the loss if the rate is drawn from its prior.
 
-    A = f(x*) - E_l[f(l)].
+    A = f(x*) - E_l[f(l)], where f(l) is the test score of the default configuration at rate l.
 
     Args:
         values: Test scores of the curve, shape (rates, seeds).
         choices: Validation scores, which choose the best rate.
-        sweep: Indices of the rates among which the best one is chosen. With the rates of another factor's arm
-            f(x*) is the same as in A of that factor, so that it cancels in the difference of both losses.
-        weights: Prior weights of the rates, shape (rates,).
+        sweep: The indices of the rates among which the best rate is chosen. If these are the rates of another
+            factor's arm, f(x*) is the same as in A of that factor. It then cancels in the difference of the
+            two losses.
+        weights: The prior weights of the rates, shape (rates,).
 
     Returns:
         Losses, shape (seeds,).
@@ -176,15 +187,15 @@ def misset_rate(values: Scores, choices: Scores, sweep: Sequence[int], weights: 
 
 
 def retuned(values: Scores, choices: Scores, default: int, weights: Scores) -> Scores:
-    """Return B of a factor: the loss if it is drawn from its prior and the rate is tuned for each value.
+    """Return B of a factor: the loss if the factor is drawn and the rate is tuned for each drawn value.
 
-    B = f(x*) - E_u[max_l f(u, l)]. The maximum is the test score at the rate that the other seeds choose.
+    B = f(x*) - E_u[max_l f(u, l)]. The maximum is the test score at the rate that `choose_by_others` chooses.
 
     Args:
         values: Test scores, shape (levels, rates, seeds).
         choices: Validation scores, which choose the rate.
-        default: Index of the default level.
-        weights: Prior weights of the levels, shape (levels,).
+        default: The index of the default level.
+        weights: The prior weights of the levels, shape (levels,).
 
     Returns:
         Losses, shape (seeds,).
@@ -195,16 +206,16 @@ def retuned(values: Scores, choices: Scores, default: int, weights: Scores) -> S
 
 
 def retuned_rate(values: Scores, choices: Scores, default: int, rate_weights: Scores) -> Scores:
-    """Return B of the learning rate against one factor, which is tuned for each rate.
+    """Return B(rate | h): the loss if the rate is drawn and the factor h is tuned for each drawn rate.
 
-    B(rate | h) = f(x*) - E_l[max_u f(u, l)]: `retuned` with the roles of rate and factor exchanged. If
-    B(rate | h) - B(h) is positive and only one of the two can be tuned, it should be the rate.
+    B(rate | h) = f(x*) - E_l[max_u f(u, l)]. This is `retuned` with the roles of the rate and the factor
+    exchanged. If B(rate | h) is larger than B(h), tuning the rate alone loses less than tuning h alone.
 
     Args:
         values: Test scores, shape (levels, rates, seeds).
         choices: Validation scores, which choose the level.
-        default: Index of the default level, at which f(x*) is taken.
-        rate_weights: Prior weights of the rates, shape (rates,).
+        default: The index of the default level, at which f(x*) is taken.
+        rate_weights: The prior weights of the rates, shape (rates,).
 
     Returns:
         Losses, shape (seeds,).
@@ -217,13 +228,13 @@ def retuned_rate(values: Scores, choices: Scores, default: int, rate_weights: Sc
 def gain(values: Scores, choices: Scores, start: int) -> Scores:
     """Return C: the gain from tuning one hyperparameter alone, from the published default.
 
-    C = max_u f(u) - f(published default). The maximum is the test score of the value that the other seeds
-    choose, so that C may be negative where all values are about equal.
+    C = max_u f(u) - f(published default). The maximum is the test score of the value that `choose_by_others`
+    chooses. C may therefore be negative if all values are about equally good.
 
     Args:
-        values: Test scores, shape (candidates, seeds), with all other settings at the published default.
+        values: Test scores, shape (candidates, seeds). All other settings are at the published default.
         choices: Validation scores, which choose the candidate.
-        start: Index of the published default.
+        start: The index of the published default.
 
     Returns:
         Gains, shape (seeds,).
@@ -236,10 +247,10 @@ def loss_off_by(values: Scores, positions: Sequence[float], optimum: float, dist
     """Return D: the mean of the losses if the factor is too low and if it is too high by a given ratio.
 
     Scores between two levels are interpolated linearly. If the levels do not extend far enough in one
-    direction, the loss of the other direction is returned.
+    direction, D is the loss in the other direction.
 
     Args:
-        values: Test scores, shape (levels, seeds), with all other settings as at x*.
+        values: Test scores, shape (levels, seeds). All other settings are as at x*.
         positions: Log10 of the levels, ascending.
         optimum: Log10 of the correct value.
         distance: Log10 of the ratio, above 0.
@@ -259,20 +270,21 @@ def loss_off_by(values: Scores, positions: Sequence[float], optimum: float, dist
 
 # -- claim 1: the learning rate matters most
 #
-# Each factor outside the alias group (the factors that act as a learning rate, such as alpha) is compared
-# with the learning rate by its losses A and B.
+# The alias group are the factors that act like a learning rate, such as alpha. Each factor h outside the
+# alias group is compared with the learning rate twice: A(rate) with A(h), and B(rate | h) with B(h).
 #
-# - The claim is supported if the rate's loss exceeds the other loss by more than the margin in all
-#   comparisons: an intersection-union test (Berger 1982), with each comparison at the full level.
-# - The claim is refuted if the other loss exceeds the rate's by more than the margin in any comparison. The
-#   smallest p value is multiplied by the number of comparisons (Bonferroni). Without this correction eight
-#   factors at exactly the margin refute the claim in more than 5 % of studies.
+# - The claim is supported if the rate's loss exceeds the factor's loss by more than the margin in all
+#   comparisons. This is an intersection-union test (Berger 1982), with each comparison at the full level.
+# - The claim is refuted if the factor's loss exceeds the rate's loss by more than the margin in at least one
+#   comparison. The smallest p value is multiplied by the number of comparisons (Bonferroni). Without this
+#   correction, eight factors whose loss exceeds the rate's by exactly the margin would refute the claim in
+#   more than 5 % of studies.
 
 ClaimOutcome = Literal["supported", "refuted", "undecided", "undecided (range)"]
 FAR_MORE = 3.0
-"""Ratio of the losses above which the rate matters "far more"."""
+"""The ratio of the losses above which the rate matters "far more"."""
 RANGE_SCALES = (0.5, 1.0, 2.0)
-"""Ranges of the rate at which the claim is tested, as multiples of the curve's range."""
+"""The ranges of the rate at which the claim is tested, as multiples of the curve's range."""
 RANGE_NAMES = dict(zip(RANGE_SCALES, ("half", "measured", "double"), strict=True))
 """Multiple of the curve's range -> its name."""
 MAX_SEEDS = 100
@@ -281,16 +293,16 @@ MAX_SEEDS = 100
 
 @dataclass(frozen=True)
 class Contrast:
-    """Mean difference between the learning rate's loss and another factor's, with one-sided t tests.
+    """The mean difference between the learning rate's loss and a factor's loss, with one-sided t tests.
 
     Attributes:
-        seeds: Number of seeds that have both losses.
-        difference: Mean over seeds; NaN without a seed.
-        lower: One-sided 95 % lower confidence limit; like the next two, NaN with fewer than two seeds.
-        upper: One-sided 95 % upper confidence limit.
-        std: Standard deviation over seeds.
-        p_more: P value of the null hypothesis that the difference is at most the margin.
-        p_less: P value of the null hypothesis that the difference is at least minus the margin.
+        seeds: The number of seeds that have both losses.
+        difference: The mean difference over seeds; NaN without a seed.
+        lower: The one-sided 95 % lower confidence limit; NaN with fewer than two seeds.
+        upper: The one-sided 95 % upper confidence limit; NaN with fewer than two seeds.
+        std: The standard deviation over seeds; NaN with fewer than two seeds.
+        p_more: The p value of the null hypothesis that the difference is at most the margin.
+        p_less: The p value of the null hypothesis that the difference is at least minus the margin.
     """
 
     seeds: int
@@ -306,8 +318,8 @@ def contrast(differences: Scores, margin: float) -> Contrast:
     """Compute the mean difference of two losses, its confidence limits and its p values.
 
     Args:
-        differences: The rate's loss minus the factor's, shape (seeds,).
-        margin: Smallest difference that matters.
+        differences: The rate's loss minus the factor's loss, shape (seeds,).
+        margin: The smallest difference that matters.
 
     Returns:
         The contrast. Both p values are 1 with fewer than two seeds.
@@ -330,13 +342,13 @@ def contrast(differences: Scores, margin: float) -> Contrast:
 
 @dataclass(frozen=True)
 class ClaimTest:
-    """Result of the test of claim 1 for one variant and task, over all ranges of the rate.
+    """The result of the test of claim 1 for one variant and task, over all ranges of the rate.
 
     Attributes:
-        outcome: The outcome if it is the same at all ranges; else "undecided" if it is so at the measured
-            range; else "undecided (range)".
-        p_supported: P value of support: at most `ALPHA` if the claim is supported at every range.
-        p_refuted: P value of refutation: at most `ALPHA` if the claim is refuted at every range.
+        outcome: The outcome at all ranges if it is the same. If the outcomes differ, "undecided" if the
+            outcome at the measured range is "undecided", else "undecided (range)".
+        p_supported: The p value of support. It is at most `ALPHA` if the claim is supported at every range.
+        p_refuted: The p value of refutation. It is at most `ALPHA` if the claim is refuted at every range.
         outcomes: Range of the rate ("half", "measured", "double") -> outcome.
     """
 
@@ -347,7 +359,7 @@ class ClaimTest:
 
 
 def combine_contrasts(contrasts: Sequence[Contrast]) -> tuple[float, float]:
-    """Return the p values of support and of refutation at one range of the rate.
+    """Return the p value of support and the p value of refutation at one range of the rate.
 
     Args:
         contrasts: The contrasts of A and of B for all factors outside the alias group.
@@ -381,14 +393,14 @@ def judge_claim(contrasts: Mapping[float, Sequence[Contrast]]) -> ClaimTest:
 
 
 def seeds_to_support(found: Contrast, margin: float) -> int | None:
-    """Return the number of seeds at which the test of `p_more` has a power of 80 %.
+    """Return the number of seeds at which the one-sided t test of `Contrast.p_more` has a power of 80 %.
 
-    The power is that of the one-sided t test, from the noncentral t distribution. The estimated mean and
-    standard deviation are taken as the true ones, so the number is rough, and usually too small.
+    The power follows from the noncentral t distribution. The estimated mean and standard deviation are taken
+    as the true ones. The number is therefore rough, and it is usually too small.
 
     Args:
         found: The contrast of this study.
-        margin: Smallest difference that matters.
+        margin: The smallest difference that matters.
 
     Returns:
         The number of seeds; None if the estimate is not above the margin, or if more than `MAX_SEEDS` seeds

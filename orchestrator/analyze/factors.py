@@ -1,8 +1,15 @@
 """Sensitivity studies: the test score lost by each hyperparameter and by the learning rate.
 
-A study has one star for each variant, task and base model: all runs that have the default configuration or
-differ from it in one factor, besides the learning rate and the seed. The runs of the default are the curve of
-the learning rate, and those of a factor are its arm. `effects` defines the losses A, B and D and the gain C.
+A factor is a hyperparameter whose effect is measured; its levels are the values that are trained. A study has
+one star for each variant, task and base model. A star consists of these runs:
+
+- the curve: the runs of the default configuration at all learning rates and seeds;
+- one arm for each factor: the runs that differ from the default in this factor alone, besides the learning
+  rate and the seed.
+
+The module `effects` defines the losses A, B, B(rate | h) and D, the gain C and the configuration x*. The
+alias group are the factors that act like a learning rate, such as alpha. They are not compared with the
+learning rate.
 """
 
 from __future__ import annotations
@@ -43,24 +50,26 @@ Scores = NDArray[np.float64]
 Runs = Mapping[tuple[float, int], Record]
 """The runs of one level: (learning rate, seed) -> record."""
 REQUIRED_SHARE = 0.8
-"""Share of the variants for which claim 1 must hold."""
+"""The share of the variants for which claim 1 must hold."""
 HALF_DECADE, FACTOR_2 = 0.5, math.log10(2)
-"""Log10 of the ratios by which a hyperparameter is off in D: 3.16 and 2."""
+"""Log10 of the two ratios by which a hyperparameter is off in the loss D (see `effects`): 3.16 and 2."""
 
 
 @dataclass(frozen=True)
 class Arm:
-    """Scores of all levels of one factor, at the learning rates near the best one that all levels have.
+    """The scores of all levels of one factor, at the learning rates near x* that all levels have.
 
     Attributes:
-        levels: Measured levels including the default, in the order of their positions.
-        default: Index of the default in `levels`.
-        rates: Learning rates, ascending.
-        seeds: Seeds for which every level has a score at every rate; may be empty.
+        factor: The factor.
+        levels: The measured levels including the default, in ascending order of their positions.
+        default: The index of the default in `levels`.
+        rates: The learning rates, ascending.
+        seeds: The seeds for which every level has a score at every rate; may be empty.
         choices: Validation scores, shape (levels, rates, seeds).
         values: Test scores, of the same shape.
-        at_default: Validation and test scores at the published default rate, each of shape (levels, seeds
-            with all these scores); None if not measured.
+        at_default: The validation and the test scores at the published default rate, each of shape (levels,
+            n). The n seeds are those with all of these scores. None if there is no such seed, or if a level
+            has no run at this rate.
         fingerprints: The runs at the levels other than the default.
     """
 
@@ -76,7 +85,7 @@ class Arm:
 
     @property
     def positions(self) -> list[float]:
-        """Positions of the levels on the axis of the prior, see `Factor.position`."""
+        """The positions of the levels on the axis of the prior, see `Factor.position`."""
         return [self.factor.position(level, i) for i, level in enumerate(self.levels)]
 
     @property
@@ -85,26 +94,29 @@ class Arm:
         if self.factor.prior == "choice":
             return np.full(len(self.levels), 1 / len(self.levels))
         ends = [self.factor.position(end, 0) for end in self.factor.prior_ends(self.levels[self.default])]
-        # The prior is cut to the measured levels: a task may allow fewer, such as at most its training
-        # examples.
+        # The prior is cut to the range of the measured levels. A task may allow a smaller range than the
+        # prior has: a batch, for example, has at most as many examples as the training split.
         low, high = max(ends[0], self.positions[0]), min(ends[1], self.positions[-1])
         return effects.prior_weights(self.positions, min(low, high), high)
 
 
 @dataclass(frozen=True)
 class Star:
-    """Scores of one variant on one task and base model: the curve of the learning rate and the arms.
+    """The scores of one variant on one task and base model: the curve of the learning rate and the arms.
 
     Attributes:
-        default: The default configuration, without learning rate and seed (see `_normalize`).
-        rates: Learning rates at which the default configuration has a score, ascending.
-        seeds: Seeds for which the curve has a score at every rate; may be empty.
+        default: The default configuration, with placeholders for learning rate and seed (see `_normalize`).
+        rates: The learning rates at which the default configuration has a score, ascending.
+        seeds: The seeds for which the curve has a score at every rate; may be empty.
         choices: Validation scores of the curve, shape (rates, seeds).
         values: Test scores of the curve, of the same shape.
-        peak: Optimum of the mean validation score over all seeds, including incomplete ones.
-        center: The rate of x*: the rate of the curve that is nearest to the optimum.
-        curve: Fingerprints of the runs of the curve.
-        num_outside: Number of runs that differ from the default in more than one factor; they enter nothing.
+        peak: The optimum of the mean validation score. The mean includes seeds that lack a score at other
+            rates.
+        center: The learning rate of x*: the rate of the curve that is nearest to the optimum.
+        arms: The arms of the factors, see `_build_arm`.
+        curve: The fingerprints of the runs of the curve.
+        num_outside: The number of runs that belong to neither the curve nor an arm, because they differ from
+            the default in more than one factor. The analysis does not use them.
     """
 
     default: Configuration
@@ -119,7 +131,7 @@ class Star:
     num_outside: int
 
     def rate_ends(self, scale: float) -> tuple[float, float]:
-        """Return log10 of the ends of `scale` times the curve's range, around its best rate."""
+        """Return log10 of the ends of the curve's range, scaled by `scale` around its best rate."""
         return effects.scaled_ends([math.log10(r) for r in self.rates], math.log10(self.center), scale)
 
     def misset_rate(self, scale: float, columns: Sequence[int], sweep: Sequence[float]) -> Scores:
@@ -127,8 +139,8 @@ class Star:
 
         Args:
             scale: The range of the rate, as a multiple of the curve's range.
-            columns: Indices of the seeds.
-            sweep: The rates among which the best one is chosen.
+            columns: The indices of the seeds.
+            sweep: The rates among which the best rate is chosen.
         """
         rows = [self.rates.index(rate) for rate in sweep]
         weights = effects.prior_weights([math.log10(r) for r in self.rates], *self.rate_ends(scale))
@@ -139,11 +151,11 @@ class Star:
 
 
 def find_stars(records: Sequence[Record]) -> list[Star]:
-    """Return one star per task, base model and variant, sorted by these names, if its curve has a score.
+    """Return the stars whose curve has a score, sorted by task, base model and variant.
 
     Args:
-        records: Records with distinct fingerprints, in the order in which the study requested them, in which
-            a star's default is first.
+        records: Records with distinct fingerprints, in the order in which the study requested them. A study
+            requests the default of a star first.
     """
     factors = choose_factors([ALL], (record.configuration for record in records))
     groups: dict[tuple[str, str, str], dict[str, dict[tuple[float, int], Record]]] = {}
@@ -165,8 +177,9 @@ def _build_star(levels: Sequence[Runs], factors: Sequence[Factor]) -> Star | Non
     """Return the star of one variant, task and base model; None if its curve has no score.
 
     Args:
-        levels: The runs in groups of equal configurations, apart from the learning rate and the seed.
-        factors: The factors whose arms are collected.
+        levels: The runs in groups. The configurations of a group differ in the learning rate and the seed
+            alone.
+        factors: The factors whose arms are built.
     """
     configurations = [_normalize(next(iter(runs.values())).configuration) for runs in levels]
     first = _find_default(configurations, levels, factors)
@@ -208,9 +221,13 @@ def _find_default(
 ) -> int:
     """Return the index of the default configuration.
 
-    It is the one from which the most runs differ in at most one factor. Of several such configurations it is
-    the one with the most learning rates, because the curve has more rates than the arms; then the one with
-    the most runs; then the first one, because a study requests its default first.
+    The default is the configuration from which the most runs differ in at most one factor. Ties are decided
+    by these rules, in this order:
+
+    - The configuration with the most learning rates is the default, because the curve has more rates than the
+      arms.
+    - The configuration with the most runs is the default.
+    - The first configuration is the default, because a study requests its default first.
     """
 
     def rank(i: int) -> tuple[int, int, int]:
@@ -227,12 +244,15 @@ def _find_default(
 def find_changed_factor(
     configuration: Configuration, default: Configuration, factors: Sequence[Factor]
 ) -> Factor | None:
-    """Return the one factor in which a configuration differs from the default; None if there is no such one.
+    """Return the factor in which a configuration differs from the default.
 
     Args:
         configuration: A configuration with the learning rate and the seed of `default`.
         default: The default configuration.
-        factors: Factors of the study.
+        factors: The factors of the study.
+
+    Returns:
+        The factor; None if the configuration is the default or differs from it in more than one factor.
     """
     for factor in factors:
         value, changed = get_value(default, factor.name), get_value(configuration, factor.name)
@@ -260,9 +280,10 @@ def _score_arrays(
 
 
 def _score(record: Record | None, split: Split) -> float:
-    """Return the score of a run; NaN if it is missing, was stopped or failed.
+    """Return the score of a run; NaN if the run is missing, was stopped early or failed.
 
-    A diverged run has the floor of the task, as has a finished run without a finite score.
+    The score of a diverged run is the task's floor. The score of a finished run is also the floor if the
+    recorded score is missing or not finite.
     """
     if record is None:
         return math.nan
@@ -278,9 +299,9 @@ def _build_arm(
     Args:
         factor: The factor.
         levels: The runs of each level, the default first.
-        curve_rates: Rates at which the curve has a score. The arm has no other rates.
-        center: The rate of x*. The arm has all common rates near it (see `is_near`), not only those that the
-            design asks for now, because further seeds may have moved x*.
+        curve_rates: The rates at which the curve has a score. The arm has no other rates.
+        center: The learning rate of x*. The arm has all common rates near it (see `is_near`). These may be
+            more rates than the design requests around `center`, because further seeds may have moved x*.
     """
     named = [get_value(next(iter(runs.values())).configuration, factor.name) for runs in levels]
     known = [value for value in named if value is not None]
@@ -323,7 +344,7 @@ def _level_order(factor: Factor, levels: Sequence[Value]) -> list[int]:
 
 
 class FactorStudy:
-    """The frames of a sensitivity study, see `Results`: `factors` and `claims`."""
+    """The frames `factors` and `claims` of a sensitivity study, see `Results`."""
 
     def __init__(self, stars: Sequence[Star], runs: pd.DataFrame, settings: AnalysisSettings) -> None:
         """Estimate the effects of all factors and test claim 1.
@@ -358,11 +379,11 @@ class FactorStudy:
 
 
 class _Comparison:
-    """Losses of one factor and of the learning rate, per seed, over the seeds that arm and curve share.
+    """The losses of one factor and of the learning rate for each seed that the arm and the curve share.
 
     Attributes:
-        arm: The runs of the factor.
-        values: Test scores of the arm, shape (levels, rates, common seeds).
+        arm: The arm of the factor.
+        values: Test scores of the arm, shape (levels, rates, shared seeds).
         choices: Validation scores of the arm, of the same shape.
     """
 
@@ -374,10 +395,11 @@ class _Comparison:
         self._star, self._curve_columns = star, [star.seeds.index(seed) for seed in common]
 
     def retuned_rate(self, scale: float) -> Scores:
-        """Return B of the learning rate against this factor, shape (common seeds,).
+        """Return B(rate | h) for the factor h of this arm, shape (shared seeds,).
 
         The prior of the rate is cut to the rates of the arm, because the factor was varied at no other rate.
-        Rates farther from the best one have larger losses, so this B is too small rather than too large.
+        Rates farther from the best rate have larger losses. This B(rate | h) is therefore too small rather
+        than too large.
 
         Args:
             scale: The range of the rate, as a multiple of the curve's range.
@@ -395,7 +417,7 @@ class _Comparison:
             ratio: The multiple of the factor's loss.
 
         Returns:
-            The differences of A and the differences of B, each of shape (common seeds,).
+            The differences of A and the differences of B, each of shape (shared seeds,).
         """
         own = (self.values, self.choices, self.arm.default, self.arm.weights)
         return [
@@ -406,12 +428,12 @@ class _Comparison:
     def contrasts(self, scale: float, margin: float) -> list[effects.Contrast]:
         """Return the contrast of A and the contrast of B.
 
-        If the arm covers less than the range of the rate, B of the rate is too small, and the contrast of B
-        cannot refute the claim: its `p_less` is 1.
+        If the rates of the arm do not cover the whole range of the rate, B(rate | h) is too small. The
+        contrast of B then cannot refute the claim, so its `p_less` is set to 1.
 
         Args:
             scale: The range of the rate, as a multiple of the curve's range.
-            margin: Smallest difference of the score that matters.
+            margin: The smallest difference of the score that matters.
         """
         by_a, by_b = (effects.contrast(d, margin) for d in self.differences(scale))
         low, high = self._star.rate_ends(scale)
@@ -427,7 +449,7 @@ def _fields(name: str, per_seed: Scores | None) -> dict[str, float]:
 
 
 def _counts(fingerprints: Sequence[str], labels: pd.Series) -> dict[str, int]:
-    """Return the number of usable runs and of those that ended."""
+    """Return the number of usable runs, and the number of runs that finished, collapsed or diverged."""
     own = labels.loc[list(fingerprints)]
     return {
         "usable": int((own == "finished").sum()),
@@ -436,14 +458,18 @@ def _counts(fingerprints: Sequence[str], labels: pd.Series) -> dict[str, int]:
 
 
 def _arm_row(compared: _Comparison, margin: float, labels: pd.Series) -> dict[str, Any]:
-    """Return the row of one factor. Losses of the factor alone use all seeds of its arm."""
+    """Return the row of one factor in `Results.factors`.
+
+    The losses of the factor alone use all seeds of its arm. Its contrasts with the rate use the seeds that
+    the arm and the curve share.
+    """
     arm, factor = compared.arm, compared.arm.factor
     own = (arm.values, arm.choices, arm.default)
     scores = effects.at_best_rate(*own)
     gain = None if arm.at_default is None else effects.gain(arm.at_default[1], arm.at_default[0], arm.default)
 
     def off_by(distance: float) -> Scores | None:
-        if factor.prior != "log":  # other factors have no ratios
+        if factor.prior != "log":  # ratios make sense for a log prior only
             return None
         return effects.loss_off_by(scores, arm.positions, arm.positions[arm.default], distance)
 
@@ -473,7 +499,7 @@ def _arm_row(compared: _Comparison, margin: float, labels: pd.Series) -> dict[st
 
 
 def _edge_levels(arm: Arm) -> list[str]:
-    """Return the labels of the levels whose best rate is the first or the last one of the arm.
+    """Return the labels of the levels whose best rate is the first or the last rate of the arm.
 
     A level at which all rates have the same mean score is left out.
     """
@@ -486,15 +512,16 @@ def _edge_levels(arm: Arm) -> list[str]:
 
 
 def _rate_row(star: Star, judged: Sequence[_Comparison], labels: pd.Series) -> dict[str, Any]:
-    """Return the row of the learning rate.
+    """Return the row of the learning rate in `Results.factors`.
 
-    Its B is the smallest B(rate | h) over the factors h outside the alias group: the loss that remains if the
-    factor that compensates best for a wrong rate is tuned.
+    The column `retuned` has the smallest B(rate | h) over the factors h outside the alias group. B(rate | h)
+    is the loss if the rate is drawn from its prior and h is tuned for each rate (see `effects`). The smallest
+    value belongs to the factor whose tuning makes up best for a wrong rate.
 
     Args:
-        star: The runs of the variant and task.
+        star: The star of the variant and task.
         judged: The comparisons with the factors outside the alias group.
-        labels: Fingerprint -> label.
+        labels: Fingerprint -> label of the run.
     """
     factor = load_factors()[RATE]
     x, center = [math.log10(rate) for rate in star.rates], math.log10(star.center)
@@ -518,7 +545,6 @@ def _rate_row(star: Star, judged: Sequence[_Comparison], labels: pd.Series) -> d
 
 
 def _claim_row(star: Star, judged: Sequence[_Comparison], margin: float) -> dict[str, Any]:
-    """Return the test of claim 1 for one variant and task, at all ranges of the rate."""
     contrasts = {
         scale: [found for each in judged for found in each.contrasts(scale, margin)]
         for scale in effects.RANGE_SCALES
@@ -539,9 +565,12 @@ def _claim_row(star: Star, judged: Sequence[_Comparison], margin: float) -> dict
 
 
 def count_claims(claims: pd.DataFrame) -> dict[str, int]:
-    """Return for how many counted variants of a panel claim 1 must hold, holds and fails.
+    """Count the variants of a panel for which claim 1 holds and fails.
 
-    `supported` and `refuted` are lower 95 % confidence bounds: the numbers that Holm's procedure shows.
+    Returns:
+        `judged` is the number of variants that count for the claim. `required` is the number of variants for
+        which the claim must hold. `supported` and `refuted` are lower 95 % confidence bounds of the number of
+        variants for which the claim holds and fails, by Holm's procedure.
     """
     own = claims[claims["counted"]]
     return {

@@ -1,6 +1,6 @@
-"""Formatting of numbers, of score differences in points (1 point = 0.01) and of commands.
+"""Formatting of numbers, of score differences in points (1 point = 0.01 of the score) and of commands.
 
-A missing number is NaN or None, and is shown as "-".
+A missing number is NaN or None. Its text is "-".
 """
 
 from __future__ import annotations
@@ -15,17 +15,20 @@ from orchestrator.util import redaction
 
 
 def exact_rate(value: float) -> str:
-    """Format a learning rate so that it reads back as the same number."""
+    """Format a learning rate with as many digits as are needed to parse the same number from the text."""
     return rate(value) if float(rate(value)) == value else repr(value)
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """Format a number with a fixed number of digits, never as "-0.000"."""
+    """Format a number with a fixed number of decimals. The text of a rounded zero has no minus sign."""
     return "-" if value is None or math.isnan(value) else f"{round(value, digits) + 0.0:.{digits}f}"
 
 
 def interval(low: float, high: float, digits: int = 3) -> str:
-    """Format an interval, [0.915, 1.019], with more digits if its ends look equal; empty without one."""
+    """Format an interval, for example "[0.915, 1.019]"; empty if an end is missing.
+
+    If the two ends would have the same text, they have more decimals, up to six.
+    """
     if math.isnan(low) or math.isnan(high):
         return ""
     ends = [number(end, digits) for end in (low, high)]
@@ -33,7 +36,7 @@ def interval(low: float, high: float, digits: int = 3) -> str:
 
 
 def estimate(row: Mapping[Any, Any], name: str, digits: int = 3) -> str:
-    """Format the column `name` of a row with its interval: 0.967 [0.915, 1.000]."""
+    """Format the number in column `name` of a row with its interval, for example "0.967 [0.915, 1.000]"."""
     ends = interval(row[f"{name}_low"], row[f"{name}_high"], digits)
     return f"{number(row[name], digits)} {ends}".rstrip()
 
@@ -49,12 +52,12 @@ def settings_text(settings: Mapping[Any, Any]) -> str:
 
 
 def fold_command(command: str, width: int) -> str:
-    """Break a command into lines that a shell reads as one command: all but the last end in a backslash.
+    """Break a command into lines. A backslash at the end of each line but the last joins them for a shell.
 
     Args:
         command: The command.
-        width: The largest number of characters of a line, without the indentation by two spaces of all lines
-            but the first. Only a longer single word exceeds it.
+        width: The largest number of characters of a line. The two spaces that indent all lines but the first
+            do not count. Only a single word may exceed the width.
     """
     lines = [""]
     for word in map(shlex.quote, shlex.split(command)):
@@ -65,12 +68,12 @@ def fold_command(command: str, width: int) -> str:
 
 
 def redact_secrets(text: str) -> str:
-    """Remove secrets from a text, and user and password from every URI in it."""
+    """Remove secrets from a text, and the user name and password from every URI in the text."""
     return re.sub(r"(\w://)[^/@\s]+@", r"\1", redaction.redact_secrets(text))
 
 
 def rate(value: float | None) -> str:
-    """Format a learning rate with at most three significant digits: 3e-4."""
+    """Format a learning rate with at most three significant digits, for example "3e-4"."""
     if value is None or math.isnan(value):
         return "-"
     mantissa, _, exponent = f"{value:.2e}".partition("e")
@@ -78,24 +81,24 @@ def rate(value: float | None) -> str:
 
 
 def rates(values: Sequence[float]) -> str:
-    """Format learning rates with the same score: 5e-4 = 1e-3."""
+    """Format learning rates that have the same score, for example "5e-4 = 1e-3"."""
     return " = ".join(map(rate, values))
 
 
 def points(value: float | None, sign: bool = True) -> str:
-    """Format a difference of scores in points: 0.012 -> "+1.2", or "1.2" without a sign."""
+    """Format a score difference in points: "+1.2" for 0.012, or "1.2" if `sign` is false."""
     if value is None or math.isnan(value):
         return "-"
     return f"{round(100 * value, 1) + 0.0:{'+' if sign else ''}.1f}"
 
 
 def points_interval(low: float, high: float, sign: bool = True) -> str:
-    """Format the interval of a difference of scores in points: "[-0.4, +2.8]"; empty without one."""
+    """Format the interval of a score difference in points: "[-0.4, +2.8]"; empty if an end is missing."""
     return "" if math.isnan(low) or math.isnan(high) else f"[{points(low, sign)}, {points(high, sign)}]"
 
 
 def points_estimate(row: Mapping[Any, Any], name: str, sign: bool = False) -> str:
-    """Format the column `name` of a row with its interval in points: 44.5 [43.0, 46.0]."""
+    """Format the difference in column `name` of a row with its interval in points: "44.5 [43.0, 46.0]"."""
     ends = points_interval(row[f"{name}_low"], row[f"{name}_high"], sign)
     return f"{points(row[name], sign)} {ends}".rstrip()
 
@@ -106,12 +109,12 @@ def count(amount: int, what: str) -> str:
 
 
 def join(words: Sequence[str]) -> str:
-    """Join words with commas and a last "and"."""
+    """Join words with commas, and the last two with "and", as in "a, b and c"."""
     return " and ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else "".join(words)
 
 
 def duration(seconds: float) -> str:
-    """Format a duration: 3.4 s, from 2 minutes on 12.5 min, from 2 hours on 3.1 h."""
+    """Format a duration in seconds, in minutes from 2 minutes on, and in hours from 2 hours on: "3.4 s"."""
     for size, unit in ((3600, "h"), (60, "min")):
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {unit}"
@@ -119,5 +122,5 @@ def duration(seconds: float) -> str:
 
 
 def memory(size: float) -> str:
-    """Format a number of bytes in gigabytes (1e9 bytes); "-" for 0, which stands for an unknown number."""
+    """Format a number of bytes in gigabytes (1e9 bytes). An unknown number is 0, and its text is "-"."""
     return f"{size / 1e9:.2f} GB" if size else "-"

@@ -1,11 +1,13 @@
-"""The limits of what results show, as tables of rules: a predicate over a row, and the sentence.
+"""The limits of what the results of a study show, for example a best rate at the edge of the grid.
 
-A sentence names the rows to which it applies: "PANEL: SENTENCE: lora, hira."
+A `Limit` is a rule for the rows of a frame. A limit that applies to rows of a panel becomes one line of text,
+which names these rows: "PANEL: SENTENCE: lora, hira."
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +20,9 @@ if TYPE_CHECKING:
     from orchestrator.analyze.results import Results
 
 Row = Mapping[str, Any]
+"""A row of a frame: column -> value."""
 Limit = tuple[Callable[[Row], bool], str, Callable[[Row], str]]
-"""Predicate over a row of a frame, sentence, and detail to print after the label of the row."""
+"""Whether the limit applies to a row, the sentence, and the detail that follows the name of the row."""
 
 ON_TEST = (
     "Selected on the test set, as published (--select published). Every score called a validation score here "
@@ -96,7 +99,7 @@ BEST_LIMITS: tuple[Limit, ...] = (
         _nothing,
     ),
 )
-"""Limits of the best point of a curve or search."""
+"""Limits of the best point of a curve or search, for rows of `Results.best` and `_point_facts`."""
 
 COMPARISON_LIMITS: tuple[Limit, ...] = (
     (
@@ -126,7 +129,7 @@ COMPARISON_LIMITS: tuple[Limit, ...] = (
         lambda r: f" {r['usable']} of {r['tunings']}",
     ),
 )
-"""Limits of the comparison of one variant with the tuned baseline."""
+"""Limits of the comparison of a variant with the tuned baseline, for rows of `Results.comparison`."""
 
 CLAIM_LIMITS: tuple[Limit, ...] = (
     (
@@ -150,11 +153,11 @@ CLAIM_LIMITS: tuple[Limit, ...] = (
         lambda r: f" ({r['missing']})",
     ),
 )
-"""Limits of the test of one variant in a sensitivity study."""
+"""Limits of the test of a variant in a sensitivity study, for `Results.claims` and `_edge_factors`."""
 
 
 def find_limits(results: Results) -> list[str]:
-    """Return the limits of a study's results, one line each; faults of the data first."""
+    """Return the limits of a study's results, one line each. Faults of the data come first."""
     settings = results.study.settings
     found = list(data_warnings(results.study.sources))
     if settings.select == "published":
@@ -178,7 +181,13 @@ def find_limits(results: Results) -> list[str]:
 
 
 def _name_rows(frame: pd.DataFrame, label: str, limits: tuple[Limit, ...]) -> Iterator[str]:
-    """Yield each limit that applies, by panel, with the labels of the rows to which it applies."""
+    """Yield one line for each panel and limit that applies to one or more rows of the panel.
+
+    Args:
+        frame: The rows.
+        label: The column with the names of the rows.
+        limits: The limits.
+    """
     for panel, own in frame.groupby("panel", sort=False):
         rows = own.to_dict("records")
         for applies, sentence, detail in limits:
@@ -188,7 +197,17 @@ def _name_rows(frame: pd.DataFrame, label: str, limits: tuple[Limit, ...]) -> It
 
 
 def _point_facts(results: Results) -> dict[str, list[Any]]:
-    """Return facts on the points of each row of `best`, as further columns."""
+    """Return further columns for the frame `Results.best`, from the points of each of its rows.
+
+    Returns:
+        These columns:
+
+        - is_search: whether the study is a search.
+        - one_rate: whether there is only one point.
+        - better_but_stopped: the learning rates of points that score higher than the best point but may not
+          be chosen, as text.
+        - unequal_seeds: whether the points that may be chosen differ in the number of scored runs.
+    """
     facts: dict[str, list[Any]] = {
         name: [] for name in ("is_search", "one_rate", "better_but_stopped", "unequal_seeds")
     }
@@ -213,7 +232,10 @@ def _unequal_searches(results: Results) -> Iterator[str]:
 
 
 def _edge_factors(results: Results) -> list[str]:
-    """Return, for each row of `claims`, the factors with levels whose best rate is the first or the last."""
+    """Return, for each row of `Results.claims`, factors with their levels as text.
+
+    A level is listed if the best learning rate tried at this level is the lowest or the highest rate tried.
+    """
     rows = results.factors[
         (results.factors["edge_levels"] != "") & (results.factors["factor"] != "learning_rate")
     ]
@@ -225,14 +247,15 @@ def _edge_factors(results: Results) -> list[str]:
 
 
 def mixed_provenance(provenance: Mapping[str, Mapping[str, int]]) -> Iterator[str]:
-    """Yield one line for each column of the provenance that has more than one value."""
+    """Yield one line for each column of the provenance that has more than one value.
+
+    Args:
+        provenance: The result of `runs.count_provenance`.
+    """
     for column, values in provenance.items():
         if len(values) > 1:
-            shown = ", ".join(f"{_shorten_commit(v)} ({count})" for v, count in list(values.items())[:4])
+            # A commit is cut to 12 characters; "-dirty" (uncommitted changes) stays.
+            names = [re.sub("^([0-9a-f]{12})[0-9a-f]{28}", r"\1", value) for value in values]
+            shown = ", ".join(f"{n} ({count})" for n, count in zip(names[:4], values.values(), strict=False))
             more = f" and {len(values) - 4} more" if len(values) > 4 else ""
             yield f"The records mix {column}: {shown}{more}. Differences may come from this mix."
-
-
-def _shorten_commit(value: str) -> str:
-    """Return the first 12 characters of a commit, with "-dirty" if there were uncommitted changes."""
-    return value[:12] + ("-dirty" if value.endswith("-dirty") else "")

@@ -1,8 +1,9 @@
-"""The published scores of the survey (arXiv 2601.22708), in the frames and sections of every report.
+"""The published scores of the survey (arXiv 2601.22708), as the frames and sections that every report has.
 
 `orchestrator/published/scores.csv` has 660 scores: twenty variants on four tasks, at each learning rate of
-the task's grid, with one seed each. Scores are in points, 0 to 100; higher is better. They enter no test of
-an own study: a score from one seed has no interval, and the rates were selected by the reported scores.
+the task's grid, with one seed each. Scores are in points, from 0 to 100; a higher score is better. No
+statistical test of a user's study uses these scores: a score from one seed has no interval, and the survey
+chose the learning rates by the reported test scores.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 SOURCE = "arXiv 2601.22708"
 REFERENCE = "LoRA"
-"""Published name of the variant with which the others are compared."""
+"""The published name of the variant with which the other variants are compared."""
 TASKS = {
     "gsm8k": ("gsm8k", "published-gsm8k-r8", "GSM8K", "Llama-3.1-8B on MetaMathQA, accuracy on GSM8K"),
     "humaneval": (
@@ -52,14 +53,15 @@ TASKS = {
         "CLIP ViT-B/16 on seven image tasks, average accuracy",
     ),
 }
-"""Name on the command line -> name in scores.csv, --config with the same protocol, title, description."""
+"""Name on the command line -> (name in scores.csv, --config with the same protocol, title, description)."""
 SEED_NOISE = {
     0.48: "pooled over five variants with three seeds each, GSM8K, in arXiv 2602.04998",
     1.0: "one configuration of PEFT's method comparison moved by 1.9 points when it was run again",
 }
-"""Assumed standard deviation of a score over seeds, in points -> its source, of other models."""
+"""Assumed standard deviation of a score over seeds, in points -> its source. The sources measured other
+models."""
 DRAWS = 20_000
-"""Number of simulated repetitions of the study."""
+"""The number of simulated repetitions of the study."""
 IMAGE_TASKS = ("cars", "dtd", "eurosat", "gtsrb", "resisc45", "sun397", "svhn")
 _OWN_TASKS = {"metamathqa": "gsm8k", "codefeedback": "humaneval", **dict.fromkeys(IMAGE_TASKS, "images")}
 _TASKS_IN_AVERAGE = {"glue": 9, "images": len(IMAGE_TASKS)}
@@ -72,12 +74,12 @@ def published_variants() -> dict[str, str]:
 
 
 def published_task(own_task: str) -> str | None:
-    """Return the published task to which a task of this project belongs, or None."""
+    """Return the published task to which a task of this project belongs; None if it belongs to none."""
     return "glue" if own_task.startswith("glue_") else _OWN_TASKS.get(own_task)
 
 
 def read_points(task: str) -> pd.DataFrame:
-    """Return the published scores of a task as points.
+    """Return the published scores of a task as points, with the columns of `Results.points`.
 
     Args:
         task: One of `TASKS`.
@@ -115,11 +117,15 @@ def read_points(task: str) -> pd.DataFrame:
 
 
 def best_points(points: pd.DataFrame) -> pd.DataFrame:
-    """Return the best point of each variant of one task, the best first.
+    """Return the best point of each variant of one task, with the columns of `Results.best`, the best first.
 
-    `rank` is 1 plus the number of variants whose best score is higher, `tied` names the variants with the
-    same one, `range` is the best score minus the worst one, and `lost` is the best score minus that at LoRA's
-    best rate.
+    Returns:
+        One row for each variant. Besides the columns of `Results.best`, it has these columns:
+
+        - rank: 1 plus the number of variants with a higher best score.
+        - tied: the other variants with the same best score.
+        - range: the variant's best score minus its worst score, in points.
+        - lost: the variant's best score minus its score at LoRA's best rate, in points.
     """
     import pandas as pd
 
@@ -166,17 +172,19 @@ def _edges_of(rates: Sequence[float], first: float, last: float) -> str:
 def simulate_noise(points: pd.DataFrame, noise: float) -> dict[str, Any]:
     """Simulate `DRAWS` repetitions of the study with other training seeds. The result is deterministic.
 
-    For the ranks, independent normal noise is added to every score, and each variant's best rate is chosen
-    again. For the spans of variants with equal true scores, one normal score per variant is drawn: the
-    highest of several scores per variant would vary less, so their span would be narrower.
+    For LoRA's rank, independent normal noise is added to every score, and the best rate of each variant is
+    chosen again. For the span of variants with equal true scores, one normal score is drawn for each variant.
+    The highest of several scores varies less than one score, so spans of highest scores would be narrower.
 
     Args:
         points: The points of one task.
-        noise: Standard deviation of the noise, in points.
+        noise: The standard deviation of the noise, in points.
 
     Returns:
-        `low` and `high`, the 5 % and the 95 % quantile of LoRA's rank; the expected span (highest minus
-        lowest) of equal variants and its 95 % quantile, of all variants and of the better half.
+        - low, high: the 5 % and the 95 % quantile of LoRA's rank.
+        - equal_span, equal_span_high: the mean and the 95 % quantile of the span (highest minus lowest score)
+          of all variants, if their true scores are equal.
+        - equal_half_span, equal_half_span_high: the same for the better half of the variants.
     """
     import numpy as np
 
@@ -206,7 +214,7 @@ def simulate_noise(points: pd.DataFrame, noise: float) -> dict[str, Any]:
 
 
 def _file_order(variants: Sequence[str]) -> list[str]:
-    """Return the variants in the order of scores.csv, which the simulation's random numbers follow."""
+    """Return the variants in the order of scores.csv, in which the simulation draws its random numbers."""
     import pandas as pd
 
     order = list(dict.fromkeys(pd.read_csv(SHIPPED_FOLDER / "scores.csv")["variant"]))
@@ -214,21 +222,22 @@ def _file_order(variants: Sequence[str]) -> list[str]:
 
 
 class Survey:
-    """The published scores of some tasks, as the frames of `Results`, with own curves beside them.
+    """The published scores of some tasks as the frames of `Results`, with the curves of a user's study.
 
     Attributes:
-        results: The frames: panels, points, best and winners.
-        noise: One row a task and assumed noise, see `simulate_noise`.
-        overlays: A sentence about the own curves of each task.
+        results: The frames panels, points, best and winners.
+        noise: One row for each task and assumed noise, see `simulate_noise`.
+        overlays: A sentence about the user's curves of each task.
     """
 
     def __init__(self, tasks: Sequence[str], noise: Sequence[float], own: Results | None = None) -> None:
         """Read and summarize the scores.
 
         Args:
-            tasks: Names of published tasks; ignored with `own`.
+            tasks: Names of published tasks; ignored if `own` is given.
             noise: Assumed standard deviations of a score over seeds, in points.
-            own: An own study, whose curves are added to those of its tasks.
+            own: The results of a user's study. The published tasks are those of this study, and its curves
+                are added to the published curves.
 
         Raises:
             UsageError: A task is unknown, or the study cannot be drawn.
@@ -288,7 +297,7 @@ def _panel(points: pd.DataFrame, best: pd.DataFrame) -> dict[str, Any]:
 
 
 def _winners(points: pd.DataFrame) -> pd.DataFrame:
-    """Return the best variants at each rate, with the span of all scores at the rate."""
+    """Return the best variants at each learning rate, and the span of all scores at this rate."""
     import pandas as pd
 
     rows = [
@@ -309,13 +318,13 @@ def _winners(points: pd.DataFrame) -> pd.DataFrame:
 
 
 def _overlay(own: Results) -> dict[str, tuple[pd.DataFrame, str]]:
-    """Return the curves of an own study by published task, each with a sentence about them.
+    """Return published task -> the curves of a user's study on it and a sentence about these curves.
 
-    The scores are means over seeds in points, averaged over the own tasks that belong to a published one, at
-    the rates at which each of them has a score.
+    Several tasks of the study may belong to one published task. Each score is a mean over seeds and over
+    these tasks, in points. A curve has the rates at which each of these tasks has a score.
 
     Raises:
-        UsageError: The study has no published task or no test score of a published variant, or several curves
+        UsageError: The study has no published task, no test score of a published variant, or several curves
             of one variant and task.
     """
     titles, name = published_variants(), own.name
@@ -346,7 +355,7 @@ def _overlay(own: Results) -> dict[str, tuple[pd.DataFrame, str]]:
 
 
 def _overlay_points(known: pd.DataFrame, survey: str, name: str) -> pd.DataFrame:
-    """Return points of the own curves, with the columns of `read_points`."""
+    """Return the points of the user's curves, with the columns of `read_points`."""
     titles = published_variants()
     means = known.groupby(["variant", "learning_rate"])["test_score"].agg(["mean", "size"])
     needed = known.groupby("variant")["task"].nunique()
@@ -381,7 +390,7 @@ def _overlay_text(own: Results, rows: pd.DataFrame, survey: str) -> str:
 
 
 def survey_verdicts(survey: Survey) -> list[Verdict]:
-    """Return the verdicts on the claims of the published study from its own scores. All are descriptive."""
+    """Return descriptive verdicts on the claims of the published study, from its own scores alone."""
     panels = survey.results.panels.to_dict("records")
     points = survey.results.points[survey.results.points["source"] == "published"]
     rates = points.groupby("panel", sort=False)["learning_rate"].nunique()
@@ -408,7 +417,7 @@ def survey_verdicts(survey: Survey) -> list[Verdict]:
 
 
 def _of_panels(panels: Sequence[sections.Row], text: Callable[[sections.Row], str]) -> str:
-    """Return a list of texts, each with the title of its panel."""
+    """Return a list of texts as one text, each followed by the title of its panel."""
     return formatting.join([f"{text(panel)} on {panel['panel']}" for panel in panels])
 
 
@@ -497,7 +506,7 @@ def _ranges(survey: Survey, panels: Sequence[sections.Row]) -> str:
 
 
 def survey_sections(survey: Survey) -> Iterator[Section]:
-    """The tables, verdicts and pictures of the published scores."""
+    """Yield the sections of the report on the published scores: tables, verdicts and charts."""
     found = survey_verdicts(survey)
     for place, panel in sections.panels_of(survey.results):
         at = formatting.rate(panel["common_rate"])
@@ -541,12 +550,12 @@ def show_published(
     """Print the report on the published scores and write its files to `<output>/published`.
 
     Args:
-        tasks: Names of published tasks, see `TASKS`; ignored with `overlay`.
+        tasks: Names of published tasks, see `TASKS`; ignored if `overlay` is given.
         noise: Assumed standard deviations of a score over seeds, in points.
         output: The output folder.
         store: The folder of the store.
-        overlay: The name of an own study in the output folder, whose curves are drawn over the published
-            ones. Only the published tasks of that study are shown.
+        overlay: The name of a user's study in the output folder. Its curves are drawn over the published
+            curves, and only its published tasks are shown.
 
     Raises:
         UsageError: A task is unknown, the study cannot be drawn, or the folder belongs to a study.

@@ -1,4 +1,8 @@
-"""Rendering of sections: for a terminal of 80 columns, as Markdown, and as a page that needs no network."""
+"""Rendering of the sections of a report in three forms.
+
+The forms are text for a terminal of 80 columns, Markdown, and an HTML page that needs no network. In this
+module, "the page" is the HTML page.
+"""
 
 from __future__ import annotations
 
@@ -27,23 +31,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a table."""
+    """The header of a column and the kind of its cells."""
 
     header: str
     kind: Literal["text", "number", "command", "code"] = "number"
     more: bool = False
-    """Whether only the page shows it, on demand."""
+    """Whether the page hides the column until the reader asks for it. The terminal and Markdown omit it."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table of formatted cells; the first column names the row."""
+    """A table of formatted cells. The first column names the row."""
 
     columns: tuple[Column, ...]
     rows: tuple[tuple[str, ...], ...]
     title: str = ""
     dim: frozenset[int] = frozenset()
-    """The places of rows that are shown weaker."""
+    """The indices of the rows that have a fainter color."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ class Section:
     """A section of a report."""
 
     name: str
-    """Its anchor, unique in a report: "curves" for the first panel, "curves-2" for the second."""
+    """The anchor, unique in a report: "curves" for the first panel, "curves-2" for the second panel."""
     title: str
     text: str = ""
     """Paragraphs of plain text, separated by a blank line."""
@@ -60,15 +64,17 @@ class Section:
     note: str = ""
     """How to read the table and the chart."""
     step: str = ""
-    """The sentence before the command."""
+    """The sentence that introduces the command."""
     command: str = ""
     """One shell command."""
     outcome: str = ""
-    """Of a verdict: "supported", "refuted", "undecided" or "descriptive"."""
+    """The outcome of a verdict: supported, refuted, undecided or descriptive; empty for other sections."""
     level: Literal["normal", "warning", "alarm"] = "normal"
     folded: bool = False
-    """Whether the page shows it closed, and the terminal and Markdown leave it out."""
+    """Whether the section is closed until the reader of the page opens it. The terminal and Markdown leave it
+    out."""
     in_terminal: bool = True
+    """Whether the terminal shows the section."""
 
 
 _WIDTH = 80
@@ -77,12 +83,15 @@ _LEVEL_STYLES = {"warning": "yellow", "alarm": "bold red"}
 
 
 def paragraphs(text: str) -> list[str]:
-    """Return the paragraphs of a text, each as one line."""
+    """Return the paragraphs of a text, each on one line."""
     return [" ".join(part.split()) for part in text.split("\n\n") if part.strip()]
 
 
 def _has_text(section: Section) -> bool:
-    """Return whether a section has more to say than its chart shows, where charts cannot be shown."""
+    """Return whether the terminal and Markdown, which cannot show charts, show a section.
+
+    They leave out folded sections, and sections with a chart but without a text, table, step or command.
+    """
     texts = section.text or section.table or section.step or section.command
     return not section.folded and bool(section.chart is None or texts)
 
@@ -91,7 +100,10 @@ def _has_text(section: Section) -> bool:
 
 
 def to_terminal(sections: Iterable[Section]) -> Group:
-    """Return the sections for a terminal of 80 columns, without charts."""
+    """Return the sections as Rich text for a terminal of 80 columns.
+
+    Charts and folded sections are left out, and so are sections with nothing but a chart and a note.
+    """
     shown = [section for section in sections if section.in_terminal and _has_text(section)]
     return Group(*(part for section in shown for part in (*_terminal_parts(section), Text(""))))
 
@@ -110,14 +122,20 @@ def _terminal_parts(section: Section) -> Iterator[RenderableType]:
     yield from (Text(text, "dim") for text in paragraphs(section.note))
     yield from map(Text, paragraphs(section.step))
     if section.command:
-        # Text without padding on the right: a backslash before a space does not continue a shell's line.
+        # Rich does not pad this text on the right. A shell does not continue a line if a space follows the
+        # backslash at its end.
         yield Text(terminal_command(section.command), no_wrap=True)
 
 
 def terminal_command(command: str, width: int = _WIDTH - 4) -> str:
     """Break a command into indented lines that a shell reads as one command.
 
-    A word longer than a line is broken into quoted parts, which continue at the left edge.
+    A word that does not fit a line of 80 characters is split into quoted parts. All its parts but the first
+    start at the left edge, because indentation would separate them into words.
+
+    Args:
+        command: The command.
+        width: The number of characters of a line. Only a single word may exceed it.
     """
     lines = []
     for line in textwrap.indent(formatting.fold_command(command, width - 4), "  ").split("\n"):
@@ -131,7 +149,11 @@ def terminal_command(command: str, width: int = _WIDTH - 4) -> str:
 
 
 def _terminal_table(table: Table) -> rich_table.Table:
-    """Return the columns of a table that fit the terminal; the last ones are left out first."""
+    """Return a table for the terminal.
+
+    Commands and the columns that the page hides at first are left out. If the other columns do not fit 80
+    characters, the last ones are left out too. At least two columns remain.
+    """
     places = [i for i, c in enumerate(table.columns) if not c.more and c.kind != "command"]
     while len(places) > 2 and sum(_least_width(table, i) + 2 for i in places) > _WIDTH + 2:
         places.pop()
@@ -149,7 +171,7 @@ def _terminal_table(table: Table) -> rich_table.Table:
 
 
 def _least_width(table: Table, place: int) -> int:
-    """Return the width below which a column cannot be drawn: texts wrap, numbers do not."""
+    """Return the smallest width of a column in characters. Numbers do not wrap; texts may wrap at 16."""
     column = table.columns[place]
     longest = max(cell_len(row[place]) for row in table.rows)
     word = max(map(cell_len, column.header.split()), default=1)
@@ -160,7 +182,7 @@ def _least_width(table: Table, place: int) -> int:
 
 
 def to_markdown(sections: Iterable[Section]) -> str:
-    """Return the sections in Markdown, without charts."""
+    """Return the sections in Markdown, without charts and without folded sections."""
     parts = [part for section in sections if _has_text(section) for part in _markdown_parts(section)]
     return "\n\n".join(parts) + "\n"
 
@@ -193,7 +215,7 @@ def _markdown_cell(column: Column, text: str) -> str:
 
 
 def _escape(text: str) -> str:
-    """Escape what Markdown reads as markup in names and sentences, also links and images."""
+    """Escape the characters of a text that Markdown would read as markup, and put the text on one line."""
     return re.sub(r"([\\|*`<]|(?<=\])\()", r"\\\1", " ".join(text.split()))
 
 
@@ -201,20 +223,21 @@ def _escape(text: str) -> str:
 
 
 def to_html(title: str, subtitle: str, setup: str, chips: Sequence[str], sections: Sequence[Section]) -> str:
-    """Return the page of a report, one file that needs no other.
+    """Return the page of a report as one HTML file, which shows everything without another file.
 
-    It shows each chart as a static picture, which its script replaces by the interactive chart.
+    The page contains a static SVG picture of each chart. The script of the page replaces the picture by the
+    interactive chart.
 
     Args:
         title: The name of the study.
-        subtitle: The question.
-        setup: Rows, rank, batch and the like, in one line.
-        chips: Numbers of runs by state.
-        sections: The sections, of which the first one stands above the list of contents.
+        subtitle: The question of the study.
+        setup: The setup of the study in one line, such as the number of rows, the rank and the batch size.
+        chips: The number of runs in each state, for example "84 finished".
+        sections: The sections. The first section stands above the table of contents.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    # `select_autoescape` goes by the ending of the name and would not escape in *.html.jinja.
+    # `select_autoescape` decides by the end of the file name, and would not escape in *.html.jinja.
     loader = PackageLoader("orchestrator.analyze", "page")
     options: dict[str, Any] = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
     environment = Environment(loader=loader, autoescape=True, **options)
@@ -234,9 +257,10 @@ def to_html(title: str, subtitle: str, setup: str, chips: Sequence[str], section
 
 
 def _contents(sections: Sequence[Section]) -> list[tuple[str, str]]:
-    """Return the list of contents: names and titles of sections, with one entry for adjoining verdicts.
+    """Return the table of contents: (name, title) of each section but the first.
 
-    What follows the colon of a title is left out where the titles differ before it.
+    Consecutive verdicts share one entry. An entry has only the part of a title before ": ", unless several
+    titles have the same part before it.
     """
     shown = [s for s, above in zip(sections[1:], sections, strict=False) if not (s.outcome and above.outcome)]
     titles = ["Verdicts" if s.outcome else s.title for s in shown]
@@ -248,7 +272,12 @@ def _contents(sections: Sequence[Section]) -> list[tuple[str, str]]:
 
 
 def _script_data(charts: Iterable[Chart]) -> dict[str, str]:
-    """Return Vega's JavaScript, and the charts for both widths with both themes, compressed."""
+    """Return the data of the page's script, compressed with gzip and encoded in base64.
+
+    Returns:
+        `library`: the JavaScript of Vega, Vega-Lite and Vega-Embed. `charts`: JSON with the specifications of
+        the charts for a wide and a narrow page, and with the light and the dark theme.
+    """
     from orchestrator.analyze import chart_style
 
     widths = {"wide": chart_style.WIDE, "narrow": chart_style.PHONE}
@@ -266,10 +295,13 @@ def _compressed(text: str) -> str:
 
 
 def _picture(chart: Chart) -> dict[str, str]:
-    """Return a chart's picture as a data URI, with its width and height.
+    """Return the static SVG picture of a chart.
 
-    The page holds one picture for both color schemes: its style sheet replaces the colors of the light theme.
-    What only an interactive chart needs, labels and invisible marks, is left out.
+    One picture serves both color schemes. In the dark scheme, a style sheet in the SVG replaces the colors of
+    the light theme. Attributes and invisible marks that only an interactive chart needs are removed.
+
+    Returns:
+        `uri`: the picture as a data URI. `width`, `height`: its size in pixels.
     """
     from orchestrator.analyze import chart_style
 
@@ -278,7 +310,8 @@ def _picture(chart: Chart) -> dict[str, str]:
     svg = re.sub(r'<path [^>]*\bopacity="0"/>', "", svg)
     svg = re.sub(r"(\d\.\d\d)\d+", r"\1", svg)
     pairs = dict(zip(_colors(chart_style.theme(False)), _colors(chart_style.theme(True)), strict=True))
-    # A white text stands on a cell of a heat map, whose color is the same in both themes.
+    # White text stands on a colored cell of a heat map. The cell has the same color in both themes, so that
+    # the text stays white.
     rules = [
         f':not(text)[{part}="{light}"]{{{part}:{dark}}}'
         if light == "#ffffff"
@@ -294,7 +327,7 @@ def _picture(chart: Chart) -> dict[str, str]:
 
 
 def _colors(theme: Any) -> Iterator[str]:
-    """Yield the colors of a theme in their order."""
+    """Yield all colors of a theme. Both themes have their colors in the same order."""
     if isinstance(theme, str) and theme.startswith("#"):
         yield theme
     elif isinstance(theme, dict | list):

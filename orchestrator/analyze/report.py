@@ -1,10 +1,10 @@
-"""The report of a study: its files, its description for MLflow, and the memo of what it was made from.
+"""The report of a study: its files, its description for MLflow, and a memo of its inputs.
 
-The memo, `<output>/<study>/.report.json`, identifies the inputs of the last report, so that the same report
-is not made again: {"inputs": digest, "files": {name: SHA-256}, "end": digest, "text": what the study
-printed}.
+The memo is the file `<output>/<study>/.report.json`. It identifies the inputs of the last report, so that the
+same report is not written again. Its content is {"inputs": digest, "files": {name: SHA-256}, "end": digest,
+"text": what the study's command printed at its end}.
 
-pandas, Altair and what else draws a report are imported when one is written.
+The functions import pandas, Altair and the other slow libraries, so that importing this module is fast.
 """
 
 from __future__ import annotations
@@ -31,44 +31,51 @@ if TYPE_CHECKING:
     from orchestrator.analyze.results import Results
 
 SCHEMA_VERSION = 4
-"""The version of `summary.json`, raised when a field is removed or changes its meaning."""
+"""The version of the format of `summary.json`. It rises when a field is removed or changes its meaning."""
 MEMO_FILE = ".report.json"
+"""The name of the memo in the study's folder."""
 _PACKAGES = Path(__file__).parents[1], Path(__file__).parents[2] / "variants"
-# The digest is taken when the program is loaded, because its files may change while a study runs.
+# The digests are computed on import, because the source files may change while a study runs.
 _PROGRAM = [source_digest(package) for package in _PACKAGES]
 _LIBRARIES = ("altair", "mlflow", "numpy", "pandas", "scipy", "vl-convert-python")
-"""Libraries that decide the content of a report or of MLflow's runs."""
+"""Libraries whose versions affect the content of a report or of MLflow's runs."""
 _OUTCOME_NUMBERS = {"supported": 1.0, "undecided": 0.0, "refuted": -1.0}
+"""Outcome of a verdict -> metric in MLflow."""
 
 
 class StudyDescription(NamedTuple):
-    """The description and the metrics of a study's own run in MLflow."""
+    """The description and the metrics of the MLflow run that stands for the whole study."""
 
     text: str
-    """The report's tables and verdicts in Markdown, without pictures."""
+    """The report in Markdown, without charts and without folded sections."""
     metrics: dict[str, float]
-    """Name -> value. `verdict_1`, `verdict_2` and so on: 1 supported, 0 undecided, -1 refuted; descriptive
-    verdicts have none. For each best point `best_validation_score.<curve>`, `best_test_score.<curve>` and
-    `best_log10_learning_rate.<curve>`; with several panels, the names end in `.<task>`, or in
-    `.<panel>` if they differ in more than the task."""
+    """Name -> value of the metrics.
+
+    - `verdict_1`, `verdict_2` and so on: 1 for supported, 0 for undecided, -1 for refuted. A descriptive
+      verdict has no metric.
+    - `best_validation_score.<curve>`, `best_test_score.<curve>` and `best_log10_learning_rate.<curve>`: the
+      best point of each curve. With several panels, the names end in `.<task>`, or in `.<panel>` if several
+      panels have the same task. A replicated tuning does not have these metrics.
+    """
 
 
 def write_report(
     study: StudyFile, records: Iterable[Record], folder: Path, tracking_uri: str, store: Path | None = None
 ) -> tuple[Results, list[Section]]:
-    """Analyze a study and write its report: `report.html`, the pictures (PNG and SVG) and `summary.json`.
+    """Analyze a study and write its report: `report.html`, the charts (PNG and SVG) and `summary.json`.
 
     Args:
         study: The study, with its command.
-        records: The records of the study's configurations, as far as they exist.
-        folder: The study's folder, in the output folder. Each file is replaced atomically. Pictures of an
-            earlier report that this report does not have are removed.
-        tracking_uri: MLflow's tracking URI of the runs. Secrets are removed from it and from the command.
-        store: The folder of the records, which commands in the report name; None for the one in the output
-            folder.
+        records: The records of the study's configurations. Configurations without a record count as pending.
+        folder: The study's folder, which lies in the output folder. Each file is replaced atomically. Charts
+            of an earlier report are removed if this report does not have them.
+        tracking_uri: MLflow's tracking URI of the runs. Secrets are removed from the URI and from the
+            command.
+        store: The folder of the records, which commands in the report name. None stands for the store in the
+            output folder.
 
     Returns:
-        The results, and the sections of the report that shows them.
+        The results and the sections of the report.
 
     Raises:
         OSError: The folder cannot be written.
@@ -97,12 +104,12 @@ def write_report(
 
 
 def write_files(folder: Path, page: str, numbers: Mapping[str, Any], made: Sequence[Section]) -> None:
-    """Write the files of a report, and remove pictures of an earlier one.
+    """Write the files of a report, and remove charts of an earlier report that this report does not have.
 
     Args:
-        folder: The folder.
+        folder: The folder of the files, which is created if it is missing.
         page: The content of report.html.
-        numbers: The content of summary.json, without the names of the pictures.
+        numbers: The content of summary.json, without the file names of the charts.
         made: The sections, whose charts are written as PNG and SVG.
     """
     from orchestrator.analyze import chart_style
@@ -123,7 +130,7 @@ def write_files(folder: Path, page: str, numbers: Mapping[str, Any], made: Seque
 
 
 def describe_study(study: StudyFile, records: Iterable[Record]) -> StudyDescription:
-    """Analyze the records of a study, and describe the result for MLflow."""
+    """Analyze the records of a study, and return the description of the results for MLflow."""
     from orchestrator.analyze import sections
     from orchestrator.analyze.analysis import analyze
 
@@ -133,7 +140,12 @@ def describe_study(study: StudyFile, records: Iterable[Record]) -> StudyDescript
 
 
 def describe(results: Results, made: Sequence[Section]) -> StudyDescription:
-    """Describe the result of a study for MLflow by the sections of its report."""
+    """Return the description of a study's results for MLflow.
+
+    Args:
+        results: The results.
+        made: The sections of the report.
+    """
     from orchestrator.analyze import render
 
     outcomes = results.verdicts["outcome"]
@@ -162,11 +174,12 @@ def describe(results: Results, made: Sequence[Section]) -> StudyDescription:
 
 
 def digest_inputs(study: StudyFile, store: Store, uri: str, folder: Path) -> str:
-    """Return a digest of everything that determines a study's report, the program itself included.
+    """Return a digest of everything that determines a study's report, including the program.
 
     Args:
         study: The study.
-        store: The records. Those of other studies count, too, because the Parquet files contain them.
+        store: The records. Records of other studies change the digest, too, because the Parquet files contain
+            them.
         uri: MLflow's tracking URI, without secrets.
         folder: The study's folder.
     """
@@ -176,35 +189,40 @@ def digest_inputs(study: StudyFile, store: Store, uri: str, folder: Path) -> str
 
 
 def digest(*values: object) -> str:
-    """Return a digest of values whose `repr` is their content."""
+    """Return the SHA-256 digest of values. The `repr` of each value must show its whole content."""
     return hashlib.sha256(repr(values).encode()).hexdigest()
 
 
 def is_written(folder: Path, inputs: str) -> bool:
-    """Return whether the folder has the report of these inputs, and none of its files has changed."""
+    """Return whether the folder has the report of the inputs, and the files of the report are unchanged.
+
+    Args:
+        folder: The study's folder.
+        inputs: The result of `digest_inputs`.
+    """
     memo = _read(folder)
     return memo.get("inputs") == inputs and memo.get("files") == _file_digests(folder)
 
 
 def recall_end(folder: Path, inputs: str, end: str) -> str | None:
-    """Return what the study's command printed at its end; None if something has changed since.
+    """Return what the study's command printed at its end; None if an input or a file has changed.
 
     Args:
         folder: The study's folder.
         inputs: The result of `digest_inputs`.
-        end: A digest of everything else that determines what is printed.
+        end: A digest of everything else that determines what the command prints.
     """
     memo = _read(folder)
     return memo.get("text") if memo.get("end") == end and is_written(folder, inputs) else None
 
 
 def remember(folder: Path, inputs: str, end: str = "", text: str = "") -> None:
-    """Record that the folder has the report of these inputs.
+    """Write the memo, which records that the folder has the report of the inputs.
 
     Args:
         folder: The study's folder.
         inputs: The result of `digest_inputs`.
-        end: As for `recall_end`.
+        end: A digest of everything else that determines what the command prints.
         text: What the study's command printed at its end.
     """
     memo = {"inputs": inputs, "files": _file_digests(folder), "end": end, "text": text}

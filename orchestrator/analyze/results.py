@@ -1,6 +1,6 @@
-"""The results of a study: every frame from which its report, its verdicts and its exports are made.
+"""The results of a study: the frames from which its report, its verdicts and its exports are made.
 
-`analysis.analyze` makes them from records.
+`analysis.analyze` computes the results from the records of the study.
 """
 
 from __future__ import annotations
@@ -28,64 +28,94 @@ def _empty() -> pd.DataFrame:
 
 @dataclass(frozen=True)
 class Results:
-    """The results of a study as pandas frames.
+    """The results of a study, as pandas data frames.
 
-    Scores are values of the task's metric; higher is better. A missing number is NaN. An interval is a pair
-    of columns that end in `_low` and `_high`, at 95 % confidence. `panel` is the title of a task and base
-    model, with the settings whose values may not be compared. `curve` is a variant, with the settings in
-    which its curves differ. Frames that do not belong to the kind of the study are empty.
+    Scores are values of the task's metric; a higher score is better. A missing number is NaN. Two columns
+    that end in `_low` and `_high` are the ends of a 95 % confidence interval.
+
+    The column `panel` names a task and a base model, with the settings that may not differ between compared
+    runs. The column `curve` names a variant, with the settings in which its curves differ.
+
+    A frame that does not belong to the kind of the study is empty.
     """
 
     study: StudyFile
     records: Sequence[Record] = field(repr=False)
-    """The records, under the names of this study."""
+    """The records, with the names that tasks, models and variants have in this study."""
     runs: pd.DataFrame
-    """One row a configuration with a record: the columns of `records.parquet` and those of
-    `runs.run_frame`, such as panel, curve and label. With `--select published` the validation scores are the
-    test scores, by which the rates are chosen."""
+    """One row for each configuration with a record. The columns are those of `records.parquet` and those of
+    `runs.run_frame`, such as panel, curve and label. With `--select published`, the validation scores are the
+    test scores, which choose the learning rates."""
     points: pd.DataFrame
-    """One row a point: the runs that differ in the seed alone. See `curves.make_points`. The best validation
-    score is first."""
+    """One row for each point, a set of runs that differ in the seed alone. `curves.make_points` describes the
+    columns. The point with the best validation score is first."""
     best: pd.DataFrame
-    """One row a curve, search or tuning: its best point, which validation chose. Columns: panel, variant,
-    curve, learning_rate, `rates` (all equal best rates as text), both scores with intervals, seeds,
-    `gain` over the untrained base, `nothing_learned`, the numbers of `usable` and `ended` runs, and the
-    `fingerprint` of its best run. For curves the shape: `width` and `width_90` (decades of rate within
-    0.01 of the best score, and with 90 % of the way from the floor to it; `_is_bound` if they are at
-    least that wide), `lost` (validation score lost at the panel's common rate) and `lost_near` (mean
-    within half a decade), `cliff` (the first rate that breaks down), `bracket` (whether the grid brackets
-    the best rate) and `test_at_common_rate`. For searches and tunings: `replicate`, `settings`, `edges`,
-    `points`, `steps` and `max_steps`."""
+    """One row for each curve, search or tuning, about its best point, which validation chose.
+
+    All studies have the columns panel, variant, curve, learning_rate, validation_score, test_score and seeds,
+    and these:
+
+    - `rates`: all learning rates with the best score, as text.
+    - `gain`: the test score minus that of the untrained base model.
+    - `nothing_learned`: whether the best score is no better than the untrained base model or a constant
+      answer.
+    - `usable`, `ended`: the number of runs that finished without collapsing, and the number of runs that
+      finished, collapsed or diverged.
+    - `fingerprint`: the best run of the best point.
+
+    Curves have these columns:
+
+    - `width`: the width in decades of the range of rates whose score is within 0.01 of the best score.
+    - `width_90`: the same for scores of at least floor + 0.9 (best score - floor).
+    - `width_is_bound`, `width_90_is_bound`: whether the true width may be larger.
+    - `lost`: the validation score that the curve loses at the panel's common rate against its best rate.
+    - `lost_near`: the mean loss within half a decade of the best rate.
+    - `cliff`: the first rate above the best rate at which training breaks down.
+    - `bracket`: "yes" if the best rate lies inside the grid, else the ends of the grid that have the best
+      score.
+    - `test_at_common_rate`: the test score at the panel's common rate.
+
+    Searches and tunings have the columns that `curves.best_of_groups` describes.
+    """
     panels: pd.DataFrame
-    """One row a panel: task, model, metric, floor, mean scores of the untrained base, `reference` (the label
-    of LoRA's curve) and `common_rate`, at which the curves are compared."""
+    """One row for each panel: task, model, metric, floor, mean scores of the untrained base model,
+    `reference` (the label of LoRA's curve) and `common_rate` (the learning rate at which the curves are
+    compared)."""
     comparison: pd.DataFrame = field(default_factory=_empty)
-    """Replicated tuning: one row a panel and variant, the baseline first. `difference` of the test score from
-    the baseline's, `outcome`, `counts` (whether the baseline matches or beats it), usable tunings."""
+    """Replicated tuning: one row for each panel and variant, the baseline first. `difference` is the
+    variant's test score minus that of the baseline. `outcome` is the word for this difference. `counts` says
+    whether the baseline matches or beats the variant. `usable` is the number of usable tunings."""
     tuned: pd.DataFrame = field(default_factory=_empty)
-    """Replicated tuning: one row a panel, with the numbers of variants that the baseline matches or beats."""
+    """Replicated tuning: one row for each panel. It has lower 95 % confidence bounds of the number of
+    variants that the baseline matches or beats (`holds_at_least`) and of the number of variants that beat the
+    baseline (`beaten_at_least`)."""
     pooled: pd.DataFrame = field(default_factory=_empty)
-    """Replicated tuning: validation score over learning rate of each variant, from all replicates."""
+    """Replicated tuning: the validation score of each variant over the learning rate, averaged over all
+    replicates."""
     fixed_rate: pd.DataFrame = field(default_factory=_empty)
-    """One row a panel and variant: its `regret` at the baseline's best rate, its differences from the
-    baseline there and at its own best rate, and whether the order is reversed (`reversal`)."""
+    """One row for each panel and variant, about the claim that the winner at one fixed rate depends on the
+    rate. `regret` is the score that the variant loses at the baseline's best rate. `at_baseline_rate` and
+    `at_own_rate` are its differences from the baseline at the baseline's best rate and at its own. `reversal`
+    says whether the variant loses at one of these rates and wins at the other."""
     winners: pd.DataFrame = field(default_factory=_empty)
-    """One row a panel and learning rate: the variant with the best mean test score."""
+    """One row for each panel and learning rate: the variant with the best mean test score."""
     factors: pd.DataFrame = field(default_factory=_empty)
-    """Sensitivity: one row a panel, variant and factor. `misset` (A), `retuned` (B), `gain` (C), `off_by_2`
-    and `off_by_half_decade` (D) are defined in `effects`."""
+    """Sensitivity study: one row for each panel, variant and factor (hyperparameter). The module
+    `orchestrator.analyze.effects` defines the losses `misset` (A), `retuned` (B), `off_by_2` and
+    `off_by_half_decade` (D), and the gain `gain` (C)."""
     claims: pd.DataFrame = field(default_factory=_empty)
-    """Sensitivity: one row a panel and variant, with the test of "the learning rate matters most"."""
+    """Sensitivity study: one row for each panel and variant, with the test of the claim that the learning
+    rate matters more than any other hyperparameter."""
     costs: pd.DataFrame = field(default_factory=_empty)
-    """One row a panel and curve, see `costs.cost_frame`."""
+    """One row for each panel and curve, see `costs.cost_frame`."""
     verdicts: pd.DataFrame = field(default_factory=_empty)
-    """One row a verdict, the most important first. The columns are the fields of `verdicts.Verdict`."""
+    """One row for each verdict, the most important verdict first. The columns are the fields of
+    `verdicts.Verdict`."""
     warnings: Sequence[str] = ()
-    """The limits of what the results show, one line each; faults of the data first."""
+    """The limits of what the results show, one line each. Faults of the data come first."""
     best_lanes: pd.DataFrame = field(default_factory=_empty)
-    """One row a task, base model and variant: the best point, and its best run, whose adapter is kept. It is
-    chosen as `best` is, over all curves of the variant; with `--select published` by validation scores all
-    the same."""
+    """One row for each task, base model and variant: its best point over all curves, and the best run of that
+    point, whose adapter is kept. Validation scores choose the point even with `--select published`."""
 
     @property
     def name(self) -> str:
@@ -94,7 +124,7 @@ class Results:
 
     @cached_property
     def curves(self) -> pd.DataFrame:
-        """One row a configuration and step, with the columns of `curves.parquet`."""
+        """One row for each configuration and step, with the columns of `curves.parquet`."""
         return make_curves(self.records).to_pandas()
 
     @cached_property
@@ -114,7 +144,7 @@ class Results:
     def to_json(self) -> dict[str, Any]:
         """Return all numbers of the report as JSON types, with None in place of NaN.
 
-        The frames of `runs` and `curves` are left out; they are in the store's Parquet files.
+        The frames `runs` and `curves` are left out, because the Parquet files of the store have them.
         """
         left_out = ("study", "records", "runs", "warnings", "best_lanes")
         names = [each.name for each in fields(self) if each.name not in left_out]
@@ -128,13 +158,13 @@ class Results:
 
 
 def frame_rows(frame: pd.DataFrame) -> list[dict[str, Any]]:
-    """Return the rows of a frame as JSON objects. Columns that only group rows are left out."""
+    """Return the rows of a frame as JSON objects, without the internal columns `group` and `point`."""
     shown = frame.drop(columns=["group", "point"], errors="ignore").astype(object)
     return [{str(name): _plain(value) for name, value in row.items()} for row in shown.to_dict("records")]
 
 
 def _plain(value: Any) -> Any:
-    """Return a value of a frame as a JSON type."""
+    """Return a value of a frame as a JSON type, with None for NaN and infinity."""
     if isinstance(value, list | tuple):
         return [_plain(each) for each in value]
     value = value.item() if hasattr(value, "item") else value

@@ -1,7 +1,10 @@
-"""The frame of runs: one row a configuration with a record, the base of every number of a report.
+"""The frame of runs, from which every number of a report is computed.
 
-Scores are values of the task's metric; higher is better. A diverged run counts as the task's floor, the score
-of a constant answer. A run that was stopped early or failed has no score.
+A frame is a pandas data frame. The frame of runs has one row for each configuration that has a record.
+
+Scores are values of the task's metric; a higher score is better. The score of a diverged run is the task's
+floor, which is the score of a constant answer. A run that was stopped early has no score, and a failed run
+has none.
 """
 
 from __future__ import annotations
@@ -23,27 +26,30 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 SCORE_EPSILON = 1e-9
-"""Scores closer than this count as equal: means of the same numbers may differ in their last bits."""
+"""Scores that differ by less count as equal: means of the same numbers may differ in their last bits."""
 RunLabel = Literal["finished", "collapsed", "diverged", "stopped", "failed"]
 LABELS: tuple[RunLabel, ...] = ("finished", "collapsed", "diverged", "stopped", "failed")
-"""The state of the record, or "collapsed". "finished" stands for runs whose score is a useful result."""
+"""The label of a run: the state of its record, or "collapsed" (see `label_runs`). The label "finished" means
+that the run finished and did not collapse."""
 Split = Literal["validation", "test"]
 ON_TEST = "(selected on the test set)"
-"""The text after the base model's name in a study whose rates are chosen by test scores."""
+"""The text after the name of the base model in a study that chooses learning rates by test scores."""
 
 _MAX_TITLE = 60  # characters; a longer title would not fit above a plot
-_ROUNDING = 1e-6  # largest distance between a score and the mean of its results per item
-# Columns with these prefixes are alpha (HiRA has none), hyperparameters that only one variant has, and the
-# numerics number. Two variants of one comparison may differ in them, so they split curves, not panels.
+_ROUNDING = 1e-6  # largest difference of a score and the mean of its per-item results that is rounding
+# Columns with these prefixes hold alpha (HiRA has none), the hyperparameters that only one variant has, and
+# the version number of the variant's numerics. Variants that are compared may differ in these columns. The
+# columns therefore split curves and not panels.
 _VARIANT_COLUMNS = ("alpha", "variant_")
-_SHAREABLE = ("rank", "dropout", "targets")  # variants of one comparison may differ in these
+_SHAREABLE = ("rank", "dropout", "targets")  # variants that are compared may differ in these
 _NEVER_SPLITTING = ("learning_rate", "seed", "variant")
 
 
 def distinct_records(records: Iterable[Record]) -> list[Record]:
-    """Return one record per fingerprint: a final one if there is one, else a stopped, else a failed one.
+    """Return one record for each fingerprint, sorted by fingerprint.
 
-    The order of the result does not depend on the order of `records`.
+    Of several records with one fingerprint, a finished or diverged record is preferred to a stopped record,
+    and a stopped record to a failed one.
     """
     priority = {"finished": 0, "diverged": 0, "stopped": 1, "failed": 2}
     chosen: dict[str, Record] = {}
@@ -53,25 +59,31 @@ def distinct_records(records: Iterable[Record]) -> list[Record]:
 
 
 def run_frame(study: StudyFile, records: Sequence[Record]) -> pd.DataFrame:
-    """Return the runs of a study.
+    """Return the frame of runs of a study.
 
     Args:
-        study: The study. The kind of its analysis says how runs are grouped.
-        records: The records of its configurations, under the names of the study, each fingerprint once.
+        study: The study. The kind of its analysis, `study.settings.kind`, determines how runs are grouped.
+        records: One record for each fingerprint. Tasks, models and variants have the names that they have in
+            the study.
 
     Returns:
-        One row a configuration, with the columns of `records.parquet` and these:
+        One row for each record, with the columns of `records.parquet` and these columns:
 
-        - panel: the task and base model, and the settings whose values may not be compared with others.
-        - curve: the variant, and the settings in which its curves differ.
+        - panel: text that names the task and the base model. For a grid it also names the settings that split
+          its runs into panels. Only the runs of one panel are compared with each other.
+        - curve: text that names the variant. For a grid it also names the settings that split the runs of the
+          variant into curves.
         - label: one of `LABELS`, see `label_runs`.
-        - group, point: one point is chosen among the points of a group. The runs of a point differ in the
-          seed alone.
+        - point: the identifier of a point. The runs of a point differ in the seed alone. In a replicated
+          tuning, each run is a point.
+        - group: the identifier of a set of points. Validation chooses one point of each group.
         - metric, floor: the task's metric and the score of a constant answer.
-        - base_score: the floor, or the validation score of the untrained base if that is higher.
-        - last_validation: the last validation score during training, which a stopped run has as well.
-        - drawn_score: the validation score at which a picture shows the run; NaN for a failed run.
-        - validation_items, test_items: the number of items of which the score is a mean; 0 if it is none.
+        - base_score: the validation score of the untrained base model, or the floor if the floor is higher.
+        - last_validation: the last validation score during training. A stopped run has one, too.
+        - drawn_score: the validation score at which a chart shows the run. It is `last_validation` for a
+          stopped run and NaN for a failed run.
+        - validation_items, test_items: the number of items if the score is a mean of values from 0 to 1 over
+          items; otherwise 0.
     """
     import pandas as pd
 
@@ -92,9 +104,9 @@ def run_frame(study: StudyFile, records: Sequence[Record]) -> pd.DataFrame:
 
 
 def task_titles(study: StudyFile, records: Sequence[Record]) -> dict[str, str]:
-    """Return content of a task -> the title that a report shows, for tasks in users' files.
+    """Return content of a task -> the title that reports show, for the tasks in users' files.
 
-    If two tasks would have the same title, the name of the file is added.
+    If another task of the study has the same title, the name of the file is appended to the title.
     """
     given = {
         source.content: textwrap.shorten(source.title, _MAX_TITLE, placeholder=" ...")
@@ -111,7 +123,12 @@ def task_titles(study: StudyFile, records: Sequence[Record]) -> dict[str, str]:
 
 
 def run_values(record: Record, kind: StudyKind) -> dict[str, Any]:
-    """Return those columns of `run_frame` by which the points of a study are chosen."""
+    """Return the columns of one run in `run_frame` that are needed to choose the best points.
+
+    Args:
+        record: The record of the run.
+        kind: The kind of the study, which determines the columns `group` and `point`.
+    """
     own, before = record.configuration, record.baseline_scores
     columns = own.to_columns()
     metric, floor = own.task.metric, own.task.floor
@@ -128,7 +145,7 @@ def run_values(record: Record, kind: StudyKind) -> dict[str, Any]:
     return {
         "metric": metric,
         "floor": floor,
-        "base_score": max(floor, untrained["validation"]),  # the floor if the other is NaN
+        "base_score": max(floor, untrained["validation"]),  # the floor if the score is NaN
         "same_curve": curve,
         "group": group,
         "point": point,
@@ -143,10 +160,10 @@ def run_values(record: Record, kind: StudyKind) -> dict[str, Any]:
 
 
 def lane_row(record: Record, kind: StudyKind) -> dict[str, Any]:
-    """Return a run with only those columns that `curves.make_points` needs to find the best lanes.
+    """Return the columns of one run that `curves.make_points` and `curves.best_lanes` need.
 
     Args:
-        record: The record.
+        record: The record of the run.
         kind: The kind of the study.
     """
     own = record.configuration
@@ -166,12 +183,15 @@ def lane_row(record: Record, kind: StudyKind) -> dict[str, Any]:
 
 
 def finite(value: float | None) -> float:
-    """Return a score, or NaN if it is missing or infinite."""
+    """Return the score, or NaN if the score is missing or infinite."""
     return value if value is not None and math.isfinite(value) else math.nan
 
 
 def item_results(record: Record, split: Split) -> NDArray[np.float64] | None:
-    """Return the results per item at the end of training; None if their mean is not the score."""
+    """Return the result of each item at the end of training, shape (items,).
+
+    The return value is None if the record has no results per item, or if their mean is not the score.
+    """
     import numpy as np
 
     items, score = record.items.get(split), finite(record.score(split))
@@ -182,21 +202,23 @@ def item_results(record: Record, split: Split) -> NDArray[np.float64] | None:
 
 
 def _count_items(record: Record, split: Split) -> int:
-    """Return the number of items if the score is a mean of results in 0..1, else 0."""
+    """Return the number of items if the score is a mean of values from 0 to 1 over items, else 0."""
     results = item_results(record, split)
     return 0 if results is None or results.min() < 0 or results.max() > 1 else len(results)
 
 
 def _split_panels(frame: pd.DataFrame, columns: Sequence[str]) -> None:
-    """Write the panels and curves of a grid into the frame.
+    """Split the runs of a grid into panels and curves: set the columns `panel` and `curve` in place.
 
-    The runs of one curve differ in learning rate and seed only. Alpha and the variants' own hyperparameters
-    split curves. Rank, dropout and targets split panels only if they vary within one variant, so that a
-    variant that needs another rank stays in the panel. All other columns, such as the number of steps, split
-    panels whenever they vary.
+    The runs of one curve differ in the learning rate and the seed alone. The other settings split as follows:
+
+    - Alpha and the hyperparameters that only one variant has split the runs of a variant into curves.
+    - Rank, dropout and targets split runs into panels if their value varies within one variant. If it varies
+      between variants alone, the variants stay in one panel.
+    - Every other setting, such as the number of steps, splits runs into panels if its value varies.
 
     Args:
-        frame: The runs.
+        frame: The frame of runs.
         columns: The columns of the configurations.
     """
     own_columns = [name for name in columns if name.startswith(_VARIANT_COLUMNS) and name in frame]
@@ -217,24 +239,30 @@ def _split_panels(frame: pd.DataFrame, columns: Sequence[str]) -> None:
 
 
 def value_text(value: Any) -> str:
-    """Return the value of a hyperparameter as text: 16 and not 16.0, "None" if it is missing."""
+    """Return the value of a hyperparameter as text: "16" for 16.0, "None" for a missing value."""
     if isinstance(value, float):
         return "None" if math.isnan(value) else f"{value:.6g}"
     return "None" if value is None else str(value)
 
 
 def label_runs(runs: pd.DataFrame) -> pd.Series:
-    """Label the runs of a study.
+    """Return the label of each run: the state of its record, or "collapsed".
 
-    A run is collapsed if it finished with a validation score no better than its `base_score`, at or above the
-    best learning rate of its curve. If the best mean score of the curve is no better than that, none of its
-    runs is collapsed. A run below the best rate that is no better has not learned yet, and is not collapsed.
+    A run is collapsed if these conditions hold:
 
-    Divergence is detected from the loss. A model that gives a constant answer has about the loss of the
-    untrained base, so such a run is not recorded as diverged.
+    - The run finished, and its validation score is not above its `base_score`.
+    - Its learning rate is at least the best learning rate of its curve. Of several equally good rates, the
+      lowest one is the best.
+    - The best mean score of the curve is above `base_score`: training works at some learning rate.
+
+    A run at a lower learning rate than the best one is never collapsed. If its score is not above
+    `base_score`, the learning rate was too low for the model to learn.
+
+    The trainer detects divergence from the loss. It does not detect a model that gives a constant answer,
+    because the loss of such a model is about that of the untrained base model.
 
     Args:
-        runs: The columns of `run_values`, state and learning_rate.
+        runs: The frame of runs with the columns of `run_values`, `state` and `learning_rate`.
 
     Returns:
         The labels, with the index of `runs`.
@@ -250,14 +278,14 @@ def label_runs(runs: pd.DataFrame) -> pd.Series:
 
 
 def select_on_test(record: Record) -> Record:
-    """Return a copy of a record whose validation scores are its test scores (`--select published`).
+    """Return a copy of a record with its test scores as validation scores (`--select published`).
 
-    The analysis then chooses rates by test scores, as the published survey did. If the test split was scored
-    at every evaluation (GLUE), the best of these evaluations counts as the last one. The record has results
-    per item of the last evaluation only, so in this case the copy has none.
+    The analysis of the copy chooses learning rates by test scores, as the published survey did. If the test
+    split was scored at every evaluation (GLUE), the evaluation with the best test score is moved to the end.
+    A record has per-item results of its last evaluation only, so the copy then has none.
 
     Returns:
-        The copy, with `ON_TEST` after the name of its base model and the fingerprint of `record`.
+        The copy, with `ON_TEST` after the name of its base model. The fingerprint is that of `record`.
     """
     metric = record.configuration.task.metric
     tests = [each for each in record.evaluations if each.split == "test"]
@@ -267,7 +295,7 @@ def select_on_test(record: Record) -> Record:
             tests, key=lambda each: -math.inf if math.isnan(s := finite(each.scores.get(metric))) else s
         )
         tests, items = [*(each for each in tests if each is not best), best], {}
-    # Every title and picture shows the model's name. The name is not part of the fingerprint.
+    # Every title and chart shows the name of the model. The fingerprint does not depend on the name.
     model = replace(record.configuration.model, name=f"{record.configuration.model.name} {ON_TEST}")
     copies: Sequence[Evaluation] = [replace(each, split="validation") for each in tests]
     untrained: Mapping[str, float] = record.baseline_scores.get("test", {})
@@ -281,7 +309,11 @@ def select_on_test(record: Record) -> Record:
 
 
 def count_provenance(records: Iterable[Record]) -> dict[str, dict[str, int]]:
-    """Count the provenance of the records with a score: column -> value -> number of records."""
+    """Count the values of provenance (commit, device, kernels, versions, ...) of the records with a score.
+
+    Returns:
+        Column -> value -> number of records, the most frequent value first.
+    """
     counts: dict[str, Counter[str]] = {}
     for record in records:
         if record.state not in FINAL_STATES:

@@ -1,7 +1,9 @@
-"""The sections of a report, in the order in which the page, the terminal and MLflow show them.
+"""The sections of a report.
 
-A section is a function from the results to `Section`s. To add one, write the function and add it to
-`SECTIONS`. A picture of it needs a function in `charts`.
+A function makes one or more `Section`s from a `Report`. The tuple `SECTIONS` lists these functions in the
+order in which the HTML page, the terminal and MLflow show the sections. To add a section, write a function
+and add it to `SECTIONS`. If the section has a chart, add a function to `charts`. `results.Results` explains
+the terms panel, curve and point.
 """
 
 from __future__ import annotations
@@ -26,57 +28,68 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Row = Mapping[str, Any]
+"""A row of a frame: column -> value."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """The results, and where the study's files are; commands in the report name these folders."""
+    """The results of a study, and the places of its files, which the commands in the report name."""
 
     results: Results
     tracking_uri: str = ""
-    """MLflow's tracking URI of the runs, without user and password."""
+    """MLflow's tracking URI of the runs, without user name and password."""
     output: Path | None = None
-    """The output folder with the study's folder; None for the default."""
+    """The output folder, which contains the study's folder. None stands for the default folder."""
     store: Path | None = None
-    """The store of the records; None for the one in the output folder."""
+    """The folder of the records. None stands for the store in the output folder."""
 
 
 def name_of(stem: str, place: int) -> str:
-    """Return the name of a section or picture: "curves" for the first panel, "curves-2" for the second."""
+    """Return the name of a section or chart: "curves" for the first panel, "curves-2" for the second panel.
+
+    Args:
+        stem: The name for the first panel.
+        place: The number of the panel, from 1 on.
+    """
     return f"{stem}-{place}" if place > 1 else stem
 
 
 def of_panel(frame: pd.DataFrame, panel: Row) -> pd.DataFrame:
-    """Return the rows of a panel in a frame that may be empty."""
+    """Return the rows of a panel. An empty frame may lack the column `panel` and is returned unchanged."""
     return frame[frame["panel"] == panel["panel"]] if len(frame) else frame
 
 
 def title_of(results: Results, what: str, panel: Row) -> str:
-    """Return the title of a section about a panel, which it names if there are several."""
+    """Return the title of a section about a panel. It names the panel if the study has several panels."""
     return f"{what}: {panel['panel']}" if len(results.panels) > 1 else what
 
 
 def panels_of(results: Results) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield the panels with their places, from 1 on."""
+    """Yield the number of each panel, from 1 on, and the panel's row."""
     yield from enumerate(results.panels.to_dict("records"), 1)
 
 
 def curve_rows(frame: pd.DataFrame, best: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows of points or runs that belong to the curves of a panel in `best`."""
+    """Return the rows of points or runs whose curve is in `best`.
+
+    Args:
+        frame: The points or the runs of the study.
+        best: The rows of one panel in the frame `Results.best`.
+    """
     return frame[(frame["panel"].isin(best["panel"])) & frame["group"].isin(best["group"])]
 
 
 Cell = tuple[Column, Callable[[Row], str]]
-"""A column of a table, and the function that returns its text for a row of a frame."""
+"""A column of a table, and a function that returns the text of its cell for a row of a frame."""
 
 
 def text(header: str, cell: Callable[[Row], str], more: bool = False) -> Cell:
-    """Return a column of texts; with `more` only the page shows it, on demand."""
+    """Return a column of texts. `Column.more` explains `more`."""
     return Column(header, "text", more), cell
 
 
 def figure(header: str, cell: Callable[[Row], str], more: bool = False) -> Cell:
-    """Return a column of numbers; with `more` only the page shows it, on demand."""
+    """Return a column of numbers. `Column.more` explains `more`."""
     return Column(header, "number", more), cell
 
 
@@ -86,7 +99,7 @@ def make_table(frame: pd.DataFrame, *cells: Cell, dim: Callable[[Row], bool] = l
     Args:
         frame: The rows.
         *cells: The columns.
-        dim: Whether a row is shown weaker.
+        dim: A function that returns whether a row has a fainter color.
     """
     rows = frame.to_dict("records")
     return Table(
@@ -100,7 +113,11 @@ def make_table(frame: pd.DataFrame, *cells: Cell, dim: Callable[[Row], bool] = l
 
 
 def glance(report: Report) -> Iterator[Section]:
-    """The answer on the first screen: best rates and widths, whether the winner stands, costs, what next."""
+    """Yield, for each panel, the section that the first screen shows.
+
+    The section has the best learning rates, whether the variant with the highest test score is better than
+    the others, the costs, and the next step.
+    """
     results = report.results
     for place, panel in panels_of(results):
         compared, best = of_panel(results.comparison, panel), of_panel(results.best, panel)
@@ -120,14 +137,14 @@ def glance(report: Report) -> Iterator[Section]:
 
 
 def _next_step(results: Results, panel: Row) -> tuple[str, str]:
-    """Return the first next step of the verdicts on a panel, and its command."""
+    """Return the most important next step of a panel and its command. Both are empty if there is none."""
     found = results.verdicts[
         (results.verdicts["panel"] == panel["panel"]) & (results.verdicts["next_step"] != "")
     ]
     return (found["next_step"].iloc[0], found["next_command"].iloc[0]) if len(found) else ("", "")
 
 
-_BEST_NOTE = (  # the width is that of `curves.TOLERANCE`
+_BEST_NOTE = (  # 0.01 is the value of `curves.TOLERANCE`
     "Best rate: the one with the highest mean validation score; (edge): the grid ends there, and the optimum "
     "may lie beyond. Within 0.01: decades of learning rate (1 is a factor of 10) around it whose score is at "
     "most 0.01 lower; ≥ if the grid ends before; not resolved if narrower than the grid's steps. Brackets: "
@@ -143,7 +160,12 @@ _TUNED_NOTE = (
 
 
 def _standing(results: Results, panel: Row) -> str:
-    """Return the sentence on whether the variant with the highest test score is better than the others."""
+    """Return the sentence that says whether a variant is better than the others.
+
+    In a replicated tuning, the sentence compares the variants with the tuned baseline. In other studies, it
+    compares the variant with the highest test score with the others, and is empty for fewer than two
+    variants.
+    """
     compared = of_panel(results.comparison, panel)
     if len(compared):
         name = verdicts.shown_name(results.study.settings.baseline)
@@ -169,7 +191,7 @@ def _standing(results: Results, panel: Row) -> str:
 
 
 def _cost_sentence(results: Results, panel: Row) -> str:
-    """Return the sentence on what a run and the whole panel cost."""
+    """Return a sentence with the time of a run and of all runs of a panel; empty if the times are unknown."""
     own = of_panel(results.costs, panel)
     if not len(own) or not own["study_seconds"].sum():
         return ""
@@ -180,11 +202,14 @@ def _cost_sentence(results: Results, panel: Row) -> str:
 
 
 def width_text(row: Row, points_of_curve: pd.DataFrame, name: str = "width") -> str:
-    """Return a width in decades as text.
+    """Return the width of a range of learning rates as text, in decades.
+
+    The text is "not resolved" if the width is smaller than the median distance between neighboring rates. The
+    text of a lower bound starts with "≥".
 
     Args:
         row: The row of a curve in `best`.
-        points_of_curve: Its points: the grid does not resolve a width below the spacing of its rates.
+        points_of_curve: The points of the curve.
         name: The column with the width.
     """
     import numpy as np
@@ -198,7 +223,11 @@ def width_text(row: Row, points_of_curve: pd.DataFrame, name: str = "width") -> 
 
 
 def best_rate_text(row: Row) -> str:
-    """Return the best rate of a row of `best`, marked where the grid or the search does not bracket it."""
+    """Return the best learning rate or the best settings of a row of `best` as text.
+
+    "(edge)" means that the best value is at the end of the tried values. "(flat)" means that both ends of the
+    grid have the best score.
+    """
     if math.isnan(row["learning_rate"]):
         return "-"
     if row["nothing_learned"]:
@@ -210,18 +239,21 @@ def best_rate_text(row: Row) -> str:
 
 
 def rates_text(rates: Iterable[float]) -> str:
-    """Return different learning rates in ascending order: 3e-3, 1e-2."""
+    """Return learning rates as text, without duplicates and in ascending order, for example "3e-3, 1e-2"."""
     return ", ".join(map(rate, sorted(set(rates)))) or "-"
 
 
 def _score_text(row: Row) -> str:
-    """Return the test score with its interval, whose ends have fewer digits."""
+    """Return the test score with three digits, and its 95 % interval with two digits."""
     ends = formatting.interval(row["test_score_low"], row["test_score_high"], 2)
     return f"{number(row['test_score'])} {ends}".rstrip()
 
 
 def _best_table(results: Results, panel: Row, best: pd.DataFrame) -> Table:
-    """Return the table of the best points of curves or searches."""
+    """Return the table with the best point of each curve or search.
+
+    The last row is the untrained base model, if its score is known.
+    """
     own_points = dict(tuple(curve_rows(results.points, best).groupby("curve")))
 
     def width_of(name: str) -> Callable[[Row], str]:
@@ -263,7 +295,6 @@ def _best_table(results: Results, panel: Row, best: pd.DataFrame) -> Table:
 
 
 def _tuned_table(results: Results, compared: pd.DataFrame) -> Table:
-    """Return the table of a replicated tuning."""
     name = verdicts.shown_name(results.study.settings.baseline)
 
     def difference(row: Row) -> str:
@@ -300,7 +331,7 @@ def _tuned_table(results: Results, compared: pd.DataFrame) -> Table:
 
 
 def verdict_sections(report: Report) -> Iterator[Section]:
-    """The verdicts: claim, outcome, answer, design, and what would decide more."""
+    """Yield a section for each verdict of the study."""
     results = report.results
     at_a_glance = {_next_step(results, panel)[0] for _, panel in panels_of(results)}
     yield from verdict_cards(
@@ -309,7 +340,13 @@ def verdict_sections(report: Report) -> Iterator[Section]:
 
 
 def verdict_cards(found: Iterable[verdicts.Verdict], at_a_glance: Collection[str]) -> Iterator[Section]:
-    """Return verdicts as sections, without the next steps that the page shows at a glance."""
+    """Yield a section for each verdict.
+
+    Args:
+        found: The verdicts.
+        at_a_glance: The next steps that the first sections show. The sections of the verdicts do not repeat
+            them.
+    """
     for place, verdict in enumerate(found, 1):
         is_new = verdict.next_step not in at_a_glance
         yield Section(
@@ -324,7 +361,7 @@ def verdict_cards(found: Iterable[verdicts.Verdict], at_a_glance: Collection[str
 
 
 def limit_sections(report: Report) -> Iterator[Section]:
-    """What limits the results: faults of the data first, in red."""
+    """Yield the faults of the data as an alarm, and the other limits of the results as a warning."""
     faults = data_warnings(report.results.study.sources)
     others = [each for each in report.results.warnings if each not in faults]
     if faults:
@@ -337,7 +374,7 @@ def limit_sections(report: Report) -> Iterator[Section]:
 
 
 def factor_sections(report: Report) -> Iterator[Section]:
-    """What each hyperparameter costs, one table a variant."""
+    """Yield the sections of a sensitivity study: for each panel a chart, and a table for each variant."""
     results = report.results
     for place, panel in panels_of(results):
         rows, name = of_panel(results.factors, panel), name_of("factors", place)
@@ -389,7 +426,7 @@ def _factor_table(rows: pd.DataFrame) -> Table:
 
 
 def comparison_charts(report: Report) -> Iterator[Section]:
-    """The differences from the tuned baseline, and the curves of all replicates together."""
+    """Yield the charts of a replicated tuning: differences from the tuned baseline, and averaged curves."""
     results, settings = report.results, report.results.study.settings
     for place, panel in panels_of(results):
         rows, pooled = of_panel(results.comparison, panel), of_panel(results.pooled, panel)
@@ -412,7 +449,7 @@ def comparison_charts(report: Report) -> Iterator[Section]:
 
 
 def curve_charts(report: Report) -> Iterator[Section]:
-    """Score over learning rate, heat map, and the scores at one common rate and at each best rate."""
+    """Yield the charts of a grid: score curves, heat map, scores at the common rate and at the best rates."""
     results = report.results
     if results.study.settings.kind not in ("curve", "factors"):
         return
@@ -447,7 +484,7 @@ def curve_charts(report: Report) -> Iterator[Section]:
 
 
 def search_charts(report: Report) -> Iterator[Section]:
-    """The points of a search, and the best score so far."""
+    """Yield the chart of a search for each panel: the points, and the best score so far."""
     results = report.results
     for place, panel in panels_of(results) if results.study.settings.kind == "search" else ():
         own, best, name = (
@@ -466,7 +503,7 @@ def search_charts(report: Report) -> Iterator[Section]:
 
 
 def loss_charts(report: Report) -> Iterator[Section]:
-    """The training losses at the best rates and the next ones."""
+    """Yield, for each panel, the chart of training losses at the best and the neighboring learning rates."""
     results = report.results
     is_search = results.study.settings.kind == "search"
     losses = loss_frame(results.runs, results.best, results.records, neighbors=not is_search)
@@ -482,7 +519,7 @@ def loss_charts(report: Report) -> Iterator[Section]:
 
 
 def adapters(report: Report) -> Iterator[Section]:
-    """The best trained lane of each variant, and the command that exports it."""
+    """Yield a table of the best run of each variant, with the command that exports its adapter."""
     results = report.results
     runs = results.runs.set_index("fingerprint")
     best = results.best_lanes
@@ -506,7 +543,7 @@ def adapters(report: Report) -> Iterator[Section]:
 
 
 def cost_sections(report: Report) -> Iterator[Section]:
-    """Time, memory and parameters of each variant, and its test score over them."""
+    """Yield, for each panel, a table and a chart of the time, memory and parameters of its curves."""
     results = report.results
     for place, panel in panels_of(results):
         own, name = of_panel(results.costs, panel), name_of("costs", place)
@@ -535,7 +572,7 @@ def cost_sections(report: Report) -> Iterator[Section]:
 
 
 def _time_use_text(results: Results) -> str:
-    """Return the sentence with the shares of the trainers' time by kind; empty if no record has them."""
+    """Return a sentence with the share of each kind of work in the trainers' time; empty if it is unknown."""
     used = time_use(results.runs)
     total = sum(used.values())
     shares = ", ".join(f"{name} {seconds / total:.1%}" for name, seconds in used.items())
@@ -543,7 +580,7 @@ def _time_use_text(results: Results) -> str:
 
 
 def point_tables(report: Report) -> Iterator[Section]:
-    """Every rate of a grid, with the command that trains its runs again."""
+    """Yield, for each panel of a grid, a table of all points with commands that train their runs again."""
     results = report.results
     fingerprints = results.runs.groupby(["panel", "point"])["fingerprint"].agg(list)
     shown = [label for label in ("collapsed", "diverged", "stopped", "failed") if results.points[label].any()]
@@ -573,7 +610,11 @@ def point_tables(report: Report) -> Iterator[Section]:
 
 
 def tuning_tables(report: Report) -> Iterator[Section]:
-    """Every point of a search, or the chosen run of every tuning; and the variants at LoRA's best rate."""
+    """Yield, for each panel, up to two tables about tuning.
+
+    The first table has every point of a search, or the best point of every tuning in a replicated tuning. The
+    second table compares each variant with LoRA at LoRA's best rate and at the variant's own best rate.
+    """
     results, kind = report.results, report.results.study.settings.kind
     for place, panel in panels_of(results):
         if kind in ("search", "replicates"):
@@ -621,11 +662,11 @@ MEANINGS = {
     "diverged": "counted as the floor",
     "collapsed": "finished, but no better than the untrained model; counted as their score",
 }
-"""Label of a run -> how the analysis counts such runs."""
+"""Label of a run -> how the analysis counts runs with this label."""
 
 
 def broken_runs(report: Report) -> Iterator[Section]:
-    """The runs without a useful result, with the reason of each."""
+    """Yield a table of runs for each label of `MEANINGS` that occurs, with the reason of each run."""
     runs = report.results.runs.sort_values(["panel", "curve", "learning_rate", "seed"])
     for label, meaning in MEANINGS.items():
         table = make_table(
@@ -643,7 +684,7 @@ def broken_runs(report: Report) -> Iterator[Section]:
 
 
 def definitions(report: Report) -> Iterator[Section]:
-    """What the numbers mean."""
+    """Yield the section that defines the numbers of the report."""
     yield Section("definitions", "What these numbers mean", _DEFINITIONS, folded=True)
 
 
@@ -670,7 +711,7 @@ the score has fallen half of the way to that of a constant answer."""
 
 
 def provenance(report: Report) -> Iterator[Section]:
-    """The commands of the study, and the software and hardware of its runs."""
+    """Yield the commands of the study, and the software and hardware of its runs."""
     import pandas as pd
 
     counts = count_provenance(report.results.records)
@@ -693,10 +734,10 @@ def provenance(report: Report) -> Iterator[Section]:
 
 
 def mlflow_command(tracking_uri: str) -> str:
-    """Return the command that opens the runs in MLflow's UI; empty for a server, which serves its own UI."""
+    """Return the command that opens the runs in MLflow's UI; empty without a URI, or for an MLflow server."""
     if not tracking_uri or tracking_uri.startswith(("http://", "https://")):
         return ""
-    # Four workers, MLflow's default, end each other by a time limit while a busy machine starts them.
+    # MLflow starts four workers by default. On a busy machine, their start may exceed MLflow's time limit.
     return shlex.join(["mlflow", "ui", "--workers", "1", "--backend-store-uri", tracking_uri])
 
 
@@ -717,16 +758,20 @@ SECTIONS: tuple[Callable[[Report], Iterable[Section]], ...] = (
     definitions,
     provenance,
 )
-"""The sections of every report, in their order."""
+"""The functions that make the sections of every report, in the order of the sections."""
 
 
 def make_sections(report: Report) -> list[Section]:
-    """Return all sections of a report that have something to show."""
+    """Return all sections of a report."""
     return [section for make in SECTIONS for section in make(report)]
 
 
 def setup_line(results: Results) -> str:
-    """Return the setup of a study in one line: what a caption of its pictures in a paper needs."""
+    """Return the setup of a study in one line, which can serve as a caption of its charts.
+
+    The line has the sizes of the splits, the metric, the rank, the batch size, the steps, the seeds, the
+    dates and the device. It is empty if the study has no runs.
+    """
     import pandas as pd
 
     runs = results.runs

@@ -1,10 +1,10 @@
 """Statistical methods: intervals of scores, comparisons with a baseline, planning, optima of curves.
 
-All methods are textbook methods on numbers and NumPy arrays. NaN stands for a missing value. Scores lie in
-0..1, and intervals have the level 95 %. docs/statistics.md explains the choice of each method, and has the
-errors that experiments/benchmarks/coverage.py measures.
+All methods are textbook methods on numbers and NumPy arrays. NaN stands for a missing value. Scores lie
+between 0 and 1. Intervals are confidence intervals with the level 95 %. docs/statistics.md explains the
+choice of each method and reports the error rates that experiments/benchmarks/coverage.py measures.
 
-SciPy is imported inside the functions, because it takes longer to import than most commands take to run.
+SciPy is imported inside the functions, because importing it takes longer than most commands run.
 """
 
 from __future__ import annotations
@@ -21,23 +21,24 @@ from numpy.typing import ArrayLike, NDArray
 
 Floats = NDArray[np.float64]
 Bounds = tuple[float, float]
-"""The range of possible values, to which an interval is cut."""
+"""The range of possible values. An interval is cut to this range."""
 UNBOUNDED: Bounds = (-math.inf, math.inf)
 SCORES: Bounds = (0.0, 1.0)
 DIFFERENCES: Bounds = (-1.0, 1.0)
 ALPHA = 0.05
 """One minus the confidence level of all intervals."""
 POWER = 0.8
-"""The probability of a decision, for planning."""
+"""The probability of a decision for which a number of replicates or seeds is planned."""
 PEAK_WINDOW = 0.5
-"""Half-width, in decades, of the window around the best grid point in which `find_peak` fits."""
-_ROUNDING = 1e-12  # Standard deviations below this are rounding errors of equal values.
-_SAME_RATE = 1e-6  # Two log10 rates that differ by less are equal.
+"""The half-width, in decades, of the window around the best grid point in which `find_peak` fits a
+parabola."""
+_ROUNDING = 1e-12  # A smaller standard deviation is the rounding error of equal values.
+_SAME_RATE = 1e-6  # Two log10 rates that differ by less count as equal.
 _NODES = 64  # of Gauss-Legendre quadrature
 
 
 class Estimate(NamedTuple):
-    """A value with its 95 % interval, from `n` observations."""
+    """An estimate from `n` observations with its 95 % confidence interval; NaN for a missing interval."""
 
     mean: float
     low: float = math.nan
@@ -49,27 +50,32 @@ class Estimate(NamedTuple):
 
 
 def wilson(count: float, n: int) -> Estimate:
-    """Return a share with Wilson's score interval (Wilson 1927), without continuity correction.
+    """Return a share with its Wilson score interval (Wilson 1927), without continuity correction.
 
     Args:
-        count: The number of successes, or the sum of values in 0..1, for which the interval is conservative.
-        n: The number of trials; all is NaN without one.
+        count: The number of successes, or the sum of values from 0 to 1. For such a sum the interval is
+            conservative.
+        n: The number of trials. Without a trial, all values are NaN.
     """
     if n == 0:
         return Estimate(math.nan)
     z, share = NormalDist().inv_cdf(1 - ALPHA / 2), count / n
     center = (share + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * math.sqrt(max(0.0, share * (1 - share)) / n + z**2 / (4 * n**2))
-    # At a share of 0 or 1 the limit is exactly 0 or 1.
+    # At a share of 0 the lower limit is exactly 0, and at a share of 1 the upper limit is exactly 1.
     low = 0.0 if share == 0 else max(0.0, center - half)
     return Estimate(share, low, 1.0 if share == 1 else min(1.0, center + half), n)
 
 
 def mean_interval(values: ArrayLike, bounds: Bounds = UNBOUNDED) -> Estimate:
-    """Return a mean over seeds with its t interval (Student 1908): mean -+ t(n-1) s / sqrt(n).
+    """Return a mean over seeds with its t interval (Student 1908): mean +- t(n-1) s / sqrt(n).
 
-    There is no interval with fewer than two values, or if all are equal. A percentile bootstrap would cover
-    too rarely below ten seeds (75 % with three). The interval is cut to `bounds` if all values lie inside.
+    There is no interval with fewer than two values, or if all values are equal. With fewer than ten seeds,
+    the percentile bootstrap would cover the true mean too rarely (75 % with three seeds).
+
+    Args:
+        values: One value for each seed.
+        bounds: The range of a value. The interval is cut to this range if all values lie in it.
     """
     x = np.asarray(values, dtype=float)
     n = len(x)
@@ -85,28 +91,30 @@ def mean_interval(values: ArrayLike, bounds: Bounds = UNBOUNDED) -> Estimate:
 
 
 def score_interval(values: ArrayLike, items: int = 0) -> Estimate:
-    """Return a mean score with an interval that contains the errors of the seeds and of the test items.
+    """Return a mean score with an interval that accounts for the variance of the seeds and of the test items.
 
-    At each end the distances of the t interval over seeds and of Wilson's interval over items are added in
-    quadrature (MOVER: Zou and Donner 2008).
+    The t interval over seeds and the Wilson interval over items are combined. At each end, the distances of
+    both intervals from the mean are added in quadrature (MOVER: Zou and Donner 2008).
 
     Args:
-        values: One score per seed.
-        items: The number of items over which each score is a mean of values in 0..1. It is 0 if a score is
-            no such mean, or if the number is unknown: the interval then has the error of the seeds alone.
+        values: One score for each seed.
+        items: The number of items if each score is a mean of values from 0 to 1 over items. The number is 0
+            if a score is no such mean or if the number of items is unknown; the interval then accounts for
+            the variance of the seeds alone.
     """
     found = mean_interval(values, SCORES)
     return _widen(found, [wilson(found.mean * items, items)], SCORES)
 
 
 def gain_interval(scores: ArrayLike, untrained: ArrayLike, items: int = 0) -> Estimate:
-    """Return the mean gain over the untrained base, with the errors of the seeds and of the test items.
+    """Return the mean gain over the untrained base model, with an interval for seeds and test items.
 
-    The items are the same for both scores, so that adding both Wilson errors (Newcombe 1998) is conservative.
+    Both scores are means over the same items. Adding the Wilson errors of both scores in quadrature (Newcombe
+    1998) is therefore conservative.
 
     Args:
-        scores: One test score per seed.
-        untrained: The test score of the untrained base for each of these seeds.
+        scores: One test score for each seed.
+        untrained: The test score of the untrained base model for each of these seeds.
         items: As for `score_interval`.
     """
     after, before = (np.asarray(values, dtype=float) for values in (scores, untrained))
@@ -116,7 +124,7 @@ def gain_interval(scores: ArrayLike, untrained: ArrayLike, items: int = 0) -> Es
 
 
 def _widen(found: Estimate, others: Sequence[Estimate], bounds: Bounds) -> Estimate:
-    """Add the errors of other values to an interval over seeds, in quadrature."""
+    """Add the errors of other estimates to an interval over seeds, in quadrature."""
     known = [other for other in others if not math.isnan(other.mean)]
     if found.n < 2 or not known:
         return found
@@ -129,16 +137,18 @@ def _widen(found: Estimate, others: Sequence[Estimate], bounds: Bounds) -> Estim
 def jackknife(value: float, left_out: ArrayLike, bounds: Bounds = UNBOUNDED) -> Estimate:
     """Return a statistic of a curve with its jackknife interval (Tukey 1958).
 
-    The interval is f -+ t(n-1) sqrt((n-1)/n sum (f_i - g)^2), where f_i is the statistic without seed i and g
-    the mean of all f_i. For a mean this is exactly the t interval. Widths and regrets, however, change
-    abruptly when the choice of the best rate changes. Their simulated coverage is 89 to 96 % on peaked curves
-    and 71 to 96 % on curves that are flat within the noise (7 rates; 3, 5 and 10 seeds). The interval shows
-    the scale of the uncertainty and is no test.
+    The interval is f +- t(n-1) sqrt((n-1)/n sum_i (f_i - g)^2). Here f is the statistic, f_i is the statistic
+    without seed i, and g is the mean of all f_i. For a mean, this interval is exactly the t interval.
+
+    Widths and regrets change abruptly when another rate becomes the best one. In simulations (7 rates; 3, 5
+    and 10 seeds), their intervals cover the true value in 89 to 96 % of cases for peaked curves, and in 71 to
+    96 % for curves whose differences are within the noise. Such an interval shows the scale of the
+    uncertainty and is not a test.
 
     Args:
         value: The statistic on all seeds.
-        left_out: The statistic with each seed left out in turn. The interval needs at least two values, none
-            of them NaN and not all equal.
+        left_out: The statistic with each seed left out in turn. There is an interval only if it has at least
+            two values, none of them is NaN, and they are not all equal.
         bounds: The range of the statistic.
     """
     x = np.asarray(left_out, dtype=float)
@@ -157,7 +167,7 @@ def _cut(low: float, high: float, bounds: Bounds) -> tuple[float, float]:
 
 
 def _t(tail: ArrayLike, degrees: ArrayLike) -> Floats:
-    """Return the value that a t variable exceeds with probability `tail`."""
+    """Return the value that a t distributed variable exceeds with probability `tail`."""
     from scipy import special
 
     found: Floats = np.asarray(special.stdtrit(degrees, 1 - np.asarray(tail)))
@@ -172,15 +182,16 @@ class Comparison:
     """The mean differences of K variants from one baseline: arrays of shape (K,).
 
     Attributes:
-        n: Number of replicates in which the variant and the baseline have a score.
-        mean: Mean difference.
-        std: Standard deviation of the differences over replicates.
-        error: Standard error of the mean difference, over replicates and, if given, test items. It and the
-            fields below are NaN with fewer than two replicates, or if the error is 0.
-        degrees: Degrees of freedom of the standard error.
-        critical: Half of the interval's width in standard errors, before it is cut to its bounds.
-        low: Lower limits of the simultaneous intervals.
-        high: Upper limits.
+        n: The number of replicates in which both the variant and the baseline have a score.
+        mean: The mean difference.
+        std: The standard deviation of the differences over replicates.
+        error: The standard error of the mean difference, over replicates and, if their error is given, test
+            items. This field and the following ones are NaN with fewer than two replicates, or if the error
+            is 0.
+        degrees: The degrees of freedom of the standard error.
+        critical: Half of the interval's width in standard errors, before the interval is cut to its bounds.
+        low: The lower limits of the simultaneous confidence intervals.
+        high: The upper limits of the simultaneous confidence intervals.
     """
 
     n: NDArray[np.int64]
@@ -199,20 +210,21 @@ def compare(
     alpha: float = ALPHA,
     bounds: Bounds = DIFFERENCES,
 ) -> Comparison:
-    """Return simultaneous intervals of K mean differences: paired t with Bonferroni's correction.
+    """Return simultaneous intervals of K mean differences: paired t intervals with Bonferroni's correction.
 
-    Every variant has its own variance. The intervals hold together with a probability of at least 1 - alpha,
-    whatever the correlation of the variants is. K counts the variants that have an interval.
+    Each variant has its own variance. All intervals contain their true differences with a probability of at
+    least 1 - alpha, whatever the correlation between the variants is. K is the number of variants that have
+    an interval.
 
-    The standard error contains the errors of the replicates and of the test items, se^2 = se_seed^2 +
-    se_item^2. Its degrees of freedom (Satterthwaite 1946) are (n - 1) (se / se_seed)^4, because the error of
-    many items is known; they are infinite if only items vary.
+    The standard error combines the errors of the replicates and of the test items: se^2 = se_seed^2 +
+    se_item^2. The error of the items is treated as known, because there are many items. So the degrees of
+    freedom (Satterthwaite 1946) are (n - 1) (se / se_seed)^4. They are infinite if se_seed is 0.
 
     Args:
-        differences: Variant minus baseline in each replicate, shape (..., n, K); NaN for a missing pair. With
-            further axes in front, one for studies, the fields have the shape (..., K).
-        item_error: Standard error of each mean difference over the test items, shape (K,); 0 if unknown. By
-            default 0, so that the results hold for these items only.
+        differences: Variant minus baseline in each replicate, shape (..., n, K), NaN for a missing pair. With
+            additional leading axes, for example one for studies, the fields have the shape (..., K).
+        item_error: The standard error of each mean difference over the test items, shape (K,); 0 where it is
+            unknown. By default it is 0, and the results then hold for these test items only.
         alpha: One minus the simultaneous confidence level.
         bounds: The range of a difference.
     """
@@ -235,9 +247,9 @@ def compare(
 
 
 def not_superior_p(found: Comparison, margin: float) -> Floats:
-    """Return one-sided p values of "the difference is +margin or more", shape (K,), by the paired t test.
+    """Return one-sided p values of "the difference is at least +margin" by the paired t test, shape (K,).
 
-    They are not corrected for the number of variants; see `count_shown`.
+    The p values are not corrected for the number of variants; `count_shown` corrects them.
     """
     from scipy import special
 
@@ -249,7 +261,7 @@ def holm(p: ArrayLike) -> Floats:
     """Return p values with Holm's step-down correction (Holm 1979), which is valid under any dependence.
 
     Args:
-        p: P values, shape (K,). NaN stays NaN and does not count as a comparison.
+        p: P values, shape (K,). A NaN stays NaN and does not count as a comparison.
     """
     values = np.asarray(p, dtype=float)
     corrected = np.full(values.shape, np.nan)
@@ -262,22 +274,22 @@ def holm(p: ArrayLike) -> Floats:
 def count_shown(p: ArrayLike, alpha: float = ALPHA) -> int:
     """Return how many of K null hypotheses Holm's procedure rejects.
 
-    The number is a lower 1 - alpha confidence bound of the number of false null hypotheses: a partial
-    conjunction with Bonferroni's combination (Benjamini and Heller 2008).
+    This number is a lower confidence bound, at level 1 - alpha, of the number of false null hypotheses. It is
+    a partial conjunction test with Bonferroni's combination (Benjamini and Heller 2008).
 
     Args:
-        p: P values without correction for multiple comparisons, shape (K,); NaN counts as 1.
+        p: P values without correction for multiple comparisons, shape (K,). A NaN counts as 1.
         alpha: The error rate of the bound.
     """
     return int((holm(np.nan_to_num(np.asarray(p, dtype=float), nan=1.0)) <= alpha).sum())
 
 
 def paired_share_p(won: int, lost: int) -> float:
-    """Return the two-sided p value of "both succeed equally often": McNemar's exact test (McNemar 1947).
+    """Return the two-sided p value of "both succeed equally often" by McNemar's exact test (McNemar 1947).
 
     Args:
-        won: Number of pairs in which the first succeeds and the second does not.
-        lost: Number of pairs in which the second succeeds and the first does not.
+        won: The number of pairs in which the first succeeds and the second does not.
+        lost: The number of pairs in which the second succeeds and the first does not.
     """
     n = won + lost
     tail = sum(math.comb(n, k) for k in range(min(won, lost) + 1))
@@ -285,10 +297,10 @@ def paired_share_p(won: int, lost: int) -> float:
 
 
 def item_error(differences: ArrayLike) -> float:
-    """Return the standard error over test items of a mean difference, clustered by item (Miller 2024).
+    """Return the standard error of a mean difference over test items, clustered by item (Miller 2024).
 
-    The results of one item in several replicates are correlated. So the difference of each item is first
-    averaged over the replicates.
+    The results of one item in several replicates are correlated. The difference of each item is therefore
+    averaged over the replicates before the standard error is computed.
 
     Args:
         differences: Variant minus baseline on each item, shape (replicates, items).
@@ -302,7 +314,7 @@ def item_error(differences: ArrayLike) -> float:
     return float(d.mean(axis=0).std(ddof=1)) / math.sqrt(d.shape[1])
 
 
-# -- words
+# -- outcomes of a comparison
 
 
 OUTCOMES: tuple[tuple[str, Callable[[float, float, float], bool]], ...] = (
@@ -312,28 +324,29 @@ OUTCOMES: tuple[tuple[str, Callable[[float, float, float], bool]], ...] = (
     ("worse", lambda low, high, margin: high < 0),
     ("not inferior", lambda low, high, margin: low > -margin),
 )
-"""Outcomes of a comparison and their predicates of (low, high, margin). The first one that is true counts."""
+"""Outcome of a comparison -> its predicate of (low, high, margin). The first predicate that is true
+decides."""
 
 
 def classify(low: float, high: float, margin: float) -> str:
-    """Return the outcome of a comparison, one of `OUTCOMES` or "undecided".
+    """Return the outcome of a comparison: a name in `OUTCOMES`, or "undecided".
 
-    If the intervals of several variants are simultaneous, their outcomes are as well.
+    If the intervals of several variants hold simultaneously, their outcomes hold simultaneously, too.
 
     Args:
         low: The lower limit of variant minus baseline; NaN if there is no interval.
-        high: The upper limit.
+        high: The upper limit of variant minus baseline.
         margin: The smallest difference that matters, above 0.
     """
     return next((name for name, holds in OUTCOMES if holds(low, high, margin)), "undecided")
 
 
 def counts_for_baseline(low: float, high: float, margin: float) -> str:
-    """Return whether a comparison supports the claim that the tuned baseline matches or beats the variant.
+    """Return whether a comparison shows that the tuned baseline matches or beats the variant.
 
     Args:
         low: The lower limit of variant minus baseline; NaN if there is no interval.
-        high: The upper limit.
+        high: The upper limit of variant minus baseline.
         margin: The smallest difference that matters, above 0.
 
     Returns:
@@ -357,22 +370,24 @@ def replicates_to_decide(
     """Return the number of replicates that decides a comparison for the least favorable true difference.
 
     A comparison is decided if its interval lies above -margin ("better", "equivalent" or "not inferior") or
-    below 0 ("worse"). The least favorable true difference is -margin / 2, halfway between these limits. Each
-    of the two decisions then has the probability Phi((margin / 2 - t se) / se), and both together twice as
-    much. So they have the probability `power` if se (t - z) = margin / 2, where z is the normal quantile of
-    1 - power / 2 and t the critical value of `compare`.
+    below 0 ("worse"). The least favorable true difference is -margin / 2, halfway between these two limits.
+    There, both decisions have the same probability Phi((margin / 2 - t se) / se), where Phi is the normal
+    distribution function, se is the standard error and t is the critical value of `compare`.
+
+    The two decisions exclude each other. The probability of a decision is therefore the sum of both
+    probabilities. It is `power` if se (t - z) = margin / 2, where z is the normal quantile of 1 - power / 2.
 
     Args:
         std: The standard deviation of the difference over replicates, taken as the true one.
         margin: The smallest difference that matters, above 0.
-        comparisons: Number of variants that are compared with the baseline.
-        item_error: Standard error over the test items, which more replicates do not reduce.
+        comparisons: The number of variants that are compared with the baseline.
+        item_error: The standard error over the test items, which more replicates do not reduce.
         power: The probability of a decision.
         alpha: One minus the simultaneous confidence level.
-        most: The largest number that is considered.
+        most: The largest number of replicates that is considered.
 
     Returns:
-        The smallest number, at least 2; None if it is above `most`.
+        The smallest sufficient number, at least 2; None if it is above `most`.
     """
     z = NormalDist().inv_cdf(1 - power / 2)
 
@@ -390,11 +405,11 @@ def replicates_to_decide(
 def expected_span(errors: ArrayLike) -> float:
     """Return the expected range (best minus worst mean score) of K variants with equal true scores.
 
-    The range of normal samples (Tippett 1925), for unequal standard errors.
+    It is the expected range of independent normal values (Tippett 1925), here with unequal standard errors.
 
     Args:
-        errors: The standard error of each variant's mean score, shape (K,). The errors of the means are
-            independent and normal.
+        errors: The standard error of each variant's mean score, shape (K,). The errors of the means are taken
+            to be independent and normal.
 
     Returns:
         The expected range; 0 with fewer than two variants.
@@ -421,12 +436,14 @@ def expected_span(errors: ArrayLike) -> float:
 
 
 class Peak(NamedTuple):
-    """The optimum of a curve, score over learning rate.
+    """The optimum of a curve of scores over learning rates.
 
     Attributes:
-        log10_rate: Log10 of the learning rate.
-        interpolated: True if the optimum is the maximum of the quadratic, False if it is the best grid point.
-        at_edge: True if the best grid point is the first or the last one; the optimum may lie beyond it.
+        log10_rate: Log10 of the learning rate at the optimum.
+        interpolated: True if the optimum is the maximum of the fitted parabola, False if it is the best grid
+            point.
+        at_edge: True if the best grid point is the first or the last one. The true optimum may then lie
+            outside of the grid.
     """
 
     log10_rate: float
@@ -435,16 +452,16 @@ class Peak(NamedTuple):
 
 
 def find_peak(log10_rates: Floats, scores: Floats, seeds: Floats) -> Peak:
-    """Return the maximum of a quadratic that is fitted to the points near the best grid point.
+    """Return the maximum of a parabola that is fitted to the points near the best grid point.
 
-    The fit is weighted least squares, with the numbers of seeds as weights, over the points within
-    `PEAK_WINDOW` of the best grid point. The result is the best grid point itself if the window has fewer
-    than three points, or if the quadratic has no maximum between them.
+    The fit is a weighted least squares fit to the points within `PEAK_WINDOW` of the best grid point. The
+    weights are the numbers of seeds. The result is the best grid point itself if the window has fewer than
+    three points, or if the parabola has no maximum between the outermost points of the window.
 
     Args:
         log10_rates: Log10 of the learning rate of each grid point, shape (m,), in any order.
-        scores: Mean score over seeds, shape (m,); NaN for a point without a score.
-        seeds: Number of seeds in each mean, shape (m,).
+        scores: The mean score over seeds, shape (m,); NaN for a point without a score.
+        seeds: The number of seeds in each mean, shape (m,).
 
     Raises:
         ValueError: No point has a score.

@@ -1,7 +1,8 @@
-"""Verdicts: when a claim is supported, refuted or undecided, and the sentences that say so.
+"""Verdicts: whether a claim is supported, refuted or undecided, and the sentences that say so.
 
-The tables of rules below are the whole decision. The first rule whose predicate holds for the facts of a
-panel gives the outcome and the sentence; facts are counts and limits from the frames of `Results`.
+The tables of rules in this module make the whole decision. The facts of a panel are counts and confidence
+limits from the frames of `Results`. The first rule of a table whose predicate is true for these facts
+determines the outcome and the sentence.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ if TYPE_CHECKING:
     from orchestrator.analyze.results import Results
 
 VerdictOutcome = Literal["supported", "refuted", "undecided", "descriptive"]
-"""The outcome for a claim. A descriptive verdict tests nothing, so it has no error rate."""
+"""The outcome of a claim. A descriptive verdict comes from no statistical test, so it has no error rate."""
 Facts = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The answer of a study to one claim. All texts are complete sentences, shown without further wording.
+    """The answer of a study to one claim. Reports show all texts without further wording.
 
     Attributes:
         claim: The claim in one sentence.
@@ -34,9 +35,9 @@ class Verdict:
         answer: The result in a few sentences, with the deciding numbers and their intervals.
         design: The tasks, models, variants, factors, seeds or replicates, and budget.
         next_step: What would make the answer more precise; empty if nothing would.
-        next_command: The command for `next_step`, or empty.
+        next_command: The command for `next_step`; empty if there is none.
         scope: The task or tasks to which the outcome applies, such as "digits".
-        panel: The panel of the verdict; empty if it is about several.
+        panel: The panel of the verdict; empty if the verdict is about several panels.
     """
 
     claim: str
@@ -50,7 +51,7 @@ class Verdict:
 
     @property
     def heading(self) -> str:
-        """The claim with its scope, as it is shown beside the outcome."""
+        """The claim with its scope, which stands beside the outcome."""
         return f"{self.claim.removesuffix('.')} ({self.scope})." if self.scope else self.claim
 
 
@@ -59,10 +60,10 @@ class Rule:
     """One line of a table of rules.
 
     Attributes:
-        applies: Predicate over the facts.
-        outcome: The outcome where it holds.
+        applies: The predicate over the facts.
+        outcome: The outcome if the predicate is true.
         sentence: A template of the sentence, filled in with the facts.
-        claim: The heading in place of the claim; empty to keep it.
+        claim: A heading that replaces the claim; empty to keep the claim.
         command: A template of the command of the next step.
     """
 
@@ -78,7 +79,7 @@ def _otherwise(_: Facts) -> bool:
 
 
 def decide(rules: Sequence[Rule], facts: Facts) -> tuple[Rule, str]:
-    """Return the first rule that applies, and its sentence."""
+    """Return the first rule whose predicate is true for the facts, and its sentence."""
     rule = next(rule for rule in rules if rule.applies(facts))
     return rule, rule.sentence.format(**facts)
 
@@ -112,7 +113,10 @@ RATE_MATTERS_RULES = (
         "It is shown for at least {supported} of {judged} variants; {required} are needed.",
     ),
 )
-"""Claim 1: shown for a variant if A and B of the rate exceed those of every other factor by the margin."""
+"""The rules of claim 1. The claim is shown for a variant if, for every other factor h, A(rate) exceeds A(h)
+by the margin and B(rate | h) exceeds B(h) by the margin. A is the loss if a factor is set blindly, and B is
+the loss if the rate is then tuned again (see `effects`). The sentences count variants by lower confidence
+bounds."""
 
 TUNED_WINS = "Tuned {name} matches or beats most variants."
 TUNED_WINS_RULES = (
@@ -133,7 +137,10 @@ TUNED_WINS_RULES = (
         "On {task} it is shown for at least {holds_at_least} of {counted} variants ({needed} needed).",
     ),
 )
-"""Claim 2: a variant counts for LoRA if the interval of its difference lies below the margin."""
+"""The rules of claim 2. LoRA, or another baseline, matches or beats a variant if the true difference "variant
+minus baseline" is below the margin. The numbers of variants are lower confidence bounds: `holds_at_least`
+counts variants that the baseline matches or beats, and `beaten_at_least` counts variants that are better by
+more than the margin."""
 
 RATE_DECIDES = "At one fixed learning rate the winner is an artefact of the rate."
 RATE_DECIDES_RULES = (
@@ -152,9 +159,13 @@ RATE_DECIDES_RULES = (
         "Whether one fixed learning rate changes which variant wins stays open.",
     ),
 )
-"""Claim 3: the order is reversed if a variant loses by more than the margin at one of two rates, LoRA's best
-and its own, and wins by more than the margin at the other. The headings are those of a grid, where the rates
-are chosen on the seeds that are compared."""
+"""The rules of claim 3. They compare a variant with LoRA, or another baseline, at two learning rates: the
+best rate of the baseline and the best rate of the variant. The order of the two is reversed if the variant
+loses by more than the margin at one of these rates and wins by more than the margin at the other.
+
+The field `claim` of a rule is the heading for a grid of learning rates. A grid chooses the rates on the same
+seeds that it compares. Its heading therefore describes the result and does not state the claim.
+"""
 
 BEST_RATES_RULES = (
     Rule(lambda f: not f["scored"], "descriptive", "No learning rate of {panel} has a score yet."),
@@ -190,7 +201,7 @@ BEST_RATES_RULES = (
         "Each variant has a learning rate of its own at which it is best.",
     ),
 )
-"""What a grid shows about the best rates of a panel."""
+"""The rules for what a grid shows about the best learning rates of a panel."""
 
 NEXT_STEPS = (
     Rule(
@@ -226,7 +237,7 @@ NEXT_STEPS = (
         command="{more}",
     ),
 )
-"""What decides claim 2 where it is open."""
+"""The rules for the next step if claim 2 is undecided."""
 
 
 def shown_name(variant: str) -> str:
@@ -235,7 +246,7 @@ def shown_name(variant: str) -> str:
 
 
 def find_verdicts(results: Results) -> list[Verdict]:
-    """Return the verdicts of a study, the most important first."""
+    """Return the verdicts of a study, the most important one first."""
     find = {"factors": _factors, "replicates": _tuned, "curve": _curves, "search": _searches}
     found = list(find[results.study.settings.kind](results))
     if results.study.settings.select == "published":
@@ -248,7 +259,11 @@ def find_verdicts(results: Results) -> list[Verdict]:
 
 
 def has_peak(row: Facts) -> bool:
-    """Return whether a row of `best` has a best rate: something was learned, and not both ends are best."""
+    """Return whether a row of `Results.best` has a best learning rate.
+
+    It has none if no rate has a score, if nothing was learned, or if both ends of the grid have the best
+    score.
+    """
     return not (
         math.isnan(row["learning_rate"]) or row["nothing_learned"] or row.get("bracket") == "both edges"
     )
@@ -298,7 +313,7 @@ def _rows(frame: pd.DataFrame, panel: str) -> list[dict[str, Any]]:
 
 
 def best_rate_facts(panel: Facts, best: pd.DataFrame) -> dict[str, Any]:
-    """Return the facts on which `BEST_RATES_RULES` decide."""
+    """Return the facts from which `BEST_RATES_RULES` decide."""
     rows = best.to_dict("records")
     scored = [row for row in rows if not math.isnan(row["learning_rate"])]
     peaked = sorted((r for r in rows if has_peak(r)), key=lambda r: (r["learning_rate"], r["curve"]))
@@ -323,7 +338,7 @@ def best_rate_facts(panel: Facts, best: pd.DataFrame) -> dict[str, Any]:
 
 
 def _span_sentence(panel: Facts, best: pd.DataFrame) -> str:
-    """Return the sentence on the test scores at one common rate and at each variant's own best rate."""
+    """Return the sentence on the spans of the test scores at the common rate and at the best rates."""
     own = best[~best["nothing_learned"] & best["test_at_common_rate"].notna() & best["test_score"].notna()]
     if len(own) < 2:
         return ""
@@ -345,14 +360,15 @@ def _span_sentence(panel: Facts, best: pd.DataFrame) -> str:
 def _fixed_rate(
     rows: Sequence[Facts], baseline: str, scope: str, design: str, chosen: Mapping[str, str]
 ) -> tuple[Rule, Verdict]:
-    """Return the rule that decided claim 3 and the verdict.
+    """Return the rule that decided claim 3, and the verdict.
 
     Args:
         rows: The rows of `Results.fixed_rate` of one panel.
-        baseline: The curve at whose rate the others are compared.
+        baseline: The curve at whose best rate the others are compared.
         scope: The text for `Verdict.scope`.
         design: The text for `Verdict.design`.
-        chosen: Curve -> its best rate as text; empty for replicates, which have different best rates.
+        chosen: Curve -> its best rate as text. It is empty for a replicated tuning, whose replicates have
+            different best rates.
     """
     name = shown_name(baseline)
     reversed_rows = [row for row in rows if row["reversal"] is True]
@@ -424,7 +440,7 @@ def _tuned(results: Results) -> Iterator[Verdict]:
 
 
 def _over_tasks(claim: str, tasks: Sequence[Facts], verdicts: Sequence[Verdict]) -> Verdict:
-    """Return the verdict on claim 2 over all tasks: whether it holds on more than half of them (Holm)."""
+    """Return the verdict on whether claim 2 holds on more than half of the tasks, by Holm's procedure."""
     import numpy as np
 
     shown, against = (stats.count_shown(np.array([t[p] for t in tasks])) for p in ("p_claim", "p_against"))
@@ -447,7 +463,7 @@ def _tuned_design(task: Facts, rows: Sequence[Facts], margin: float) -> str:
 
 
 def _outcome_sentence(task: Facts, rows: Sequence[Facts], baseline: str) -> str:
-    """Return the sentence that lists the counted variants by outcome, with differences in points."""
+    """Return the sentence that lists the counted variants by outcome, with their differences in points."""
     groups = []
     for outcome in (*(name for name, _ in stats.OUTCOMES), "undecided"):
         own = [_difference(row) for row in rows if row["role"] == "variant" and row["outcome"] == outcome]
@@ -458,14 +474,14 @@ def _outcome_sentence(task: Facts, rows: Sequence[Facts], baseline: str) -> str:
 
 
 def _difference(row: Facts) -> str:
-    """Return a variant with its difference and its interval, or the reason why it has none."""
+    """Return a variant with its difference and its interval, or the reason why it has no interval."""
     ends = points_interval(row["difference_low"], row["difference_high"])
     shown = "" if math.isnan(row["difference"]) else points(row["difference"])
     return " ".join(filter(None, (row["variant"], shown, ends or f"({missing_interval(row)})")))
 
 
 def missing_interval(row: Facts) -> str:
-    """Return why a row of `comparison` has no interval; empty for the baseline and if it has one."""
+    """Return why a row of `Results.comparison` has no interval; empty if it has one or is the baseline."""
     if row["role"] == "baseline" or not math.isnan(row["difference_low"]):
         return ""
     if row["pairs"] < 2:
@@ -544,7 +560,10 @@ def _factors(results: Results) -> Iterator[Verdict]:
 
 
 def _cost_sentence(panel: Facts, rows: pd.DataFrame) -> str:
-    """Return the sentence on A of the learning rate and the largest A of the others; empty without one."""
+    """Return the sentence on the loss A of the learning rate and the largest A of the other factors.
+
+    The sentence is empty if either loss is missing. Factors of the alias group are left out.
+    """
     rates = rows.loc[rows["factor"] == "learning_rate", "misset"].dropna()
     others = rows[~rows["alias"] & rows["misset"].notna()]
     if not len(rates) or not len(others):
@@ -561,7 +580,6 @@ def _cost_sentence(panel: Facts, rows: pd.DataFrame) -> str:
 
 
 def _claim_sentence(claims: pd.DataFrame) -> str:
-    """Return the sentence on the variants for which the claim holds, fails or is undecided."""
     words = {
         "supported": "holds for",
         "refuted": "fails for",
@@ -588,7 +606,10 @@ def _factor_design(panel: Facts, claims: pd.DataFrame, rows: pd.DataFrame, margi
 
 
 def _more_seeds(claims: pd.DataFrame, others: pd.DataFrame) -> tuple[str, int]:
-    """Return the next step towards a decision and the number of seeds to train; 0 if seeds may not do."""
+    """Return the sentence on the next step of a sensitivity study, and the number of seeds to train.
+
+    The number is 0 if more seeds may not lead to a decision.
+    """
     opened = claims[claims["outcome"] != "supported"]
     by_range = opened.loc[opened["outcome"] == "undecided (range)", "variant"]
     if len(by_range):

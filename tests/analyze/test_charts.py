@@ -33,7 +33,11 @@ FINGERPRINT = "{:04d}b1c2d3e4f5a6b7c8d9e0"
 
 
 def make_runs(peaks: dict[str, float]) -> pd.DataFrame:
-    """Three seeds of each curve: a peak, collapse at twice its distance above, divergence beyond."""
+    """Return the runs of three seeds at each learning rate of each curve.
+
+    The score has a peak at the rate that `peaks` gives. More than 0.6 decades above this rate the runs
+    collapse, and more than 1.3 decades above it they diverge.
+    """
     generator, rows = np.random.default_rng(0), []
     for curve, peak in peaks.items():
         for rate in RATES:
@@ -211,7 +215,7 @@ def build(name: str, width: int = WIDE) -> dict[str, Any]:
 
 
 def find_views(node: Any) -> list[dict[str, Any]]:
-    """All parts of a specification that draw a mark, with the data of the plot around them."""
+    """Return all parts of a specification that draw a mark, each with its own data or those of its plot."""
     found = []
 
     def visit(part: Any, data: Any) -> None:
@@ -230,7 +234,7 @@ def find_views(node: Any) -> list[dict[str, Any]]:
 
 
 def find_layers(spec: dict[str, Any], mark: str, where: str = "", **look: Any) -> list[dict[str, Any]]:
-    """The layers of a mark whose filter contains `where` and whose mark has the properties `look`."""
+    """Return the layers of a type of mark that have `where` in the filter and the mark properties `look`."""
     return [
         view
         for view in find_views(spec)
@@ -340,6 +344,14 @@ def test_enlarged_plot_has_no_interval_of_a_point_outside() -> None:
     assert f"datum.score >= {low:.6g}" in str(enlarged["transform"])
     assert enlarged["mark"]["clip"]
     assert not whole["mark"]["clip"]
+
+
+def test_scores_that_differ_by_rounding_have_no_enlarged_plot() -> None:
+    scores = {name: 0.9 for name in POINTS.columns if name.startswith("validation_score")}
+    points = POINTS.assign(**scores)
+    points.loc[points.index[0], "validation_score"] += 1e-16
+    spec = specification(charts.score_curves(PANEL, points, BEST.assign(**scores), RUNS[:0], "equal"), WIDE)
+    assert "the same, enlarged" not in str(spec)
 
 
 def test_untrained_base_is_named_in_the_right_margin() -> None:

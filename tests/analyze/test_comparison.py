@@ -28,7 +28,7 @@ TWO = {"lora": Truth(), "pissa": Truth()}
 
 
 def diverge(records: list[Record], variant: str, *replicates: int) -> list[Record]:
-    """Return records in which every run of these tunings diverged."""
+    """Return the records, with every run of the given tunings diverged."""
     return [replace(r, state="diverged") if is_of(r, variant, *replicates) else r for r in records]
 
 
@@ -102,7 +102,7 @@ def test_the_pooled_curve_finds_the_optimum_between_the_rates_of_any_one_grid() 
 
 
 def test_variants_with_other_best_rates_and_the_same_top_are_not_called_different() -> None:
-    """The rates of one coarse grid miss the optima by different amounts; shifted grids average them."""
+    """A coarse grid misses the variants' best rates by different amounts. Shifted grids average this out."""
     wrong = 0
     for seed in range(12):
         found = compare(tuned_records(EQUAL, noise=0.003, seed=seed)).comparison
@@ -144,7 +144,7 @@ def test_unusable_tunings_leave_an_interval_of_the_others_and_a_share_with_an_ex
 
 @pytest.mark.parametrize("lowest", [-4.0, -2.0])
 def test_a_tuning_in_which_every_run_ends_at_the_untrained_score_is_not_usable(lowest: float) -> None:
-    """Whether the tie falls to a rate below or above the best one of the other replicates."""
+    """The chosen rate lies below or above the best rates of the other replicates."""
     whole = tuned_records({"lora": Truth(), "pissa": Truth(0.91, -2.6)}, replicates=10)
     records = [record("pissa", rate, 3, 0.3, untrained=0.3) for rate in shifted_rates(3, lowest)]
     others = [r for r in whole if not is_of(r, "pissa", 3)]
@@ -156,7 +156,7 @@ def test_a_tuning_in_which_every_run_ends_at_the_untrained_score_is_not_usable(l
 
 
 def test_a_variant_that_is_usable_less_often_is_no_better_for_that() -> None:
-    """Claim 2 is refuted by the scores of the usable replicates alone, as if the others did not exist."""
+    """The p value against claim 2 is that of the replicates in which both variants are usable."""
     truths = {"lora": Truth(), "pissa": Truth(0.96, -2.6)}
     records = tuned_records(truths, replicates=14, noise=0.015)
     found = compare(diverge(records, "pissa", *range(4, 14)))
@@ -188,7 +188,13 @@ def test_a_replicate_in_which_every_run_failed_is_missing_from_the_share_of_usab
 
 
 def with_questions(records: list[Record], questions: int, flips: dict[str, float]) -> list[Record]:
-    """Return records with a result per question. `flips`: variant -> share of the results that it changes."""
+    """Return the records, with a result of 0 or 1 for each question of the test split.
+
+    Args:
+        records: The records.
+        questions: The number of questions.
+        flips: Variant -> share of the questions at which its results differ from the common results.
+    """
     generator = np.random.default_rng(0)
     base = (generator.random(questions) < 0.8).astype(float)
     results = {}
@@ -234,7 +240,7 @@ def test_the_noise_of_the_questions_widens_the_intervals() -> None:
 
 
 def test_a_replicate_far_from_the_others_is_a_warning() -> None:
-    """One tuning of pissa ends 15 points lower. Replicates of plain noise give no warning."""
+    """One tuning of pissa ends 15 points lower. Replicates that differ by noise alone give no warning."""
     plain = tuned_records({**TWO, "dora": Truth()}, replicates=10, noise=0.005)
     low = tuned_records({"pissa": Truth(0.75)}, replicates=5, noise=0.005)[-9:]
     kept = [r for r in plain if not is_of(r, "pissa", 4)]
@@ -337,7 +343,13 @@ LORA, HIRA = scores((0.5, 0.9, 0.0), 0), scores((0.1, 0.6, 0.9), 1)
 def at_fixed_rate(
     margin: float = 0.01, chosen: Mapping[str, int] | None = None, **curves: Any
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Compare curves with LoRA's. `chosen`: variant -> index of its best rate, 1 by default."""
+    """Compare curves with LoRA's curve.
+
+    Args:
+        margin: The smallest difference that matters.
+        chosen: Variant -> index of its best rate; by default 1.
+        **curves: Variant -> test scores, shape (replicates, rates).
+    """
     places = {name: np.full(len(own), (chosen or {}).get(name, 1)) for name, own in curves.items()}
     return compare_at_fixed_rate(RATES, curves, places, "lora", margin)
 
@@ -372,7 +384,7 @@ def test_noise_leaves_it_open_and_two_replicates_do_not_crash() -> None:
 
 
 def test_noise_at_one_rate_alone_excludes_a_reversal() -> None:
-    """A reversal needs a loss at one rate and a win at the other, and at the second rate both are equal."""
+    """A reversal needs a loss at one rate and a win at the other rate. Here, both are equal at one rate."""
     generator = np.random.default_rng(6)
     means = np.tile([0.5, 0.9, 0.9], (6, 1))
     baseline, variant = means + generator.normal(0, 0.0005, (2, 6, 3))
@@ -408,7 +420,7 @@ def test_the_curves_of_a_grid_show_it_too_and_say_that_they_are_descriptive() ->
 
 @pytest.mark.parametrize("kept", [0, 3])
 def test_a_study_without_a_whole_tuning_of_the_baseline_has_a_report(tmp_path: Path, kept: int) -> None:
-    """As after an interruption: the baseline has no record yet, or fewer rates than the others."""
+    """After an interruption, the baseline may have no record, or fewer rates than the other variants."""
     records = tuned_records({"lora": Truth(), "pissa": Truth()}, replicates=2)
     of_lora = [r for r in records if r.configuration.variant.name == "lora"]
     found = [r for r in records if r not in of_lora] + of_lora[:kept]

@@ -1,4 +1,4 @@
-"""Curves and their statistics: values computed by hand, invariances, and the lane that export takes."""
+"""Curves: values computed by hand, invariances, stopped runs, and the run that export takes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SHAPE = ("width", "width_90", "lost_near", "lost")
 
 
 def rows(records: Sequence[Record]) -> dict[str, dict[str, Any]]:
-    """Return curve -> its row in `best`, of a study with one panel."""
+    """Analyze a study with one panel, and return curve -> its row in `best`."""
     found = analyze_curves(records)
     assert len(found.panels) == 1
     return {row["curve"]: row for row in found.best.to_dict("records")}
@@ -41,7 +41,14 @@ def only(records: Sequence[Record]) -> dict[str, Any]:
 
 
 def seeds(scores: Mapping[float, Sequence[Any]], variant: str = "lora", **more: Any) -> list[Record]:
-    """Return the records of one curve: rate -> score of each seed; None, "stopped" or "failed" without."""
+    """Return the records of one curve.
+
+    Args:
+        scores: Learning rate -> the score of each seed. None is a diverged run. "stopped" or "failed" is the
+            state of a run without a final score.
+        variant: The variant.
+        **more: Further arguments of `record`.
+    """
     return [
         record(variant, rate, seed, 0.1, state=score, **more)
         if isinstance(score, str)
@@ -185,7 +192,11 @@ def test_without_lora_the_rate_best_on_average_is_the_common_one() -> None:
 
 
 def tables(rates: st.SearchStrategy[list[Any]]) -> st.SearchStrategy[Tables]:
-    """Return variant -> rate -> scores of the seeds, each rate drawn from `rates`."""
+    """Return a strategy for variant -> the scores of the seeds at each learning rate.
+
+    Args:
+        rates: A strategy for the scores of the seeds at one learning rate.
+    """
     variants = st.sampled_from(("lora", "dora", "pissa", "rslora", "dense", "hira"))
     return st.dictionaries(variants, st.lists(rates, min_size=2, max_size=6), min_size=3)
 
@@ -231,7 +242,12 @@ OUTCOMES = st.lists(st.tuples(st.lists(SCORES, max_size=4), st.integers(0, 4)), 
 
 
 def choosable(outcomes: Sequence[tuple[Sequence[float], int]], floor: float = 0.0) -> list[bool]:
-    """Return which points may be chosen, of the scores and the number of stopped runs of each."""
+    """Return which points may be chosen.
+
+    Args:
+        outcomes: For each point, the scores of its runs and the number of its stopped runs.
+        floor: The score of a constant answer.
+    """
     points = [(sum(s) / len(s) if s else NAN, len(s), stopped, floor) for s, stopped in outcomes]
     frame = pd.DataFrame(points, columns=["validation_score", "scored", "stopped", "floor"])
     return [bool(each) for each in curves.choosable(frame)]
@@ -285,7 +301,7 @@ def test_of_equal_lanes_that_of_lora_comes_first_and_then_the_first_by_name() ->
 
 @pytest.mark.parametrize("setting", [{}, {"alpha": 32.0}, {"steps": 99}])
 def test_export_takes_a_run_of_the_point_that_the_report_calls_the_best(setting: dict[str, Any]) -> None:
-    """The best mean wins, not the best run; a stopped seed counts in its own curve alone."""
+    """Export chooses by the best mean, not by the best run. A stopped run affects its own curve alone."""
     records = seeds({1e-2: (0.8, 0.8)}) + seeds({1e-2: (0.95, 0.1)}, "dora")
     if setting:
         records = seeds({1e-3: (0.4, 0.4), 1e-2: (0.95, "stopped")}) + seeds({1e-3: (0.7, 0.7)}, **setting)

@@ -1,4 +1,4 @@
-"""Effects of a factor for each seed, and claim 1, compared with values that are known by construction."""
+"""The effects of a factor for each seed, and claim 1, compared with values that are known by construction."""
 
 from __future__ import annotations
 
@@ -49,7 +49,11 @@ def test_beyond_the_measured_levels_the_last_one_counts() -> None:
 
 
 def _surface(costs: list[float], shifts: list[int], seeds: int = 4) -> np.ndarray:
-    """Return scores, shape (levels, 5 rates, seeds): 0.9 - cost at rate 2 + shift, 0.1 less per step."""
+    """Return scores, shape (levels, 5 rates, seeds), that are equal for all seeds.
+
+    The best score of a level is 0.9 minus its cost. It lies at the rate with the index 2 + shift. The score
+    is lower by 0.1 for each step of the rate away from it.
+    """
     rates = np.arange(5)
     scores = np.array([0.9 - c - 0.1 * np.abs(rates - 2 - s) for c, s in zip(costs, shifts, strict=True)])
     return np.repeat(scores[:, :, None], seeds, axis=2)
@@ -110,7 +114,7 @@ def test_no_seed_takes_part_in_the_choice_for_itself() -> None:
 
 
 def test_equal_rates_do_not_look_better_than_they_are() -> None:
-    """If a seed's own score took part in the choice, the best of five equal rates would seem to gain."""
+    """If a seed's own score took part in the choice, tuning would seem to gain where all rates are equal."""
     noise = RNG.normal(size=(2_000, 5, 3))
     honest = np.mean([effects.gain(each, each, 0).mean() for each in noise])
     naive = np.mean([each.mean(axis=1).max() - each[0].mean() for each in noise])
@@ -204,7 +208,10 @@ def test_a_flip_of_the_range_is_caught(half: float, measured: float, double: flo
 
 
 def test_the_claim_errs_in_at_most_five_percent_where_it_is_just_false() -> None:
-    """One factor costs less than the rate by exactly the margin, another factor by much more."""
+    """The loss of the rate exceeds one factor's loss by exactly the margin, and another factor's by far more.
+
+    For the refutation, the losses of ten factors exceed the loss of the rate by exactly the margin.
+    """
     supported = refuted = 0
     for _ in range(2_000):
         close, far = RNG.normal(MARGIN, 0.02, 5), RNG.normal(0.3, 0.02, 5)

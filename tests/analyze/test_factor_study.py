@@ -1,4 +1,4 @@
-"""Sensitivity studies: effects of factors, stars of unfinished studies, and claim 1, with planted effects."""
+"""Sensitivity studies with known effects: losses of factors, stars of unfinished studies, and claim 1."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ ARM_RATES = resweep_rates(RATES, 1e-2)
 
 
 def factor(results: Results, title: str) -> Mapping[str, Any]:
-    """Return the row of a factor of the study's only variant."""
+    """Return the row of a factor in a study of one variant."""
     (row,) = results.factors[results.factors["title"] == title].to_dict("records")
     return row
 
 
 def claim(results: Results) -> pd.Series:
-    """Return the test of claim 1 for the study's only variant."""
+    """Return the test of claim 1 in a study of one variant."""
     (row,) = (row for _, row in results.claims.iterrows())
     return row
 
@@ -73,7 +73,10 @@ def test_an_alias_costs_much_blindly_and_nothing_with_the_rate_tuned_again(plant
 
 
 def test_the_losses_and_the_gain_of_the_rate_are_those_of_the_surface(planted: Results) -> None:
-    """D and C follow from the bell: 0.9 exp(-(d / 0.8)^2) at d decades from the optimum, which is 1e-2."""
+    """The loss D and the gain C (see `effects`) follow from the true score of the learning rate.
+
+    At d decades from the optimum, which is 1e-2, the true score is 0.9 exp(-(d / 0.8)^2).
+    """
     row = factor(planted, "learning rate")
     bell = [0.9 * math.exp(-((decades / 0.8) ** 2)) for decades in (0.0, 0.5, 0.25)]
     assert row["off_by_half_decade"] == pytest.approx(bell[0] - bell[1], abs=0.02)
@@ -84,7 +87,7 @@ def test_the_losses_and_the_gain_of_the_rate_are_those_of_the_surface(planted: R
 
 
 def test_collapsed_runs_count_as_their_score_and_beside_it_as_unusable(planted: Results) -> None:
-    """In the surface, runs collapse at rates more than 0.8 decades above the best rate."""
+    """Runs collapse at learning rates more than 0.8 decades above the best rate."""
     row = factor(planted, "learning rate")
     assert (row["usable"], row["ended"]) == (50, 55)
 
@@ -140,7 +143,7 @@ def test_a_study_without_any_score_has_a_result() -> None:
 
 
 def test_the_default_of_a_single_factor_is_the_level_that_was_requested_first() -> None:
-    """Curve and levels have the same five rates, so that nothing else tells them apart."""
+    """The curve and the levels have the same five rates, so only the order of requests tells them apart."""
     for name in ("lora", "rslora", "pissa", "dora"):
         records = star_records(SURFACE, template(name), names=("rank",), seeds=2, rates=ARM_RATES)
         assert factor(analyze_star(records), "rank")["default"] == "8"
@@ -171,7 +174,7 @@ def test_missing_and_diverged_runs_leave_the_other_seeds() -> None:
     ids=["of the curve has no figures", "of an arm has the curve alone"],
 )
 def test_the_report_of_a_part(lacking: tuple[float, ...], is_arm: bool, seeds: int) -> None:
-    """Each seed lacks one rate, so that no seed is complete."""
+    """Each seed lacks the run at one rate, so no seed has a score at every rate."""
     ended = [r for r in RANK if (is_arm and rank_of(r) == 8) or lacking[r.configuration.seed] != rate_of(r)]
     found = analyze(star_study(RANK), ended)
     assert claim(found)["seeds"] == seeds
@@ -194,7 +197,7 @@ def test_a_rate_at_which_every_run_of_the_curve_failed_enters_no_figure() -> Non
 
 
 def test_more_seeds_and_a_wider_curve_change_no_default() -> None:
-    """Ten more seeds of one level do not make that level the default."""
+    """Ten additional seeds of one level do not make this level the default."""
     more = [
         make_record(replace(r.configuration, seed=r.configuration.seed + 10), 0.5)
         for r in RANK

@@ -1,4 +1,4 @@
-"""The published scores give the survey's own tables; the report on them, and an own study beside them."""
+"""The published scores give the tables of the survey. The report on them, and a user's study beside them."""
 
 from __future__ import annotations
 
@@ -57,8 +57,12 @@ KNOWN = {
     "glue": ((7, [], 5.55, 2.08), (2, 15)),
     "images": ((5, ["RaSA"], 3.51, 0.61), (1, 16)),
 }
-"""LoRA's rank and the variants that share it, the spans of the best scores of all and of the better ten; the
-places that LoRA would have with one point of noise."""
+"""Task -> the values of LoRA and of the panel, and LoRA's ranks with noise.
+
+The first tuple has LoRA's rank, the variants with the same rank, and the spans of the best scores of all
+variants and of the better ten. The second tuple has the 5 % and the 95 % quantile of LoRA's rank with one
+point of noise.
+"""
 
 
 @pytest.mark.parametrize("task", KNOWN)
@@ -91,7 +95,7 @@ def test_best_rates(survey: Survey) -> None:
 
 
 def test_a_tie_of_two_rates_is_no_edge_and_the_edges_are_named(survey: Survey) -> None:
-    """RaSA scores the same on HumanEval at 5e-4 and at the grid's last rate."""
+    """RaSA has the same score on HumanEval at 5e-4 and at the last rate of the grid."""
     rasa = survey.rows("humaneval").set_index("curve").loc["RaSA"]
     assert (rasa["rates"], rasa["bracket"]) == ("5e-4 = 1e-3", "yes")
     high = {"gsm8k": ["AdaLoRA", "DeLoRA", "DenseLoRA", "HiRA", "MoSLoRA", "RaSA"], "humaneval": ["HiRA"]}
@@ -115,7 +119,7 @@ def test_each_rate_has_its_winner_and_the_span_of_all_scores(task: str, survey: 
 
 
 def test_twenty_equal_variants_span_what_normal_order_statistics_say(survey: Survey) -> None:
-    """The expected range of twenty standard normals is 3.7350 (Tippett 1925), its 95 % point 5.01."""
+    """The range of twenty standard normal values has mean 3.735 (Tippett 1925) and 95 % quantile 5.01."""
     for noise in survey.noise[survey.noise["noise"] == 1.0].itertuples():
         assert noise.equal_span == pytest.approx(3.735, abs=0.02)
         assert noise.equal_span_high == pytest.approx(5.01, abs=0.04)
@@ -164,7 +168,7 @@ def test_an_own_study_is_drawn_by_published_name_in_points() -> None:
     assert len(found.rows("gsm8k")) == 20, "it enters no number of the survey"
     charts = {each.name: each.chart for each in survey_sections(found) if each.chart is not None}
     lines = json.dumps(specification(charts["curves"], WIDE)["datasets"])
-    assert lines.count('"kind": "line", "dash": "second source"') == 4 * 2, "LoRA's is in each small plot, too"
+    assert lines.count('"kind": "line", "dash": "second source"') == 4 * 2, "LoRA is in every small plot"
 
 
 def test_a_study_of_the_user_is_not_overwritten(tmp_path: Path) -> None:
@@ -174,7 +178,7 @@ def test_a_study_of_the_user_is_not_overwritten(tmp_path: Path) -> None:
 
 
 def test_an_average_over_tasks_has_the_rates_at_which_each_task_has_a_score() -> None:
-    """A diverged run counts as the floor and a failed one not at all."""
+    """A diverged run counts with the floor as its score, and a failed run does not count."""
     dtd = [
         record("lora", 1e-3, 0, 0.5, 0.4, floor=0.02, task="dtd"),
         record("lora", 1e-3, 1, None, None, state="diverged", floor=0.02, task="dtd"),
@@ -219,7 +223,7 @@ def test_a_noise_that_is_none_is_refused(noise: float) -> None:
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder of the page, with a user's study on GSM8K over the published curves."""
+    """Return the folder of the report, with a user's study on GSM8K over the published curves."""
     output = tmp_path_factory.mktemp("published")
     store, records = Store(output / "store"), own_records()
     with pytest.raises(UsageError, match="mine"):

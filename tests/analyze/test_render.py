@@ -1,4 +1,4 @@
-"""The three renderings of sections, and the page in a real browser."""
+"""Tests of the three renderings of sections (terminal, Markdown, HTML page) and of the page in Chromium."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ def test_markdown_has_verdicts_warnings_and_whole_commands_but_no_folded_section
 
 
 class Page(HTMLParser):
-    """The start tags of a page with their attributes, and the text of script elements by id."""
+    """A parsed page: its start tags with their attributes, and the text of its script elements by id."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -285,7 +285,7 @@ def test_only_a_table_with_more_columns_has_a_switch(page: Page) -> None:
 
 
 class Browser:
-    """Chromium, spoken to by the protocol of its developer tools through two pipes."""
+    """A headless Chromium, which the tests control by the Chrome DevTools Protocol through two pipes."""
 
     def __init__(self, profile: Path) -> None:
         theirs, self._write = os.pipe()

@@ -1,4 +1,4 @@
-"""The report: the page, the pictures beside it, summary.json, and the description for MLflow."""
+"""Tests of the report: the HTML page, the chart files, summary.json and the description for MLflow."""
 
 from __future__ import annotations
 
@@ -59,10 +59,10 @@ class Page(HTMLParser):
 def written(
     folder: Path, records: list[Record], uri: str = DATABASE, **more: Any
 ) -> tuple[Results, Page, dict[str, Any], str]:
-    """Write a report of STUDY with the fields `more`.
+    """Write a report of STUDY, in which the fields `more` are replaced.
 
     Returns:
-        The results, the page, the content of summary.json, and the text for the terminal.
+        The results, the parsed page, the content of summary.json, and the text for the terminal.
     """
     results, sections = write_report(replace(STUDY, **more), records, folder, uri)
     page = Page((folder / "report.html").read_text())
@@ -111,7 +111,7 @@ def _intervals(numbers: dict[str, Any]) -> Iterator[tuple[float, float]]:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("has_items", [True, False])
 def test_equal_seeds_do_not_make_a_score_certain(tmp_path: Path, kind: str, has_items: bool) -> None:
-    """Two seeds score the same on 109 rows."""
+    """No interval has length 0 although two seeds have the same score on 109 items."""
     right = {1e-4: 60, 1e-3: 105, 3e-3: 105, 1e-2: 40}
     items = {rate: ItemResults((1.0,) * n + (0.0,) * (109 - n)) for rate, n in right.items()}
     records = [
@@ -138,7 +138,7 @@ def test_equal_seeds_do_not_make_a_score_certain(tmp_path: Path, kind: str, has_
 
 
 def test_commands_name_the_folders_and_train_again_elsewhere(tmp_path: Path) -> None:
-    """With the folders of the study it would train nothing, because the results are known."""
+    """Commands that train again name other folders, because the study's own store already has the results."""
     folder, shared = tmp_path / "mine" / "lr-sensitivity", tmp_path / "shared"
     seeds = [record(seed=seed) for seed in range(2)]
     lanes = " ".join(each.fingerprint[:12] for each in seeds)

@@ -38,7 +38,7 @@ FRAMES = {
     "study_seconds test_score",
     "verdicts": "claim outcome answer design",
 }
-"""Frames of every study -> their columns, as `Results` documents them."""
+"""Frame that every study has -> its columns, as `Results` documents them."""
 SHAPE = "width width_90 width_is_bound lost lost_near cliff bracket test_at_common_rate"
 SEARCH = {"best": "replicate settings edges points steps max_steps", "points": "order settings"}
 FACTOR = "panel variant factor misset retuned gain off_by_2 off_by_half_decade"
@@ -56,7 +56,7 @@ OWN = {
     },
     "factors": {"best": SHAPE, "factors": FACTOR, "claims": "panel variant"},
 }
-"""Kind of study -> its own frames and columns."""
+"""Kind of study -> frame -> the columns that only this kind of study has."""
 
 
 def analyze_as(kind: Any, records: Sequence[Record], **more: Any) -> Results:

@@ -79,7 +79,7 @@ def test_only_results_whose_mean_is_the_score_are_items() -> None:
 
 
 def own(content: str, name: str, variant: str = "lora") -> Record:
-    """Return a record of a task in a user's file."""
+    """Return the record of a run on a task in a user's file."""
     found = record(variant, task=name)
     configuration = replace(found.configuration, task=replace(found.configuration.task, content=content))
     return replace(found, configuration=configuration, fingerprint=configuration.fingerprint)
@@ -130,12 +130,14 @@ def test_alpha_and_a_variants_own_hyperparameters_make_curves_in_the_panel_of_lo
 
 def test_mixed_provenance_gives_one_warning_per_column() -> None:
     versions = {"torch": "2.12.0", "ray": "2.60.0"}
-    other = Provenance("fedcba9", versions, device="cuda", kernels="liger", lane_group_size=4, host="b")
+    commit, device = "fedcba9" + "0" * 33 + "-dirty", "NVIDIA H100 80GB HBM3"
+    other = Provenance(commit, versions, device=device, kernels="liger", lane_group_size=4, host="b")
     found = analyze_curves([record(seed=0), record(seed=1, provenance=other)])
     mixed = [w for w in found.warnings if "mix" in w]
     assert [w.split()[3].rstrip(":") for w in mixed] == ["commit", "device", "kernels", "torch"]
-    assert "0123abc (1)" in mixed[0]
-    assert found.to_json()["provenance"]["commit"] == {"0123abc": 1, "fedcba9": 1}
+    assert "0123abc (1), fedcba900000-dirty (1)." in mixed[0]
+    assert "NVIDIA H100 80GB HBM3 (1)" in mixed[1]
+    assert found.to_json()["provenance"]["commit"] == {"0123abc": 1, commit: 1}
     failed = record(seed=1, validation=None, state="failed", provenance=other)
     assert not any("mix" in w for w in analyze_curves([record(seed=0), failed]).warnings)
 
@@ -145,7 +147,7 @@ def test_mixed_provenance_gives_one_warning_per_column() -> None:
 
 @pytest.mark.parametrize(("select", "rate", "score"), [("validation", 1e-3, 0.5), ("published", 1e-2, 0.7)])
 def test_the_split_that_chooses_is_the_one_that_is_asked_for(select: str, rate: float, score: float) -> None:
-    """The validation scores prefer the lower rate, the test scores the higher one."""
+    """The validation scores are best at the lower rate, and the test scores at the higher rate."""
     scores = ((1e-3, 0.8, 0.5), (1e-2, 0.6, 0.7))
     records = [record("lora", r, seed, *pair) for r, *pair in scores for seed in range(2)]
     settings = AnalysisSettings(select=select)  # type: ignore[arg-type]
@@ -161,7 +163,7 @@ def test_the_split_that_chooses_is_the_one_that_is_asked_for(select: str, rate: 
 
 
 def evaluated(*scores: float) -> Record:
-    """Return a run that was scored on the test split at every evaluation."""
+    """Return the record of a run that was scored on the test split at every evaluation."""
     one = record(task="glue_rte")
     metric, own = one.configuration.task.metric, replace(one.configuration, test_evaluations="every")
     tests = [Evaluation(10 * (i + 1), "test", {metric: score, "loss": 1.0}) for i, score in enumerate(scores)]

@@ -78,7 +78,7 @@ def test_a_share_has_scipys_wilson_interval(n: int, data: st.DataObject) -> None
 
 
 def test_two_equal_seeds_have_the_error_of_their_items_and_no_interval_without_items() -> None:
-    """105 of 109 rows right with both seeds."""
+    """With each of two seeds, 105 of 109 items are right."""
     score = 105 / 109
     assert stats.score_interval([score, score])[0] == score
     assert not _has_interval(stats.score_interval([score, score]))
@@ -91,7 +91,7 @@ def test_two_equal_seeds_have_the_error_of_their_items_and_no_interval_without_i
 
 
 def test_a_gain_has_the_error_of_the_items_of_both_scores() -> None:
-    """Newcombe (1998): the low end has the lower error of the score and the upper error of the base."""
+    """The lower end combines the lower error of the score and the upper error of the base (Newcombe 1998)."""
     found = stats.gain_interval([0.9, 0.9], [0.2, 0.2], 50)
     after, before = stats.wilson(45, 50), stats.wilson(10, 50)
     assert found.low == pytest.approx(0.7 - math.hypot(0.9 - after.low, before.high - 0.2))

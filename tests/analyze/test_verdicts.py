@@ -1,4 +1,4 @@
-"""Verdicts and limits: each rule of each table is reached by a study that shows it, with its sentence."""
+"""Verdicts and limits: for each rule of each table, a study that leads to the rule, and its sentence."""
 
 from __future__ import annotations
 
@@ -27,12 +27,18 @@ PANEL = "letters on letters-base"
 
 
 def each(table: Sequence[Any], cases: Sequence[Any]) -> pytest.MarkDecorator:
-    """Return the parameters of a test: each rule of a table, with the study that shows it."""
+    """Parametrize a test with the rules of a table, each with the case of a study that leads to the rule."""
     return pytest.mark.parametrize(("rule", "case"), list(zip(table, cases, strict=True)), ids=lambda _: "")
 
 
 def grid(seeds: int = 3, **curves: Sequence[float | None]) -> list[Record]:
-    """Return runs at 1e-3, 1e-2 and so on; None is a failed run. The seeds of each curve differ."""
+    """Return runs of each curve at the rates 1e-3, 1e-2 and so on. A score of None is a failed run.
+
+    Args:
+        seeds: The number of seeds. In all curves but the first one, scores above 0 differ slightly between
+            seeds.
+        **curves: Variant -> score at each rate.
+    """
     found = []
     for power, (variant, scores) in enumerate(curves.items()):
         for (i, score), seed in product(enumerate(scores), range(seeds)):
@@ -73,7 +79,7 @@ OF_RATES = (
         "to lora 0.90); each at its own best rate, 0.00.",
     ),
 )  # fmt: skip
-"""Scores, heading and answer."""
+"""Variant -> score at each rate; the beginning of the heading; the beginning of the answer."""
 
 
 @each(verdicts.BEST_RATES_RULES, OF_RATES)
@@ -102,7 +108,7 @@ AT_ONE_RATE = (
         "It stays open whether a variant changes its order with LoRA between their best rates.",
     ),
 )  # fmt: skip
-"""Seeds, HiRA's scores, heading and answer, on a grid."""
+"""The number of seeds, HiRA's score at each rate, the heading and the answer of a grid."""
 
 
 @each(verdicts.RATE_DECIDES_RULES, AT_ONE_RATE)
@@ -166,7 +172,7 @@ OF_TUNED = (
     ),
     (EQUAL, 0.04, "On letters it is shown for at least 0 of 2 variants (2 needed)."),
 )  # fmt: skip
-"""Truth, noise and answer."""
+"""Variant -> its true curve; the standard deviation of the noise; the beginning of the answer."""
 
 
 @each(verdicts.TUNED_WINS_RULES, OF_TUNED)
@@ -221,7 +227,7 @@ STEPS = (
         "lora-orchestrator tuned --config results/t/study.yaml --replicates {needed}",
     ),
 )  # fmt: skip
-"""Study, next step and command."""
+"""A function that returns a study, the beginning of the next step, and the command."""
 
 
 @each(verdicts.NEXT_STEPS, STEPS)
@@ -262,7 +268,7 @@ OF_FACTORS = (
     (lambda: star(SURFACE), "It is shown for at least 1 of 1 variants; 1 are needed."),
     (lambda: star(SURFACE, seeds=1), "It is shown for at least 0 of 1 variants; 1 are needed."),
 )
-"""Study and sentence."""
+"""A function that returns a study, and a sentence of the answer."""
 
 
 @each(verdicts.RATE_MATTERS_RULES, OF_FACTORS)
@@ -276,7 +282,7 @@ def test_the_rate_matters_most(rule: verdicts.Rule, case: tuple[Any, ...]) -> No
 
 
 def test_an_unfinished_study_supports_nothing_and_names_its_command() -> None:
-    """It may refute the claim, which one factor is enough for."""
+    """An unfinished study may refute the claim, because one factor is enough for a refutation."""
     supported, refuted = without_rank_32(SURFACE), without_rank_32(FLAT, rank=2)
     assert supported.claims["outcome"].tolist() == ["supported"], "by what has ended"
     assert [first(each)["outcome"] for each in (supported, refuted)] == ["undecided", "refuted"]
@@ -324,7 +330,12 @@ def test_the_next_step_of_a_sensitivity_study() -> None:
 
 
 def seeds_at(*rates: Sequence[float | str | None]) -> list[Record]:
-    """Return runs at 1e-3, 1e-2 and so on, with the score of each seed. None diverged."""
+    """Return runs of one curve at the rates 1e-3, 1e-2 and so on.
+
+    Args:
+        *rates: For each rate, the score of each seed. None is a diverged run, and a text is the state of a
+            run.
+    """
     found = []
     for i, scores in enumerate(rates):
         for seed, score in enumerate(scores):
@@ -347,7 +358,7 @@ OF_BEST = (
     (seeds_at((0.9, 0.9, 0.8), (0.95, "stopped", "stopped"), (0.1, 0.1, 0.1)), "lora at 0.01"),
     (seeds_at((0.1, 0.1), (0.9, 0.8), (0.1,)), "lora"),
 )
-"""Runs, and the label of the curve."""
+"""The records of a study, and the label of the curve in the warning."""
 
 
 @each(limits.BEST_LIMITS, OF_BEST)
@@ -359,7 +370,7 @@ def test_a_limit_of_the_best_point(rule: limits.Limit, case: tuple[list[Record],
 
 
 def lose(records: Sequence[Record], state: Any) -> list[Record]:
-    """Return records in which the runs of pissa's first replicate ended in this state."""
+    """Return the records, with the runs of pissa's replicate 0 in the given state."""
     return [replace(r, state=state) if is_of(r, "pissa", 0) else r for r in records]
 
 
@@ -375,7 +386,7 @@ OF_COMPARISON = (
     (PLAIN, "pissa"),
     (lose(PLAIN, "diverged"), "pissa 9 of 10"),
 )
-"""Runs, and the begin of the list of variants."""
+"""The records of a study, and the beginning of the list of variants in the warning."""
 
 
 @each(limits.COMPARISON_LIMITS, OF_COMPARISON)
@@ -395,7 +406,7 @@ OF_CLAIM = (
     ([*RANK, make_record(OUTSIDE, 0.5)], "lora (1)"),
     (RANK + star_records(SURFACE, template("rslora"), ("dropout",), 2), "lora (dropout), rslora (rank)"),
 )
-"""Runs, and the begin of the list of variants."""
+"""The records of a study, and the beginning of the list of variants in the warning."""
 
 
 @each(limits.CLAIM_LIMITS, OF_CLAIM)

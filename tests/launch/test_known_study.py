@@ -158,6 +158,7 @@ def test_a_report_with_a_file_that_was_edited_or_deleted_is_made_again(tmp_path:
     """The memo of it has a digest of each file."""
     (tmp_path / "report.html").write_text("report")
     (tmp_path / "curves.png").write_text("picture")
+    (tmp_path / "summary.json").write_text('{"pictures": ["curves.png"]}')
     report.remember(tmp_path, "inputs", "end", "text")
     assert report.is_written(tmp_path, "inputs")
     assert report.recall_end(tmp_path, "inputs", "end") == "text"
