@@ -45,8 +45,6 @@ MAX_COLORS = 1 + len(_LIGHT_COLORS)
 class Chart:
     """A chart of a report."""
 
-    name: str
-    """The stem of the names of its files, NAME.png and NAME.svg."""
     alt: str
     """The text alternative for readers who cannot see the chart."""
     build: Callable[[int], TopLevelMixin]

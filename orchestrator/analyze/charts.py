@@ -566,9 +566,7 @@ class _Curves:
         return self.multiples(width, titles)
 
 
-def score_curves(
-    panel: Panel, points: pd.DataFrame, best: pd.DataFrame, runs: pd.DataFrame, name: str
-) -> Chart:
+def score_curves(panel: Panel, points: pd.DataFrame, best: pd.DataFrame, runs: pd.DataFrame) -> Chart:
     """Draw the validation score of each curve over the learning rate.
 
     Up to eight curves share one plot, and a second plot enlarges the region of their best points. With more
@@ -580,15 +578,14 @@ def score_curves(
             are dashed.
         best: The best point of each curve.
         runs: The runs of the panel; empty for published scores.
-        name: The stem of the chart's file names.
     """
     marks = _point_rows(points, best)
     curves = _Curves.of(panel, marks, _line_rows(marks), _run_rows(runs))
     text = f"{panel['axis']} of {len(curves.palette.curves)} curves over the learning rate, {panel['panel']}"
-    return Chart(name, text, lambda width: _stack(panel, width, *curves.build(width, marks, best)))
+    return Chart(text, lambda width: _stack(panel, width, *curves.build(width, marks, best)))
 
 
-def tuned_curves(panel: Panel, pooled: pd.DataFrame, best: pd.DataFrame, name: str) -> Chart:
+def tuned_curves(panel: Panel, pooled: pd.DataFrame, best: pd.DataFrame) -> Chart:
     """Draw each variant's validation score over the learning rate, averaged over all replicates.
 
     Below this plot, a tick marks the learning rate that each replicate chose.
@@ -597,7 +594,6 @@ def tuned_curves(panel: Panel, pooled: pd.DataFrame, best: pd.DataFrame, name: s
         panel: The panel's row.
         pooled: The panel's rows of the frame `Results.pooled`.
         best: The best point of each variant and replicate.
-        name: The stem of the chart's file names.
     """
     points = pooled.rename(columns={"variant": "curve", "runs": "usable"})
     tops = points.loc[points.groupby("curve")["validation_score"].idxmax()]
@@ -617,10 +613,10 @@ def tuned_curves(panel: Panel, pooled: pd.DataFrame, best: pd.DataFrame, name: s
         strip = _plot(ticks, [rug], size, height, "chosen rates, one tick a replicate")
         return _stack(panel, width, *curves.build(width - max(0, extent - _LEFT), marks, tops), strip)
 
-    return Chart(name, f"Validation score over the learning rate, all replicates, {panel['panel']}", build)
+    return Chart(f"Validation score over the learning rate, all replicates, {panel['panel']}", build)
 
 
-def search_points(panel: Panel, points: pd.DataFrame, best: pd.DataFrame, name: str) -> Chart:
+def search_points(panel: Panel, points: pd.DataFrame, best: pd.DataFrame) -> Chart:
     """Draw the validation score of each point of a search over its learning rate.
 
     A second plot shows the best score so far over the order in which the points were tried. A diverged point
@@ -630,7 +626,6 @@ def search_points(panel: Panel, points: pd.DataFrame, best: pd.DataFrame, name: 
         panel: The panel's row.
         points: The points of the search.
         best: The best point of each curve.
-        name: The stem of the chart's file names.
     """
     marks = _point_rows(points, best).assign(order=points["order"], settings=points.get("settings", ""))
     marks.loc[marks["broken"] & (marks["failure"] == "diverged"), "score"] = panel["floor"]
@@ -656,13 +651,13 @@ def search_points(panel: Panel, points: pd.DataFrame, best: pd.DataFrame, name: 
         return _plot(shown, layers, width, height, "best so far")
 
     text = f"Validation score of the points of a search, and the best so far, {panel['panel']}"
-    return Chart(name, text, lambda width: _stack(panel, width, *curves.overlaid(width, beside=best_so_far)))
+    return Chart(text, lambda width: _stack(panel, width, *curves.overlaid(width, beside=best_so_far)))
 
 
 # Rows of scores
 
 
-def heat_map(panel: Panel, points: pd.DataFrame, best: pd.DataFrame, name: str) -> Chart:
+def heat_map(panel: Panel, points: pd.DataFrame, best: pd.DataFrame) -> Chart:
     """Draw a cell for each curve and learning rate, colored by the mean validation score.
 
     If more runs collapsed or diverged than were usable, the cell has a symbol in place of a color: a cross if
@@ -707,10 +702,10 @@ def heat_map(panel: Panel, points: pd.DataFrame, best: pd.DataFrame, name: str) 
             layers.append(draw("text", "!datum.broken", text="digits:N", color=ink, **at))
         return _stack(panel, width, panel["axis"], _plot(cells, layers, size, 28 * len(rows)))
 
-    return Chart(name, f"Heat map of the {panel['axis']}, curve by learning rate, {panel['panel']}", build)
+    return Chart(f"Heat map of the {panel['axis']}, curve by learning rate, {panel['panel']}", build)
 
 
-def spread(panel: Panel, best: pd.DataFrame, name: str) -> Chart:
+def spread(panel: Panel, best: pd.DataFrame) -> Chart:
     """Draw each curve's test score at two learning rates.
 
     A hollow mark shows the score at the panel's common rate. A filled mark shows the score at the curve's own
@@ -753,7 +748,7 @@ def spread(panel: Panel, best: pd.DataFrame, name: str) -> Chart:
         return _stack(panel, width, "", key, _plot(table, layers, size, 30 * len(table)))
 
     text = f"Test score at the common rate and at each curve's own best rate, {panel['panel']}"
-    return Chart(name, text, build)
+    return Chart(text, build)
 
 
 def _difference_range(rows: pd.DataFrame, margin: float) -> Range:
@@ -771,7 +766,7 @@ def _difference_range(rows: pd.DataFrame, margin: float) -> Range:
     return _pad([max(-reach, min(ends)), min(reach, max(ends))], 0.03)
 
 
-def forest(panel: Panel, comparison: pd.DataFrame, margin: float, name: str) -> Chart:
+def forest(panel: Panel, comparison: pd.DataFrame, margin: float) -> Chart:
     """Draw a forest plot: each variant's test score minus that of the baseline, with its 95 % interval.
 
     A band marks the differences from minus the margin to plus the margin. The axis is in points (0.01 of the
@@ -781,7 +776,6 @@ def forest(panel: Panel, comparison: pd.DataFrame, margin: float, name: str) -> 
         panel: The panel's row.
         comparison: The panel's rows of the frame `Results.comparison`, the baseline first.
         margin: The smallest difference that matters, in the unit of the scores.
-        name: The stem of the chart's file names.
     """
     baseline, rows = comparison.iloc[0], comparison.iloc[1:].sort_values("difference", ascending=False)
     low, high = (100 * end for end in _difference_range(rows, margin))
@@ -824,10 +818,10 @@ def forest(panel: Panel, comparison: pd.DataFrame, margin: float, name: str) -> 
         return _stack(panel, width, note, _plot(table, layers, size, 34 * len(table)))
 
     text = f"Difference of each variant's test score from the baseline's, {panel['panel']}"
-    return Chart(name, text, build)
+    return Chart(text, build)
 
 
-def factor_bars(factors: pd.DataFrame, name: str) -> Chart:
+def factor_bars(factors: pd.DataFrame) -> Chart:
     """Draw the test score that each factor of a sensitivity study loses, one plot for each variant.
 
     A circle is the loss if the factor is set blindly (A). A diamond is the loss if the learning rate is tuned
@@ -835,7 +829,6 @@ def factor_bars(factors: pd.DataFrame, name: str) -> Chart:
 
     Args:
         factors: The rows of one panel in the frame `Results.factors`.
-        name: The stem of the chart's file names.
     """
     starred = [f"{t}*" if alias else t for t, alias in zip(factors["title"], factors["alias"], strict=True)]
     usable, parts = _shares(factors["usable"], factors["ended"]), []
@@ -871,7 +864,7 @@ def factor_bars(factors: pd.DataFrame, name: str) -> Chart:
         return _stack(factors.iloc[0], width, "", _key(entries, color, width, extent), facet)
 
     text = f"Lost test score of each factor of {', '.join(variants)}, {factors['panel'].iloc[0]}"
-    return Chart(name, text, build)
+    return Chart(text, build)
 
 
 # Costs and training losses
@@ -889,14 +882,13 @@ def _pareto_front(costs: pd.Series, scores: pd.Series) -> pd.DataFrame:
     return points[points["score"] > points["score"].cummax().shift(fill_value=-math.inf)]
 
 
-def cost_scatter(costs: pd.DataFrame, name: str) -> Chart:
+def cost_scatter(costs: pd.DataFrame) -> Chart:
     """Draw the test score over the costs of a run, one plot for each cost that is known for all curves.
 
     A line of steps is the Pareto front.
 
     Args:
         costs: The rows of one panel in the frame `Results.costs`.
-        name: The stem of the chart's file names.
     """
     costs = costs.dropna(subset=["test_score"]).sort_values("test_score", ascending=False)
     fields = {field: title for field, title in COSTS.items() if (costs[field] > 0).all()}
@@ -945,17 +937,16 @@ def cost_scatter(costs: pd.DataFrame, name: str) -> Chart:
         entries = [*([] if is_named else palette.entries), ("Pareto front", _GAP, "", False)]
         return _stack(costs.iloc[0], width, "", _key(entries, palette.color, width), _beside(width, plots))
 
-    return Chart(name, f"Test score over the costs of a run, {costs['panel'].iloc[0]}", build)
+    return Chart(f"Test score over the costs of a run, {costs['panel'].iloc[0]}", build)
 
 
-def losses(losses: pd.DataFrame, name: str) -> Chart:
+def losses(losses: pd.DataFrame) -> Chart:
     """Draw the training loss over the steps, one plot for each curve.
 
     Each plot has a line for the best learning rate, for the next lower rate and for the next higher rate.
 
     Args:
         losses: The rows of one panel in the result of `costs.loss_frame`.
-        name: The stem of the chart's file names.
     """
     first = losses.sort_values("step").groupby(["curve", "role"])["loss"].first().max()
     low = losses["loss"].min()
@@ -984,4 +975,4 @@ def losses(losses: pd.DataFrame, name: str) -> Chart:
         return _stack(losses.iloc[0], width, losses["unit"].iloc[0], key, facet)
 
     text = f"Training loss over the steps of {len(curves)} curves, {losses['panel'].iloc[0]}"
-    return Chart(name, text, build)
+    return Chart(text, build)

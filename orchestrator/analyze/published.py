@@ -508,40 +508,48 @@ def _ranges(survey: Survey, panels: Sequence[sections.Row]) -> str:
 def survey_sections(survey: Survey) -> Iterator[Section]:
     """Yield the sections of the report on the published scores: tables, verdicts and charts."""
     found = survey_verdicts(survey)
-    for place, panel in sections.panels_of(survey.results):
-        at = formatting.rate(panel["common_rate"])
+    all_panels = sections.Report(survey.results)
+
+    @sections.per_panel
+    def glance(report: sections.Report) -> Iterator[Section]:
+        panel = report.panel
+        is_first = panel["panel"] == all_panels.panel["panel"]
         yield Section(
-            sections.name_of("glance", place),
-            f"{panel['panel']}: {panel['description']}",
-            _ranks(survey, [panel]),
+            "glance",
+            "",
+            f"{panel['description']}. {_ranks(survey, [panel])}",
             sections.make_table(
-                survey.rows(panel["task"]),
+                report.results.best,
                 text("variant", lambda r: r["curve"]),
                 figure("rank", lambda r: f"{r['rank']}{'=' if r['tied'] else ''}"),
                 figure("best score", lambda r: f"{r['test_score']:.2f}"),
                 figure("best rate", sections.best_rate_text),
-                figure(f"lost at {at}", lambda r: f"{r['lost']:.2f}"),
+                figure(f"lost at {formatting.rate(panel['common_rate'])}", lambda r: f"{r['lost']:.2f}"),
                 figure("range over rates", lambda r: f"{r['range']:.2f}"),
             ),
             note=f"Points of the score; one seed. Lost: trained at {REFERENCE}'s best rate. =: tied. edge: "
             "at an end of the grid, perhaps better beyond.",
-            step=found[0].next_step if place == 1 else "",
-            command=found[0].next_command if place == 1 else "",
+            step=found[0].next_step if is_first else "",
+            command=found[0].next_command if is_first else "",
         )
-    yield from sections.verdict_cards(found, [found[0].next_step])
-    for place, about in enumerate(survey.overlays, 1):
-        yield Section(sections.name_of("overlay", place), "An own study beside it (dashed)", about)
-    yield from sections.curve_charts(sections.Report(survey.results))
-    for place, panel in sections.panels_of(survey.results):
+
+    @sections.per_panel
+    def winners(report: sections.Report) -> Iterator[Section]:
         table = sections.make_table(
-            sections.of_panel(survey.results.winners, panel),
+            report.results.winners,
             text("rate", lambda r: formatting.rate(r["learning_rate"])),
             text("best variant", lambda r: formatting.join(r["winner"])),
             figure("score", lambda r: f"{r['score']:.2f}"),
             figure("best minus worst", lambda r: f"{r['span']:.2f}"),
         )
-        title = f"{panel['panel']}: the best variant at each rate"
-        yield Section(sections.name_of("winners", place), title, table=table)
+        yield Section("winners", "The best variant at each rate", table=table)
+
+    yield from glance(all_panels)
+    yield from sections.verdict_cards(found, [found[0].next_step])
+    for place, about in enumerate(survey.overlays, 1):
+        yield Section(f"overlay-{place}", "An own study beside it (dashed)", about)
+    yield from sections.curve_charts(all_panels)
+    yield from winners(all_panels)
 
 
 def show_published(

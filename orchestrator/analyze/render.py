@@ -12,7 +12,7 @@ import json
 import re
 import shlex
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -55,7 +55,8 @@ class Section:
     """A section of a report."""
 
     name: str
-    """The anchor, unique in a report: "curves" for the first panel, "curves-2" for the second panel."""
+    """The anchor, unique in a report, and the stem of the names of the chart's files: "curves" for the first
+    panel, "curves-2" for the second panel."""
     title: str
     text: str = ""
     """Paragraphs of plain text, separated by a blank line."""
@@ -242,7 +243,7 @@ def to_html(title: str, subtitle: str, setup: str, chips: Sequence[str], section
     options: dict[str, Any] = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
     environment = Environment(loader=loader, autoescape=True, **options)
     environment.filters["paragraphs"] = paragraphs
-    charts = [section.chart for section in sections if section.chart is not None]
+    charts = {section.name: section.chart for section in sections if section.chart is not None}
     return environment.get_template("page.html.jinja").render(
         title=title,
         subtitle=subtitle,
@@ -250,7 +251,7 @@ def to_html(title: str, subtitle: str, setup: str, chips: Sequence[str], section
         chips=chips,
         sections=sections,
         contents=_contents(sections),
-        pictures={chart.name: _picture(chart) for chart in charts},
+        pictures={name: _picture(chart) for name, chart in charts.items()},
         **(_script_data(charts) if charts else {"library": "", "charts": ""}),
         program=PROGRAM,
     )
@@ -271,7 +272,7 @@ def _contents(sections: Sequence[Section]) -> list[tuple[str, str]]:
     ]
 
 
-def _script_data(charts: Iterable[Chart]) -> dict[str, str]:
+def _script_data(charts: Mapping[str, Chart]) -> dict[str, str]:
     """Return the data of the page's script, compressed with gzip and encoded in base64.
 
     Returns:
@@ -282,8 +283,8 @@ def _script_data(charts: Iterable[Chart]) -> dict[str, str]:
 
     widths = {"wide": chart_style.WIDE, "narrow": chart_style.PHONE}
     specifications = {
-        chart.name: {name: chart_style.specification(chart, width) for name, width in widths.items()}
-        for chart in charts
+        name: {kind: chart_style.specification(chart, width) for kind, width in widths.items()}
+        for name, chart in charts.items()
     }
     themes = {"light": chart_style.theme(False), "dark": chart_style.theme(True)}
     data = json.dumps({"charts": specifications, "themes": themes}, separators=(",", ":"))

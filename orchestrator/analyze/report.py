@@ -115,9 +115,10 @@ def write_files(folder: Path, page: str, numbers: Mapping[str, Any], made: Seque
     from orchestrator.analyze import chart_style
 
     pictures: dict[str, bytes] = {}
-    for chart in (section.chart for section in made if section.chart is not None):
-        pictures[f"{chart.name}.png"] = chart_style.to_png(chart)
-        pictures[f"{chart.name}.svg"] = chart_style.to_svg(chart).encode()
+    for section in made:
+        if section.chart is not None:
+            pictures[f"{section.name}.png"] = chart_style.to_png(section.chart)
+            pictures[f"{section.name}.svg"] = chart_style.to_svg(section.chart).encode()
     summary = json.dumps({**numbers, "pictures": list(pictures)}, indent=1, allow_nan=False)
     earlier = report_files(folder)
     folder.mkdir(parents=True, exist_ok=True)

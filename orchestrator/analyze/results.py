@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -127,10 +127,16 @@ class Results:
         """One row for each configuration and step, with the columns of `curves.parquet`."""
         return make_curves(self.records).to_pandas()
 
+    def of_panel(self, panel: str) -> Results:
+        """Return the results of one panel: the rows of this panel in each frame that has a column `panel`."""
+        frames = {each.name: getattr(self, each.name) for each in fields(self)}
+        own = {n: f[f["panel"] == panel] for n, f in frames.items() if "panel" in getattr(f, "columns", ())}
+        return replace(self, **own)
+
     @cached_property
     def missing(self) -> int:
         """The number of the study's configurations without a record."""
-        return len(set(self.study.configurations) - set(self.runs["fingerprint"]))
+        return len(set(self.study.configurations) - {record.fingerprint for record in self.records})
 
     @property
     def states(self) -> dict[str, int]:

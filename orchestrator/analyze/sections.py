@@ -2,8 +2,8 @@
 
 A function makes one or more `Section`s from a `Report`. The tuple `SECTIONS` lists these functions in the
 order in which the HTML page, the terminal and MLflow show the sections. To add a section, write a function
-and add it to `SECTIONS`. If the section has a chart, add a function to `charts`. `results.Results` explains
-the terms panel, curve and point.
+and add it to `SECTIONS`; with the decorator `per_panel` it makes the sections of one panel. If the section
+has a chart, add a function to `charts`. `results.Results` explains the terms panel, curve and point.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import math
 import shlex
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from orchestrator.analyze.formatting import count, number, points, rate
 from orchestrator.analyze.render import Column, Section, Table
 from orchestrator.analyze.results import Results
 from orchestrator.analyze.runs import count_provenance
-from orchestrator.record.study_file import data_warnings
+from orchestrator.record.study_file import StudyKind, data_warnings
 from orchestrator.study.names import store_command
 
 if TYPE_CHECKING:
@@ -43,40 +44,44 @@ class Report:
     store: Path | None = None
     """The folder of the records. None stands for the store in the output folder."""
 
+    @property
+    def kind(self) -> StudyKind:
+        """The kind of the analysis."""
+        return self.results.study.settings.kind
 
-def name_of(stem: str, place: int) -> str:
-    """Return the name of a section or chart: "curves" for the first panel, "curves-2" for the second panel.
+    @property
+    def panel(self) -> dict[str, Any]:
+        """The row of the first panel. The functions of `per_panel` have a report of one panel."""
+        row: dict[str, Any] = self.results.panels.iloc[0].to_dict()
+        return row
 
-    Args:
-        stem: The name for the first panel.
-        place: The number of the panel, from 1 on.
+    @cached_property
+    def panels(self) -> list[Report]:
+        """A report of each panel alone."""
+        return [replace(self, results=self.results.of_panel(panel)) for panel in self.results.panels["panel"]]
+
+
+MakeSections = Callable[[Report], Iterable[Section]]
+
+
+def per_panel(make: MakeSections) -> MakeSections:
+    """Return a function that makes the sections of every panel with a function for a single panel.
+
+    If the study has several panels, the title of a section also names the panel, and the names of the
+    sections of the second panel get the suffix "-2". A section without a title has the panel as its title.
     """
-    return f"{stem}-{place}" if place > 1 else stem
 
+    def make_all(report: Report) -> Iterator[Section]:
+        for place, part in enumerate(report.panels, 1):
+            panel = part.panel["panel"]
+            for section in make(part):
+                title = (
+                    f"{section.title}: {panel}" if section.title and len(report.panels) > 1 else section.title
+                )
+                name = f"{section.name}-{place}" if place > 1 else section.name
+                yield replace(section, name=name, title=title or panel)
 
-def of_panel(frame: pd.DataFrame, panel: Row) -> pd.DataFrame:
-    """Return the rows of a panel. An empty frame may lack the column `panel` and is returned unchanged."""
-    return frame[frame["panel"] == panel["panel"]] if len(frame) else frame
-
-
-def title_of(results: Results, what: str, panel: Row) -> str:
-    """Return the title of a section about a panel. It names the panel if the study has several panels."""
-    return f"{what}: {panel['panel']}" if len(results.panels) > 1 else what
-
-
-def panels_of(results: Results) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield the number of each panel, from 1 on, and the panel's row."""
-    yield from enumerate(results.panels.to_dict("records"), 1)
-
-
-def curve_rows(frame: pd.DataFrame, best: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows of points or runs whose curve is in `best`.
-
-    Args:
-        frame: The points or the runs of the study.
-        best: The rows of one panel in the frame `Results.best`.
-    """
-    return frame[(frame["panel"].isin(best["panel"])) & frame["group"].isin(best["group"])]
+    return make_all
 
 
 Cell = tuple[Column, Callable[[Row], str]]
@@ -112,35 +117,36 @@ def make_table(frame: pd.DataFrame, *cells: Cell, dim: Callable[[Row], bool] = l
 # -- at a glance
 
 
+@per_panel
 def glance(report: Report) -> Iterator[Section]:
-    """Yield, for each panel, the section that the first screen shows.
+    """Yield the section that the first screen shows.
 
     The section has the best learning rates, whether the variant with the highest test score is better than
     the others, the costs, and the next step.
     """
     results = report.results
-    for place, panel in panels_of(results):
-        compared, best = of_panel(results.comparison, panel), of_panel(results.best, panel)
-        step, command = _next_step(results, panel)
-        rule, facts = verdicts.BEST_RATES_RULES, verdicts.best_rate_facts(panel, best)
-        is_grid = results.study.settings.kind in ("curve", "factors")
-        sentences = [verdicts.decide(rule, facts)[1] if is_grid else "", _standing(results, panel)]
-        yield Section(
-            name_of("glance", place),
-            panel["panel"],
-            " ".join(filter(None, [*sentences, _cost_sentence(results, panel)])),
-            _tuned_table(results, compared) if len(compared) else _best_table(results, panel, best),
-            note=_TUNED_NOTE if len(compared) else _BEST_NOTE,
-            step=step,
-            command=command,
-        )
+    is_tuned = len(results.comparison) > 0
+    step, command = _next_step(results)
+    facts = verdicts.best_rate_facts(report.panel, results.best)
+    rates = verdicts.decide(verdicts.BEST_RATES_RULES, facts)[1] if report.kind in GRIDS else ""
+    yield Section(
+        "glance",
+        "",
+        " ".join(filter(None, [rates, _standing(results), _cost_sentence(results.costs)])),
+        _tuned_table(results) if is_tuned else _best_table(report),
+        note=_TUNED_NOTE if is_tuned else _BEST_NOTE,
+        step=step,
+        command=command,
+    )
 
 
-def _next_step(results: Results, panel: Row) -> tuple[str, str]:
+GRIDS = ("curve", "factors")
+"""The kinds of studies whose points form curves over the learning rate."""
+
+
+def _next_step(results: Results) -> tuple[str, str]:
     """Return the most important next step of a panel and its command. Both are empty if there is none."""
-    found = results.verdicts[
-        (results.verdicts["panel"] == panel["panel"]) & (results.verdicts["next_step"] != "")
-    ]
+    found = results.verdicts[results.verdicts["next_step"] != ""]
     return (found["next_step"].iloc[0], found["next_command"].iloc[0]) if len(found) else ("", "")
 
 
@@ -159,14 +165,14 @@ _TUNED_NOTE = (
 )
 
 
-def _standing(results: Results, panel: Row) -> str:
+def _standing(results: Results) -> str:
     """Return the sentence that says whether a variant is better than the others.
 
     In a replicated tuning, the sentence compares the variants with the tuned baseline. In other studies, it
     compares the variant with the highest test score with the others, and is empty for fewer than two
     variants.
     """
-    compared = of_panel(results.comparison, panel)
+    compared = results.comparison
     if len(compared):
         name = verdicts.shown_name(results.study.settings.baseline)
         if not compared["difference_low"].notna().any():
@@ -175,8 +181,8 @@ def _standing(results: Results, panel: Row) -> str:
         if better:
             return f"Better than tuned {name} by these replicates: {formatting.join(better)}."
         return f"No variant is shown to be better than tuned {name}."
-    own = of_panel(results.best, panel)
-    own = own[own["test_score"].notna() & ~own["nothing_learned"]].sort_values("test_score", ascending=False)
+    own = results.best[results.best["test_score"].notna() & ~results.best["nothing_learned"]]
+    own = own.sort_values("test_score", ascending=False)
     if len(own) < 2:
         return ""
     top, rest = own.iloc[0], own[1:]
@@ -190,14 +196,13 @@ def _standing(results: Results, panel: Row) -> str:
     return f"{shown}, and its interval lies above all others; the rates were chosen on the same seeds."
 
 
-def _cost_sentence(results: Results, panel: Row) -> str:
+def _cost_sentence(costs: pd.DataFrame) -> str:
     """Return a sentence with the time of a run and of all runs of a panel; empty if the times are unknown."""
-    own = of_panel(results.costs, panel)
-    if not len(own) or not own["study_seconds"].sum():
+    if not len(costs) or not costs["study_seconds"].sum():
         return ""
-    seconds = own["train_seconds"] + own["evaluate_seconds"]
+    seconds = costs["train_seconds"] + costs["evaluate_seconds"]
     each = dict.fromkeys((formatting.duration(seconds.min()), formatting.duration(seconds.max())))
-    total = formatting.duration(own["study_seconds"].sum())
+    total = formatting.duration(costs["study_seconds"].sum())
     return f"A run takes {' to '.join(each)}; all runs together took {total}."
 
 
@@ -249,12 +254,13 @@ def _score_text(row: Row) -> str:
     return f"{number(row['test_score'])} {ends}".rstrip()
 
 
-def _best_table(results: Results, panel: Row, best: pd.DataFrame) -> Table:
+def _best_table(report: Report) -> Table:
     """Return the table with the best point of each curve or search.
 
     The last row is the untrained base model, if its score is known.
     """
-    own_points = dict(tuple(curve_rows(results.points, best).groupby("curve")))
+    panel, results = report.panel, report.results
+    own_points = dict(tuple(results.points.groupby("curve")))
 
     def width_of(name: str) -> Callable[[Row], str]:
         return lambda row: width_text(row, own_points[row["curve"]], name)
@@ -268,7 +274,7 @@ def _best_table(results: Results, panel: Row, best: pd.DataFrame) -> Table:
         figure("validation score", lambda r: formatting.estimate(r, "validation_score"), more=True),
         figure("gain over untrained", lambda r: formatting.estimate(r, "gain"), more=True),
     )
-    if results.study.settings.kind in ("search", "replicates"):  # points that form no curve
+    if report.kind not in GRIDS:
         cells = [
             *(variant, text("best point", best_rate_text), score),
             *(figure("points tried", lambda r: str(r["points"])), usable, *more),
@@ -285,7 +291,9 @@ def _best_table(results: Results, panel: Row, best: pd.DataFrame) -> Table:
             figure("lost within half a decade", lambda r: formatting.estimate(r, "lost_near"), more=True),
             figure("first rate that breaks down", lambda r: rate(r["cliff"]), more=True),
         ]
-    table = make_table(best, *cells, dim=lambda r: r["nothing_learned"] or math.isnan(r["learning_rate"]))
+    table = make_table(
+        results.best, *cells, dim=lambda r: r["nothing_learned"] or math.isnan(r["learning_rate"])
+    )
     if math.isnan(panel["untrained_test"]):
         return table
     shown = {"variant": "untrained", "test score": number(panel["untrained_test"])}
@@ -294,7 +302,7 @@ def _best_table(results: Results, panel: Row, best: pd.DataFrame) -> Table:
     return replace(table, rows=(*table.rows, last), dim=table.dim | {len(table.rows)})
 
 
-def _tuned_table(results: Results, compared: pd.DataFrame) -> Table:
+def _tuned_table(results: Results) -> Table:
     name = verdicts.shown_name(results.study.settings.baseline)
 
     def difference(row: Row) -> str:
@@ -310,7 +318,7 @@ def _tuned_table(results: Results, compared: pd.DataFrame) -> Table:
         return lambda row: "" if row["role"] == "baseline" else cell(row)
 
     return make_table(
-        compared,
+        results.comparison,
         text("variant", lambda r: r["variant"]),
         figure("best rate", lambda r: rate(r["best_rate"]) + (" (edge)" if r["best_rate_at_edge"] else "")),
         figure("within the margin", width),
@@ -332,11 +340,9 @@ def _tuned_table(results: Results, compared: pd.DataFrame) -> Table:
 
 def verdict_sections(report: Report) -> Iterator[Section]:
     """Yield a section for each verdict of the study."""
-    results = report.results
-    at_a_glance = {_next_step(results, panel)[0] for _, panel in panels_of(results)}
-    yield from verdict_cards(
-        (verdicts.Verdict(**row) for row in results.verdicts.to_dict("records")), at_a_glance
-    )
+    at_a_glance = {_next_step(part.results)[0] for part in report.panels}
+    found = (verdicts.Verdict(**row) for row in report.results.verdicts.to_dict("records"))
+    yield from verdict_cards(found, at_a_glance)
 
 
 def verdict_cards(found: Iterable[verdicts.Verdict], at_a_glance: Collection[str]) -> Iterator[Section]:
@@ -350,7 +356,7 @@ def verdict_cards(found: Iterable[verdicts.Verdict], at_a_glance: Collection[str
     for place, verdict in enumerate(found, 1):
         is_new = verdict.next_step not in at_a_glance
         yield Section(
-            name_of("verdict", place),
+            f"verdict-{place}" if place > 1 else "verdict",
             verdict.heading,
             verdict.answer,
             note=verdict.design,
@@ -373,27 +379,23 @@ def limit_sections(report: Report) -> Iterator[Section]:
 # -- pictures and tables
 
 
+@per_panel
 def factor_sections(report: Report) -> Iterator[Section]:
-    """Yield the sections of a sensitivity study: for each panel a chart, and a table for each variant."""
-    results = report.results
-    for place, panel in panels_of(results):
-        rows, name = of_panel(results.factors, panel), name_of("factors", place)
-        if not len(rows):
-            continue
-        title = title_of(results, "What each hyperparameter costs", panel)
-        yield Section(name, title, chart=charts.factor_bars(rows, name), note=_FACTOR_NOTE)
-        claims = of_panel(results.claims, panel).set_index("variant")
-        for variant, own in rows.groupby("variant", sort=False):
-            claim = claims.loc[variant]
-            outcome = claim["outcome"] if claim["counted"] else "not counted"
-            ranges = {"half": "half of the range", "measured": "all of it", "double": "double the range"}
-            shown = [f"{words} {claim[f'outcome_{key}']}" for key, words in ranges.items()]
-            told = (
-                f"Best rate {rate(claim['best_rate'])}. The learning rate matters most: {', '.join(shown)}."
-            )
-            yield Section(
-                f"{name}-{variant}", f"{variant} on {panel['task']}: {outcome}", told, _factor_table(own)
-            )
+    """Yield the sections of a sensitivity study: a chart, and a table for each variant."""
+    rows = report.results.factors
+    if not len(rows):
+        return
+    yield Section(
+        "factors", "What each hyperparameter costs", chart=charts.factor_bars(rows), note=_FACTOR_NOTE
+    )
+    claims = report.results.claims.set_index("variant")
+    for variant, own in rows.groupby("variant", sort=False):
+        claim = claims.loc[variant]
+        outcome = claim["outcome"] if claim["counted"] else "not counted"
+        ranges = {"half": "half of the range", "measured": "all of it", "double": "double the range"}
+        shown = [f"{words} {claim[f'outcome_{key}']}" for key, words in ranges.items()]
+        told = f"Best rate {rate(claim['best_rate'])}. The learning rate matters most: {', '.join(shown)}."
+        yield Section(f"factors-{variant}", f"{variant}: {outcome}", told, _factor_table(own))
 
 
 _FACTOR_NOTE = (
@@ -425,97 +427,86 @@ def _factor_table(rows: pd.DataFrame) -> Table:
     )
 
 
+@per_panel
 def comparison_charts(report: Report) -> Iterator[Section]:
     """Yield the charts of a replicated tuning: differences from the tuned baseline, and averaged curves."""
     results, settings = report.results, report.results.study.settings
-    for place, panel in panels_of(results):
-        rows, pooled = of_panel(results.comparison, panel), of_panel(results.pooled, panel)
-        name = name_of("forest", place)
-        if len(rows) > 1:
-            yield Section(
-                name,
-                title_of(results, f"Difference from tuned {verdicts.shown_name(settings.baseline)}", panel),
-                chart=charts.forest(panel, rows, settings.margin, name),
-                note="Mean difference of the test score, simultaneous 95 % interval; the band is the margin.",
-            )
-        name = name_of("tuned_curves", place)
-        if len(pooled):
-            yield Section(
-                name,
-                title_of(results, "Score over learning rate, all replicates", panel),
-                chart=charts.tuned_curves(panel, pooled, of_panel(results.best, panel), name),
-                note="Mean validation score in bins of a quarter of a decade; ticks are the chosen rates.",
-            )
+    if len(results.comparison) > 1:
+        yield Section(
+            "forest",
+            f"Difference from tuned {verdicts.shown_name(settings.baseline)}",
+            chart=charts.forest(report.panel, results.comparison, settings.margin),
+            note="Mean difference of the test score, simultaneous 95 % interval; the band is the margin.",
+        )
+    if len(results.pooled):
+        yield Section(
+            "tuned_curves",
+            "Score over learning rate, all replicates",
+            chart=charts.tuned_curves(report.panel, results.pooled, results.best),
+            note="Mean validation score in bins of a quarter of a decade; ticks are the chosen rates.",
+        )
 
 
+@per_panel
 def curve_charts(report: Report) -> Iterator[Section]:
     """Yield the charts of a grid: score curves, heat map, scores at the common rate and at the best rates."""
-    results = report.results
-    if results.study.settings.kind not in ("curve", "factors"):
+    panel, best = report.panel, report.results.best
+    if report.kind not in GRIDS:
         return
-    for place, panel in panels_of(results):
-        best = of_panel(results.best, panel)
-        own, runs = (curve_rows(frame, best) for frame in (results.points, results.runs))
-        if own["validation_score"].isna().all():
-            continue
-        curves, cells, bests = (name_of(stem, place) for stem in ("curves", "heatmap", "spread"))
+    points, runs = (
+        each[each["group"].isin(best["group"])] for each in (report.results.points, report.results.runs)
+    )
+    if points["validation_score"].isna().all():
+        return
+    yield Section(
+        "curves",
+        "Score over learning rate",
+        chart=charts.score_curves(panel, points, best, runs),
+        note="Mean over seeds with its 95 % interval; the best rate is ringed. Single runs are dots, "
+        "collapsed ones triangles, diverged ones crosses at the score of a constant answer. The line is "
+        "dashed across a cliff, between the last usable rate and the first at which most runs break.",
+    )
+    yield Section(
+        "heatmap",
+        "Every variant and rate",
+        chart=charts.heat_map(panel, points, best),
+        note="Mean validation score; a frame marks the best rate. ▽ most runs collapsed or diverged.",
+    )
+    if best["test_at_common_rate"].notna().sum() > 1:
         yield Section(
-            curves,
-            title_of(results, "Score over learning rate", panel),
-            chart=charts.score_curves(panel, own, best, runs, curves),
-            note="Mean over seeds with its 95 % interval; the best rate is ringed. Single runs are dots, "
-            "collapsed ones triangles, diverged ones crosses at the score of a constant answer. The line is "
-            "dashed across a cliff, between the last usable rate and the first at which most runs break.",
+            "spread",
+            "One rate for all, or each its own",
+            chart=charts.spread(panel, best),
+            note=f"Test score at {panel['common_label']} (hollow) and at the rate that the variant's own "
+            "validation scores chose (filled, with its 95 % interval).",
         )
-        yield Section(
-            cells,
-            title_of(results, "Every variant and rate", panel),
-            chart=charts.heat_map(panel, own, best, cells),
-            note="Mean validation score; a frame marks the best rate. ▽ most runs collapsed or diverged.",
-        )
-        if best["test_at_common_rate"].notna().sum() > 1:
-            yield Section(
-                bests,
-                title_of(results, "One rate for all, or each its own", panel),
-                chart=charts.spread(panel, best, bests),
-                note=f"Test score at {panel['common_label']} (hollow) and at the rate that the variant's own "
-                "validation scores chose (filled, with its 95 % interval).",
-            )
 
 
+@per_panel
 def search_charts(report: Report) -> Iterator[Section]:
-    """Yield the chart of a search for each panel: the points, and the best score so far."""
-    results = report.results
-    for place, panel in panels_of(results) if results.study.settings.kind == "search" else ():
-        own, best, name = (
-            of_panel(results.points, panel),
-            of_panel(results.best, panel),
-            name_of("search", place),
-        )
-        if own["validation_score"].isna().all():
-            continue
+    """Yield the chart of a search: the points, and the best score so far."""
+    points, best = report.results.points, report.results.best
+    if report.kind == "search" and points["validation_score"].notna().any():
         yield Section(
-            name,
-            title_of(results, "Points of the search", panel),
-            chart=charts.search_points(panel, own, best, name),
+            "search",
+            "Points of the search",
+            chart=charts.search_points(report.panel, points, best),
             note="Left: validation score of each point over its learning rate. Right: the best score so far.",
         )
 
 
+@per_panel
 def loss_charts(report: Report) -> Iterator[Section]:
-    """Yield, for each panel, the chart of training losses at the best and the neighboring learning rates."""
+    """Yield the chart of training losses at the best and the neighboring learning rates."""
     results = report.results
-    is_search = results.study.settings.kind == "search"
-    losses = loss_frame(results.runs, results.best, results.records, neighbors=not is_search)
-    for place, panel in panels_of(results):
-        own, name = of_panel(losses, panel), name_of("training", place)
-        if len(own):
-            yield Section(
-                name,
-                title_of(results, "Training curves", panel),
-                chart=charts.losses(own, name),
-                note="Mean over the runs at the best learning rate and at the next ones.",
-            )
+    losses = loss_frame(results.runs, results.best, results.records, neighbors=report.kind != "search")
+    if len(losses):
+        yield Section(
+            "training",
+            "Training curves",
+            chart=charts.losses(losses),
+            note="Mean over the runs at the best learning rate and at the next ones.",
+        )
 
 
 def adapters(report: Report) -> Iterator[Section]:
@@ -542,118 +533,113 @@ def adapters(report: Report) -> Iterator[Section]:
         yield Section("adapters", "Trained adapters", about, table, folded=True)
 
 
+@per_panel
 def cost_sections(report: Report) -> Iterator[Section]:
-    """Yield, for each panel, a table and a chart of the time, memory and parameters of its curves."""
-    results = report.results
-    for place, panel in panels_of(results):
-        own, name = of_panel(results.costs, panel), name_of("costs", place)
-        if not len(own):
-            continue
-        scored = own[own["test_score"].notna() & (own["train_seconds"] > 0)]
-        yield Section(
-            name,
-            title_of(results, "Costs", panel),
-            _time_use_text(results) if place == 1 else "",
-            make_table(
-                own,
-                text("variant", lambda r: r["curve"]),
-                figure("test score", lambda r: number(r["test_score"])),
-                figure("training of a run", lambda r: formatting.duration(r["train_seconds"])),
-                figure("evaluation of a run", lambda r: formatting.duration(r["evaluate_seconds"])),
-                figure("peak memory", lambda r: formatting.memory(r["peak_memory"])),
-                figure("trainable parameters", lambda r: f"{r['trainable_parameters']:,}"),
-                figure("all its runs", lambda r: formatting.duration(r["study_seconds"]), more=True),
-            ),
-            charts.cost_scatter(scored, name) if len(scored) > 1 else None,
-            note="Means over finished runs; the seconds of a run are its share of its lane group's. The step "
-            "line is the Pareto front: no other variant is as cheap and as good.",
-            folded=True,
-        )
+    """Yield a table and a chart of the time, memory and parameters of the curves."""
+    costs = report.results.costs
+    if not len(costs):
+        return
+    scored = costs[costs["test_score"].notna() & (costs["train_seconds"] > 0)]
+    yield Section(
+        "costs",
+        "Costs",
+        _time_use_text(report.results.runs),
+        make_table(
+            costs,
+            text("variant", lambda r: r["curve"]),
+            figure("test score", lambda r: number(r["test_score"])),
+            figure("training of a run", lambda r: formatting.duration(r["train_seconds"])),
+            figure("evaluation of a run", lambda r: formatting.duration(r["evaluate_seconds"])),
+            figure("peak memory", lambda r: formatting.memory(r["peak_memory"])),
+            figure("trainable parameters", lambda r: f"{r['trainable_parameters']:,}"),
+            figure("all its runs", lambda r: formatting.duration(r["study_seconds"]), more=True),
+        ),
+        charts.cost_scatter(scored) if len(scored) > 1 else None,
+        note="Means over finished runs; the seconds of a run are its share of its lane group's. The step "
+        "line is the Pareto front: no other variant is as cheap and as good.",
+        folded=True,
+    )
 
 
-def _time_use_text(results: Results) -> str:
+def _time_use_text(runs: pd.DataFrame) -> str:
     """Return a sentence with the share of each kind of work in the trainers' time; empty if it is unknown."""
-    used = time_use(results.runs)
+    used = time_use(runs)
     total = sum(used.values())
     shares = ", ".join(f"{name} {seconds / total:.1%}" for name, seconds in used.items())
     return f"Time of the trainers, {formatting.duration(total)} in total: {shares}." if used else ""
 
 
+@per_panel
 def point_tables(report: Report) -> Iterator[Section]:
-    """Yield, for each panel of a grid, a table of all points with commands that train their runs again."""
+    """Yield a table of all points of a grid, with commands that train their runs again."""
     results = report.results
-    fingerprints = results.runs.groupby(["panel", "point"])["fingerprint"].agg(list)
-    shown = [label for label in ("collapsed", "diverged", "stopped", "failed") if results.points[label].any()]
-
-    def again(row: Row) -> str:
-        return results.study.train_again(fingerprints[row["panel"], row["point"]], store=report.store)
-
-    is_grid = results.study.settings.kind in ("curve", "factors")
-    for place, panel in panels_of(results) if is_grid else ():
-        own = curve_rows(results.points, of_panel(results.best, panel))
-        yield Section(
-            name_of("points", place),
-            title_of(results, "Every rate, with the command that trains it again", panel),
-            table=make_table(
-                own.sort_values(["curve", "learning_rate"]),
-                text("variant", lambda r: r["curve"]),
-                figure("rate", lambda r: formatting.exact_rate(r["learning_rate"]) + " ◯" * r["is_best"]),
-                figure("seeds", lambda r: str(r["scored"])),
-                figure("validation score", lambda r: formatting.estimate(r, "validation_score")),
-                figure("test score", lambda r: formatting.estimate(r, "test_score")),
-                *(figure(label, lambda r, label=label: str(r[label])) for label in shown),  # type: ignore[misc]
-                (Column("command", "command"), again),
+    if report.kind not in GRIDS:
+        return
+    points = results.points[results.points["group"].isin(results.best["group"])]
+    fingerprints = results.runs.groupby("point")["fingerprint"].agg(list)
+    shown = [label for label in ("collapsed", "diverged", "stopped", "failed") if points[label].any()]
+    yield Section(
+        "points",
+        "Every rate, with the command that trains it again",
+        table=make_table(
+            points.sort_values(["curve", "learning_rate"]),
+            text("variant", lambda r: r["curve"]),
+            figure("rate", lambda r: formatting.exact_rate(r["learning_rate"]) + " ◯" * r["is_best"]),
+            figure("seeds", lambda r: str(r["scored"])),
+            figure("validation score", lambda r: formatting.estimate(r, "validation_score")),
+            figure("test score", lambda r: formatting.estimate(r, "test_score")),
+            *(figure(label, lambda r, label=label: str(r[label])) for label in shown),  # type: ignore[misc]
+            (
+                Column("command", "command"),
+                lambda r: results.study.train_again(fingerprints[r["point"]], store=report.store),
             ),
-            note="◯ the best rate. Means are over the seeds that were not stopped early.",
-            folded=True,
-        )
+        ),
+        note="◯ the best rate. Means are over the seeds that were not stopped early.",
+        folded=True,
+    )
 
 
+@per_panel
 def tuning_tables(report: Report) -> Iterator[Section]:
-    """Yield, for each panel, up to two tables about tuning.
+    """Yield up to two tables about tuning.
 
     The first table has every point of a search, or the best point of every tuning in a replicated tuning. The
     second table compares each variant with LoRA at LoRA's best rate and at the variant's own best rate.
     """
-    results, kind = report.results, report.results.study.settings.kind
-    for place, panel in panels_of(results):
-        if kind in ("search", "replicates"):
-            own = of_panel(results.points if kind == "search" else results.best, panel)
-            yield Section(
-                name_of("tried", place),
-                title_of(results, "Every point" if kind == "search" else "Every tuning", panel),
-                table=make_table(
-                    own.sort_values(["curve", "order" if kind == "search" else "replicate"]),
-                    text("variant", lambda r: r["curve"]),
-                    *((figure("replicate", lambda r: str(r["replicate"])),) if kind == "replicates" else ()),
-                    text("settings", lambda r: r["settings"] or "-"),
-                    figure("validation score", lambda r: number(r["validation_score"])),
-                    figure("test score", lambda r: number(r["test_score"])),
-                    (Column("fingerprint", "code"), lambda r: r["fingerprint"][:12]),
+    results, is_search = report.results, report.kind == "search"
+    if report.kind not in GRIDS:
+        yield Section(
+            "tried",
+            "Every point" if is_search else "Every tuning",
+            table=make_table(
+                (results.points if is_search else results.best).sort_values(
+                    ["curve", "order" if is_search else "replicate"]
                 ),
-                folded=True,
-            )
-        fixed = of_panel(results.fixed_rate, panel)
-        if len(fixed):
-            yield Section(
-                name_of("fixed_rate", place),
-                title_of(results, "At LoRA's best rate, and at each variant's own", panel),
-                table=make_table(
-                    fixed,
-                    text("variant", lambda r: r["variant"]),
-                    figure("lost at LoRA's rate", lambda r: formatting.points_estimate(r, "regret")),
-                    figure(
-                        "minus LoRA there", lambda r: formatting.points_estimate(r, "at_baseline_rate", True)
-                    ),
-                    figure(
-                        "minus LoRA at its own rate",
-                        lambda r: formatting.points_estimate(r, "at_own_rate", True),
-                    ),
-                    text("order changes", lambda r: {True: "yes", False: "no"}.get(r["reversal"], "open")),
-                ),
-                note="Test scores, differences in points with simultaneous 95 % intervals.",
-                folded=True,
-            )
+                text("variant", lambda r: r["curve"]),
+                *(() if is_search else (figure("replicate", lambda r: str(r["replicate"])),)),
+                text("settings", lambda r: r["settings"] or "-"),
+                figure("validation score", lambda r: number(r["validation_score"])),
+                figure("test score", lambda r: number(r["test_score"])),
+                (Column("fingerprint", "code"), lambda r: r["fingerprint"][:12]),
+            ),
+            folded=True,
+        )
+    if len(results.fixed_rate):
+        signed = partial(formatting.points_estimate, sign=True)
+        yield Section(
+            "fixed_rate",
+            "At LoRA's best rate, and at each variant's own",
+            table=make_table(
+                results.fixed_rate,
+                text("variant", lambda r: r["variant"]),
+                figure("lost at LoRA's rate", lambda r: formatting.points_estimate(r, "regret")),
+                figure("minus LoRA there", lambda r: signed(r, "at_baseline_rate")),
+                figure("minus LoRA at its own rate", lambda r: signed(r, "at_own_rate")),
+                text("order changes", lambda r: {True: "yes", False: "no"}.get(r["reversal"], "open")),
+            ),
+            note="Test scores, differences in points with simultaneous 95 % intervals.",
+            folded=True,
+        )
 
 
 MEANINGS = {
@@ -741,7 +727,7 @@ def mlflow_command(tracking_uri: str) -> str:
     return shlex.join(["mlflow", "ui", "--workers", "1", "--backend-store-uri", tracking_uri])
 
 
-SECTIONS: tuple[Callable[[Report], Iterable[Section]], ...] = (
+SECTIONS: tuple[MakeSections, ...] = (
     glance,
     verdict_sections,
     limit_sections,

@@ -188,22 +188,22 @@ def make_published() -> tuple[pd.DataFrame, pd.DataFrame]:
 PUBLISHED_PANEL = {**PANEL, "axis": "score in points", "untrained_validation": math.nan}
 NO_RUNS = RUNS.iloc[:0]
 ALL: dict[str, Callable[[], Chart]] = {
-    "score-curves": lambda: charts.score_curves(PANEL, POINTS, BEST, RUNS, "c"),
-    "score-curves-many": lambda: charts.score_curves(PANEL, MANY_POINTS, MANY_BEST, MANY_RUNS, "c"),
-    "published": lambda: charts.score_curves(PUBLISHED_PANEL, *make_published(), NO_RUNS, "c"),
-    "published-map": lambda: charts.heat_map(PUBLISHED_PANEL, *make_published(), "c"),
-    "heat-map": lambda: charts.heat_map(PANEL, POINTS, BEST, "c"),
-    "heat-map-many": lambda: charts.heat_map(PANEL, MANY_POINTS, MANY_BEST, "c"),
-    "spread": lambda: charts.spread(PANEL, BEST, "c"),
-    "spread-many": lambda: charts.spread(PANEL, MANY_BEST, "c"),
-    "forest": lambda: charts.forest(PANEL, make_comparison(), 0.01, "c"),
-    "tuned-curves": lambda: charts.tuned_curves(PANEL, *make_pooled(), "c"),
-    "factor-bars": lambda: charts.factor_bars(make_factors(), "c"),
-    "search-points": lambda: charts.search_points(PANEL, *make_search(), "c"),
-    "cost-scatter": lambda: charts.cost_scatter(make_costs(tuple(PEAKS)), "c"),
-    "cost-scatter-many": lambda: charts.cost_scatter(make_costs(tuple(MANY)), "c"),
-    "losses": lambda: charts.losses(make_losses(tuple(PEAKS)), "c"),
-    "losses-many": lambda: charts.losses(make_losses(tuple(MANY)), "c"),
+    "score-curves": lambda: charts.score_curves(PANEL, POINTS, BEST, RUNS),
+    "score-curves-many": lambda: charts.score_curves(PANEL, MANY_POINTS, MANY_BEST, MANY_RUNS),
+    "published": lambda: charts.score_curves(PUBLISHED_PANEL, *make_published(), NO_RUNS),
+    "published-map": lambda: charts.heat_map(PUBLISHED_PANEL, *make_published()),
+    "heat-map": lambda: charts.heat_map(PANEL, POINTS, BEST),
+    "heat-map-many": lambda: charts.heat_map(PANEL, MANY_POINTS, MANY_BEST),
+    "spread": lambda: charts.spread(PANEL, BEST),
+    "spread-many": lambda: charts.spread(PANEL, MANY_BEST),
+    "forest": lambda: charts.forest(PANEL, make_comparison(), 0.01),
+    "tuned-curves": lambda: charts.tuned_curves(PANEL, *make_pooled()),
+    "factor-bars": lambda: charts.factor_bars(make_factors()),
+    "search-points": lambda: charts.search_points(PANEL, *make_search()),
+    "cost-scatter": lambda: charts.cost_scatter(make_costs(tuple(PEAKS))),
+    "cost-scatter-many": lambda: charts.cost_scatter(make_costs(tuple(MANY))),
+    "losses": lambda: charts.losses(make_losses(tuple(PEAKS))),
+    "losses-many": lambda: charts.losses(make_losses(tuple(MANY))),
 }
 SPECIFICATIONS: dict[tuple[str, int], dict[str, Any]] = {}
 
@@ -329,7 +329,7 @@ def test_line_is_dashed_across_a_cliff_only() -> None:
 def test_line_is_interrupted_at_a_rate_that_may_not_be_chosen() -> None:
     stopped = (POINTS["curve"] == "lora") & (POINTS["learning_rate"] == 3e-3)
     points = POINTS.assign(eligible=~stopped)
-    spec = specification(charts.score_curves(PANEL, points, BEST, RUNS, "c"), WIDE)
+    spec = specification(charts.score_curves(PANEL, points, BEST, RUNS), WIDE)
     line, whole = find_layers(spec, "line")[0], find_layers(build("score-curves"), "line")[0]
     count = len(rows_of(spec, line, kind="line", curve="lora"))
     assert count == len(rows_of(build("score-curves"), whole, kind="line", curve="lora")) - 4
@@ -350,7 +350,7 @@ def test_scores_that_differ_by_rounding_have_no_enlarged_plot() -> None:
     scores = {name: 0.9 for name in POINTS.columns if name.startswith("validation_score")}
     points = POINTS.assign(**scores)
     points.loc[points.index[0], "validation_score"] += 1e-16
-    spec = specification(charts.score_curves(PANEL, points, BEST.assign(**scores), RUNS[:0], "equal"), WIDE)
+    spec = specification(charts.score_curves(PANEL, points, BEST.assign(**scores), RUNS[:0]), WIDE)
     assert "the same, enlarged" not in str(spec)
 
 
@@ -465,7 +465,7 @@ def test_spread_joins_the_score_at_the_common_rate_and_at_the_own_best() -> None
 
 def test_spread_shows_a_curve_without_a_score() -> None:
     best = pd.concat([BEST, BEST.iloc[:1].assign(curve="new", learning_rate=math.nan, test_score=math.nan)])
-    spec = specification(charts.spread(PANEL, best, "c"), WIDE)
+    spec = specification(charts.spread(PANEL, best), WIDE)
     (text,) = find_layers(spec, "text", dx=12)
     assert rows_of(spec, text)[-1]["rate"] == "no score yet"
 
@@ -540,7 +540,7 @@ def test_costs_have_known_axes_and_a_pareto_front() -> None:
     costs = costs.assign(
         train_seconds=[1.0, 2.0, 3.0, 4.0], trainable_parameters=[5, 50, 5, 5], peak_memory=0
     )
-    spec = specification(charts.cost_scatter(costs, "c"), WIDE)
+    spec = specification(charts.cost_scatter(costs), WIDE)
     fronts = find_layers(spec, "line", interpolate="step-after")
     axes = [view["encoding"]["x"]["title"] for view in fronts]
     assert axes == ["training seconds of a run", "trainable parameters"]  # memory is unknown
@@ -572,12 +572,12 @@ def test_frames_with_little_in_them_are_drawn() -> None:
     failed = POINTS[one].assign(usable=0, failed=3, **nothing)
     bare = {**PANEL, "reference": "", "untrained_validation": math.nan, "common_rate": math.nan}
     charts_of_little = [
-        charts.score_curves(bare, POINTS[one], best, runs, "one-point"),
-        charts.score_curves(bare, failed, unknown, runs.assign(drawn_score=math.nan), "no-score"),
-        charts.heat_map(bare, failed, unknown, "no-score"),
-        charts.spread(bare, unknown, "no-score"),
-        charts.forest(bare, make_comparison().iloc[:1], 0.01, "baseline-only"),
-        charts.cost_scatter(make_costs(("lora",)), "one-curve"),
+        charts.score_curves(bare, POINTS[one], best, runs),
+        charts.score_curves(bare, failed, unknown, runs.assign(drawn_score=math.nan)),
+        charts.heat_map(bare, failed, unknown),
+        charts.spread(bare, unknown),
+        charts.forest(bare, make_comparison().iloc[:1], 0.01),
+        charts.cost_scatter(make_costs(("lora",))),
     ]
     for chart in charts_of_little:
         for width in (WIDE, PHONE):

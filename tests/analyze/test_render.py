@@ -41,7 +41,7 @@ def chart(name: str) -> Chart:
         sized: alt.Chart = encoded.properties(width=width - 150, height=120)
         return sized
 
-    return Chart(name, f"A picture of {name}", build)
+    return Chart(f"A picture of {name}", build)
 
 
 SCORES = Table(
