@@ -972,7 +972,7 @@ def losses(losses: pd.DataFrame) -> Chart:
         plot = plot.transform_flatten(["step", "loss"])
         key = _key([(role, _GAP if i else _LINE, role, False) for i, role in enumerate(roles)], color, width)
         facet = _facet(plot, "curve", curves, columns)
-        return _stack(losses.iloc[0], width, losses["unit"].iloc[0], key, facet)
+        return _stack(losses.iloc[0], width, "training loss", key, facet)
 
     text = f"Training loss over the steps of {len(curves)} curves, {losses['panel'].iloc[0]}"
     return Chart(text, build)

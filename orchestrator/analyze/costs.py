@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from orchestrator.record.schema import Record
-from variants.variant_names import FILE_SUFFIX
+from orchestrator.record.tables import make_curves
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -15,13 +15,6 @@ if TYPE_CHECKING:
 MAX_BINS = 100
 """The largest number of points of a line of losses. Each point is the mean over a bin of consecutive
 steps."""
-_UNITS: Mapping[str, str] = {
-    **dict.fromkeys(("exact_match", "numeric", "token_f1", "pass_at_1", "prompt_strict"), "nats per token"),
-    **dict.fromkeys(("accuracy", "f1", "macro_f1", "matthews"), "nats per example"),
-    "pearson": "squared error",
-}
-"""Metric -> unit of the loss. A metric is listed if it belongs to one kind of task alone: to answers, to
-classes or to numbers."""
 
 
 def cost_frame(runs: pd.DataFrame, scores: Mapping[tuple[str, str], float]) -> pd.DataFrame:
@@ -98,30 +91,21 @@ def loss_frame(
         - panel, curve: the names of the curve.
         - role: "best", "lower" or "higher".
         - learning_rate: the lowest learning rate of the runs.
-        - unit: the title of the loss axis, with the unit.
         - step: the middle of the bin.
         - loss: the mean loss of the runs in the bin.
     """
+    import numpy as np
     import pandas as pd
 
-    wanted = _chosen_runs(runs, best, neighbors)
-    losses: dict[str, list[tuple[int, float]]] = {
-        r.fingerprint: [(m.step, m.loss) for m in r.curve if math.isfinite(m.loss)]
-        for r in records
-        if r.fingerprint in wanted.index
-    }
-    rows = []
-    for (panel, curve, role), own in wanted.groupby(["panel", "curve", "role"], sort=False):
-        steps = [each for fingerprint in own.index for each in losses.get(str(fingerprint), ())]
-        if steps:
-            table = pd.DataFrame(steps, columns=["step", "loss"])
-            size = math.ceil(table["step"].max() / MAX_BINS)
-            means = table.groupby((table["step"] - 1) // size)["loss"].mean()
-            row = {"panel": panel, "curve": curve, "role": role, "learning_rate": own["learning_rate"].min()}
-            row["unit"] = _unit(own.iloc[0])
-            rows += [row | {"step": (i + 0.5) * size + 0.5, "loss": loss} for i, loss in means.items()]
-    columns = ["panel", "curve", "role", "learning_rate", "unit", "step", "loss"]
-    return pd.DataFrame(rows, columns=columns)
+    wanted, lines = _chosen_runs(runs, best, neighbors), ["panel", "curve", "role"]
+    wanted["learning_rate"] = wanted.groupby(lines)["learning_rate"].transform("min")
+    steps = make_curves(record for record in records if record.fingerprint in set(wanted["fingerprint"]))
+    table = wanted.merge(steps.to_pandas()[["fingerprint", "step", "train_loss"]], on="fingerprint")
+    table = table.rename(columns={"train_loss": "loss"})[np.isfinite(table["train_loss"])]
+    size = np.ceil(table.groupby(lines)["step"].transform("max") / MAX_BINS)
+    middle = ((table["step"] - 1) // size + 0.5) * size + 0.5
+    means = table.assign(step=middle).groupby([*lines, "learning_rate", "step"], sort=False)["loss"].mean()
+    return pd.DataFrame(means.reset_index())
 
 
 def _chosen_runs(runs: pd.DataFrame, best: pd.DataFrame, neighbors: bool) -> pd.DataFrame:
@@ -138,10 +122,4 @@ def _chosen_runs(runs: pd.DataFrame, best: pd.DataFrame, neighbors: bool) -> pd.
         for role, index in (("lower", place - 1), ("higher", place + 1)):
             if neighbors and 0 <= index < len(rates):
                 parts.append(own[own["learning_rate"] == rates[index]].assign(role=role))
-    return pd.concat(parts).set_index("fingerprint")
-
-
-def _unit(run: pd.Series) -> str:
-    """Return the title of the loss axis. It has no unit for a task in a user's Python file."""
-    unit = None if str(run["task"]).endswith(FILE_SUFFIX) else _UNITS.get(run["metric"])
-    return f"training loss ({unit})" if unit else "training loss"
+    return pd.concat(parts)

@@ -45,7 +45,6 @@ class Table:
 
     columns: tuple[Column, ...]
     rows: tuple[tuple[str, ...], ...]
-    title: str = ""
     dim: frozenset[int] = frozenset()
     """The indices of the rows that have a fainter color."""
 
@@ -118,7 +117,6 @@ def _terminal_parts(section: Section) -> Iterator[RenderableType]:
         yield Text.assemble((word, style), (section.title, "bold"))
         yield from map(Text, paragraphs(section.text))
     if section.table is not None and section.table.rows:
-        yield from [Text(section.table.title, "bold")] if section.table.title else []
         yield _terminal_table(section.table)
     yield from (Text(text, "dim") for text in paragraphs(section.note))
     yield from map(Text, paragraphs(section.step))
@@ -195,7 +193,6 @@ def _markdown_parts(section: Section) -> Iterator[str]:
     if texts:
         yield "\n\n".join(texts) if section.level == "normal" else "\n".join(f"- {text}" for text in texts)
     if section.table is not None and section.table.rows:
-        yield from [f"**{_escape(section.table.title)}**"] if section.table.title else []
         yield _markdown_table(section.table)
     yield from map(_escape, (*paragraphs(section.note), *paragraphs(section.step)))
     if section.command:

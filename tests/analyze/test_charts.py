@@ -169,7 +169,7 @@ def make_losses(curves: tuple[str, ...]) -> pd.DataFrame:
                 )
                 rows.append((PANEL["panel"], curve, role, rate, step, loss))
     names = ["panel", "curve", "role", "learning_rate", "step", "loss"]
-    return pd.DataFrame(rows, columns=names).assign(unit="training loss (nats per token)")
+    return pd.DataFrame(rows, columns=names)
 
 
 def make_published() -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -76,10 +76,7 @@ def test_a_curve_has_the_losses_of_its_best_rate_and_of_the_next_ones() -> None:
     best = found[found["role"] == "best"]
     assert list(best["loss"]) == [3.0, 2.5], "the mean over both seeds"
     assert list(best["step"]) == [1.0, 2.0]
-    assert set(found["unit"]) == {"training loss (nats per token)"}
     assert set(losses_of(records, neighbors=False)["role"]) == {"best"}
-    users = losses_of([with_losses(record(task="mails.py"), [1.0])])
-    assert list(users["unit"]) == ["training loss"], "what a user's own code returns is not known"
 
 
 def test_a_run_that_ended_early_counts_as_far_as_it_got_and_infinite_losses_not_at_all() -> None:
