@@ -1,15 +1,15 @@
 """The limits of what the results of a study show, for example a best rate at the edge of the grid.
 
-A `Limit` is a rule for the rows of a frame. A limit that applies to rows of a panel becomes one line of text,
-which names these rows: "PANEL: SENTENCE: lora, hira."
+A limit that applies to rows of a panel becomes one line of text, which names these rows: "PANEL: SENTENCE:
+lora, hira."
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
 
 from orchestrator.analyze import formatting, runs
 from orchestrator.record.study_file import data_warnings
@@ -19,141 +19,76 @@ if TYPE_CHECKING:
 
     from orchestrator.analyze.results import Results
 
-Row = Mapping[str, Any]
-"""A row of a frame: column -> value."""
-Limit = tuple[Callable[[Row], bool], str, Callable[[Row], str]]
-"""Whether the limit applies to a row, the sentence, and the detail that follows the name of the row."""
+Limits = Mapping[str, str]
+"""Predicate over the columns of a frame (for `pandas.eval`) -> the text of a limit. The text is a
+sentence and, after ": ", a template that is filled in for each row for which the predicate is true."""
+
+BEST_LIMITS: Limits = {
+    "not has_score": "no score yet: {curve}",
+    "nothing_learned": (
+        "no better score than the untrained model's or a constant answer's at any rate: {curve}"
+    ),
+    "has_rate and bracket == 'both edges' and points > 1": (
+        "no best rate, the score is the same at both ends of the grid: {curve}"
+    ),
+    "has_rate and bracket in ('low edge', 'high edge')": (
+        "best rate at the edge of the grid, the optimum may lie beyond: {curve} ({bracket})"
+    ),
+    "has_rate and edges != ''": "the best is not bracketed: {curve} ({edges})",
+    "has_rate and not is_search and seeds == 1": "one seed at the best rate, so no interval: {curve}",
+    "has_rate and seeds > 1 and validation_score_low.isna()": (
+        "the seeds at the best rate score the same and the items are unknown, so no interval: {curve}"
+    ),
+    "has_rate and needs_every_seed": "without one of the seeds another rate would have been chosen: {curve}",
+    "has_rate and diverged > 0": (
+        "seeds diverge at the best rate itself, so read their share and the mean of the others: "
+        "{curve} ({diverged:.0f} of {scored:.0f})"
+    ),
+    "has_rate and stopped > 0": (
+        "the mean is of the seeds that were not stopped early at the best rate: {curve}"
+    ),
+    "has_rate and better_but_stopped != ''": (
+        "the seeds that were not stopped early score higher than the choice: {curve} at {better_but_stopped}"
+    ),
+    "has_rate and not is_search and unequal_seeds": "rates have different numbers of seeds: {curve}",
+}
+"""Limits of the best point of a curve or search, for the rows of `_best_rows`."""
+
+COMPARISON_LIMITS: Limits = {
+    "edge_choices > replicates / 4": (
+        "the choice lies often at the edge of the tried values, widen them: "
+        "{variant} {edge_choices} of {replicates}"
+    ),
+    "failed_runs > 0": "failed runs are missing, which narrows a tuning: {variant} {failed_runs}",
+    "outliers != ''": (
+        "one replicate lies far from the others, in points; rare low tunings are skewed noise, with which "
+        "the intervals err more often than stated: {variant} ({outliers})"
+    ),
+    "role == 'unverified'": "compared with no other implementation, so without a verdict: {variant}",
+    "usable < tunings": "chosen runs that neither diverged nor collapsed: {variant} {usable} of {tunings}",
+}
+"""Limits of the comparison with the tuned baseline, for rows of `Results.comparison` and `_outliers`."""
+
+CLAIM_LIMITS: Limits = {
+    "best_at_edge": "the best learning rate lies on the edge of its curve; widen it: {variant}",
+    "edges != ''": (
+        "the best of the rates tried again is the first or last, so the re-tuned loss is an upper bound: "
+        "{variant} ({edges})"
+    ),
+    "num_outside > 0": (
+        "runs that differ from the default in more than one factor enter no figure: {variant} ({num_outside})"
+    ),
+    "missing != ''": (
+        "factors that were not trained, or that the variant does not have: {variant} ({missing})"
+    ),
+}
+"""Limits of the claim of a sensitivity study, for rows of `Results.claims` and `_edge_factors`."""
 
 ON_TEST = (
     "Selected on the test set, as published (--select published). Every score called a validation score here "
     "is a test score{of_best}, and each rate was chosen by it, so the scores of the chosen rates are too "
     "high; compare them with the published ones, and with nothing else."
 )
-
-
-def _nothing(_: Row) -> str:
-    return ""
-
-
-def _has_rate(row: Row) -> bool:
-    return not math.isnan(row["learning_rate"]) and not row["nothing_learned"]
-
-
-BEST_LIMITS: tuple[Limit, ...] = (
-    (lambda r: math.isnan(r["learning_rate"]), "no score yet", _nothing),
-    (
-        lambda r: bool(r["nothing_learned"]),
-        "no better score than the untrained model's or a constant answer's at any rate",
-        _nothing,
-    ),
-    (
-        lambda r: _has_rate(r) and r.get("bracket") == "both edges" and not r["one_rate"],
-        "no best rate, the score is the same at both ends of the grid",
-        _nothing,
-    ),
-    (
-        lambda r: _has_rate(r) and r.get("bracket") in ("low edge", "high edge"),
-        "best rate at the edge of the grid, the optimum may lie beyond",
-        lambda r: f" ({r['bracket']})",
-    ),
-    (
-        lambda r: _has_rate(r) and r["is_search"] and bool(r["edges"]),
-        "the best is not bracketed",
-        lambda r: f" ({r['edges']})",
-    ),
-    (
-        lambda r: _has_rate(r) and not r["is_search"] and r["seeds"] == 1,
-        "one seed at the best rate, so no interval",
-        _nothing,
-    ),
-    (
-        lambda r: _has_rate(r) and r["seeds"] > 1 and math.isnan(r["validation_score_low"]),
-        "the seeds at the best rate score the same and the items are unknown, so no interval",
-        _nothing,
-    ),
-    (
-        lambda r: (
-            _has_rate(r) and any(other != r["learning_rate"] for other in r.get("rates_without_a_seed", ()))
-        ),
-        "without one of the seeds another rate would have been chosen",
-        _nothing,
-    ),
-    (
-        lambda r: _has_rate(r) and r["diverged"] > 0,
-        "seeds diverge at the best rate itself, so read their share and the mean of the others",
-        lambda r: f" ({r['diverged']:.0f} of {r['scored']:.0f})",
-    ),
-    (
-        lambda r: _has_rate(r) and r["stopped"] > 0,
-        "the mean is of the seeds that were not stopped early at the best rate",
-        _nothing,
-    ),
-    (
-        lambda r: _has_rate(r) and bool(r["better_but_stopped"]),
-        "the seeds that were not stopped early score higher than the choice",
-        lambda r: f" at {r['better_but_stopped']}",
-    ),
-    (
-        lambda r: _has_rate(r) and not r["is_search"] and bool(r["unequal_seeds"]),
-        "rates have different numbers of seeds",
-        _nothing,
-    ),
-)
-"""Limits of the best point of a curve or search, for rows of `Results.best` and `_point_facts`."""
-
-COMPARISON_LIMITS: tuple[Limit, ...] = (
-    (
-        lambda r: r["edge_choices"] > r["replicates"] / 4,
-        "the choice lies often at the edge of the tried values, widen them",
-        lambda r: f" {r['edge_choices']} of {r['replicates']}",
-    ),
-    (
-        lambda r: r["failed_runs"] > 0,
-        "failed runs are missing, which narrows a tuning",
-        lambda r: f" {r['failed_runs']}",
-    ),
-    (
-        lambda r: isinstance(r.get("skewed"), list) and bool(r["skewed"]),
-        "one replicate lies far from the others, in points; rare low tunings are skewed noise, with which "
-        "the intervals err more often than stated",
-        lambda r: " (" + ", ".join(f"replicate {k}: {formatting.points(d)}" for k, d in r["skewed"]) + ")",
-    ),
-    (
-        lambda r: r["role"] == "unverified",
-        "compared with no other implementation, so without a verdict",
-        _nothing,
-    ),
-    (
-        lambda r: r["usable"] < r["tunings"],
-        "chosen runs that neither diverged nor collapsed",
-        lambda r: f" {r['usable']} of {r['tunings']}",
-    ),
-)
-"""Limits of the comparison of a variant with the tuned baseline, for rows of `Results.comparison`."""
-
-CLAIM_LIMITS: tuple[Limit, ...] = (
-    (
-        lambda r: bool(r["best_at_edge"]),
-        "the best learning rate lies on the edge of its curve; widen it",
-        _nothing,
-    ),
-    (
-        lambda r: bool(r["edges"]),
-        "the best of the rates tried again is the first or last, so the re-tuned loss is an upper bound",
-        lambda r: f" ({r['edges']})",
-    ),
-    (
-        lambda r: r["num_outside"] > 0,
-        "runs that differ from the default in more than one factor enter no figure",
-        lambda r: f" ({r['num_outside']})",
-    ),
-    (
-        lambda r: bool(r["missing"]),
-        "factors that were not trained, or that the variant does not have",
-        lambda r: f" ({r['missing']})",
-    ),
-)
-"""Limits of the test of a variant in a sensitivity study, for `Results.claims` and `_edge_factors`."""
 
 
 def find_limits(results: Results) -> list[str]:
@@ -163,7 +98,7 @@ def find_limits(results: Results) -> list[str]:
     if settings.select == "published":
         every = (results.runs["test_evaluations"] == "every").any()
         found.append(ON_TEST.format(of_best=" of the best evaluation of a run" if every else ""))
-    found += mixed_provenance(runs.count_provenance(results.records))
+    found += _mixed_provenance(results)
     if results.missing and settings.kind in ("replicates", "factors"):
         found.append(
             f"{formatting.count(results.missing, 'configuration')} of the study have no record yet: only "
@@ -171,64 +106,83 @@ def find_limits(results: Results) -> list[str]:
             "supported."
         )
     if settings.kind in ("curve", "search"):
-        found += _name_rows(results.best.assign(**_point_facts(results)), "curve", BEST_LIMITS)
-        found += _unequal_searches(results)
+        found += _name_rows(_best_rows(results), BEST_LIMITS)
+    if settings.kind == "search":
+        found += _unequal_searches(results.best)
     if len(results.comparison):
-        found += _name_rows(results.comparison, "variant", COMPARISON_LIMITS)
+        found += _name_rows(results.comparison.assign(outliers=_outliers), COMPARISON_LIMITS)
     if len(results.claims):
-        found += _name_rows(results.claims.assign(edges=_edge_factors(results)), "variant", CLAIM_LIMITS)
+        found += _name_rows(results.claims.assign(edges=_edge_factors(results)), CLAIM_LIMITS)
     return found
 
 
-def _name_rows(frame: pd.DataFrame, label: str, limits: tuple[Limit, ...]) -> Iterator[str]:
-    """Yield one line for each panel and limit that applies to one or more rows of the panel.
+def _name_rows(frame: pd.DataFrame, limits: Limits) -> Iterator[str]:
+    """Yield one line for each panel and limit that applies to one or more rows of the panel."""
+    import pandas as pd
 
-    Args:
-        frame: The rows.
-        label: The column with the names of the rows.
-        limits: The limits.
-    """
-    for panel, own in frame.groupby("panel", sort=False):
-        rows = own.to_dict("records")
-        for applies, sentence, detail in limits:
-            named = [f"{row[label]}{detail(row)}" for row in rows if applies(row)]
-            if named:
-                yield f"{panel}: {sentence}: {', '.join(named)}."
+    # `frame.query` takes twice as long, because it prepares all columns for each predicate.
+    found = [
+        (text, frame[pd.eval(predicate, engine="python", resolvers=[frame])])
+        for predicate, text in limits.items()
+    ]
+    for panel in frame["panel"].unique():
+        for text, rows in found:
+            sentence, _, template = text.partition(": ")
+            own = rows[rows["panel"] == panel].to_dict("records")
+            if own:
+                yield f"{panel}: {sentence}: {', '.join(template.format(**row) for row in own)}."
 
 
-def _point_facts(results: Results) -> dict[str, list[Any]]:
-    """Return further columns for the frame `Results.best`, from the points of each of its rows.
+def _best_rows(results: Results) -> pd.DataFrame:
+    """Return the rows of `Results.best` with further columns.
 
     Returns:
-        These columns:
+        The columns of `Results.best`; `bracket` and `edges` are empty where the study has no such column. The
+        further columns are these:
 
+        - has_score, has_rate: whether there is a best point, and whether something was learned at it.
         - is_search: whether the study is a search.
-        - one_rate: whether there is only one point.
+        - points: the number of points.
+        - needs_every_seed: whether another rate would have been chosen without one of the seeds.
         - better_but_stopped: the learning rates of points that score higher than the best point but may not
           be chosen, as text.
         - unequal_seeds: whether the points that may be chosen differ in the number of scored runs.
     """
-    facts: dict[str, list[Any]] = {
-        name: [] for name in ("is_search", "one_rate", "better_but_stopped", "unequal_seeds")
-    }
-    own_points = dict(tuple(results.points.groupby(["panel", "curve"])))
+    import pandas as pd
+
+    points_of = dict(tuple(results.points.sort_values("learning_rate").groupby(["panel", "curve"])))
+    rows = []
     for row in results.best.to_dict("records"):
-        points = own_points[row["panel"], row["curve"]].sort_values("learning_rate")
-        left_out = points[~points["eligible"] & (points["validation_score"] > row["validation_score"])]
-        facts["is_search"].append(results.study.settings.kind == "search")
-        facts["one_rate"].append(len(points) == 1)
-        facts["better_but_stopped"].append(", ".join(f"{rate:g}" for rate in left_out["learning_rate"]))
-        facts["unequal_seeds"].append(points.loc[points["eligible"], "scored"].nunique() > 1)
-    return facts
+        points, best_rate = points_of[row["panel"], row["curve"]], row["learning_rate"]
+        eligible, others = points[points["eligible"]], points[~points["eligible"]]
+        better = others.loc[others["validation_score"] > row["validation_score"], "learning_rate"]
+        facts = {
+            "has_score": not math.isnan(best_rate),
+            "has_rate": not math.isnan(best_rate) and not row["nothing_learned"],
+            "is_search": results.study.settings.kind == "search",
+            "points": len(points),
+            "needs_every_seed": any(rate != best_rate for rate in row.get("rates_without_a_seed", ())),
+            "better_but_stopped": ", ".join(f"{rate:g}" for rate in better),
+            "unequal_seeds": eligible["scored"].nunique() > 1,
+        }
+        rows.append({"bracket": "", "edges": ""} | row | facts)
+    return pd.DataFrame(rows)
 
 
-def _unequal_searches(results: Results) -> Iterator[str]:
-    if results.study.settings.kind != "search":
-        return
-    for panel, own in results.best.groupby("panel", sort=False):
+def _unequal_searches(best: pd.DataFrame) -> Iterator[str]:
+    for panel, own in best.groupby("panel", sort=False):
         if own["points"].nunique() > 1:
             each = ", ".join(f"{name} {n}" for name, n in zip(own["curve"], own["points"], strict=True))
             yield f"{panel}: variants have different numbers of points ({each})."
+
+
+def _outliers(comparison: pd.DataFrame) -> list[str]:
+    """Return the column `skewed` of `Results.comparison` as text."""
+    texts = []
+    for row in comparison.to_dict("records"):
+        outliers = [] if row["role"] == "baseline" else row["skewed"]
+        texts.append(", ".join(f"replicate {k}: {formatting.points(value)}" for k, value in outliers))
+    return texts
 
 
 def _edge_factors(results: Results) -> list[str]:
@@ -236,23 +190,16 @@ def _edge_factors(results: Results) -> list[str]:
 
     A level is listed if the best learning rate tried at this level is the lowest or the highest rate tried.
     """
-    rows = results.factors[
-        (results.factors["edge_levels"] != "") & (results.factors["factor"] != "learning_rate")
-    ]
-    texts = rows["title"] + " " + rows["edge_levels"]
+    at_edge = results.factors.query("edge_levels != '' and factor != 'learning_rate'", engine="python")
+    texts = at_edge["title"] + " " + at_edge["edge_levels"]
+    joined = texts.groupby([at_edge["panel"], at_edge["variant"]]).agg("; ".join).to_dict()
     places = zip(results.claims["panel"], results.claims["variant"], strict=True)
-    return [
-        "; ".join(texts[(rows["panel"] == panel) & (rows["variant"] == variant)]) for panel, variant in places
-    ]
+    return [joined.get(place, "") for place in places]
 
 
-def mixed_provenance(provenance: Mapping[str, Mapping[str, int]]) -> Iterator[str]:
-    """Yield one line for each column of the provenance that has more than one value.
-
-    Args:
-        provenance: The result of `runs.count_provenance`.
-    """
-    for column, values in provenance.items():
+def _mixed_provenance(results: Results) -> Iterator[str]:
+    """Yield one line for each column of the provenance that has more than one value."""
+    for column, values in runs.count_provenance(results.records).items():
         if len(values) > 1:
             # A commit is cut to 12 characters; "-dirty" (uncommitted changes) stays.
             names = [re.sub("^([0-9a-f]{12})[0-9a-f]{28}", r"\1", value) for value in values]

@@ -10,10 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
 
 from orchestrator.analyze import formatting, stats
-from orchestrator.analyze.formatting import count, number, points, points_interval, rate
+from orchestrator.analyze.formatting import count, number, points, points_estimate, rate
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -60,57 +61,58 @@ class Rule:
     """One line of a table of rules.
 
     Attributes:
-        applies: The predicate over the facts.
-        outcome: The outcome if the predicate is true.
+        applies: The predicate over the facts. Its argument has them as attributes.
         sentence: A template of the sentence, filled in with the facts.
+        outcome: The outcome if the predicate is true.
         claim: A heading that replaces the claim; empty to keep the claim.
-        command: A template of the command of the next step.
+        command: A template of the command, if the sentence names a next step.
     """
 
-    applies: Callable[[Facts], bool]
-    outcome: VerdictOutcome
+    applies: Callable[[SimpleNamespace], object]
     sentence: str
+    outcome: VerdictOutcome = "descriptive"
     claim: str = ""
     command: str = ""
 
 
-def _otherwise(_: Facts) -> bool:
+def _otherwise(_: object) -> bool:
     return True
 
 
 def decide(rules: Sequence[Rule], facts: Facts) -> tuple[Rule, str]:
     """Return the first rule whose predicate is true for the facts, and its sentence."""
-    rule = next(rule for rule in rules if rule.applies(facts))
+    named = SimpleNamespace(**facts)
+    rule = next(rule for rule in rules if rule.applies(named))
     return rule, rule.sentence.format(**facts)
 
 
 RATE_MATTERS = "The learning rate matters more than any other hyperparameter."
 RATE_MATTERS_RULES = (
     Rule(
-        lambda f: f["refuted"] > f["judged"] - f["required"],
-        "refuted",
+        lambda f: f.refuted > f.judged - f.required,
         "It fails for at least {refuted} of {judged} variants; it may fail for {spare}.",
+        "refuted",
     ),
     Rule(
-        lambda f: not f["measured"],
-        "undecided",
+        lambda f: not f.measured,
         "On {task} no factor but the learning rate has been measured yet.",
+        "undecided",
     ),
     Rule(
-        lambda f: f["missing"],
-        "undecided",
+        lambda f: f.missing,
         "It is shown for at least {supported} of {judged} variants ({required} needed), but some "
         "configurations have not ended.",
+        "undecided",
     ),
     Rule(
-        lambda f: f["judged"] and f["supported"] >= f["required"],
-        "supported",
+        lambda f: f.supported >= f.required,
         "It is shown for at least {supported} of {judged} variants; {required} are needed.",
+        "supported",
     ),
     Rule(
         _otherwise,
-        "undecided",
         "It is shown for at least {supported} of {judged} variants; {required} are needed.",
+        "undecided",
     ),
 )
 """The rules of claim 1. The claim is shown for a variant if, for every other factor h, A(rate) exceeds A(h)
@@ -120,21 +122,21 @@ bounds."""
 
 TUNED_WINS = "Tuned {name} matches or beats most variants."
 TUNED_WINS_RULES = (
-    Rule(lambda f: not f["counted"], "descriptive", "On {task} there is no variant that the claim counts."),
+    Rule(lambda f: not f.counted, "On {task} there is no variant that the claim counts."),
     Rule(
-        lambda f: 2 * f["holds_at_least"] > f["counted"],
-        "supported",
+        lambda f: 2 * f.holds_at_least > f.counted,
         "On {task} it holds for at least {holds_at_least} of {counted} variants ({needed} needed).",
+        "supported",
     ),
     Rule(
-        lambda f: 2 * f["beaten_at_least"] >= f["counted"],
-        "refuted",
+        lambda f: 2 * f.beaten_at_least >= f.counted,
         "On {task} at least {beaten_at_least} of {counted} variants are better by more than the margin.",
+        "refuted",
     ),
     Rule(
         _otherwise,
-        "undecided",
         "On {task} it is shown for at least {holds_at_least} of {counted} variants ({needed} needed).",
+        "undecided",
     ),
 )
 """The rules of claim 2. LoRA, or another baseline, matches or beats a variant if the true difference "variant
@@ -144,18 +146,18 @@ more than the margin."""
 
 RATE_DECIDES = "At one fixed learning rate the winner is an artefact of the rate."
 RATE_DECIDES_RULES = (
-    Rule(lambda f: f["reversed"], "supported", "{reversals}."),
+    Rule(lambda f: f.reversals, "{reversals}.", "supported"),
     Rule(
-        lambda f: not f["open"],
-        "refuted",
+        lambda f: not f.open,
         "Between {name}'s best rate and a variant's own no variant changes its order with {name} by more "
         "than the margin.",
+        "refuted",
         "At LoRA's best learning rate no variant changes its order with LoRA.",
     ),
     Rule(
         _otherwise,
-        "undecided",
         "It stays open whether a variant changes its order with {name} between their best rates.",
+        "undecided",
         "Whether one fixed learning rate changes which variant wins stays open.",
     ),
 )
@@ -168,76 +170,89 @@ seeds that it compares. Its heading therefore describes the result and does not 
 """
 
 BEST_RATES_RULES = (
-    Rule(lambda f: not f["scored"], "descriptive", "No learning rate of {panel} has a score yet."),
+    Rule(lambda f: not f.scored, "No learning rate of {panel} has a score yet."),
     Rule(
-        lambda f: f["unlearned"] == f["scored"],
-        "descriptive",
+        lambda f: f.unlearned == f.scored,
         "Nothing was learnt on {panel}: no run of any variant is better than the untrained model or a "
         "constant answer.",
     ),
+    Rule(lambda f: not f.peaked, "No variant of {panel} scores better inside the grid than at its ends."),
+    Rule(lambda f: f.peaked == 1, "The best rate of {first} is {first_rates}."),
     Rule(
-        lambda f: not f["peaked"],
-        "descriptive",
-        "No variant of {panel} scores better inside the grid than at its ends.",
-    ),
-    Rule(lambda f: f["peaked"] == 1, "descriptive", "The best rate of {first} is {first_rates}."),
-    Rule(
-        lambda f: f["decades"] < 0.005 and not f["ties"],
-        "descriptive",
+        lambda f: f.decades < 0.005 and not f.ties,
         "All {peaked} variants are best at one rate, {first_rates}.",
-        "All variants are best at one learning rate.",
+        claim="All variants are best at one learning rate.",
     ),
     Rule(
-        lambda f: f["shared"],
-        "descriptive",
+        lambda f: f.shared,
         "All {peaked} variants are best at {shared}.",
-        "No variant needs a learning rate of its own.",
+        claim="No variant needs a learning rate of its own.",
     ),
     Rule(
         _otherwise,
-        "descriptive",
         "The best rates of {peaked} variants lie{at_least} {decades:.1f} decades apart ({first} "
         "{first_rates}, {last} {last_rates}).",
-        "Each variant has a learning rate of its own at which it is best.",
+        claim="Each variant has a learning rate of its own at which it is best.",
     ),
 )
 """The rules for what a grid shows about the best learning rates of a panel."""
 
+NOT_ENDED = Rule(
+    lambda f: f.missing,
+    "Some configurations have not ended; the same command continues.",
+    command="{command}",
+)
 NEXT_STEPS = (
+    NOT_ENDED,
+    Rule(lambda f: f.outcome != "undecided" or not f.open, ""),
+    Rule(lambda f: f.without, "There is no interval for {without}; more replicates may give one."),
     Rule(
-        lambda f: f["missing"],
-        "undecided",
-        "Some configurations have not ended; the same command continues.",
-        command="{command}",
-    ),
-    Rule(lambda f: f["outcome"] != "undecided" or not f["open"], "descriptive", ""),
-    Rule(
-        lambda f: f["without"],
-        "undecided",
-        "There is no interval for {without}; more replicates may give one.",
-    ),
-    Rule(
-        lambda f: f["hopeless"],
-        "undecided",
+        lambda f: f.hopeless,
         "For {hopeless} even 1,000 replicates may not decide; this needs a larger test split (--test-size) "
         "or a wider margin.",
     ),
     Rule(
-        lambda f: f["needed"] <= f["replicates"],
-        "undecided",
+        lambda f: f.needed <= f.replicates,
         "The margin lies in the interval of {open}; the number of replicates that excludes it depends on the "
         "true difference.",
     ),
     Rule(
         _otherwise,
-        "undecided",
         "About {needed} replicates decide every open comparison with probability 80 %, whatever the true "
         "differences are, if the spread stays. Fix the number first: who adds replicates until something is "
         "decided errs more often than stated.",
         command="{more}",
     ),
 )
-"""The rules for the next step if claim 2 is undecided."""
+"""The rules for the next step of a replicated tuning (claim 2)."""
+
+SENSITIVITY_STEPS = (
+    NOT_ENDED,
+    Rule(lambda f: f.outcome != "undecided", ""),
+    Rule(
+        lambda f: f.by_range,
+        "For {by_range} the answer depends on how well the rate is known beforehand, which no further run "
+        "can settle.",
+    ),
+    Rule(
+        lambda f: not f.measured,
+        "The levels of the factors have not been trained yet; the same command continues.",
+    ),
+    Rule(lambda f: f.have < 2, "Five seeds give intervals.", command="{more}"),
+    Rule(lambda f: f.lacking, "There is no interval for {lacking}: fewer than two seeds have every score."),
+    Rule(
+        lambda f: f.hopeless,
+        "The learning rate and the closest factor cost about the same; more seeds may not decide it.",
+    ),
+    Rule(
+        _otherwise,
+        "About {seeds} seeds decide it if the differences and their spread stay as they are.",
+        command="{more}",
+    ),
+)
+"""The rules for the next step of a sensitivity study (claim 1)."""
+
+REPLICATE = "Replicated tuning tells which variant is better."
 
 
 def shown_name(variant: str) -> str:
@@ -255,55 +270,10 @@ def find_verdicts(results: Results) -> list[Verdict]:
     return found
 
 
-# -- grids
-
-
-def has_peak(row: Facts) -> bool:
-    """Return whether a row of `Results.best` has a best learning rate.
-
-    It has none if no rate has a score, if nothing was learned, or if both ends of the grid have the best
-    score.
-    """
-    return not (
-        math.isnan(row["learning_rate"]) or row["nothing_learned"] or row.get("bracket") == "both edges"
-    )
-
-
-def _curves(results: Results) -> Iterator[Verdict]:
-    fixed = []
-    for panel in results.panels.to_dict("records"):
-        best, runs = (each[each["panel"] == panel["panel"]] for each in (results.best, results.runs))
-        rates, seeds = sorted(runs["learning_rate"].unique()), runs["seed"].nunique()
-        scope = panel["panel"].replace(f" on {panel['model']}", "")
-        grid = f"{count(len(rates), 'learning rate')} from {rate(rates[0])} to {rate(rates[-1])}"
-        if len(rates) == 1:
-            grid = f"one learning rate, {rate(rates[0])}"
-        rule, text = decide(BEST_RATES_RULES, best_rate_facts(panel, best))
-        unlearned = best.loc[best["nothing_learned"], "curve"]
-        if rule.sentence and 0 < len(unlearned) < len(best):
-            text += f" Nothing was learnt by {', '.join(unlearned)}."
-        yield Verdict(
-            rule.claim or "The learning rate at which each variant is best.",
-            "descriptive",
-            " ".join(filter(None, (text, _span_sentence(panel, best)))),
-            f"{panel['panel']}: {count(len(best), 'variant')}, {grid}, {count(seeds, 'seed')}; "
-            f"{panel['metric'].replace('_', ' ')}.",
-            "The rates were chosen on these seeds. Replicated tuning tells which variant is better.",
-            results.study.again(experiment="tuned"),
-            scope,
-            panel["panel"],
-        )
-        own = _rows(results.fixed_rate, panel["panel"])
-        if own:
-            names = ", ".join([panel["reference"], *(row["variant"] for row in own)])
-            design = (
-                f"{panel['panel']}: {names}; {count(len(rates), 'learning rate')} with "
-                f"{count(seeds, 'seed')}. The rates are chosen on the same seeds, so this is descriptive."
-            )
-            chosen = best.set_index("curve")["rates"].to_dict()
-            rule, verdict = _fixed_rate(own, panel["reference"], scope, design, chosen)
-            fixed.append(replace(verdict, claim=rule.claim or verdict.claim, outcome="descriptive"))
-    yield from fixed
+def _decide_step(rules: Sequence[Rule], facts: Facts) -> tuple[str, str]:
+    """Return the sentence and the command of the next step. Both may be empty."""
+    rule, sentence = decide(rules, facts)
+    return sentence, rule.command.format(**facts)
 
 
 def _rows(frame: pd.DataFrame, panel: str) -> list[dict[str, Any]]:
@@ -312,28 +282,79 @@ def _rows(frame: pd.DataFrame, panel: str) -> list[dict[str, Any]]:
     return found
 
 
+def _join(*texts: str) -> str:
+    return " ".join(filter(None, texts))
+
+
+def _range_text(low: object, high: object) -> str:
+    return f"{low}" if low == high else f"{low} to {high}"
+
+
+# -- grids
+
+
+def _curves(results: Results) -> Iterator[Verdict]:
+    fixed = []
+    for panel in results.panels.to_dict("records"):
+        title, scope = panel["panel"], panel["panel"].replace(f" on {panel['model']}", "")
+        best, runs = (each[each["panel"] == title] for each in (results.best, results.runs))
+        rates = sorted(runs["learning_rate"].unique())
+        seeds, number_of_rates = count(runs["seed"].nunique(), "seed"), count(len(rates), "learning rate")
+        grid = f"{number_of_rates} from {rate(rates[0])} to {rate(rates[-1])}"
+        if len(rates) == 1:
+            grid = f"one learning rate, {rate(rates[0])}"
+        rule, text = decide(BEST_RATES_RULES, best_rate_facts(panel, best))
+        unlearned = best.loc[best["nothing_learned"], "curve"]
+        if 0 < len(unlearned) < len(best):
+            text += f" Nothing was learnt by {', '.join(unlearned)}."
+        yield Verdict(
+            rule.claim or "The learning rate at which each variant is best.",
+            "descriptive",
+            _join(text, _span_sentence(panel, best)),
+            f"{title}: {count(len(best), 'variant')}, {grid}, {seeds}; {panel['metric'].replace('_', ' ')}.",
+            f"The rates were chosen on these seeds. {REPLICATE}",
+            results.study.again(experiment="tuned"),
+            scope,
+            title,
+        )
+        if rows := _rows(results.fixed_rate, title):
+            names = ", ".join([panel["reference"], *(row["variant"] for row in rows)])
+            design = (
+                f"{title}: {names}; {number_of_rates} with {seeds}. The rates are chosen on the same seeds, "
+                "so this is descriptive."
+            )
+            chosen = best.set_index("curve")["rates"].to_dict()
+            fixed.append(_fixed_rate(rows, panel["reference"], scope, design, chosen))
+    yield from fixed
+
+
 def best_rate_facts(panel: Facts, best: pd.DataFrame) -> dict[str, Any]:
-    """Return the facts from which `BEST_RATES_RULES` decide."""
-    rows = best.to_dict("records")
-    scored = [row for row in rows if not math.isnan(row["learning_rate"])]
-    peaked = sorted((r for r in rows if has_peak(r)), key=lambda r: (r["learning_rate"], r["curve"]))
-    equal = [set(row["rates"].split(" = ")) for row in peaked]
+    """Return the facts from which `BEST_RATES_RULES` decide.
+
+    A curve has a best learning rate ("peaked") unless no rate has a score, nothing was learned, or both ends
+    of the grid have the best score.
+    """
+    scored = best[best["learning_rate"].notna()]
+    peaked = scored[~scored["nothing_learned"]]
+    if "bracket" in best:
+        peaked = peaked[peaked["bracket"] != "both edges"]
+    rows = peaked.sort_values(["learning_rate", "curve"]).to_dict("records")
+    equal = [set(row["rates"].split(" = ")) for row in rows]
     shared = sorted(set.intersection(*equal), key=float) if equal else []
-    facts: dict[str, Any] = {
+    facts = {
         "panel": panel["panel"],
         "scored": len(scored),
-        "peaked": len(peaked),
-        "decades": 0.0,
+        "unlearned": int(scored["nothing_learned"].sum()),
+        "peaked": len(rows),
+        "ties": any(len(own) > 1 for own in equal),
+        "shared": formatting.join(shared) + (" alike" if len(shared) > 1 else ""),
+        "at_least": "" if all(row.get("bracket") == "yes" for row in rows) else " at least",
     }
-    facts |= {"unlearned": sum(row["nothing_learned"] for row in scored), "decades": 0.0}
-    if peaked:
-        first, last = peaked[0], peaked[-1]
+    if rows:
+        first, last = rows[0], rows[-1]
         facts |= {"first": first["curve"], "first_rates": first["rates"]}
         facts |= {"last": last["curve"], "last_rates": last["rates"]}
         facts["decades"] = math.log10(last["learning_rate"] / first["learning_rate"])
-    facts["ties"] = any(len(own) > 1 for own in equal)
-    facts["shared"] = formatting.join(shared) + (" alike" if len(shared) > 1 else "")
-    facts["at_least"] = "" if all(row.get("bracket") == "yes" for row in peaked) else " at least"
     return facts
 
 
@@ -359,55 +380,46 @@ def _span_sentence(panel: Facts, best: pd.DataFrame) -> str:
 
 def _fixed_rate(
     rows: Sequence[Facts], baseline: str, scope: str, design: str, chosen: Mapping[str, str]
-) -> tuple[Rule, Verdict]:
-    """Return the rule that decided claim 3, and the verdict.
+) -> Verdict:
+    """Return the verdict on claim 3.
 
     Args:
         rows: The rows of `Results.fixed_rate` of one panel.
         baseline: The curve at whose best rate the others are compared.
         scope: The text for `Verdict.scope`.
         design: The text for `Verdict.design`.
-        chosen: Curve -> its best rate as text. It is empty for a replicated tuning, whose replicates have
-            different best rates.
+        chosen: Curve of a grid -> its best rate as text. It is empty for a replicated tuning, whose
+            replicates have different best rates.
     """
     name = shown_name(baseline)
     reversed_rows = [row for row in rows if row["reversal"] is True]
-    facts: dict[str, Any] = {
-        "name": name,
-        "reversed": len(reversed_rows),
-        "open": sum(row["reversal"] is None for row in rows),
-        "reversals": "; ".join(
-            _reversal(row, name, chosen.get(baseline, ""), chosen) for row in reversed_rows[:2]
-        ),
-    }
+    clauses = [_reversal(row, baseline, chosen) for row in reversed_rows[:2]]
     if len(reversed_rows) > 2:
-        facts["reversals"] += f"; so it is for {len(reversed_rows)} of {len(rows)} variants"
+        clauses.append(f"so it is for {len(reversed_rows)} of {len(rows)} variants")
+    facts = {
+        "name": name,
+        "open": any(row["reversal"] is None for row in rows),
+        "reversals": "; ".join(clauses),
+    }
     rule, text = decide(RATE_DECIDES_RULES, facts)
     worst = max(rows, key=lambda row: row["regret"])
     if round(100 * worst["regret"], 1) > 0:
-        lost = " ".join(
-            [
-                points(worst["regret"], False),
-                points_interval(worst["regret_low"], worst["regret_high"], False),
-            ]
-        )
-        text += (
-            f" At {name}'s best rate {worst['variant']} loses most against its own: {lost.strip()} points."
-        )
-    return rule, Verdict(RATE_DECIDES, rule.outcome, text, design, scope=scope)
+        lost = points_estimate(worst, "regret")
+        text += f" At {name}'s best rate {worst['variant']} loses most against its own: {lost} points."
+    if chosen:
+        return Verdict(rule.claim or RATE_DECIDES, "descriptive", text, design, scope=scope)
+    return Verdict(RATE_DECIDES, rule.outcome, text, design, scope=scope)
 
 
-def _reversal(row: Facts, name: str, base_rate: str, chosen: Mapping[str, str]) -> str:
+def _reversal(row: Facts, baseline: str, chosen: Mapping[str, str]) -> str:
     """Return the clause on a variant whose order with the baseline is reversed."""
-    variant = row["variant"]
+    name, variant = shown_name(baseline), row["variant"]
+    base_rate, own_rate = (f" ({chosen[each]})" if chosen else "" for each in (baseline, variant))
     at_base, at_own = row["at_baseline_rate"], row["at_own_rate"]
-    where = f"{name}'s best rate{f' ({base_rate})' if base_rate else ''}"
-    own = f"{variant}'s own{f' ({chosen[variant]})' if chosen.get(variant) else ''}"
-    winners = (name, variant) if at_base < 0 else (variant, name)
-    losers = winners[::-1]
+    winner, loser = (name, variant) if at_base < 0 else (variant, name)
     return (
-        f"At {where} {winners[0]} beats {losers[0]} by {points(abs(at_base), False)} points, at {own} "
-        f"{winners[1]} beats {losers[1]} by {points(abs(at_own), False)}"
+        f"At {name}'s best rate{base_rate} {winner} beats {loser} by {points(abs(at_base), False)} points, "
+        f"at {variant}'s own{own_rate} {loser} beats {winner} by {points(abs(at_own), False)}"
     )
 
 
@@ -415,24 +427,18 @@ def _reversal(row: Facts, name: str, base_rate: str, chosen: Mapping[str, str]) 
 
 
 def _tuned(results: Results) -> Iterator[Verdict]:
-    tasks = results.tuned.to_dict("records") if len(results.tuned) else []
-    settings = results.study.settings
+    settings, tasks = results.study.settings, results.tuned.to_dict("records")
     claim = TUNED_WINS.format(name=shown_name(settings.baseline))
     verdicts, fixed = [], []
     for task in tasks:
-        rows = _rows(results.comparison, task["panel"])
+        panel, scope, rows = task["panel"], task["task"], _rows(results.comparison, task["panel"])
+        rule, text = decide(TUNED_WINS_RULES, task | {"needed": task["counted"] // 2 + 1})
+        answer = _join(text, _outcome_sentence(task, rows, settings.baseline), _noise(task))
         design = _tuned_design(task, rows, settings.margin)
-        facts = task | {"needed": task["counted"] // 2 + 1}
-        rule, text = decide(TUNED_WINS_RULES, facts)
         step, command = _next_step(results, task, rows, rule.outcome)
-        answer = " ".join(
-            filter(None, (text, _outcome_sentence(task, rows, settings.baseline), _noise(task)))
-        )
-        verdicts.append(
-            Verdict(claim, rule.outcome, answer, design, step, command, task["task"], task["panel"])
-        )
-        if own := _rows(results.fixed_rate, task["panel"]):
-            fixed.append(_fixed_rate(own, settings.baseline, task["task"], design, {})[1])
+        verdicts.append(Verdict(claim, rule.outcome, answer, design, step, command, scope, panel))
+        if compared := _rows(results.fixed_rate, panel):
+            fixed.append(_fixed_rate(compared, settings.baseline, scope, design, {}))
     if len(tasks) > 1:
         yield _over_tasks(claim, tasks, verdicts)
     yield from verdicts
@@ -464,10 +470,12 @@ def _tuned_design(task: Facts, rows: Sequence[Facts], margin: float) -> str:
 
 def _outcome_sentence(task: Facts, rows: Sequence[Facts], baseline: str) -> str:
     """Return the sentence that lists the counted variants by outcome, with their differences in points."""
-    groups = []
-    for outcome in (*(name for name, _ in stats.OUTCOMES), "undecided"):
-        own = [_difference(row) for row in rows if row["role"] == "variant" and row["outcome"] == outcome]
-        groups += [f"{outcome}: {', '.join(own)}"] if own else []
+    counted = [row for row in rows if row["role"] == "variant"]
+    groups = [
+        f"{outcome}: {', '.join(own)}"
+        for outcome in (*(name for name, _ in stats.OUTCOMES), "undecided")
+        if (own := [_difference(row) for row in counted if row["outcome"] == outcome])
+    ]
     where = "" if task["has_item_error"] else f" on these {task['test_size']} test items"
     found = "; ".join(groups)
     return f"Difference from tuned {shown_name(baseline)} in points{where}: {found}." if groups else ""
@@ -475,9 +483,9 @@ def _outcome_sentence(task: Facts, rows: Sequence[Facts], baseline: str) -> str:
 
 def _difference(row: Facts) -> str:
     """Return a variant with its difference and its interval, or the reason why it has no interval."""
-    ends = points_interval(row["difference_low"], row["difference_high"])
-    shown = "" if math.isnan(row["difference"]) else points(row["difference"])
-    return " ".join(filter(None, (row["variant"], shown, ends or f"({missing_interval(row)})")))
+    shown = "" if math.isnan(row["difference"]) else points_estimate(row, "difference", sign=True)
+    why = missing_interval(row)
+    return _join(row["variant"], shown, f"({why})" if why else "")
 
 
 def missing_interval(row: Facts) -> str:
@@ -500,21 +508,19 @@ def _noise(task: Facts) -> str:
 def _next_step(results: Results, task: Facts, rows: Sequence[Facts], outcome: str) -> tuple[str, str]:
     """Return the sentence and the command of the next step in a replicated tuning; both may be empty."""
     opened = [row for row in rows if row["role"] == "variant" and row["counts"] == "open"]
-    hopeless = [r["variant"] for r in opened if math.isnan(r["replicates_to_decide"])]
-    needed = max((int(r["replicates_to_decide"]) for r in opened if r["variant"] not in hopeless), default=0)
+    numbers = {row["variant"]: row["replicates_to_decide"] for row in opened}
+    needed = int(max((n for n in numbers.values() if not math.isnan(n)), default=0))
     facts = {
-        "missing": task["missing"],
+        **task,
         "outcome": outcome,
-        "open": ", ".join(row["variant"] for row in opened),
+        "open": ", ".join(numbers),
         "without": ", ".join(f"{r['variant']} ({why})" for r in opened if (why := missing_interval(r))),
-        "hopeless": ", ".join(hopeless),
+        "hopeless": ", ".join(variant for variant, n in numbers.items() if math.isnan(n)),
         "needed": needed,
-        "replicates": task["replicates"],
         "command": results.study.command,
         "more": results.study.again("--replicates", str(needed)),
     }
-    rule, text = decide(NEXT_STEPS, facts)
-    return text, rule.command.format(**facts)
+    return _decide_step(NEXT_STEPS, facts)
 
 
 # -- sensitivity
@@ -523,40 +529,20 @@ def _next_step(results: Results, task: Facts, rows: Sequence[Facts], outcome: st
 def _factors(results: Results) -> Iterator[Verdict]:
     from orchestrator.analyze.factors import count_claims
 
-    margin = results.study.settings.margin
     for panel in results.panels.to_dict("records"):
-        claims, rows = (
-            frame[frame["panel"] == panel["panel"]] for frame in (results.claims, results.factors)
-        )
-        judged = rows[rows["variant"].isin(claims.loc[claims["counted"], "variant"])]
+        title, task = panel["panel"], panel["task"]
+        claims, rows = (frame[frame["panel"] == title] for frame in (results.claims, results.factors))
+        counted = claims[claims["counted"]]
+        judged = rows[rows["variant"].isin(counted["variant"])]
         others = judged[~judged["alias"]]
-        numbers = count_claims(claims)
-        facts = numbers | {
-            "task": panel["task"],
-            "measured": len(others),
-            "missing": results.missing,
-            "spare": numbers["judged"] - numbers["required"],
-        }
+        facts = {"task": task, "measured": len(others), "missing": results.missing, **count_claims(claims)}
+        facts["spare"] = facts["judged"] - facts["required"]
         rule, text = decide(RATE_MATTERS_RULES, facts)
-        own = claims[claims["counted"]]
-        sentences = (_cost_sentence(panel, judged), _claim_sentence(own) if len(others) else "", text)
-        step, seeds = ("", 0) if rule.outcome != "undecided" else _more_seeds(own, others)
-        command = results.study.again("--seeds", str(seeds)) if seeds else ""
-        if results.missing:
-            step, command = (
-                "Some configurations have not ended; the same command continues.",
-                results.study.command,
-            )
-        yield Verdict(
-            RATE_MATTERS,
-            rule.outcome,
-            " ".join(filter(None, sentences)),
-            _factor_design(panel, claims, rows, margin),
-            step,
-            command,
-            panel["task"],
-            panel["panel"],
-        )
+        claim_sentence = _claim_sentence(counted) if len(others) else ""
+        answer = _join(_cost_sentence(panel, judged), claim_sentence, text)
+        design = _factor_design(panel, claims, rows, results.study.settings.margin)
+        step, command = _sensitivity_step(results, counted, others, rule.outcome)
+        yield Verdict(RATE_MATTERS, rule.outcome, answer, design, step, command, task, title)
 
 
 def _cost_sentence(panel: Facts, rows: pd.DataFrame) -> str:
@@ -572,9 +558,8 @@ def _cost_sentence(panel: Facts, rows: pd.DataFrame) -> str:
     worst = others.loc[others["misset"].idxmax()]
     aliases = ", ".join(dict.fromkeys(rows.loc[rows["alias"] & (rows["factor"] != "learning_rate"), "title"]))
     return (
-        f"On {panel['task']} the learning rate, set blindly, costs "
-        f"{low if low == high else f'{low} to {high}'} points, and any other "
-        f"hyperparameter{f' but {aliases}' if aliases else ''} at most "
+        f"On {panel['task']} the learning rate, set blindly, costs {_range_text(low, high)} points, and any "
+        f"other hyperparameter{f' but {aliases}' if aliases else ''} at most "
         f"{points(worst['misset'], sign=False)} ({worst['title']} for {worst['variant']})."
     )
 
@@ -596,45 +581,46 @@ def _claim_sentence(claims: pd.DataFrame) -> str:
 
 def _factor_design(panel: Facts, claims: pd.DataFrame, rows: pd.DataFrame, margin: float) -> str:
     titles = ", ".join(dict.fromkeys(rows.loc[rows["factor"] != "learning_rate", "title"])) or "nothing"
-    seeds = sorted(set(claims["seeds"]))
-    shown = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+    seeds = _range_text(claims["seeds"].min(), claims["seeds"].max())
     return (
-        f"{panel['panel']}; variants {', '.join(claims['variant'])}; learning rate against {titles}; {shown} "
+        f"{panel['panel']}; variants {', '.join(claims['variant'])}; learning rate against {titles}; {seeds} "
         f"seeds; margin {points(margin, sign=False)} points; one-sided 95 % limits, at half, the measured "
         "and double range of the rate."
     )
 
 
-def _more_seeds(claims: pd.DataFrame, others: pd.DataFrame) -> tuple[str, int]:
-    """Return the sentence on the next step of a sensitivity study, and the number of seeds to train.
+def _sensitivity_step(
+    results: Results, claims: pd.DataFrame, others: pd.DataFrame, outcome: str
+) -> tuple[str, str]:
+    """Return the sentence and the command of the next step in a sensitivity study; both may be empty.
 
-    The number is 0 if more seeds may not lead to a decision.
+    Args:
+        results: The results.
+        claims: The rows of `Results.claims` of the variants that the claim counts.
+        others: The rows of `Results.factors` of these variants, without the alias group.
+        outcome: The outcome of the claim.
     """
+    needed = ["misset_seeds_to_decide", "retuned_seeds_to_decide"]
     opened = claims[claims["outcome"] != "supported"]
-    by_range = opened.loc[opened["outcome"] == "undecided (range)", "variant"]
-    if len(by_range):
-        return (
-            f"For {', '.join(by_range)} the answer depends on how well the rate is known beforehand, which "
-            "no further run can settle.",
-            0,
-        )
-    rows = others[others["variant"].isin(opened["variant"])]
-    if not len(rows):
-        return "The levels of the factors have not been trained yet; the same command continues.", 0
-    have = int(rows["misset_seeds"].max())
-    if have < 2:
-        return "Five seeds give intervals.", 5
-    if len(lacking := rows[rows["misset_seeds"] < 2]):
-        names = ", ".join(lacking["title"] + " (" + lacking["variant"] + ")")
-        return f"There is no interval for {names}: fewer than two seeds have every score.", 0
-    needed = rows[["misset_seeds_to_decide", "retuned_seeds_to_decide"]]
-    if needed.isna().any(axis=None):
-        return (
-            "The learning rate and the closest factor cost about the same; more seeds may not decide it.",
-            0,
-        )
-    seeds = max(have + 1, int(needed.max(axis=None)))
-    return f"About {seeds} seeds decide it if the differences and their spread stay as they are.", seeds
+    # A study without an arm has no such columns.
+    columns = others.reindex(columns=["variant", "title", "misset_seeds", *needed])
+    rows = columns[columns["variant"].isin(opened["variant"])]
+    lacking = rows[rows["misset_seeds"] < 2]
+    have = int(max(rows["misset_seeds"], default=0))
+    seeds = 5 if have < 2 else max(have + 1, int(rows[needed].fillna(0).max(axis=None)))
+    facts = {
+        "missing": results.missing,
+        "outcome": outcome,
+        "by_range": ", ".join(opened.loc[opened["outcome"] == "undecided (range)", "variant"]),
+        "measured": len(rows),
+        "have": have,
+        "lacking": ", ".join(lacking["title"] + " (" + lacking["variant"] + ")"),
+        "hopeless": rows[needed].isna().any(axis=None),
+        "seeds": seeds,
+        "command": results.study.command,
+        "more": results.study.again("--seeds", str(seeds)),
+    }
+    return _decide_step(SENSITIVITY_STEPS, facts)
 
 
 # -- searches
@@ -643,24 +629,24 @@ def _more_seeds(claims: pd.DataFrame, others: pd.DataFrame) -> tuple[str, int]:
 def _searches(results: Results) -> Iterator[Verdict]:
     for panel in results.panels.to_dict("records"):
         rows = _rows(results.best, panel["panel"])
-        found = [
-            f"{row['curve']} has learnt nothing"
-            if row["nothing_learned"]
-            else f"{row['curve']} {number(row['validation_score'])} (test {number(row['test_score'])}) at "
-            f"{row['settings']}"
-            for row in rows
-            if not math.isnan(row["learning_rate"])
-        ]
-        tried = sorted({row["points"] for row in rows})
-        each = count(tried[-1], "point") if len(tried) == 1 else f"{tried[0]} to {tried[-1]} points"
+        found = "; ".join(_best_point(row) for row in rows if not math.isnan(row["learning_rate"]))
+        fewest, most = (end(row["points"] for row in rows) for end in (min, max))
+        tried = f"{_range_text(fewest, most)} point{'' if most == 1 else 's'} each"
         yield Verdict(
             "The search has found a best point for each variant.",
             "descriptive",
-            f"Best by validation score: {'; '.join(found)}." if found else "No point has a score yet.",
-            f"{panel['panel']}: {count(len(rows), 'variant')}, {each} each, one seed a point; "
+            f"Best by validation score: {found}." if found else "No point has a score yet.",
+            f"{panel['panel']}: {count(len(rows), 'variant')}, {tried}, one seed a point; "
             f"{panel['metric'].replace('_', ' ')}. The best of many single runs scores too high.",
-            "Replicated tuning tells which variant is better.",
+            REPLICATE,
             results.study.again(experiment="tuned"),
             panel["task"],
             panel["panel"],
         )
+
+
+def _best_point(row: Facts) -> str:
+    if row["nothing_learned"]:
+        return f"{row['curve']} has learnt nothing"
+    scores = f"{number(row['validation_score'])} (test {number(row['test_score'])})"
+    return f"{row['curve']} {scores} at {row['settings']}"
