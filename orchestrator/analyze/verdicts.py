@@ -406,9 +406,8 @@ def _fixed_rate(
     if round(100 * worst["regret"], 1) > 0:
         lost = points_estimate(worst, "regret")
         text += f" At {name}'s best rate {worst['variant']} loses most against its own: {lost} points."
-    if chosen:
-        return Verdict(rule.claim or RATE_DECIDES, "descriptive", text, design, scope=scope)
-    return Verdict(RATE_DECIDES, rule.outcome, text, design, scope=scope)
+    found = Verdict(RATE_DECIDES, rule.outcome, text, design, scope=scope, panel=rows[0]["panel"])
+    return replace(found, claim=rule.claim or RATE_DECIDES, outcome="descriptive") if chosen else found
 
 
 def _reversal(row: Facts, baseline: str, chosen: Mapping[str, str]) -> str:
