@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import math
 import tomllib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.analyze import formatting, render, report, sections
+from orchestrator.analyze import curves, formatting, render, report, sections
 from orchestrator.analyze.analysis import load
 from orchestrator.analyze.render import Section
 from orchestrator.analyze.results import Results, frame_rows
@@ -33,33 +34,19 @@ SOURCE = "arXiv 2601.22708"
 REFERENCE = "LoRA"
 """The published name of the variant with which the other variants are compared."""
 TASKS = {
-    "gsm8k": ("gsm8k", "published-gsm8k-r8", "GSM8K", "Llama-3.1-8B on MetaMathQA, accuracy on GSM8K"),
-    "humaneval": (
-        "humaneval",
-        "published-humaneval",
-        "HumanEval",
-        "Llama-3.1-8B on CodeFeedback, pass@1 on HumanEval",
-    ),
-    "glue": (
-        "glue_average",
-        "published-glue",
-        "GLUE",
-        "RoBERTa-base on the nine GLUE tasks, average of their metrics",
-    ),
-    "images": (
-        "image_average",
-        "published-images",
-        "Images",
-        "CLIP ViT-B/16 on seven image tasks, average accuracy",
-    ),
+    "gsm8k": ("published-gsm8k-r8", "GSM8K", "Llama-3.1-8B on MetaMathQA, accuracy on GSM8K"),
+    "humaneval": ("published-humaneval", "HumanEval", "Llama-3.1-8B on CodeFeedback, pass@1 on HumanEval"),
+    "glue": ("published-glue", "GLUE", "RoBERTa-base on the nine GLUE tasks, average of their metrics"),
+    "images": ("published-images", "Images", "CLIP ViT-B/16 on seven image tasks, average accuracy"),
 }
-"""Name on the command line -> (name in scores.csv, --config with the same protocol, title, description)."""
+"""Name on the command line -> (--config with the same protocol, title, description)."""
+_NAMES_IN_FILE = {"glue": "glue_average", "images": "image_average"}
+"""Name of a task on the command line -> its name in scores.csv, if it has another one there."""
 SEED_NOISE = {
     0.48: "pooled over five variants with three seeds each, GSM8K, in arXiv 2602.04998",
     1.0: "one configuration of PEFT's method comparison moved by 1.9 points when it was run again",
 }
-"""Assumed standard deviation of a score over seeds, in points -> its source. The sources measured other
-models."""
+"""Assumed standard deviation of a score over seeds, in points -> its source, which measured other models."""
 DRAWS = 20_000
 """The number of simulated repetitions of the study."""
 IMAGE_TASKS = ("cars", "dtd", "eurosat", "gtsrb", "resisc45", "sun397", "svhn")
@@ -79,10 +66,24 @@ def published_task(own_task: str) -> str | None:
 
 
 def read_points(task: str) -> pd.DataFrame:
-    """Return the published scores of a task as points, with the columns of `Results.points`.
+    """Return the frame `points` of `read_task`."""
+    return read_task(task)[0]
+
+
+def read_task(task: str) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """Return the frames `points`, `best` and `panels` of a published task, see `Results`.
 
     Args:
         task: One of `TASKS`.
+
+    Returns:
+        The frames have these columns of the survey besides those of `Results`:
+
+        - points: source ("published").
+        - best: rank (1 plus the number of variants with a higher best score), tied (the other variants with
+          the same best score) and range (the best score minus the worst score).
+        - panels: description, config, span (the highest minus the lowest best score) and half_span (the same
+          for the better half of the variants).
 
     Raises:
         UsageError: The task has no published scores.
@@ -91,82 +92,55 @@ def read_points(task: str) -> pd.DataFrame:
 
     if task not in TASKS:
         raise UsageError(f"--task {task!r}: no published scores. {suggest_nearest(task, TASKS)}")
-    name, _, title, _ = TASKS[task]
+    config, _, description = TASKS[task]
     scores = pd.read_csv(SHIPPED_FOLDER / "scores.csv")
-    scores = scores[scores["task"] == name]
-    points = scores[["variant", "learning_rate"]].assign(
-        panel=title,
-        task=task,
-        curve=scores["variant"],
-        group=scores["variant"],
-        source="published",
-        floor=0.0,
+    runs = _as_runs(task, scores[scores["task"] == _NAMES_IN_FILE.get(task, task)])
+    points = curves.make_points(runs)
+    best, panels = curves.best_of_curves(runs, points)
+    points, best = (frame.assign(curve=frame["variant"]) for frame in (points, best))
+
+    # `curves` measures widths and cliffs by the score of a constant answer, which is unknown here, and on a
+    # metric from 0 to 1. The columns `usable` and `ended` count scores of the best point.
+    best = best.drop(columns=best.filter(regex="^width").columns).assign(cliff=math.nan, usable=1, ended=1)
+    # A rate inside the grid with the same score makes an end of the grid no edge.
+    best["bracket"] = best["bracket"].mask(best["rates"].str.contains("="), "yes")
+    best["lost"] = best["lost"].round(2)
+    best["rank"] = best["test_score"].rank(method="min", ascending=False).astype(int)
+    equals = best.groupby("rank")["curve"].agg(list)
+    best["tied"] = [[name for name in equals[row.rank] if name != row.curve] for row in best.itertuples()]
+    scores = points.groupby("curve")["test_score"]
+    best["range"] = best["curve"].map(scores.max() - scores.min()).round(2)
+
+    top, middle, last = best["test_score"].iloc[[0, len(best) // 2 - 1, -1]]
+    panels = panels.assign(
+        reference=REFERENCE, axis="score in points", description=description, config=config
     )
-    points["point"] = points["curve"] + " " + points["learning_rate"].astype(str)
-    for column in ("validation_score", "test_score"):
-        points[[column, f"{column}_low", f"{column}_high"]] = math.nan
-        points[column] = scores["score"]
-    top = points.groupby("curve")["test_score"].transform("max")
-    points = points.assign(
-        seeds=1, usable=1, scored=1, collapsed=0, diverged=0, stopped=0, failed=0, eligible=True
-    )
-    points["is_best"] = (points["test_score"] == top) & ~points.assign(
-        top=points["test_score"] == top
-    ).duplicated(["curve", "top"])
-    return points.sort_values(["curve", "learning_rate"], ignore_index=True)
+    panels["span"], panels["half_span"] = round(top - last, 2), round(top - middle, 2)
+    return points.assign(source="published"), best, panels
 
 
-def best_points(points: pd.DataFrame) -> pd.DataFrame:
-    """Return the best point of each variant of one task, with the columns of `Results.best`, the best first.
+def _as_runs(task: str, scores: pd.DataFrame) -> pd.DataFrame:
+    """Return scores of a published task as finished runs with one seed, for the functions of `curves`.
 
-    Returns:
-        One row for each variant. Besides the columns of `Results.best`, it has these columns:
-
-        - rank: 1 plus the number of variants with a higher best score.
-        - tied: the other variants with the same best score.
-        - range: the variant's best score minus its worst score, in points.
-        - lost: the variant's best score minus its score at LoRA's best rate, in points.
+    Args:
+        task: One of `TASKS`.
+        scores: The columns variant (the published name), learning_rate and score (in points).
     """
-    import pandas as pd
-
-    table = points.pivot(index="curve", columns="learning_rate", values="test_score")
-    top = table.max(axis=1)
-    is_best = table.eq(top, axis=0)
-    reference_rate = float(is_best.loc[REFERENCE].idxmax())
-    rows = []
-    for curve, own in table.iterrows():
-        rates = [float(rate) for rate in own.index[is_best.loc[curve]]]
-        rows.append({
-            "panel": points["panel"].iloc[0],
-            "task": points["task"].iloc[0],
-            "variant": curve,
-            "curve": curve,
-            "group": curve,
-            "point": f"{curve} {rates[0]}",
-            "learning_rate": rates[0],
-            "rates": formatting.rates(rates),
-            "test_score": float(top[curve]),
-            "validation_score": float(top[curve]),
-            **{f"{name}_score_{end}": math.nan for name in ("test", "validation") for end in ("low", "high")},
-            "rank": int((top > top[curve]).sum()) + 1,
-            "tied": [str(name) for name in top.index[top == top[curve]] if name != curve],
-            "bracket": _edges_of(rates, table.columns[0], table.columns[-1]),
-            "range": round(float(own.max() - own.min()), 2),
-            "lost": round(float(top[curve] - own[reference_rate]), 2),
-            "test_at_common_rate": float(own[reference_rate]),
-            "cliff": math.nan,
-            "nothing_learned": False,
-            "seeds": 1,
-            "usable": 1,
-            "ended": 1,
-        })  # fmt: skip
-    return pd.DataFrame(rows).sort_values(["rank", "curve"], ignore_index=True)
-
-
-def _edges_of(rates: Sequence[float], first: float, last: float) -> str:
-    """Return the column `bracket` of a variant with these best rates, on a grid from `first` to `last`."""
-    names = {(first,): "low edge", (last,): "high edge", (first, last): "both edges"}
-    return names.get(tuple(rates), "yes")
+    variant, rate = scores["variant"], scores["learning_rate"]
+    return scores[["variant", "learning_rate"]].assign(
+        **dict.fromkeys(("task", "task_title"), task),
+        panel=TASKS[task][1],
+        curve=variant.str.lower(),  # `curves` knows LoRA by the label "lora"
+        group=variant,
+        point=variant + " " + rate.astype(str),
+        metric="points",
+        **dict.fromkeys(("validation_score", "test_score"), scores["score"]),
+        **dict.fromkeys(("untrained_validation_score", "untrained_test_score"), math.nan),
+        **dict.fromkeys(("state", "label"), "finished"),
+        **dict.fromkeys(("model", "fingerprint", "started"), ""),
+        **dict.fromkeys(("floor", "base_score"), 0.0),
+        **dict.fromkeys(("seed", "validation_items", "test_items", "steps", "steps_horizon"), 0),
+    )
 
 
 def simulate_noise(points: pd.DataFrame, noise: float) -> dict[str, Any]:
@@ -188,21 +162,16 @@ def simulate_noise(points: pd.DataFrame, noise: float) -> dict[str, Any]:
     """
     import numpy as np
 
-    variants = list(dict.fromkeys(points["curve"]))
-    table = points.pivot(index="curve", columns="learning_rate", values="test_score").loc[
-        _file_order(variants)
-    ]
+    variants = list(published_variants().values())  # their order decides which random numbers each one gets
+    table = points.pivot(index="curve", columns="learning_rate", values="test_score").loc[variants]
     random = np.random.default_rng(0)
-    scores = table.to_numpy(float)
-    best = (scores + random.normal(0, noise, (DRAWS, *scores.shape))).max(axis=2)
-    row = list(table.index).index(REFERENCE)
-    ranks = 1 + (best > best[:, [row]]).sum(axis=1)
+    best = (table.to_numpy(float) + random.normal(0, noise, (DRAWS, *table.shape))).max(axis=2)
+    ranks = 1 + (best > best[:, [variants.index(REFERENCE)]]).sum(axis=1)
     low, high = np.quantile(ranks, (0.05, 0.95), method="inverted_cdf")
     equal = np.sort(random.normal(0, noise, (DRAWS, len(variants))), axis=1)
     spans, half = equal[:, -1] - equal[:, 0], equal[:, -1] - equal[:, -(len(variants) // 2)]
     return {
-        "panel": points["panel"].iloc[0],
-        "task": points["task"].iloc[0],
+        **points[["panel", "task"]].iloc[0],
         "noise": noise,
         "low": int(low),
         "high": int(high),
@@ -213,19 +182,11 @@ def simulate_noise(points: pd.DataFrame, noise: float) -> dict[str, Any]:
     }
 
 
-def _file_order(variants: Sequence[str]) -> list[str]:
-    """Return the variants in the order of scores.csv, in which the simulation draws its random numbers."""
-    import pandas as pd
-
-    order = list(dict.fromkeys(pd.read_csv(SHIPPED_FOLDER / "scores.csv")["variant"]))
-    return sorted(variants, key=order.index)
-
-
 class Survey:
     """The published scores of some tasks as the frames of `Results`, with the curves of a user's study.
 
     Attributes:
-        results: The frames panels, points, best and winners.
+        results: The frames panels, points, best and winners. There are no runs, which the charts would draw.
         noise: One row for each task and assumed noise, see `simulate_noise`.
         overlays: A sentence about the user's curves of each task.
     """
@@ -246,25 +207,21 @@ class Survey:
 
         overlays = _overlay(own) if own is not None else {}
         names = list(overlays) or list(dict.fromkeys(tasks))
-        points = {name: read_points(name) for name in names}
-        best = {name: best_points(own) for name, own in points.items()}
-        self.noise = pd.DataFrame([simulate_noise(points[n], each) for n in names for each in noise])
+        parts = zip(*map(read_task, names), strict=True)
+        points, best, panels = (pd.concat(frames, ignore_index=True) for frames in parts)
+        by_task = points.groupby("task", sort=False)
+        self.noise = pd.DataFrame([simulate_noise(part, each) for _, part in by_task for each in noise])
         self.overlays = [text for _, text in overlays.values()]
-        shown = [pd.concat([points[n], *(overlays[n][0] for _ in (0,) if n in overlays)]) for n in names]
         command = f"{PROGRAM} published --task {' '.join(names)}"
-        study = StudyFile(
-            "published", f"What do the published scores of {SOURCE} say by themselves?", command
-        )
+        question = f"What do the published scores of {SOURCE} say by themselves?"
         self.results = Results(
-            study=study,
+            study=StudyFile("published", question, command),
             records=(),
-            runs=pd.DataFrame(
-                columns=["panel", "curve", "group", "label", "fingerprint", "drawn_score", "seed"]
-            ),
-            points=pd.concat(shown, ignore_index=True),
-            best=pd.concat(best.values(), ignore_index=True),
-            panels=pd.DataFrame([_panel(points[n], best[n]) for n in names]),
-            winners=pd.concat([_winners(points[n]) for n in names], ignore_index=True),
+            runs=pd.DataFrame(columns=["panel", "curve", "group", "label", "fingerprint", "seed"]),
+            points=pd.concat([points, *(drawn for drawn, _ in overlays.values())], ignore_index=True),
+            best=best,
+            panels=panels,
+            winners=_winners(points),
         )
 
     def rows(self, task: str) -> pd.DataFrame:
@@ -273,45 +230,15 @@ class Survey:
         return best[best["task"] == task]
 
 
-def _panel(points: pd.DataFrame, best: pd.DataFrame) -> dict[str, Any]:
-    task = points["task"].iloc[0]
-    scores, half = best["test_score"], best["test_score"].nlargest(len(best) // 2)
-    _, config, title, description = TASKS[task]
-    return {
-        "panel": title,
-        "task": task,
-        "model": "",
-        "description": description,
-        "config": config,
-        "metric": "points",
-        "floor": 0.0,
-        "untrained_validation": math.nan,
-        "untrained_test": math.nan,
-        "reference": REFERENCE,
-        "common_rate": float(best.loc[best["curve"] == REFERENCE, "learning_rate"].iloc[0]),
-        "common_label": "LoRA's best rate",
-        "axis": "score in points",
-        "span": round(float(scores.max() - scores.min()), 2),
-        "half_span": round(float(half.max() - half.min()), 2),
-    }
-
-
 def _winners(points: pd.DataFrame) -> pd.DataFrame:
-    """Return the best variants at each learning rate, and the span of all scores at this rate."""
-    import pandas as pd
-
-    rows = [
-        {
-            "panel": own["panel"].iloc[0],
-            "task": own["task"].iloc[0],
-            "learning_rate": rate,
-            "winner": [str(n) for n in own.loc[own["test_score"] == own["test_score"].max(), "curve"]],
-            "score": float(own["test_score"].max()),
-            "span": round(float(own["test_score"].max() - own["test_score"].min()), 2),
-        }
-        for rate, own in points.groupby("learning_rate")
-    ]
-    return pd.DataFrame(rows)
+    """Return the best variants of each task and learning rate, and the span of all scores at this rate."""
+    keys = ["panel", "task", "learning_rate"]
+    scores = points.groupby(keys, sort=False)["test_score"]
+    winners = scores.agg(score="max", span="min")
+    winners["span"] = (winners["score"] - winners["span"]).round(2)
+    is_best = points["test_score"] == scores.transform("max")
+    winners["winner"] = points[is_best].groupby(keys)["curve"].agg(list)
+    return winners.reset_index()
 
 
 # -- an own study beside the published one
@@ -355,26 +282,15 @@ def _overlay(own: Results) -> dict[str, tuple[pd.DataFrame, str]]:
 
 
 def _overlay_points(known: pd.DataFrame, survey: str, name: str) -> pd.DataFrame:
-    """Return the points of the user's curves, with the columns of `read_points`."""
-    titles = published_variants()
-    means = known.groupby(["variant", "learning_rate"])["test_score"].agg(["mean", "size"])
-    needed = known.groupby("variant")["task"].nunique()
-    whole = means[
-        means["size"] == needed.reindex(means.index.get_level_values("variant")).to_numpy()
-    ].reset_index()
-    template = read_points(survey).iloc[[0] * len(whole)].reset_index(drop=True)
-    curve = whole["variant"].map(titles)
-    scores = 100 * whole["mean"]
-    return template.assign(
-        variant=curve,
-        curve=curve,
-        group=curve,
-        learning_rate=whole["learning_rate"],
-        source=name,
-        test_score=scores,
-        validation_score=scores,
-        is_best=False,
-    )
+    """Return the points of the user's curves, with the columns of the published points."""
+    known = known.assign(variant=known["variant"].map(published_variants()), score=100 * known["test_score"])
+    groups = known.groupby(["variant", "learning_rate"])["score"]
+    scores = groups.agg(score="mean", tasks="size").reset_index()
+    scores = scores[scores["tasks"] == scores["variant"].map(known.groupby("variant")["task"].nunique())]
+    if scores.empty:
+        return read_points(survey).head(0)
+    points = curves.make_points(_as_runs(survey, scores))
+    return points.assign(curve=points["variant"], source=name, is_best=False)
 
 
 def _overlay_text(own: Results, rows: pd.DataFrame, survey: str) -> str:
@@ -391,115 +307,93 @@ def _overlay_text(own: Results, rows: pd.DataFrame, survey: str) -> str:
 
 def survey_verdicts(survey: Survey) -> list[Verdict]:
     """Return descriptive verdicts on the claims of the published study, from its own scores alone."""
-    panels = survey.results.panels.to_dict("records")
-    points = survey.results.points[survey.results.points["source"] == "published"]
+    results, best = survey.results, survey.results.best
+    points = results.points[results.points["source"] == "published"]
     rates = points.groupby("panel", sort=False)["learning_rate"].nunique()
-    grids = ", ".join(f"{panel} {count} rates" for panel, count in rates.items())
     design = (
-        f"{SOURCE}: {points['curve'].nunique()} variants, {grids}; {len(points)} scores, one seed each, "
-        "rates chosen on the test set."
+        f"{SOURCE}: {points['curve'].nunique()} variants; rates: {_of_panels(rates)}; {len(points)} scores, "
+        "one seed each, rates chosen on the test set."
     )
-    again = f"{PROGRAM} tuned --config {panels[0]['config']}"
-    first, last = "Replicated tuning of the same protocol:", "This varies the rate and the others alike:"
-    texts = (
-        ("Tuned LoRA matches or beats most variants.", _ranks(survey, panels), first, again),
-        ("At one fixed learning rate the winner depends on the rate.", _rate_winners(survey, panels), "", ""),
-        ("The tuned variants differ by more than noise.", _spans(survey, panels), "", ""),
-        ("The grid contains every optimum.", _edges(survey, panels), "", ""),
-        (
-            "The learning rate matters more than other hyperparameters.",
-            _ranges(survey, panels),
-            last,
-            f"{PROGRAM} sensitivity",
+    winners = results.winners.explode("winner").groupby("panel", sort=False)["winner"].nunique()
+    lost = best.loc[best["curve"] != REFERENCE, "lost"]
+    edges = best[best["bracket"] != "yes"].groupby("panel", sort=False)["curve"].agg(", ".join)
+    ends = "; ".join(f"{panel}: {variants}" for panel, variants in edges.items())
+    gained = best.groupby("panel", sort=False)["range"].median()
+    describe = partial(Verdict, outcome="descriptive", design=design)
+    return [
+        describe(
+            claim="Tuned LoRA matches or beats most variants.",
+            answer=_ranks(survey, results.panels.to_dict("records")),
+            next_step="Replicated tuning of the same protocol:",
+            next_command=f"{PROGRAM} tuned --config {results.panels['config'].iloc[0]}",
         ),
-    )
-    return [Verdict(claim, "descriptive", text, design, *more) for claim, text, *more in texts]
+        describe(
+            claim="At one fixed learning rate the winner depends on the rate.",
+            answer=f"The number of variants that are the best one at some rate is {_of_panels(winners)}. "
+            f"Trained at {REFERENCE}'s best rate instead of its own, a variant loses {lost.median():.1f} "
+            f"points in the median and up to {lost.max():.1f}.",
+        ),
+        describe(claim="The tuned variants differ by more than noise.", answer=_spans(survey)),
+        describe(
+            claim="The grid contains every optimum.",
+            answer=f"Best at an end of the grid, so perhaps better beyond it, are {ends or 'no variants'}.",
+        ),
+        describe(
+            claim="The learning rate matters more than other hyperparameters.",
+            answer="From its worst to its best rate a variant gains, in points, "
+            f"{_of_panels(gained, '.0f')} (median over variants). The paper shows other hyperparameters at "
+            "one fixed rate as lines without numbers, so these scores cannot compare them.",
+            next_step="This varies the rate and the others alike:",
+            next_command=f"{PROGRAM} sensitivity",
+        ),
+    ]
 
 
-def _of_panels(panels: Sequence[sections.Row], text: Callable[[sections.Row], str]) -> str:
-    """Return a list of texts as one text, each followed by the title of its panel."""
-    return formatting.join([f"{text(panel)} on {panel['panel']}" for panel in panels])
+def _of_panels(values: pd.Series, form: str = "") -> str:
+    """Return values as text, each followed by its panel, such as "5.76 on GSM8K and 5.25 on HumanEval".
+
+    Args:
+        values: The values, indexed by panel.
+        form: The format of a value.
+    """
+    return formatting.join([f"{value:{form}} on {panel}" for panel, value in values.items()])
 
 
 def _ranks(survey: Survey, panels: Sequence[sections.Row]) -> str:
-    def place(panel: sections.Row) -> str:
-        rows = survey.rows(panel["task"])
-        own = rows[rows["curve"] == REFERENCE].iloc[0]
-        return f"{own['rank']}{' (tied with ' + formatting.join(own['tied']) + ')' if own['tied'] else ''}"
-
-    count = len(survey.rows(panels[0]["task"]))
-    text = f"With every variant at its best rate, {REFERENCE} has of {count} variants the place "
-    text += f"{_of_panels(panels, place)}. Nine of ten repeats with other seeds would give it the places "
-    noise = survey.noise[survey.noise["task"].isin([panel["task"] for panel in panels])]
+    tasks = [panel["task"] for panel in panels]
+    best, noise = (frame[frame["task"].isin(tasks)] for frame in (survey.results.best, survey.noise))
+    places = best[best["curve"] == REFERENCE].set_index("panel")
+    ties = places["tied"].map(lambda tied: f" (tied with {formatting.join(tied)})" if tied else "")
+    ranges = noise["low"].astype(str) + " to " + noise["high"].astype(str)
     repeats = [
-        f"{formatting.join([f'{row.low} to {row.high}' for row in own.itertuples()])} at {_points(size)}"
-        for size, own in noise.groupby("noise")
+        f"{formatting.join(list(own))} with {size:g}-point noise"
+        for size, own in ranges.groupby(noise["noise"])
     ]
     return (
-        f"{text}{'; '.join(repeats)} of noise (one standard deviation, assumed): ranks of equals are noise."
+        f"With every variant at its best rate, {REFERENCE} has of {best['curve'].nunique()} variants the "
+        f"place {_of_panels(places['rank'].astype(str) + ties)}. Nine of ten repeats with other seeds would "
+        f"give it the places {'; '.join(repeats)} (one standard deviation, assumed): ranks of equals "
+        "are noise."
     )
 
 
-def _points(number: float) -> str:
-    return f"{number:g} point{'' if number == 1 else 's'}"
-
-
-def _rate_winners(survey: Survey, panels: Sequence[sections.Row]) -> str:
-    winners = survey.results.winners
-
-    def number(panel: sections.Row) -> str:
-        own = winners.loc[winners["task"] == panel["task"], "winner"]
-        return f"{len({name for names in own for name in names})} variants"
-
-    lost = survey.results.best.loc[survey.results.best["curve"] != REFERENCE, "lost"]
-    return (
-        f"Over the grid of rates the best variant is one of {_of_panels(panels, number)}. Trained at "
-        f"{REFERENCE}'s best rate instead of its own, a variant loses {lost.median():.1f} points in the "
-        f"median and up to {lost.max():.1f}."
-    )
-
-
-def _span(panel: sections.Row) -> str:
-    return f"{panel['span']:.2f}"
-
-
-def _spans(survey: Survey, panels: Sequence[sections.Row]) -> str:
-    text = f"The best scores span, in points, {_of_panels(panels, _span)}; those of the "
-    halves = [f"{panel['half_span']:.2f}" for panel in panels]
-    text += f"better half {formatting.join(halves)}."
+def _spans(survey: Survey) -> str:
+    panels = survey.results.panels.set_index("panel")
+    spans, halves = panels["span"], panels["half_span"]
+    text = f"The best scores span, in points, {_of_panels(spans, '.2f')}; "
+    text += f"those of the better half {_of_panels(halves, '.2f')}."
     for noise, own in survey.noise.groupby("noise"):
         row = own.iloc[0]  # the simulated spans depend on the noise and on the number of variants alone
-        wide = [panel["panel"] for panel in panels if panel["span"] > row["equal_span_high"]]
-        half = [panel["panel"] for panel in panels if panel["half_span"] > row["equal_half_span_high"]]
+        wide = formatting.join(spans.index[spans > row["equal_span_high"]]) or "no task"
+        half = formatting.join(halves.index[halves > row["equal_half_span_high"]]) or "no task"
         source = f" ({SEED_NOISE[noise]})" if noise in SEED_NOISE else ""
         text += (
-            f" With {_points(noise)} of noise{source} equal variants span {row['equal_span']:.1f} points, in "
+            f" With {noise:g}-point noise{source} equal variants span {row['equal_span']:.1f} points, in "
             f"one of twenty studies more than {row['equal_span_high']:.1f}, and their better half "
             f"{row['equal_half_span']:.1f} and {row['equal_half_span_high']:.1f}. By this, all variants "
-            f"differ by more than noise on {formatting.join(wide) or 'no task'}, and the better half on "
-            f"{formatting.join(half) or 'no task'}."
+            f"differ by more than noise on {wide}, and the better half on {half}."
         )
     return text
-
-
-def _edges(survey: Survey, panels: Sequence[sections.Row]) -> str:
-    best = survey.results.best
-    edges = best[best["bracket"] != "yes"].groupby("panel")["curve"].agg(", ".join)
-    if not len(edges):
-        return "Every variant is best inside the grid."
-    parts = [f"{panel['panel']}: {edges[panel['panel']]}" for panel in panels if panel["panel"] in edges]
-    return f"Best at an end of the grid, so perhaps better beyond it, are {'; '.join(parts)}."
-
-
-def _ranges(survey: Survey, panels: Sequence[sections.Row]) -> str:
-    def gained(panel: sections.Row) -> str:
-        return f"{survey.rows(panel['task'])['range'].median():.0f}"
-
-    return (
-        f"From its worst to its best rate a variant gains, in points, {_of_panels(panels, gained)} (median "
-        "over variants). The paper shows other hyperparameters at one fixed rate as lines without numbers, "
-        "so these scores cannot compare them."
-    )
 
 
 # -- the report

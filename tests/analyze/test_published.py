@@ -194,6 +194,12 @@ def test_an_average_over_tasks_has_the_rates_at_which_each_task_has_a_score() ->
     assert "on cars, dtd, 3 seeds. The published average has 5 more tasks." in found.overlays[0]
 
 
+def test_tasks_of_an_average_without_a_common_rate_have_no_curve() -> None:
+    found = beside([record("lora", 1e-3, task="dtd"), record("lora", 1e-2, task="cars")])
+    assert set(found.results.points["source"]) == {"published"}
+    assert len(found.overlays) == 1
+
+
 @pytest.mark.parametrize(
     ("records", "message"),
     [
