@@ -45,8 +45,8 @@ TOLERANCE = 0.01
 
 
 def is_reference(label: str) -> bool:
-    """Return whether the curve with this label is a curve of `REFERENCE`."""
-    return label.partition(" ")[0] == REFERENCE
+    """Return whether the curve with this label is a curve of `REFERENCE`, which the survey writes LoRA."""
+    return label.partition(" ")[0].lower() == REFERENCE
 
 
 # -- points

@@ -65,11 +65,6 @@ def published_task(own_task: str) -> str | None:
     return "glue" if own_task.startswith("glue_") else _OWN_TASKS.get(own_task)
 
 
-def read_points(task: str) -> pd.DataFrame:
-    """Return the frame `points` of `read_task`."""
-    return read_task(task)[0]
-
-
 def read_task(task: str) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     """Return the frames `points`, `best` and `panels` of a published task, see `Results`.
 
@@ -97,11 +92,9 @@ def read_task(task: str) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     runs = _as_runs(task, scores[scores["task"] == _NAMES_IN_FILE.get(task, task)])
     points = curves.make_points(runs)
     best, panels = curves.best_of_curves(runs, points)
-    points, best = (frame.assign(curve=frame["variant"]) for frame in (points, best))
-
     # `curves` measures widths and cliffs by the score of a constant answer, which is unknown here, and on a
     # metric from 0 to 1. The columns `usable` and `ended` count scores of the best point.
-    best = best.drop(columns=best.filter(regex="^width").columns).assign(cliff=math.nan, usable=1, ended=1)
+    best = best.drop(columns=best.filter(regex="^(width|cliff)").columns)
     # A rate inside the grid with the same score makes an end of the grid no edge.
     best["bracket"] = best["bracket"].mask(best["rates"].str.contains("="), "yes")
     best["lost"] = best["lost"].round(2)
@@ -112,9 +105,7 @@ def read_task(task: str) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     best["range"] = best["curve"].map(scores.max() - scores.min()).round(2)
 
     top, middle, last = best["test_score"].iloc[[0, len(best) // 2 - 1, -1]]
-    panels = panels.assign(
-        reference=REFERENCE, axis="score in points", description=description, config=config
-    )
+    panels = panels.assign(axis="score in points", description=description, config=config)
     panels["span"], panels["half_span"] = round(top - last, 2), round(top - middle, 2)
     return points.assign(source="published"), best, panels
 
@@ -130,8 +121,7 @@ def _as_runs(task: str, scores: pd.DataFrame) -> pd.DataFrame:
     return scores[["variant", "learning_rate"]].assign(
         **dict.fromkeys(("task", "task_title"), task),
         panel=TASKS[task][1],
-        curve=variant.str.lower(),  # `curves` knows LoRA by the label "lora"
-        group=variant,
+        **dict.fromkeys(("curve", "group"), variant),
         point=variant + " " + rate.astype(str),
         metric="points",
         **dict.fromkeys(("validation_score", "test_score"), scores["score"]),
@@ -288,9 +278,9 @@ def _overlay_points(known: pd.DataFrame, survey: str, name: str) -> pd.DataFrame
     scores = groups.agg(score="mean", tasks="size").reset_index()
     scores = scores[scores["tasks"] == scores["variant"].map(known.groupby("variant")["task"].nunique())]
     if scores.empty:
-        return read_points(survey).head(0)
+        return read_task(survey)[0].head(0)
     points = curves.make_points(_as_runs(survey, scores))
-    return points.assign(curve=points["variant"], source=name, is_best=False)
+    return points.assign(source=name, is_best=False)
 
 
 def _overlay_text(own: Results, rows: pd.DataFrame, survey: str) -> str:

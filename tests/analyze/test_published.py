@@ -18,7 +18,7 @@ from orchestrator.analyze.published import (
     REFERENCE,
     TASKS,
     Survey,
-    read_points,
+    read_task,
     show_published,
     simulate_noise,
     survey_sections,
@@ -44,7 +44,7 @@ def test_there_are_660_scores_of_twenty_variants_and_one_seed_tests_nothing(surv
     assert np.isfinite(survey.results.points["test_score"]).all()
     assert all((SHIPPED_FOLDER / f"{config}.yaml").exists() for config in survey.results.panels["config"])
     with pytest.raises(UsageError, match="no published scores"):
-        read_points("gsm7k")
+        read_task("gsm7k")[0]
     found = survey_verdicts(survey)
     assert {each.outcome for each in found} == {"descriptive"}
     assert found[0].next_command == "lora-orchestrator tuned --config published-gsm8k-r8"
@@ -108,7 +108,7 @@ def test_a_tie_of_two_rates_is_no_edge_and_the_edges_are_named(survey: Survey) -
 
 @pytest.mark.parametrize("task", TASKS)
 def test_each_rate_has_its_winner_and_the_span_of_all_scores(task: str, survey: Survey) -> None:
-    table = read_points(task).pivot(index="curve", columns="learning_rate", values="test_score")
+    table = read_task(task)[0].pivot(index="curve", columns="learning_rate", values="test_score")
     winners = survey.results.winners.query("task == @task").set_index("learning_rate")
     assert winners.index.tolist() == list(table.columns)
     assert winners["score"].tolist() == table.max().tolist()
@@ -123,7 +123,7 @@ def test_twenty_equal_variants_span_what_normal_order_statistics_say(survey: Sur
     for noise in survey.noise[survey.noise["noise"] == 1.0].itertuples():
         assert noise.equal_span == pytest.approx(3.735, abs=0.02)
         assert noise.equal_span_high == pytest.approx(5.01, abs=0.04)
-    doubled = simulate_noise(read_points("gsm8k"), 2.0)
+    doubled = simulate_noise(read_task("gsm8k")[0], 2.0)
     assert doubled["equal_span"] == pytest.approx(2 * 3.735, abs=0.04)
 
 
@@ -132,7 +132,7 @@ def test_the_loss_at_loras_best_rate_is_zero_for_lora_and_never_negative(survey:
         rows = survey.rows(task).set_index("curve")
         assert rows.loc[REFERENCE, "lost"] == 0
         assert rows["lost"].min() >= 0
-        pissa = read_points(task).query("curve == 'PiSSA'").set_index("learning_rate")["test_score"]
+        pissa = read_task(task)[0].query("curve == 'PiSSA'").set_index("learning_rate")["test_score"]
         expected = pissa.max() - pissa[rows.loc[REFERENCE, "learning_rate"]]
         assert rows.loc["PiSSA", "lost"] == pytest.approx(expected)
         assert rows.loc["PiSSA", "range"] == pytest.approx(pissa.max() - pissa.min())
@@ -245,7 +245,7 @@ def test_the_page_loads_nothing_and_shows_every_variant(page: Path) -> None:
     text = (page / "report.html").read_text()
     assert not re.search(r"""src=["'](?!data:)|@import|url\((?!#)|<link""", text)
     assert "default-src 'none'" in text, "the browser refuses everything that is not in the file"
-    points = read_points("gsm8k")
+    points = read_task("gsm8k")[0]
     shown = html.unescape(re.sub("<[^>]*>", " ", text))
     assert all(f"{score:.2f}" in shown for score in points.groupby("curve")["test_score"].max())
     assert all(variant in shown for variant in points["curve"])
@@ -259,7 +259,7 @@ def test_summary_and_pictures_are_beside_the_page(page: Path) -> None:
     published = {p["learning_rate"]: p["test_score"] for p in lora if p["source"] == "published"}
     assert max(published.values()) == published[5e-4] == 75.51
     scores = [p["test_score"] for p in summary["points"] if p["source"] == "published"]
-    assert sorted(scores) == sorted(read_points("gsm8k")["test_score"])
+    assert sorted(scores) == sorted(read_task("gsm8k")[0]["test_score"])
     assert [(each["low"], each["high"]) for each in summary["noise"]] == [(1, 6), (1, 10)]
     assert {p["source"] for p in lora} == {"published", "mine"}
     for stem in ("curves", "heatmap"):

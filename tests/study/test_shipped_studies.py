@@ -10,7 +10,7 @@ from configurations import shipped
 from orchestrator.experiments.lr_sensitivity import CurveOptions
 from orchestrator.experiments.tuned_comparison import ComparisonOptions
 
-from orchestrator.analyze.published import published_variants, read_points
+from orchestrator.analyze.published import published_variants, read_task
 from orchestrator.experiments import options_of
 from orchestrator.finetune.resolve.option_names import variant_hyperparameters
 from orchestrator.finetune.tasks import catalogue as tasks
@@ -46,7 +46,7 @@ def test_they_have_the_runs_of_the_protocol() -> None:
         found[name] = len(options.variants or ()) * len(options.task or ()) * len(rates) * options.seed_count
     assert found == COUNTS
     assert sum(COUNTS.values()) - COUNTS["published-gsm8k-r128"] == 2980, "the survey's four main grids"
-    assert set(published_variants().values()) == set(read_points("gsm8k")["curve"])
+    assert set(published_variants().values()) == set(read_task("gsm8k")[0]["curve"])
 
 
 def test_published_epochs_give_the_steps_of_the_protocol() -> None:
