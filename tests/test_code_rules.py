@@ -24,11 +24,11 @@ BUDGETS = {
     "orchestrator/util": (10, 559),
     "variants": (128, 6717),
     "experiments": (16, 2075),
-    "tests": (277, 33434),
+    "tests": (277, 33435),
 }
 """Package -> (modules, lines of code) that it may have at most. A change that makes one smaller
 lowers its numbers; a change that raises one says what that is worth."""
-DOC_WORDS = 46_086
+DOC_WORDS = 46_142
 """Words that all pages may have together."""
 
 

@@ -80,8 +80,9 @@ def test_a_report_is_whole_files_and_nothing_else_and_asks_no_other_host(tmp_pat
     (folder / "mine.png").write_bytes(b"a user's own picture")
     assert (folder / "curves-2.png").exists()
     results, page, numbers, terminal = written(folder, study())  # this replaces the first report
-    stems = ("curves", "heatmap", "spread")
-    pictures = {f"{stem}.{kind}" for stem in stems for kind in ("png", "svg")}
+    pictures = set(numbers["pictures"])
+    assert {"curves.png", "curves.svg", "heatmap.png", "heatmap.svg"} <= pictures
+    assert not {name for name in pictures if "-2" in name}, "these are of the first report"
     assert {path.name for path in folder.iterdir()} == {"report.html", "summary.json", "mine.png", *pictures}
     assert [v["answer"] for v in numbers["verdicts"]] == list(results.verdicts["answer"])
     words = " ".join(page.text.split())
