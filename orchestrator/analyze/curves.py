@@ -506,30 +506,27 @@ def best_of_groups(runs: pd.DataFrame, points: pd.DataFrame) -> tuple[pd.DataFra
     started = points.join(runs.groupby(_POINT)["started"].min(), on=_POINT)
     points["order"] = started.groupby(_GROUP)["started"].rank(method="first").astype(int)
     varied = varied_settings(runs)
+    differs = grouped[varied].nunique(dropna=False) > 1
     values = runs.drop_duplicates(_POINT).set_index(_POINT)[varied].astype(object)
     tried = points[_POINT].join(values, on=_POINT)
-    best["settings"], best["edges"], points["settings"] = "", "", ""
+    texts, edges = {"": ""}, dict.fromkeys(best.index, "")
     for key, own in points.groupby(_GROUP):
-        values = tried.loc[own.index]
-        names = [n for n in varied if n == "learning_rate" or values[n].map(repr).nunique() > 1]
-        texts = [formatting.settings_text(each) for each in values[names].to_dict("records")]
-        points.loc[own.index, "settings"] = texts
+        names = ["learning_rate", *(name for name in varied[1:] if differs.at[key, name])]
+        settings = tried.loc[own.index, names]
+        named = map(formatting.settings_text, settings.to_dict("records"))
+        texts |= dict(zip(own["point"], named, strict=True))
         if own["is_best"].any():
-            chosen = int(own["is_best"].argmax())
-            best.loc[key, "settings"] = texts[chosen]
-            best.loc[key, "edges"] = ", ".join(_edges(values[names], own, chosen))
+            edges[key] = ", ".join(_edges(settings, own, int(own["is_best"].argmax())))
+    points["settings"], best["settings"] = points["point"].map(texts), best["point"].map(texts)
+    best["edges"] = pd.Series(edges)
     panels = pd.DataFrame([_describe_panel(own) for _, own in runs.groupby("panel")])
     return _sort_best(best, "curve", "replicate"), panels
 
 
-def hyperparameters(runs: pd.DataFrame) -> list[str]:
-    """Return the names of the columns of `runs` that are hyperparameters."""
-    return [n for n in runs if (n in COLUMNS or n.startswith("variant_")) and n not in _NO_HYPERPARAMETERS]
-
-
 def varied_settings(runs: pd.DataFrame) -> list[str]:
     """Return "learning_rate", followed by the other hyperparameters in which runs differ, sorted by name."""
-    counts = runs[hyperparameters(runs)].nunique(dropna=False)
+    names = [n for n in runs if (n in COLUMNS or n.startswith("variant_")) and n not in _NO_HYPERPARAMETERS]
+    counts = runs[names].nunique(dropna=False)
     return ["learning_rate", *sorted(n for n in counts.index[counts > 1] if n != "learning_rate")]
 
 
