@@ -80,25 +80,21 @@ class _Task:
             fail (`has_result`).
         tried: The runs of the whole tunings.
         names: The variants with a whole tuning, the baseline first.
-        test: The test scores of the usable tunings, as a frame with one row for each replicate and one column
-            for each variant.
+        others: The variants besides the baseline, sorted by name.
+        by_replicate: Column of `chosen` -> its values, as a frame with one row for each replicate and one
+            column for each variant.
+        test: The same for the test scores of the usable tunings.
+        pooled: Variant -> its curve over the runs of all replicates, see `_pool`.
     """
 
     def __init__(
         self, runs: pd.DataFrame, best: pd.DataFrame, settings: AnalysisSettings, missing: bool
     ) -> None:
         self.settings = settings
-        self._tables: dict[str, pd.DataFrame] = {}
-        label = runs.set_index("fingerprint")["label"]
-        results = runs.groupby("group")["label"].agg(lambda labels: (labels != "failed").any())
-        group = runs.drop_duplicates("group").set_index(["variant", "seed"])["group"]
-        keys = list(zip(best["variant"], best["replicate"], strict=True))
-        chosen = best.assign(
-            label=best["point"].map(lambda name: label.get(name, "")),
-            has_result=[bool(results[group[key]]) for key in keys],
-        )
-        usable = chosen["test_score"].notna() & (chosen["label"] == "finished") & ~chosen["nothing_learned"]
-        chosen = chosen.assign(is_usable=usable)
+        label = best["point"].map(runs.set_index("fingerprint")["label"]).fillna("")
+        has_result = best["group"].map((runs["label"] != "failed").groupby(runs["group"]).any())
+        is_usable = best["test_score"].notna() & (label == "finished") & ~best["nothing_learned"]
+        chosen = best.assign(label=label, has_result=has_result, is_usable=is_usable)
         # Failed runs count as runs of a tuning. While configurations have no record, all tunings of one
         # variant may lack runs, so the largest tuning of any variant is the measure.
         largest = chosen.groupby("variant")["points"].transform("max")
@@ -106,26 +102,17 @@ class _Task:
         self.chosen = chosen[whole]
         counts = self.chosen["variant"].value_counts()
         self.missing = missing or not whole.all() or counts.nunique() > 1
-        names = dict.fromkeys((settings.baseline, *sorted(counts.index)))
-        self.names = [name for name in names if name in counts]
-        kept = set(zip(self.chosen["variant"], self.chosen["replicate"], strict=True))
-        is_whole = [key in kept for key in zip(runs["variant"], runs["seed"], strict=True)]
-        self.tried = runs[is_whole].sort_values(["learning_rate", "fingerprint"])
-        self.test = self._by_replicate("test_score").where(
-            self._by_replicate("is_usable").fillna(False).astype(bool)
+        self.others = sorted(set(counts.index) - {settings.baseline})
+        self.names = [settings.baseline, *self.others] if settings.baseline in counts else self.others
+        self.tried = runs[runs["group"].isin(self.chosen["group"])].sort_values(
+            ["learning_rate", "fingerprint"]
         )
-
-    def _by_replicate(self, column: str) -> pd.DataFrame:
-        """Return a column of `chosen` as a frame: a row for each replicate, a column for each variant."""
-        if column not in self._tables:
-            table = self.chosen.pivot(index="replicate", columns="variant", values=column)
-            self._tables[column] = table.reindex(columns=self.names)
-        return self._tables[column]
-
-    @property
-    def others(self) -> list[str]:
-        """The variants besides the baseline, sorted by name."""
-        return self.names[1:]
+        self.by_replicate = {
+            column: self.chosen.pivot(index="replicate", columns="variant", values=column)[self.names]
+            for column in ("point", "test_score", "is_usable", "has_result")
+        }
+        self.test = self.by_replicate["test_score"].where(self.by_replicate["is_usable"].eq(True))
+        self.pooled = {name: _pool(self.tried[self.tried["variant"] == name]) for name in self.names}
 
     def frames(self, items: Mapping[str, NDArray[np.float64]]) -> dict[str, list[dict[str, Any]]]:
         """Return frame -> its rows for this task; empty if the baseline has no whole tuning.
@@ -135,34 +122,39 @@ class _Task:
         """
         import numpy as np
 
-        base = self.settings.baseline
+        base, margin = self.settings.baseline, self.settings.margin
         if base not in self.names:
             return {}
-        at_base = self.test.index.isin(self.chosen.loc[self.chosen["variant"] == base, "replicate"])
+        at_base = self.by_replicate["point"][base].notna()
         differences = self.test[self.others].sub(self.test[base], axis=0)[at_base]
         errors = [self._item_error(name, differences[name], items) for name in self.others]
         found = stats.compare(differences.to_numpy(float), np.nan_to_num(errors))
         share_p = [self._share_p(name) for name in self.others]
-        adjusted = stats.holm(share_p)
-        rows = [self._describe(base, "baseline")]
+        adjusted, not_superior_p = stats.holm(share_p), stats.not_superior_p(found, margin)
+        baseline = self._describe(base, "baseline")
+        rows, counted, claim_p = [], [base], []
         for i, name in enumerate(self.others):
             row = self._describe(name, self._role(name)) | {"usable_p": adjusted[i], "item_error": errors[i]}
-            row |= _difference_fields(found, i, self.settings.margin, len(self.others))
-            row["skewed"] = _outliers(differences[name].dropna(), self.settings.margin)
-            rows.append(_decide_by_share(row, rows[0]))
-        p = stats.not_superior_p(found, self.settings.margin)
-        counted = [row for row in rows if row["role"] == "variant"]
-        task = self._task_fields(counted, errors) | _claim_fields(
-            counted,
-            rows[0],
-            dict(zip(self.others, p, strict=True)),
-            dict(zip(self.others, share_p, strict=True)),
-        )
-        rows[1:] = sorted(rows[1:], key=lambda row: np.nan_to_num(-row["difference"], nan=math.inf))
-        pooled = [point for name in self.names for point in self._pooled(name)]
-        fixed, winners = self._fixed_rate({row["variant"] for row in counted})
-        own = {"comparison": rows, "tuned": [task], "pooled": pooled}
-        return own | {"fixed_rate": fixed, "winners": winners}
+            row |= _difference_fields(found, i, margin, len(self.others))
+            row["skewed"] = _outliers(differences[name].dropna(), margin)
+            rows.append(_decide_by_share(row, baseline))
+            if row["role"] == "variant":
+                counted.append(name)
+                claim_p.append(_claim_p(row, baseline, not_superior_p[i], share_p[i]))
+        rows.sort(key=lambda row: np.nan_to_num(-row["difference"], nan=math.inf))
+        fixed, winners = self._fixed_rate(counted)
+        pooled = [
+            {"variant": name, **point}
+            for name, curve in self.pooled.items()
+            for point in curve.to_dict("records")
+        ]
+        return {
+            "comparison": [baseline, *rows],
+            "tuned": [self._task_fields(counted, errors) | _claim_fields(claim_p)],
+            "pooled": pooled,
+            "fixed_rate": fixed,
+            "winners": winners,
+        }
 
     def _role(self, name: str) -> str:
         if name in CONTROLS:
@@ -178,42 +170,36 @@ class _Task:
         """
         import numpy as np
 
-        point = self._by_replicate("point")
-        pairs = [
-            (items.get(point.loc[r, name]), items.get(point.loc[r, self.settings.baseline]))
-            for r in differences.dropna().index
-        ]
+        pairs = self.by_replicate["point"].loc[differences.dropna().index, [name, self.settings.baseline]]
         known = [
-            own - base
-            for own, base in pairs
-            if own is not None and base is not None and len(own) == len(base)
+            (items[own], items[base]) for own, base in pairs.to_numpy() if own in items and base in items
         ]
-        if not known or len(known) < len(pairs) or len({len(each) for each in known}) > 1:
+        if len(known) < len(pairs) or len({len(each) for pair in known for each in pair}) != 1:
             return math.nan
-        return stats.item_error(np.array(known))
+        return stats.item_error(np.array([own - base for own, base in known]))
 
     def _share_p(self, name: str) -> float:
         """Return the p value of "variant and baseline are usable equally often", without correction."""
         pair = [name, self.settings.baseline]
-        known = self._by_replicate("has_result")[pair].eq(True).all(axis=1)
-        own, base = (self._by_replicate("is_usable")[known][each].astype(bool) for each in pair)
+        usable, known = (
+            self.by_replicate[column][pair].eq(True).to_numpy() for column in ("is_usable", "has_result")
+        )
+        own, base = usable[known.all(axis=1)].T
         return stats.paired_share_p(int((own & ~base).sum()), int((base & ~own).sum()))
 
     def _describe(self, name: str, role: str) -> dict[str, Any]:
         """Return the fields of a row of `Results.comparison` that describe the tunings of one variant."""
         own = self.chosen[self.chosen["variant"] == name]
         runs = self.tried[self.tried["variant"] == name]
-        items = runs.loc[runs["state"] == "finished", "test_items"]
         # The smallest number of items of all finished runs of the panel counts.
-        all_items = self.tried.loc[self.tried["state"] == "finished", "test_items"]
-        test = stats.score_interval(
-            self.test[name].dropna().to_list(), int(all_items.min()) if len(items) else 0
-        )
+        items = self.tried.loc[self.tried["state"] == "finished", "test_items"].min()
+        is_finished = (runs["state"] == "finished").any()
+        test = stats.score_interval(self.test[name].dropna().to_list(), int(items) if is_finished else 0)
         ended = own[own["has_result"]]
-        share = stats.wilson(int(ended["is_usable"].sum()), len(ended))
-        ended_runs = runs["label"].isin(["finished", "collapsed", "diverged"])
+        usable, labels = int(ended["is_usable"].sum()), runs["label"]
+        share = stats.wilson(usable, len(ended))
         rates = sorted(own["learning_rate"].dropna())
-        ends = dict.fromkeys((formatting.rate(rates[0]), formatting.rate(rates[-1]))) if rates else {}
+        ends = dict.fromkeys(map(formatting.rate, rates[:1] + rates[-1:]))
         return {
             "variant": name,
             "role": role,
@@ -221,13 +207,13 @@ class _Task:
             "test_score": test.mean,
             "test_score_low": test.low,
             "test_score_high": test.high,
-            "usable": int(ended["is_usable"].sum()),
+            "usable": usable,
             "tunings": len(ended),
             "usable_low": share.low,
             "usable_high": share.high,
-            "usable_runs": int((runs["label"] == "finished").sum()),
-            "ended_runs": int(ended_runs.sum()),
-            "failed_runs": int((runs["label"] == "failed").sum()),
+            "usable_runs": int((labels == "finished").sum()),
+            "ended_runs": int(labels.isin(["finished", "collapsed", "diverged"]).sum()),
+            "failed_runs": int((labels == "failed").sum()),
             "edge_choices": int((own["edges"] != "").sum()),
             "chosen": " to ".join(ends),
             "outcome": "undecided",
@@ -235,65 +221,18 @@ class _Task:
             "pairs": 0,
             **dict.fromkeys(("difference", "difference_low", "difference_high", "seed_error"), math.nan),
             "replicates_to_decide": math.nan,
-            **self._optimum(name),
+            **_optimum(self.pooled[name], self.settings.margin),
         }
 
-    def _pooled(self, name: str) -> list[dict[str, Any]]:
-        """Return the curve of a variant over the runs of all replicates, averaged in bins of the rate.
+    def _task_fields(self, counted: Sequence[str], errors: Sequence[float]) -> dict[str, Any]:
+        """Return the fields of a row of `Results.tuned` that describe the comparison as a whole.
 
-        Each replicate shifts its grid by another offset. All grids together are therefore finer than one
-        grid.
+        Args:
+            counted: The baseline, and the variants that count for claim 2.
+            errors: The standard error of each variant's difference over the test items.
         """
-        import numpy as np
-
-        own = self.tried[(self.tried["variant"] == name) & self.tried["validation_score"].notna()]
-        x = np.log10(own["learning_rate"].to_numpy())
-        bins = np.floor(x * BINS_PER_DECADE + 1e-6)
-        table = (
-            own.assign(x=x)
-            .groupby(bins)
-            .agg(x=("x", "mean"), y=("validation_score", "mean"), n=("x", "size"))
-        )
-        return [
-            {"variant": name, "learning_rate": 10**row.x, "validation_score": row.y, "runs": row.n}
-            for row in table.itertuples()
-        ]
-
-    def _optimum(self, name: str) -> dict[str, Any]:
-        """Return the best rate and the width of a variant's pooled curve; NaN where they are undefined.
-
-        The width is that of the range around the best bin in which the score is at most the margin below the
-        best score. If the curve ends within this range, the width is only a lower bound (`width_is_bound`).
-        Any other width below the largest distance between neighboring bins is not resolved, so it is NaN.
-        """
-        import numpy as np
-
-        pooled = self._pooled(name)
-        if not pooled:
-            return {
-                "best_rate": math.nan,
-                "best_rate_at_edge": False,
-                "width": math.nan,
-                "width_is_bound": False,
-            }
-        x = np.log10([p["learning_rate"] for p in pooled])
-        y, n = (np.array([p[key] for p in pooled], dtype=float) for key in ("validation_score", "runs"))
-        peak = stats.find_peak(x, y, n)
-        best = int(np.argmax(y))
-        reach, is_bound = curves.width(x, y, best, float(y[best]) - self.settings.margin)
-        is_resolved = len(x) > 1 and (is_bound or reach >= np.diff(x).max() - 1e-6)
-        return {
-            "best_rate": 10**peak.log10_rate,
-            "best_rate_at_edge": peak.at_edge,
-            "width": reach if is_resolved else math.nan,
-            "width_is_bound": is_resolved and is_bound,
-        }
-
-    def _task_fields(self, counted: Sequence[Mapping[str, Any]], errors: Sequence[float]) -> dict[str, Any]:
-        """Return the fields of a row of `Results.tuned` that describe the comparison as a whole."""
-        first = self.tried.iloc[0]
-        compared = [self.settings.baseline, *(row["variant"] for row in counted)]
-        means = self.test[compared].mean().dropna()
+        first, test = self.tried.iloc[0], self.test[[*counted]]
+        means = test.mean().dropna()
         return {
             "task": first["task_title"],
             "steps": first["steps_horizon"],
@@ -302,13 +241,16 @@ class _Task:
             "points": int(self.chosen["points"].max()),
             "has_item_error": not any(map(math.isnan, errors)),
             "missing": self.missing,
-            "counted": len(counted),
+            "counted": len(counted) - 1,
             "span": float(means.max() - means.min()) if len(means) > 1 else math.nan,
-            "expected_span": _noise_span(self.test[compared].dropna(axis=1, how="all").dropna()),
+            "expected_span": _noise_span(test.dropna(axis=1, how="all").dropna()),
         }
 
-    def _fixed_rate(self, counted: set[str]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        """Compare the baseline and the counted variants at the baseline's and at the variants' best rates.
+    def _fixed_rate(self, names: Sequence[str]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """Compare variants at the baseline's and at their own best rates.
+
+        Args:
+            names: The baseline, and the variants that are compared with it.
 
         Returns:
             The rows of `fixed_rate` and of `winners`. Both are empty if fewer than two replicates have the
@@ -316,27 +258,64 @@ class _Task:
         """
         import numpy as np
 
-        names = [self.settings.baseline, *sorted(counted)]
-        rates = {key: tuple(own["learning_rate"]) for key, own in self.tried.groupby(["variant", "seed"])}
-        seeds = sorted(self.tried["seed"].unique())
-        shared = [
-            s for s in seeds if len({rates.get((name, s)) for name in names}) == 1 and (names[0], s) in rates
-        ]
-        if len(shared) < 2 or len({len(rates[names[0], s]) for s in shared}) != 1:
+        tunings = dict(iter(self.tried.groupby(["seed", "variant"])))
+        rates = {key: tuple(own["learning_rate"]) for key, own in tunings.items()}
+        shared = {}
+        for seed in sorted(self.tried["seed"].unique()):
+            own_rates = {rates.get((seed, name)) for name in names}
+            if len(own_rates) == 1 and (found := own_rates.pop()):
+                shared[seed] = found
+        if len(shared) < 2 or len(set(map(len, shared.values()))) > 1:
             return [], []
         scores, chosen = {}, {}
-        point = self._by_replicate("point")
         for name in names:
-            own = self.tried[self.tried["variant"] == name]
-            by_seed = [own[own["seed"] == seed] for seed in shared]
-            scores[name] = np.array([each["test_score"].to_numpy(float) for each in by_seed])
-            places = [
-                np.flatnonzero(each["fingerprint"] == point.loc[s, name])
-                for s, each in zip(shared, by_seed, strict=True)
-            ]
-            chosen[name] = np.array([int(p[0]) if len(p) else -1 for p in places])
-        centers = np.exp(np.log(np.array([rates[names[0], s] for s in shared])).mean(axis=0))
+            own = [tunings[seed, name] for seed in shared]
+            scores[name] = np.array([each["test_score"].to_numpy(float) for each in own])
+            is_chosen = np.array([each["fingerprint"].isin(self.chosen["point"]) for each in own])
+            chosen[name] = np.where(is_chosen.any(axis=1), is_chosen.argmax(axis=1), -1)
+        centers = np.exp(np.log(np.array(list(shared.values()))).mean(axis=0))
         return compare_at_fixed_rate(centers, scores, chosen, self.settings.baseline, self.settings.margin)
+
+
+def _pool(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return the curve of a variant over the runs of all replicates, averaged in bins of the rate.
+
+    Each replicate shifts its grid by another offset. All grids together are therefore finer than one grid.
+
+    Returns:
+        The columns learning_rate, validation_score and runs, a row for each bin.
+    """
+    import numpy as np
+
+    runs = runs[runs["validation_score"].notna()]
+    x = np.log10(runs["learning_rate"])
+    grouped = runs.assign(x=x).groupby(np.floor(x * BINS_PER_DECADE + 1e-6).to_numpy())
+    pooled = grouped.agg(
+        learning_rate=("x", "mean"), validation_score=("validation_score", "mean"), runs=("x", "size")
+    )
+    return pooled.assign(learning_rate=10 ** pooled["learning_rate"])
+
+
+def _optimum(pooled: pd.DataFrame, margin: float) -> dict[str, Any]:
+    """Return the best rate and the width of a variant's pooled curve; NaN where they are undefined.
+
+    The width is that of the range around the best bin in which the score is at most the margin below the
+    best score. If the curve ends within this range, the width is only a lower bound (`width_is_bound`). Any
+    other width below the largest distance between neighboring bins is not resolved, so it is NaN.
+    """
+    import numpy as np
+
+    found = {"best_rate": math.nan, "best_rate_at_edge": False, "width": math.nan, "width_is_bound": False}
+    if pooled.empty:
+        return found
+    x = np.log10(pooled["learning_rate"].to_numpy())
+    y, n = (pooled[name].to_numpy(float) for name in ("validation_score", "runs"))
+    peak, best = stats.find_peak(x, y, n), int(np.argmax(y))
+    reach, is_bound = curves.width(x, y, best, float(y[best]) - margin)
+    found |= {"best_rate": 10**peak.log10_rate, "best_rate_at_edge": peak.at_edge}
+    if len(x) > 1 and (is_bound or reach >= np.diff(x).max() - 1e-6):
+        found |= {"width": reach, "width_is_bound": is_bound}
+    return found
 
 
 def _difference_fields(found: stats.Comparison, i: int, margin: float, comparisons: int) -> dict[str, Any]:
@@ -390,20 +369,36 @@ def _decide_by_share(row: dict[str, Any], baseline: Mapping[str, Any]) -> dict[s
     return row
 
 
-def _claim_fields(
-    counted: Sequence[Mapping[str, Any]],
-    baseline: Mapping[str, Any],
-    p_not_superior: Mapping[str, float],
-    share_p: Mapping[str, float],
-) -> dict[str, Any]:
+def _claim_p(
+    row: Mapping[str, Any], baseline: Mapping[str, Any], not_superior_p: float, share_p: float
+) -> tuple[float, float]:
+    """Return the p values that one variant adds to the test of claim 2.
+
+    Args:
+        row: The row of the variant in `Results.comparison`.
+        baseline: The row of the baseline.
+        not_superior_p: The p value of "the variant is better than the baseline by at least the margin".
+        share_p: The p value of "both are usable equally often".
+
+    Returns:
+        The p value for "the baseline matches or beats the variant", and the p value for "the variant is
+        better than the baseline by more than the margin".
+    """
+    has_interval = not math.isnan(row["difference_low"])
+    holds, beaten = (not_superior_p, 1.0 - not_superior_p) if has_interval else (1.0, 1.0)
+    if row["usable_p"] <= stats.ALPHA:  # the shares differ significantly, see `_decide_by_share`
+        if row["usable"] * baseline["tunings"] >= baseline["usable"] * row["tunings"]:
+            return 1.0, min(beaten, share_p)
+        if not has_interval:
+            holds = share_p
+    return holds, beaten
+
+
+def _claim_fields(p_values: Sequence[tuple[float, float]]) -> dict[str, Any]:
     """Return the fields of a row of `Results.tuned` that test claim 2 (`TUNED_WINS` in `verdicts`).
 
     Args:
-        counted: The rows of `Results.comparison` that count for the claim.
-        baseline: The row of the baseline.
-        p_not_superior: Variant -> p value of "the variant is better than the baseline by at least the
-            margin".
-        share_p: Variant -> p value of "both are usable equally often".
+        p_values: The p values of each variant that counts for the claim, from `_claim_p`.
 
     Returns:
         - holds_at_least, beaten_at_least: lower 95 % confidence bounds of the number of variants that the
@@ -412,25 +407,13 @@ def _claim_fields(
         - p_claim: the p value for "the baseline matches or beats more than half of the variants".
         - p_against: the p value for "at least half of the variants are better than the baseline".
     """
-    import numpy as np
-
-    holds, beaten = [], []
-    for row in counted:
-        p = p_not_superior[row["variant"]]
-        p_holds, p_beaten = (1.0, 1.0) if math.isnan(row["difference_low"]) else (p, 1.0 - p)
-        if row["usable_p"] <= stats.ALPHA:  # the shares differ significantly, see `_decide_by_share`
-            if row["usable"] * baseline["tunings"] >= baseline["usable"] * row["tunings"]:
-                p_holds, p_beaten = 1.0, min(p_beaten, share_p[row["variant"]])
-            elif math.isnan(row["difference_low"]):
-                p_holds = share_p[row["variant"]]
-        holds.append(p_holds)
-        beaten.append(p_beaten)
-    half = len(holds) // 2
+    holds, beaten = zip(*p_values, strict=True) if p_values else ((), ())
+    count = len(p_values)
     return {
         "holds_at_least": stats.count_shown(holds),
         "beaten_at_least": stats.count_shown(beaten),
-        "p_claim": float(np.sort(stats.holm(np.array(holds)))[half]) if holds else 1.0,
-        "p_against": float(np.sort(stats.holm(np.array(beaten)))[(len(holds) - 1) // 2]) if holds else 1.0,
+        "p_claim": float(sorted(stats.holm(holds))[count // 2]) if count else 1.0,
+        "p_against": float(sorted(stats.holm(beaten))[(count - 1) // 2]) if count else 1.0,
     }
 
 
@@ -522,50 +505,50 @@ def compare_at_fixed_rate(
         index = chosen[whose]
         return np.where(index >= 0, scores[name][np.arange(len(index)), np.maximum(index, 0)], np.nan)
 
-    regrets = [at(name, name) - at(name, baseline) for name in others]
-    at_base = [at(name, baseline) - at(baseline, baseline) for name in others]
-    at_own = [at(name, name) - at(baseline, name) for name in others]
-    found = stats.compare(np.array([*regrets, *at_base, *at_own]).T)
+    fields = ("regret", "at_baseline_rate", "at_own_rate")
+    differences = []
+    for name in others:
+        differences += [
+            at(name, name) - at(name, baseline),
+            at(name, baseline) - at(baseline, baseline),
+            at(name, name) - at(baseline, name),
+        ]
+    found = stats.compare(np.array(differences).T)
+    ends = {"": found.mean, "_low": found.low, "_high": found.high}
     rows = []
     for i, name in enumerate(others):
-        row: dict[str, Any] = {"variant": name}
-        for k, field in enumerate(("regret", "at_baseline_rate", "at_own_rate")):
-            column = i + k * len(others)
-            row |= {field: float(found.mean[column]), f"{field}_low": float(found.low[column])}
-            row[f"{field}_high"] = float(found.high[column])
-        if np.isfinite([row["regret"], row["at_baseline_rate"], row["at_own_rate"]]).all():
-            rows.append(row | {"reversal": _is_reversed(row, margin)})
+        columns = zip(fields, range(3 * i, 3 * i + 3), strict=True)
+        row = {f"{field}{end}": float(each[k]) for field, k in columns for end, each in ends.items()}
+        if not any(math.isnan(row[field]) for field in fields):
+            rows.append({"variant": name, **row, "reversal": _is_reversed(row, margin)})
     rows.sort(key=lambda row: (-row["regret"], row["variant"]))
     return rows, _winners(rates, scores, baseline) if rows else []
 
 
-def _is_reversed(row: Mapping[str, Any], margin: float) -> bool | None:
+def _is_reversed(row: Mapping[str, float], margin: float) -> bool | None:
     """Return whether the order is reversed; None if the intervals neither show nor exclude it."""
     ends = [(row[f"{field}_low"], row[f"{field}_high"]) for field in ("at_baseline_rate", "at_own_rate")]
-    if any(math.isnan(end) for pair in ends for end in pair):
-        return None
-    pairs = [(ends[0], ends[1]), (ends[1], ends[0])]
-    if any(loses[1] < -margin and wins[0] > margin for loses, wins in pairs):
+    both_orders = (ends, ends[::-1])
+    if any(loses[1] < -margin and wins[0] > margin for loses, wins in both_orders):
         return True
-    may_be = any(loses[0] <= -margin and wins[1] >= margin for loses, wins in pairs)
-    return None if may_be else False
+    # A comparison with NaN is false.
+    is_excluded = all(loses[0] > -margin or wins[1] < margin for loses, wins in both_orders)
+    return False if is_excluded else None
 
 
 def _winners(
     rates: Sequence[float] | NDArray[np.float64], scores: Mapping[str, NDArray[np.float64]], baseline: str
 ) -> list[dict[str, Any]]:
     """Return the variant with the highest mean test score at each rate. The baseline wins a tie."""
-    import numpy as np
+    import pandas as pd
 
-    winners = []
-    for i, rate in enumerate(rates):
-        known = {name: own[:, i] for name, own in scores.items() if np.isfinite(own[:, i]).any()}
-        means = {name: float(np.nanmean(column)) for name, column in known.items()}
-        if baseline in means and len(set(means.values())) > 1:
-            best = max(means, key=lambda name: (means[name], name == baseline))
-            row = {"learning_rate": float(rate), "winner": best, "score": means[best]}
-            winners.append(row | {"baseline_score": means[baseline]})
-    return winners
+    names = [baseline, *(name for name in scores if name != baseline)]
+    means = pd.DataFrame({name: pd.DataFrame(scores[name]).mean() for name in names}).set_axis(list(rates))
+    differ = means[means[baseline].notna() & (means.nunique(axis=1) > 1)]
+    return [
+        {"learning_rate": rate, "winner": own.idxmax(), "score": own.max(), "baseline_score": own[baseline]}
+        for rate, own in differ.iterrows()
+    ]
 
 
 def compare_curves_at_fixed_rate(

@@ -11,9 +11,8 @@ early is unknown; `choosable` says when a point with such runs may be chosen.
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.analyze import formatting, stats
@@ -25,14 +24,8 @@ if TYPE_CHECKING:
     import pandas as pd
     from numpy.typing import NDArray
 
-Row = Mapping[Any, Any]
-"""A row of a frame: column -> value."""
-_RUN_COLUMNS = (
-    *("panel", "group", "point", "variant", "curve", "task_title", "model", "seed", "state", "label"),
-    *("learning_rate", "base_score", "test_score", "untrained_test_score", "test_items"),
-    *("steps", "steps_horizon", "started"),
-)
-"""The columns of runs from which a row of `Results.best` is made."""
+_GROUP, _POINT = ["panel", "group"], ["panel", "group", "point"]
+_SCORES = ("validation_score", "test_score")
 EDGE_FRACTION = 0.05
 """A value lies at an edge if its distance from an end of the tried range is at most this share of the
 range."""
@@ -73,38 +66,42 @@ def make_points(runs: pd.DataFrame) -> pd.DataFrame:
         - is_best: whether the point is the best one of its group.
         - fingerprint: the finished run with the best validation score; empty if there is none.
     """
+    points = _mean_points(runs).set_index(_POINT)
+    by_point = runs.groupby(_POINT)
+    finished = runs[runs["state"] == "finished"]
+    for name in _SCORES:
+        items = finished.groupby(_POINT)[name.replace("score", "items")].min()
+        values = by_point[name].agg(list)[points.index]
+        found = [
+            stats.score_interval([v for v in own if not math.isnan(v)], int(items.get(key, 0)))
+            for key, own in values.items()
+        ]
+        points[[name, f"{name}_low", f"{name}_high"]] = [each[:3] for each in found]
+        points[f"{name}_std"] = by_point[name].std()
+    # Of runs with equal scores, the run with the lowest seed is the best one.
+    ranked = finished.dropna(subset="validation_score").sort_values(
+        ["validation_score", "seed", "fingerprint"], ascending=[False, True, True]
+    )
+    points["fingerprint"] = ranked.groupby(_POINT)["fingerprint"].first()
+    points["fingerprint"] = points["fingerprint"].fillna("")
+    return points.reset_index()
+
+
+def _mean_points(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return the points as `make_points` does, without intervals, standard deviations and fingerprints."""
     import pandas as pd
 
-    counts = {label: (runs["label"] == label).astype(int) for label in LABELS}
-    extra = runs.assign(**counts, scored=runs["validation_score"].notna().astype(int))
-    extra = extra.sort_values(["learning_rate", "seed", "fingerprint"], kind="stable")
-    finished = extra["state"] == "finished"
-    for split in ("validation", "test"):
-        extra[f"{split}_items"] = extra[f"{split}_items"].where(finished)
-    grouped = extra.groupby(["panel", "group", "point"], sort=False)
-    kept = ["task", "model", "variant", "curve", "learning_rate", "floor"]
-    points = grouped[kept].first()
+    labels = {label: runs["label"] == label for label in LABELS}
+    extra = runs.assign(**labels, scored=runs["validation_score"].notna())
+    grouped = extra.groupby(_POINT)
+    points = grouped[["task", "model", "variant", "curve", "learning_rate", "floor"]].first()
     points["seeds"] = grouped["seed"].nunique()
     points[[*LABELS, "scored"]] = grouped[[*LABELS, "scored"]].sum()
-    points = points.rename(columns={"finished": "usable"})
-    for split in ("validation", "test"):
-        score = f"{split}_score"
-        items = grouped[f"{split}_items"].min().fillna(0)
-        found = [
-            stats.score_interval(own.dropna().to_list(), int(number))
-            for (_, own), number in zip(grouped[score], items, strict=True)
-        ]
-        points[[score, f"{score}_low", f"{score}_high"]] = [each[:3] for each in found]
-        points[f"{score}_std"] = grouped[score].std()
-    # The seeds are in ascending order. Of runs with equal scores, the run with the lowest seed is the best
-    # one.
-    best_runs = extra[finished & extra["validation_score"].notna()]
-    best_runs = best_runs.sort_values("validation_score", ascending=False, kind="stable")
-    points["fingerprint"] = best_runs.groupby(["panel", "group", "point"])["fingerprint"].first()
-    points["fingerprint"] = points["fingerprint"].fillna("")
-    points = points.reset_index().sort_values(["learning_rate", "point"], kind="stable", ignore_index=True)
+    points[[*_SCORES]] = grouped[[*_SCORES]].mean()
+    points = points.rename(columns={"finished": "usable"}).reset_index()
+    points = points.sort_values(["learning_rate", "point"], ignore_index=True)
     points["eligible"], points["is_best"] = False, False
-    for _, own in points.groupby(["panel", "group"], sort=False):
+    for _, own in points.groupby(_GROUP):
         eligible = choosable(own)
         points.loc[own.index, "eligible"] = eligible
         if (place := best_index(own["validation_score"].where(eligible).to_numpy())) is not None:
@@ -129,20 +126,18 @@ def rank_lanes(points: pd.DataFrame) -> pd.DataFrame:
     import pandas as pd
 
     goal = ["task", "model", "variant"]
-    known = points[points["fingerprint"] != ""].copy()
-    top = (
-        known["validation_score"]
-        .where(known["eligible"])
-        .groupby([known[name] for name in goal])
-        .transform("max")
-    )
-    is_top = known["eligible"] & (known["validation_score"] >= top - SCORE_EPSILON)
+    known = points[points["fingerprint"] != ""]
+    score, eligible = known["validation_score"], known["eligible"]
+    top = score.where(eligible).groupby([known[name] for name in goal]).transform("max")
     # Means that differ by less than `SCORE_EPSILON` count as equal.
-    known["_score"] = -known["validation_score"].mask(is_top, top)
-    known["_left_out"] = ~known["eligible"]
-    known = known.sort_values([*goal, "_left_out", "_score", "learning_rate", "point"], kind="stable")
+    known = known.assign(_score=score.mask(eligible & (score >= top - SCORE_EPSILON), top))
+    known = known.sort_values(
+        [*goal, "eligible", "_score", "learning_rate", "point"],
+        ascending=[True, True, True, False, False, True, True],
+        ignore_index=True,
+    )
     known["place"] = known.groupby(goal).cumcount()
-    return pd.DataFrame(known.drop(columns=["_score", "_left_out"]).reset_index(drop=True))
+    return pd.DataFrame(known.drop(columns="_score"))
 
 
 def best_lanes(points: pd.DataFrame) -> pd.DataFrame:
@@ -154,9 +149,12 @@ def best_lanes(points: pd.DataFrame) -> pd.DataFrame:
     import pandas as pd
 
     first = rank_lanes(points).query("place == 0")
-    first = first.assign(_score=-first["validation_score"], _other=first["variant"] != REFERENCE)
-    ordered = first.sort_values(["_score", "_other", "task", "model", "variant"], ignore_index=True)
-    return pd.DataFrame(ordered.drop(columns=["_score", "_other"]))
+    ordered = first.assign(_is_lora=first["variant"] == REFERENCE).sort_values(
+        ["validation_score", "_is_lora", "task", "model", "variant"],
+        ascending=[False, False, True, True, True],
+        ignore_index=True,
+    )
+    return pd.DataFrame(ordered.drop(columns="_is_lora"))
 
 
 def choosable(points: Mapping[str, Any] | pd.DataFrame) -> NDArray[np.bool_]:
@@ -208,9 +206,13 @@ def bracket(y: NDArray[np.float64], best: int) -> str:
         "yes", "low edge", "high edge" or "both edges".
     """
     low, high = (bool(score >= y[best] - SCORE_EPSILON) for score in (y[0], y[-1]))
+    return _side_text(low, high) or "yes"
+
+
+def _side_text(low: bool, high: bool) -> str:
     if low and high:
         return "both edges"
-    return "low edge" if low else "high edge" if high else "yes"
+    return "low edge" if low else "high edge" if high else ""
 
 
 def score_at(x: NDArray[np.float64], y: NDArray[np.float64], query: float) -> float:
@@ -296,54 +298,6 @@ def cliff_index(y: NDArray[np.float64], diverged: NDArray[np.float64], best: int
 # -- the curves of a panel
 
 
-@dataclass(frozen=True)
-class _Curve:
-    """The runs of one curve: arrays of shape (rates, seeds).
-
-    `rates` has the shape (rates,), and `seeds` has the shape (seeds,). A missing score is NaN.
-    """
-
-    rates: NDArray[np.float64]
-    seeds: NDArray[np.int64]
-    validation: NDArray[np.float64]
-    test: NDArray[np.float64]
-    stopped: NDArray[np.bool_]
-    diverged: NDArray[np.bool_]
-
-
-@dataclass(frozen=True)
-class _Means:
-    """The means of one curve over its seeds: arrays of shape (rates,).
-
-    A rate without a score is left out, unless a run at this rate was stopped early.
-
-    Attributes:
-        rates: The learning rates, ascending.
-        y: The mean validation scores; NaN at a rate that may not be chosen (see `choosable`).
-        test: The mean test scores; NaN where `y` is NaN.
-        diverged: The shares of diverged seeds.
-        best: The index of the best rate; None if no rate may be chosen.
-    """
-
-    rates: NDArray[np.float64]
-    y: NDArray[np.float64]
-    test: NDArray[np.float64]
-    diverged: NDArray[np.float64]
-    best: int | None
-
-    @property
-    def x(self) -> NDArray[np.float64]:
-        """Log10 of the rates."""
-        import numpy as np
-
-        return np.log10(self.rates)
-
-    @property
-    def best_rate(self) -> float:
-        """The best rate; NaN if no rate may be chosen."""
-        return math.nan if self.best is None else float(self.rates[self.best])
-
-
 def best_of_curves(runs: pd.DataFrame, points: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return the frames `best` and `panels` of a grid, see `Results`.
 
@@ -353,15 +307,151 @@ def best_of_curves(runs: pd.DataFrame, points: pd.DataFrame) -> tuple[pd.DataFra
     """
     import pandas as pd
 
-    best, panels = [], []
+    panels, rows = [], []
     for panel, own in runs.groupby("panel"):
-        rows, about = _summarize_panel(own, points[points["panel"] == panel])
-        best.append(rows)
-        panels.append(about)
-    return pd.concat(best, ignore_index=True), pd.DataFrame(panels)
+        whole = points[points["panel"] == panel]
+        reference, common_rate = _find_common_rate(whole)
+        label = "LoRA's best rate" if reference else "the rate best on average"
+        about = {"reference": reference, "common_rate": common_rate, "common_label": label}
+        panels.append(_describe_panel(own) | about)
+        scored = own[own["validation_score"].notna()]
+        without = {seed: _shapes(_mean_points(own[own["seed"] != seed])) for seed in scored["seed"].unique()}
+        for group, shape in _shapes(whole).items():
+            seeds = sorted(scored.loc[scored["group"] == group, "seed"].unique())
+            left_out = [without[seed][group] for seed in seeds if group in without[seed]]
+            rows.append({"panel": panel, "group": group, **_with_intervals(shape, left_out)})
+    best = _best_points(runs, points).join(pd.DataFrame(rows).set_index(_GROUP))
+    return _sort_best(best, "curve"), pd.DataFrame(panels)
 
 
-def describe_panel(runs: pd.DataFrame) -> dict[str, Any]:
+def _find_common_rate(points: pd.DataFrame) -> tuple[str, float]:
+    """Return the label of LoRA's curve, and the learning rate at which the curves of a panel are compared.
+
+    Of several LoRA curves, the one with the highest best score counts. Its best rate is the common rate.
+    Without a LoRA curve, the label is empty, and the common rate is the rate with the highest mean score over
+    the curves, among the rates at which every curve has a score. It is NaN if there is no such rate.
+    """
+    best = points[points["is_best"]].sort_values("curve")
+    own = best[best["curve"].map(is_reference).astype(bool)]
+    if len(own):
+        first = own.loc[own["validation_score"].idxmax()]
+        return str(first["curve"]), float(first["learning_rate"])
+    scores = points[points["eligible"]].groupby("learning_rate")["validation_score"]
+    shared = scores.sum()[scores.size() == len(best)].round(9)
+    return "", math.nan if shared.empty else float(shared.idxmax())
+
+
+def _shapes(points: pd.DataFrame) -> dict[str, dict[str, Any]]:
+    """Return group -> the statistics of the shape of its curve, for the curves of one panel."""
+    _, common_rate = _find_common_rate(points)
+    return {str(group): _shape(own, common_rate) for group, own in points.groupby("group")}
+
+
+def _shape(points: pd.DataFrame, common_rate: float) -> dict[str, Any]:
+    """Return the statistics of a curve's shape, see `Results.best`; NaN where one is undefined.
+
+    `best_rate` is the best rate. `widest` and `deepest` are the largest width and loss that are possible. A
+    rate without a score is left out, unless a run at this rate was stopped early.
+    """
+    import numpy as np
+
+    points = points[(points["scored"] > 0) | (points["stopped"] > 0)]
+    y, test = (points[name].where(points["eligible"]).to_numpy() for name in _SCORES)
+    rates = points["learning_rate"].to_numpy()
+    x, common = np.log10(rates), math.log10(common_rate)
+    shape: dict[str, Any] = {"test_at_common_rate": score_at(x, test, common)}
+    shape |= dict.fromkeys(("best_rate", "width", "width_90", "lost_near", "lost", "cliff"), math.nan)
+    shape |= {"width_is_bound": False, "width_90_is_bound": False, "bracket": "", "rates": ""}
+    if not points["is_best"].any():
+        return shape
+    best, floor = int(np.argmax(points["is_best"])), float(points["floor"].iloc[0])
+    top, scores = float(y[best]), [floor, *y[np.isfinite(y)]]
+    shape["width"], shape["width_is_bound"] = width(x, y, best, top - TOLERANCE)
+    if top > floor + SCORE_EPSILON:
+        threshold = floor + 0.9 * (top - floor)
+        shape["width_90"], shape["width_90_is_bound"] = width(x, y, best, threshold)
+    diverged = (points["diverged"] / points["scored"]).to_numpy()
+    cliff = cliff_index(y, diverged, best, floor)
+    return shape | {
+        "best_rate": float(rates[best]),
+        "rates": formatting.rates(rates[y >= top - SCORE_EPSILON]),
+        "lost_near": mean_loss_near(x, y, best),
+        "lost": top - score_at(x, y, common),
+        "cliff": math.nan if cliff is None else float(rates[cliff]),
+        "bracket": bracket(y, best),
+        "widest": float(np.ptp(x)),
+        "deepest": float(np.ptp(scores)),
+    }
+
+
+def _with_intervals(shape: Mapping[str, Any], left_out: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the fields of a curve in `best` that follow from its shape.
+
+    Args:
+        shape: The shape of the curve, from `_shape`.
+        left_out: The shape without each seed in turn, for the jackknife intervals.
+    """
+    fields = {n: v for n, v in shape.items() if n not in ("best_rate", "widest", "deepest")}
+    for name in ("width", "width_90", "lost_near", "lost"):
+        most = shape.get("widest" if name.startswith("width") else "deepest", math.nan)
+        found = stats.jackknife(shape[name], [each[name] for each in left_out], (0.0, most))
+        # The true width may lie above any interval if the width is only a lower bound.
+        is_bound = shape.get(f"{name}_is_bound", False)
+        low, high = (math.nan, math.nan) if is_bound else (found.low, found.high)
+        fields |= {f"{name}_low": low, f"{name}_high": high}
+    rates = [each["best_rate"] for each in left_out]
+    chosen = [rate for rate in rates if not math.isnan(rate)]
+    return fields | {"rates_without_a_seed": chosen if len(rates) > 1 else []}
+
+
+# -- the best points of all studies
+
+
+def _best_points(runs: pd.DataFrame, points: pd.DataFrame) -> pd.DataFrame:
+    """Return the columns of `best` that curves, searches and tunings have in common.
+
+    Args:
+        runs: The runs, from `run_frame`.
+        points: The points of these runs, from `make_points`.
+
+    Returns:
+        One row for each group of points. The index has the panel and the group.
+    """
+    import pandas as pd
+
+    grouped = runs.groupby(_GROUP)
+    best = grouped[["variant", "curve", "model", "task_title"]].first().rename(columns={"task_title": "task"})
+    counts = points.groupby(_GROUP)[["usable", "collapsed", "diverged"]].sum()
+    best["usable"], best["ended"] = counts["usable"], counts.sum(axis=1)
+    chosen = points[points["is_best"]].set_index(_GROUP)
+    scores = [f"{name}{end}" for name in _SCORES for end in ("", "_low", "_high")]
+    zeros = dict.fromkeys(("seeds", "diverged", "stopped", "scored"), 0)
+    best = best.join(chosen[["fingerprint", "point", "learning_rate", *zeros, *scores]])
+    best = best.fillna({"fingerprint": "", "point": "", **zeros}).astype(dict.fromkeys(zeros, int))
+    at_best = dict(iter(runs[runs["point"].isin(best["point"])].groupby("point")))
+    gains = [_gain(at_best[point]) if point else stats.Estimate(math.nan) for point in best["point"]]
+    best[["gain", "gain_low", "gain_high"]] = [each[:3] for each in gains]
+    is_better = best["validation_score"] > grouped["base_score"].max() + SCORE_EPSILON
+    best["nothing_learned"] = (best["point"] != "") & ~is_better
+    return pd.DataFrame(best)
+
+
+def _gain(runs: pd.DataFrame) -> stats.Estimate:
+    """Return the mean gain of the runs of one point over the untrained base model."""
+    items = runs.loc[runs["state"] == "finished", "test_items"]
+    known = runs.dropna(subset=["test_score", "untrained_test_score"])
+    least = int(items.min()) if len(items) else 0
+    return stats.gain_interval(known["test_score"], known["untrained_test_score"], least)
+
+
+def _sort_best(best: pd.DataFrame, *ties: str) -> pd.DataFrame:
+    """Sort the rows of `best` by panel, the best validation score first, and equal scores by `ties`."""
+    names = ["panel", "validation_score", *ties]
+    ordered = best.reset_index().sort_values(names, ascending=[name != "validation_score" for name in names])
+    return ordered.reset_index(drop=True)
+
+
+def _describe_panel(runs: pd.DataFrame) -> dict[str, Any]:
     """Return the row of a panel in `Results.panels`, without a reference curve and a common rate."""
     first = runs.iloc[0]
     return {
@@ -376,192 +466,6 @@ def describe_panel(runs: pd.DataFrame) -> dict[str, Any]:
         "common_rate": math.nan,
         "common_label": "",
         "axis": "validation score",
-    }
-
-
-def _summarize_panel(runs: pd.DataFrame, points: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, Any]]:
-    import numpy as np
-    import pandas as pd
-
-    floor = float(runs["floor"].iloc[0])
-    curves = {str(label): _arrays(own) for label, own in runs.groupby("curve")}
-    full = _Panel(curves, floor)
-    seeds = {label: curve.seeds[np.isfinite(curve.validation).any(axis=0)] for label, curve in curves.items()}
-    without = {int(seed): _Panel(curves, floor, seed) for seed in sorted(set().union(*seeds.values()))}
-    rows = []
-    for label in curves:
-        left_out = [without[int(seed)] for seed in seeds[label]]
-        own_runs = runs[runs["curve"] == label]
-        rows.append(_curve_row(label, full, left_out, own_runs, points[points["curve"] == label]))
-    best = pd.DataFrame(rows)
-    order = best["validation_score"].where(best["learning_rate"].notna(), -math.inf).fillna(0)
-    best = best.assign(_order=-order).sort_values(["_order", "curve"], ignore_index=True)
-    about = describe_panel(runs) | {
-        "reference": full.reference,
-        "common_rate": full.common_rate,
-        "common_label": "LoRA's best rate" if full.reference else "the rate best on average",
-    }
-    return best.drop(columns="_order"), about
-
-
-def _arrays(runs: pd.DataFrame) -> _Curve:
-    import numpy as np
-
-    rates, row = np.unique(runs["learning_rate"].to_numpy(), return_inverse=True)
-    seeds, column = np.unique(runs["seed"].to_numpy(), return_inverse=True)
-    validation, test = np.full((2, len(rates), len(seeds)), math.nan)
-    validation[row, column] = runs["validation_score"]
-    test[row, column] = runs["test_score"]
-    stopped, diverged = np.zeros((2, len(rates), len(seeds)), dtype=bool)
-    stopped[row, column] = runs["state"] == "stopped"
-    diverged[row, column] = runs["state"] == "diverged"
-    return _Curve(rates, seeds, validation, test, stopped, diverged)
-
-
-def _means(curve: _Curve, floor: float, without_seed: int | None) -> _Means:
-    import numpy as np
-
-    kept = curve.seeds != without_seed
-    known = np.isfinite(curve.validation[:, kept])
-    count, stopped = known.sum(axis=1), curve.stopped[:, kept].sum(axis=1)
-    with np.errstate(invalid="ignore"):
-        y = np.where(known, curve.validation[:, kept], 0).sum(axis=1) / count
-        tested = np.isfinite(curve.test[:, kept])
-        test = np.where(tested, curve.test[:, kept], 0).sum(axis=1) / tested.sum(axis=1)
-        diverged = np.nan_to_num(curve.diverged[:, kept].sum(axis=1) / count)
-    floors = np.full(len(y), floor)
-    outcome = {"validation_score": y, "scored": count, "stopped": stopped, "floor": floors}
-    usable = choosable(outcome) & (count > 0)
-    y, test = np.where(usable, y, math.nan), np.where(usable, test, math.nan)
-    shown = (count > 0) | curve.stopped.any(axis=1)
-    return _Means(curve.rates[shown], y[shown], test[shown], diverged[shown], best_index(y[shown]))
-
-
-class _Panel:
-    """The means of all curves of a panel, and the learning rate at which the curves are compared.
-
-    Attributes:
-        means: Label of a curve -> its means.
-        reference: The label of LoRA's curve; empty if there is none. Of several LoRA curves, it is the one
-            with the highest best score.
-        common_rate: LoRA's best rate. Without a LoRA curve, it is the rate with the highest mean score over
-            the curves, among the rates at which every curve has a score. It is NaN if there is no such rate.
-    """
-
-    def __init__(self, curves: Mapping[str, _Curve], floor: float, without_seed: int | None = None) -> None:
-        self.floor = floor
-        self.means = {label: _means(curve, floor, without_seed) for label, curve in curves.items()}
-        tops = {
-            label: float(m.y[m.best])
-            for label, m in sorted(self.means.items())
-            if is_reference(label) and m.best is not None
-        }
-        self.reference = max(tops, key=lambda label: tops[label]) if tops else ""
-        self.common_rate = self.means[self.reference].best_rate if tops else self._average_best_rate()
-
-    def _average_best_rate(self) -> float:
-        scored = [m for m in self.means.values() if m.best is not None]
-        at_rate: dict[float, list[float]] = {}
-        for m in scored:
-            for rate, score in zip(m.rates, m.y, strict=True):
-                if not math.isnan(score):
-                    at_rate.setdefault(float(rate), []).append(float(score))
-        shared = [rate for rate in sorted(at_rate) if len(at_rate[rate]) == len(scored)]
-        return max(shared, key=lambda r: (round(math.fsum(at_rate[r]), 9), -r), default=math.nan)
-
-    def shape(self, label: str) -> dict[str, float | bool]:
-        """Return the statistics of a curve's shape, see `Results.best`; NaN where one is undefined."""
-        m = self.means[label]
-        if m.best is None:
-            return dict.fromkeys(("width", "width_90", "lost_near", "lost"), math.nan)
-        top, x = float(m.y[m.best]), m.x
-        wide, is_bound = width(x, m.y, m.best, top - TOLERANCE)
-        wide_90, is_bound_90 = math.nan, False
-        if top > self.floor + SCORE_EPSILON:
-            wide_90, is_bound_90 = width(x, m.y, m.best, self.floor + 0.9 * (top - self.floor))
-        lost = math.nan
-        if not math.isnan(self.common_rate):
-            lost = top - score_at(x, m.y, math.log10(self.common_rate))
-        return {
-            "width": wide,
-            "width_is_bound": is_bound,
-            "width_90": wide_90,
-            "width_90_is_bound": is_bound_90,
-            "lost_near": mean_loss_near(x, m.y, m.best),
-            "lost": lost,
-        }
-
-
-def _curve_row(
-    label: str, full: _Panel, left_out: Sequence[_Panel], runs: pd.DataFrame, points: pd.DataFrame
-) -> dict[str, Any]:
-    """Return the row of a curve in `best`, with jackknife intervals of the statistics of its shape."""
-    import numpy as np
-
-    m, shape = full.means[label], full.shape(label)
-    others = [each.shape(label) for each in left_out]
-    scores = [full.floor, *m.y[np.isfinite(m.y)]]
-    decades, height = float(np.ptp(m.x)) if len(m.x) else 0.0, float(np.ptp(scores))
-    row = best_fields(runs[list(_RUN_COLUMNS)].to_dict("records"), points.to_dict("records"))
-    row["rates"] = "" if m.best is None else _equal_rates(m)
-    for name, most in (("width", decades), ("width_90", decades), ("lost_near", height), ("lost", height)):
-        is_bound = bool(shape.get(f"{name}_is_bound", False))
-        found = stats.jackknife(shape[name], [each[name] for each in others], (0.0, most))
-        row |= {name: found.mean, f"{name}_low": found.low, f"{name}_high": found.high}
-        if name.startswith("width"):
-            row[f"{name}_is_bound"] = is_bound
-        if is_bound:  # the true width may lie above any interval
-            row |= {f"{name}_low": math.nan, f"{name}_high": math.nan}
-    row["rates_without_a_seed"] = _other_choices(label, left_out)
-    cliff = None if m.best is None else cliff_index(m.y, m.diverged, m.best, full.floor)
-    row["cliff"] = math.nan if cliff is None else float(m.rates[cliff])
-    row["bracket"] = "" if m.best is None else bracket(m.y, m.best)
-    common = full.common_rate
-    row["test_at_common_rate"] = math.nan if math.isnan(common) else score_at(m.x, m.test, math.log10(common))
-    return row
-
-
-def _equal_rates(m: _Means) -> str:
-    assert m.best is not None
-    return formatting.rates([float(r) for r in m.rates[m.y >= m.y[m.best] - SCORE_EPSILON]])
-
-
-def _other_choices(label: str, left_out: Sequence[_Panel]) -> list[float]:
-    """Return the best rate without each seed in turn; an empty list for a single seed."""
-    rates = [each.means[label].best_rate for each in left_out]
-    return [rate for rate in rates if not math.isnan(rate)] if len(left_out) > 1 else []
-
-
-def best_fields(runs: Sequence[Row], points: Sequence[Row]) -> dict[str, Any]:
-    """Return the fields of a row of `best` that curves, searches and tunings have in common.
-
-    Args:
-        runs: The runs of the curve, search or tuning, with the columns `_RUN_COLUMNS`.
-        points: The points of these runs.
-    """
-    fields: dict[str, Any] = {"seeds": 0, "fingerprint": "", "point": "", "learning_rate": math.nan}
-    fields |= dict.fromkeys(("diverged", "stopped", "scored"), 0)
-    for name in ("validation_score", "test_score"):
-        fields |= dict.fromkeys((name, f"{name}_low", f"{name}_high"), math.nan)
-    chosen = next((point for point in points if point["is_best"]), None)
-    fields |= {name: chosen[name] for name in fields} if chosen else {}
-    at_best = [run for run in runs if run["point"] == fields["point"]]
-    pairs = [(run["test_score"], run["untrained_test_score"]) for run in at_best]
-    pairs = [pair for pair in pairs if not any(map(math.isnan, pair))]
-    items = [run["test_items"] for run in at_best if run["state"] == "finished"]
-    gain = stats.gain_interval([a for a, _ in pairs], [b for _, b in pairs], min(items, default=0))
-    base = max(run["base_score"] for run in runs) + SCORE_EPSILON
-    labels = Counter(run["label"] for run in runs)
-    return fields | {
-        **{name: runs[0][name] for name in ("panel", "variant", "curve", "model")},
-        "task": runs[0]["task_title"],
-        "group": points[0]["group"],
-        "gain": gain.mean,
-        "gain_low": gain.low,
-        "gain_high": gain.high,
-        "nothing_learned": chosen is not None and not fields["validation_score"] > base,
-        "usable": labels["finished"],
-        "ended": labels["finished"] + labels["collapsed"] + labels["diverged"],
     }
 
 
@@ -592,87 +496,58 @@ def best_of_groups(runs: pd.DataFrame, points: pd.DataFrame) -> tuple[pd.DataFra
     """
     import pandas as pd
 
-    varied = [name for name in varied_settings(runs) if name not in _RUN_COLUMNS]
-    own_runs, own_points = defaultdict(list), defaultdict(list)
-    for run in runs[[*_RUN_COLUMNS, *varied]].astype(object).to_dict("records"):
-        own_runs[run["panel"], run["group"]].append(run)
-    for place, point in enumerate(points.to_dict("records")):
-        own_points[point["panel"], point["group"]].append(point | {"place": place})
-    rows = []
-    order, settings = [0] * len(points), [""] * len(points)
-    for key, own in own_runs.items():
-        row, orders, texts = _group_row(own, own_points[key], ["learning_rate", *varied])
-        rows.append(row)
-        for point, number, text in zip(own_points[key], orders, texts, strict=True):
-            order[point["place"]], settings[point["place"]] = number, text
-    points["order"], points["settings"] = order, settings
-    best = pd.DataFrame(rows)
-    best["_order"] = -best["validation_score"].fillna(-math.inf)
-    best = best.sort_values(["panel", "_order", "curve", "replicate"], ignore_index=True)
-    panels = pd.DataFrame([describe_panel(own) for _, own in runs.groupby("panel")])
-    return best.drop(columns="_order"), panels
-
-
-def hyperparameters(runs: pd.DataFrame) -> list[str]:
-    """Return the names of the columns of `runs` that are hyperparameters."""
-    return [n for n in runs if (n in COLUMNS or n.startswith("variant_")) and n not in _NO_HYPERPARAMETERS]
+    grouped = runs.groupby(_GROUP)
+    best = _best_points(runs, points)
+    best["replicate"] = grouped["seed"].min()
+    best["points"] = grouped["point"].nunique()
+    best["steps"], best["max_steps"] = grouped["steps"].sum(), grouped["steps_horizon"].sum()
+    best["states"] = grouped["state"].agg(_count_text)
+    best["rates"] = best["learning_rate"].map(formatting.rate)
+    started = points.join(runs.groupby(_POINT)["started"].min(), on=_POINT)
+    points["order"] = started.groupby(_GROUP)["started"].rank(method="first").astype(int)
+    varied = varied_settings(runs)
+    differs = grouped[varied].nunique(dropna=False) > 1
+    values = runs.drop_duplicates(_POINT).set_index(_POINT)[varied].astype(object)
+    tried = points[_POINT].join(values, on=_POINT)
+    texts, edges = {"": ""}, dict.fromkeys(best.index, "")
+    for key, own in points.groupby(_GROUP):
+        names = ["learning_rate", *(name for name in varied[1:] if differs.at[key, name])]
+        settings = tried.loc[own.index, names]
+        named = map(formatting.settings_text, settings.to_dict("records"))
+        texts |= dict(zip(own["point"], named, strict=True))
+        if own["is_best"].any():
+            edges[key] = ", ".join(_edges(settings, own, int(own["is_best"].argmax())))
+    points["settings"], best["settings"] = points["point"].map(texts), best["point"].map(texts)
+    best["edges"] = pd.Series(edges)
+    panels = pd.DataFrame([_describe_panel(own) for _, own in runs.groupby("panel")])
+    return _sort_best(best, "curve", "replicate"), panels
 
 
 def varied_settings(runs: pd.DataFrame) -> list[str]:
     """Return "learning_rate", followed by the other hyperparameters in which runs differ, sorted by name."""
-    counts = runs[hyperparameters(runs)].nunique(dropna=False)
+    names = [n for n in runs if (n in COLUMNS or n.startswith("variant_")) and n not in _NO_HYPERPARAMETERS]
+    counts = runs[names].nunique(dropna=False)
     return ["learning_rate", *sorted(n for n in counts.index[counts > 1] if n != "learning_rate")]
 
 
-def _group_row(
-    runs: Sequence[Row], points: Sequence[Row], names: Sequence[str]
-) -> tuple[dict[str, Any], list[int], list[str]]:
-    """Return the row of a group in `best`, and the columns `order` and `settings` of its points.
-
-    Args:
-        runs: The runs of the group.
-        points: The points of the group.
-        names: The hyperparameters that the study varies.
-    """
-    first: dict[str, Row] = {}
-    started: dict[str, list[Any]] = defaultdict(list)
-    for run in runs:
-        first.setdefault(run["point"], run)
-        started[run["point"]].append(run["started"])
-    varied = [n for n in names if n == "learning_rate" or len({repr(run[n]) for run in runs}) > 1]
-    tried = [{name: first[point["point"]][name] for name in varied} for point in points]
-    texts = list(map(formatting.settings_text, tried))
-    in_order = sorted(range(len(points)), key=lambda i: min(started[points[i]["point"]]))
-    chosen = next((i for i, point in enumerate(points) if point["is_best"]), None)
-    row = best_fields(runs, points) | {
-        "replicate": min(run["seed"] for run in runs),
-        "settings": "" if chosen is None else texts[chosen],
-        "edges": "" if chosen is None else ", ".join(_edges(tried, points, chosen)),
-        "points": len(points),
-        "steps": sum(run["steps"] for run in runs),
-        "max_steps": sum(run["steps_horizon"] for run in runs),
-        "states": ", ".join(f"{n} {state}" for state, n in sorted(Counter(r["state"] for r in runs).items())),
-    }
-    row["rates"] = formatting.rate(row["learning_rate"])
-    return row, [in_order.index(i) + 1 for i in range(len(points))], texts
+def _count_text(states: pd.Series) -> str:
+    return ", ".join(f"{count} {state}" for state, count in sorted(Counter(states).items()))
 
 
-def _edges(tried: Sequence[Row], points: Sequence[Row], chosen: int) -> list[str]:
+def _edges(tried: pd.DataFrame, points: pd.DataFrame, chosen: int) -> list[str]:
     """Return the hyperparameters whose chosen value lies at an edge of the tried values, each with the edge.
 
     Args:
-        tried: The hyperparameters of each point of the group.
+        tried: The hyperparameters that vary, a row for each point of the group.
         points: The points of the group.
         chosen: The index of the best point.
     """
-    import numpy as np
-
-    sides = {name: _edge_side([each[name] for each in tried], chosen, name) for name in tried[0]}
+    sides = {name: _edge_side(list(tried[name]), chosen, name) for name in tried}
     # If only the learning rate varies, the points form a curve. An end of the curve that also has the best
     # score is an edge.
     if len(sides) == 1:
-        scores = [point["validation_score"] if point["eligible"] else math.nan for point in points]
-        if (side := bracket(np.array(scores), chosen)) != "yes":
+        scores = points["validation_score"].where(points["eligible"]).to_numpy()
+        if (side := bracket(scores, chosen)) != "yes":
             sides["learning_rate"] = side
     return [f"{name} ({side})" for name, side in sides.items() if side]
 
@@ -692,7 +567,4 @@ def _edge_side(values: Sequence[Any], chosen: int, name: str) -> str:
     scale = math.log10 if numbers[0] > 0 and numbers[-1] / numbers[0] >= 10 else float
     low, high, position = scale(numbers[0]), scale(numbers[-1]), scale(float(value))
     reach = EDGE_FRACTION * (high - low)
-    sides = [
-        name for name, distance in (("low", position - low), ("high", high - position)) if distance <= reach
-    ]
-    return "both edges" if len(sides) == 2 else f"{sides[0]} edge" if sides else ""
+    return _side_text(position - low <= reach, high - position <= reach)
