@@ -515,7 +515,7 @@ def compare_at_fixed_rate(
         ]
     found = stats.compare(np.array(differences).T)
     ends = {"": found.mean, "_low": found.low, "_high": found.high}
-    rows = []
+    rows: list[dict[str, Any]] = []
     for i, name in enumerate(others):
         columns = zip(fields, range(3 * i, 3 * i + 3), strict=True)
         row = {f"{field}{end}": float(each[k]) for field, k in columns for end, each in ends.items()}

@@ -99,12 +99,14 @@ def loss_frame(
 
     wanted, lines = _chosen_runs(runs, best, neighbors), ["panel", "curve", "role"]
     wanted["learning_rate"] = wanted.groupby(lines)["learning_rate"].transform("min")
-    steps = make_curves(record for record in records if record.fingerprint in set(wanted["fingerprint"]))
+    chosen = set(wanted["fingerprint"])
+    steps = make_curves(record for record in records if record.fingerprint in chosen)
     table = wanted.merge(steps.to_pandas()[["fingerprint", "step", "train_loss"]], on="fingerprint")
     table = table.rename(columns={"train_loss": "loss"})[np.isfinite(table["train_loss"])]
     size = np.ceil(table.groupby(lines)["step"].transform("max") / MAX_BINS)
     middle = ((table["step"] - 1) // size + 0.5) * size + 0.5
-    means = table.assign(step=middle).groupby([*lines, "learning_rate", "step"], sort=False)["loss"].mean()
+    ordered = table.assign(step=middle).sort_values("step", kind="stable")
+    means = ordered.groupby([*lines, "learning_rate", "step"], sort=False)["loss"].mean()
     return pd.DataFrame(means.reset_index())
 
 

@@ -37,11 +37,6 @@ TOLERANCE = 0.01
 """A learning rate is good if its score is at most this far below the best score, on a metric from 0 to 1."""
 
 
-def is_reference(label: str) -> bool:
-    """Return whether the curve with this label is a curve of `REFERENCE`, which the survey writes LoRA."""
-    return label.partition(" ")[0].lower() == REFERENCE
-
-
 # -- points
 
 
@@ -298,25 +293,31 @@ def cliff_index(y: NDArray[np.float64], diverged: NDArray[np.float64], best: int
 # -- the curves of a panel
 
 
-def best_of_curves(runs: pd.DataFrame, points: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+def best_of_curves(
+    runs: pd.DataFrame, points: pd.DataFrame, baseline: str = REFERENCE
+) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return the frames `best` and `panels` of a grid, see `Results`.
 
     Args:
         runs: The runs of the curves, from `run_frame`.
         points: The points of these runs, from `make_points`.
+        baseline: The name of LoRA.
     """
     import pandas as pd
 
     panels, rows = [], []
     for panel, own in runs.groupby("panel"):
         whole = points[points["panel"] == panel]
-        reference, common_rate = _find_common_rate(whole)
+        reference, common_rate = _find_common_rate(whole, baseline)
         label = "LoRA's best rate" if reference else "the rate best on average"
         about = {"reference": reference, "common_rate": common_rate, "common_label": label}
         panels.append(_describe_panel(own) | about)
         scored = own[own["validation_score"].notna()]
-        without = {seed: _shapes(_mean_points(own[own["seed"] != seed])) for seed in scored["seed"].unique()}
-        for group, shape in _shapes(whole).items():
+        without = {
+            seed: _shapes(_mean_points(own[own["seed"] != seed]), baseline)
+            for seed in scored["seed"].unique()
+        }
+        for group, shape in _shapes(whole, baseline).items():
             seeds = sorted(scored.loc[scored["group"] == group, "seed"].unique())
             left_out = [without[seed][group] for seed in seeds if group in without[seed]]
             rows.append({"panel": panel, "group": group, **_with_intervals(shape, left_out)})
@@ -324,7 +325,7 @@ def best_of_curves(runs: pd.DataFrame, points: pd.DataFrame) -> tuple[pd.DataFra
     return _sort_best(best, "curve"), pd.DataFrame(panels)
 
 
-def _find_common_rate(points: pd.DataFrame) -> tuple[str, float]:
+def _find_common_rate(points: pd.DataFrame, baseline: str) -> tuple[str, float]:
     """Return the label of LoRA's curve, and the learning rate at which the curves of a panel are compared.
 
     Of several LoRA curves, the one with the highest best score counts. Its best rate is the common rate.
@@ -332,7 +333,7 @@ def _find_common_rate(points: pd.DataFrame) -> tuple[str, float]:
     the curves, among the rates at which every curve has a score. It is NaN if there is no such rate.
     """
     best = points[points["is_best"]].sort_values("curve")
-    own = best[best["curve"].map(is_reference).astype(bool)]
+    own = best[best["curve"].str.partition(" ")[0] == baseline]  # the settings of a curve follow the name
     if len(own):
         first = own.loc[own["validation_score"].idxmax()]
         return str(first["curve"]), float(first["learning_rate"])
@@ -341,9 +342,9 @@ def _find_common_rate(points: pd.DataFrame) -> tuple[str, float]:
     return "", math.nan if shared.empty else float(shared.idxmax())
 
 
-def _shapes(points: pd.DataFrame) -> dict[str, dict[str, Any]]:
+def _shapes(points: pd.DataFrame, baseline: str) -> dict[str, dict[str, Any]]:
     """Return group -> the statistics of the shape of its curve, for the curves of one panel."""
-    _, common_rate = _find_common_rate(points)
+    _, common_rate = _find_common_rate(points, baseline)
     return {str(group): _shape(own, common_rate) for group, own in points.groupby("group")}
 
 

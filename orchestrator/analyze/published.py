@@ -91,12 +91,13 @@ def read_task(task: str) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     scores = pd.read_csv(SHIPPED_FOLDER / "scores.csv")
     runs = _as_runs(task, scores[scores["task"] == _NAMES_IN_FILE.get(task, task)])
     points = curves.make_points(runs)
-    best, panels = curves.best_of_curves(runs, points)
+    best, panels = curves.best_of_curves(runs, points, REFERENCE)
     # `curves` measures widths and cliffs by the score of a constant answer, which is unknown here, and on a
-    # metric from 0 to 1. The columns `usable` and `ended` count scores of the best point.
+    # metric from 0 to 1.
     best = best.drop(columns=best.filter(regex="^(width|cliff)").columns)
     # A rate inside the grid with the same score makes an end of the grid no edge.
-    best["bracket"] = best["bracket"].mask(best["rates"].str.contains("="), "yes")
+    is_tie = best["rates"].str.contains("=")
+    best["bracket"] = best["bracket"].mask(is_tie & (best["bracket"] != "both edges"), "yes")
     best["lost"] = best["lost"].round(2)
     best["rank"] = best["test_score"].rank(method="min", ascending=False).astype(int)
     equals = best.groupby("rank")["curve"].agg(list)

@@ -12,7 +12,7 @@ import math
 import shlex
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property, partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,6 +71,7 @@ def per_panel(make: MakeSections) -> MakeSections:
     sections of the second panel get the suffix "-2". A section without a title has the panel as its title.
     """
 
+    @wraps(make)
     def make_all(report: Report) -> Iterator[Section]:
         for place, part in enumerate(report.panels, 1):
             panel = part.panel["panel"]
@@ -260,7 +261,9 @@ def _best_table(report: Report) -> Table:
     The last row is the untrained base model, if its score is known.
     """
     panel, results = report.panel, report.results
-    own_points = dict(tuple(results.points.groupby("curve")))
+    # In a sensitivity study, the levels of the factors are points of the same curve but of other groups.
+    points = results.points[results.points["group"].isin(results.best["group"])]
+    own_points = dict(tuple(points.groupby("curve")))
 
     def width_of(name: str) -> Callable[[Row], str]:
         return lambda row: width_text(row, own_points[row["curve"]], name)

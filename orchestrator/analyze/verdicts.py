@@ -605,7 +605,7 @@ def _sensitivity_step(
     columns = others.reindex(columns=["variant", "title", "misset_seeds", *needed])
     rows = columns[columns["variant"].isin(opened["variant"])]
     lacking = rows[rows["misset_seeds"] < 2]
-    have = int(max(rows["misset_seeds"], default=0))
+    have = int(rows["misset_seeds"].fillna(0).max()) if len(rows) else 0
     seeds = 5 if have < 2 else max(have + 1, int(rows[needed].fillna(0).max(axis=None)))
     facts = {
         "missing": results.missing,

@@ -13,12 +13,14 @@ import pytest
 from configurations import template
 from star_records import RATES, SURFACE, Surface, analyze_star, make_record, star_records, star_study
 
+from orchestrator.analyze import sections
 from orchestrator.analyze.analysis import analyze
 from orchestrator.analyze.factors import count_claims
 from orchestrator.analyze.results import Results
 from orchestrator.record.schema import Record
 from orchestrator.study.factors import resweep_rates
 from orchestrator.study.option import format_value
+from orchestrator.study.space import apply_values
 
 ARM_RATES = resweep_rates(RATES, 1e-2)
 
@@ -204,3 +206,19 @@ def test_more_seeds_and_a_wider_curve_change_no_default() -> None:
         if rank_of(r) == 2
     ]
     assert factor(analyze_star(RANK + more), "learning rate")["levels"] == ", ".join(map(format_value, RATES))
+
+
+def test_the_table_resolves_a_width_by_the_rates_of_the_curve_alone() -> None:
+    """The runs of an arm may have more rates than the curve, between its own."""
+    records = star_records(SURFACE, names=("rank",), seeds=2)
+    levels = {rank_of(r): r.configuration for r in records[1:] if rank_of(r) != rank_of(records[0])}
+    more = [
+        make_record(apply_values(level, {"learning_rate": 0.01 * 10 ** (k / 44)}), 0.8)
+        for i, level in enumerate(levels.values())
+        for k in range(1 + i, 11, 2)
+    ]
+    tables = [
+        sections.make_sections(sections.Report(analyze_star(r)))[0].table for r in (records, records + more)
+    ]
+    cells = [table.rows[0][2] for table in tables if table]
+    assert cells == ["not resolved", "not resolved"]

@@ -240,6 +240,7 @@ def test_the_next_step(rule: verdicts.Rule, case: tuple[Any, ...]) -> None:
         sentence, command = (text.format(needed=int(needed)) for text in (sentence, command))
     assert verdict["next_step"].startswith(sentence)
     assert verdict["next_command"] == command
+    assert verdict["next_step"].startswith(rule.sentence.partition("{")[0])
     assert bool(verdict["next_step"]) == bool(rule.sentence)
 
 
@@ -338,6 +339,7 @@ def test_the_next_step_of_a_sensitivity_study(rule: verdicts.Rule, case: tuple[A
         sentence, command = (text.format(needed=needed) for text in (sentence, command))
     assert verdict["next_step"].startswith(sentence)
     assert verdict["next_command"].endswith(command)
+    assert verdict["next_step"].startswith(rule.sentence.partition("{")[0])
     assert bool(verdict["next_step"]) == bool(rule.sentence)
     assert bool(verdict["next_command"]) == bool(command)
 
