@@ -333,7 +333,8 @@ def _find_common_rate(points: pd.DataFrame, baseline: str) -> tuple[str, float]:
     the curves, among the rates at which every curve has a score. It is NaN if there is no such rate.
     """
     best = points[points["is_best"]].sort_values("curve")
-    own = best[best["curve"].str.partition(" ")[0] == baseline]  # the settings of a curve follow the name
+    # The settings of a curve follow the name of its variant.
+    own = best[[label.partition(" ")[0] == baseline for label in best["curve"]]]
     if len(own):
         first = own.loc[own["validation_score"].idxmax()]
         return str(first["curve"]), float(first["learning_rate"])
