@@ -128,14 +128,15 @@ class _Task:
         at_base = self.by_replicate["point"][base].notna()
         differences = self.test[self.others].sub(self.test[base], axis=0)[at_base]
         errors = [self._item_error(name, differences[name], items) for name in self.others]
-        found = stats.compare(differences.to_numpy(float), np.nan_to_num(errors))
+        known_errors = np.nan_to_num(errors)
+        found = stats.compare(differences.to_numpy(float), known_errors)
         share_p = [self._share_p(name) for name in self.others]
         adjusted, not_superior_p = stats.holm(share_p), stats.not_superior_p(found, margin)
         baseline = self._describe(base, "baseline")
         rows, counted, claim_p = [], [base], []
         for i, name in enumerate(self.others):
             row = self._describe(name, self._role(name)) | {"usable_p": adjusted[i], "item_error": errors[i]}
-            row |= _difference_fields(found, i, margin, len(self.others))
+            row |= _difference_fields(found, i, margin, known_errors[i])
             row["skewed"] = _outliers(differences[name].dropna(), margin)
             rows.append(_decide_by_share(row, baseline))
             if row["role"] == "variant":
@@ -318,26 +319,23 @@ def _optimum(pooled: pd.DataFrame, margin: float) -> dict[str, Any]:
     return found
 
 
-def _difference_fields(found: stats.Comparison, i: int, margin: float, comparisons: int) -> dict[str, Any]:
+def _difference_fields(found: stats.Comparison, i: int, margin: float, item_error: float) -> dict[str, Any]:
     """Return the fields of a row of `Results.comparison` that follow from the interval in column `i`."""
-    low, high, mean = float(found.low[i]), float(found.high[i]), float(found.mean[i])
+    low, high, std, count = float(found.low[i]), float(found.high[i]), float(found.std[i]), int(found.n[i])
     outcome, counts = stats.classify(low, high, margin), stats.counts_for_baseline(low, high, margin)
     fields: dict[str, Any] = {
-        "pairs": int(found.n[i]),
-        "difference": mean,
+        "pairs": count,
+        "difference": float(found.mean[i]),
         "difference_low": low,
         "difference_high": high,
         "outcome": outcome,
         "counts": counts,
     }
-    if math.isnan(low):
-        return fields
-    std, error = float(found.std[i]), float(found.error[i])
-    fields["seed_error"] = std / math.sqrt(found.n[i])
-    if outcome == "undecided" or counts == "open":
-        of_items = math.sqrt(max(0.0, error**2 - fields["seed_error"] ** 2))
-        needed = stats.replicates_to_decide(std, margin, comparisons, of_items)
-        fields["replicates_to_decide"] = math.nan if needed is None else needed
+    if not math.isnan(low):
+        fields["seed_error"] = std / math.sqrt(count)
+        if outcome == "undecided" or counts == "open":
+            needed = stats.replicates_to_decide(std, margin, len(found.n), item_error)
+            fields["replicates_to_decide"] = math.nan if needed is None else needed
     return fields
 
 
@@ -575,16 +573,11 @@ def compare_curves_at_fixed_rate(
     if reference not in rate_of or len(rate_of) < 2:
         return [], []
     own = runs[runs["curve"].isin(rate_of.index)]
-    tables = {
-        str(name): t.pivot(index="seed", columns="learning_rate", values="test_score")
-        for name, t in own.groupby("curve")
-    }
-    rates = sorted(set.intersection(*(set(table.columns) for table in tables.values())))
+    curves_at = own.groupby("learning_rate")["curve"].nunique()
+    rates = list(curves_at.index[curves_at == len(rate_of)])
     if len(rates) < 2 or not set(rate_of) <= set(rates):
         return [], []
-    seeds = sorted(own["seed"].unique())
-    scores = {
-        name: table.reindex(index=seeds, columns=rates).to_numpy(float) for name, table in tables.items()
-    }
-    chosen = {name: np.full(len(seeds), rates.index(rate_of[name])) for name in tables}
+    table = own.pivot(index="seed", columns=["curve", "learning_rate"], values="test_score")
+    scores = {str(name): table[name][rates].to_numpy(float) for name in sorted(rate_of.index)}
+    chosen = {name: np.full(len(table), rates.index(rate_of[name])) for name in scores}
     return compare_at_fixed_rate(rates, scores, chosen, reference, margin)

@@ -29,12 +29,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from orchestrator.analyze.stats import ALPHA, POWER, Peak, find_peak
+from orchestrator.analyze.stats import ALPHA, Peak, compare, find_peak, replicates_to_exceed
 
 Scores = NDArray[np.float64]
 """An array of scores, or of weights of scores."""
@@ -285,8 +285,6 @@ FAR_MORE = 3.0
 """The ratio of the losses above which the rate matters "far more"."""
 RANGE_SCALES = (0.5, 1.0, 2.0)
 """The ranges of the rate at which the claim is tested, as multiples of the curve's range."""
-RANGE_NAMES = dict(zip(RANGE_SCALES, ("half", "measured", "double"), strict=True))
-"""Multiple of the curve's range -> its name."""
 MAX_SEEDS = 100
 """The largest number of seeds that `seeds_to_support` returns."""
 
@@ -298,9 +296,10 @@ class Contrast:
     Attributes:
         seeds: The number of seeds that have both losses.
         difference: The mean difference over seeds; NaN without a seed.
-        lower: The one-sided 95 % lower confidence limit; NaN with fewer than two seeds.
-        upper: The one-sided 95 % upper confidence limit; NaN with fewer than two seeds.
-        std: The standard deviation over seeds; NaN with fewer than two seeds.
+        lower: The one-sided 95 % lower confidence limit. This field and the following ones have their default
+            with fewer than two seeds, or if the difference is the same for every seed.
+        upper: The one-sided 95 % upper confidence limit.
+        std: The standard deviation over seeds.
         p_more: The p value of the null hypothesis that the difference is at most the margin.
         p_less: The p value of the null hypothesis that the difference is at least minus the margin.
     """
@@ -322,40 +321,39 @@ def contrast(differences: Scores, margin: float) -> Contrast:
         margin: The smallest difference that matters.
 
     Returns:
-        The contrast. Both p values are 1 with fewer than two seeds.
+        The contrast. Without limits, both p values are 1.
     """
     from scipy import special
 
-    n = len(differences)
-    if n < 2:
-        return Contrast(n, float(differences.mean()) if n else math.nan)
-    mean, std = float(differences.mean()), float(differences.std(ddof=1))
-    error = std / math.sqrt(n)
-    half = float(special.stdtrit(n - 1, 1 - ALPHA)) * error
-    lower, upper = (min(1.0, max(-1.0, limit)) for limit in (mean - half, mean + half))
-    if error == 0:
-        return Contrast(n, mean, lower, upper, std, float(mean <= margin), float(mean >= -margin))
+    found = compare(differences[:, None], alpha=2 * ALPHA)
+    n, mean, error = len(differences), float(found.mean[0]), float(found.error[0])
+    if math.isnan(error):
+        return Contrast(n, mean)
     p_more = float(special.stdtr(n - 1, (margin - mean) / error))
     p_less = float(special.stdtr(n - 1, (mean + margin) / error))
+    lower, upper, std = (float(each[0]) for each in (found.low, found.high, found.std))
     return Contrast(n, mean, lower, upper, std, p_more, p_less)
 
 
-@dataclass(frozen=True)
-class ClaimTest:
-    """The result of the test of claim 1 for one variant and task, over all ranges of the rate.
+class ClaimTest(NamedTuple):
+    """The test of claim 1 for one variant and task: columns of `Results.claims`.
 
     Attributes:
-        outcome: The outcome at all ranges if it is the same. If the outcomes differ, "undecided" if the
-            outcome at the measured range is "undecided", else "undecided (range)".
+        outcome: The outcome at all ranges of the rate if it is the same. If the outcomes differ, "undecided"
+            if the outcome at the measured range is "undecided", else "undecided (range)".
         p_supported: The p value of support. It is at most `ALPHA` if the claim is supported at every range.
         p_refuted: The p value of refutation. It is at most `ALPHA` if the claim is refuted at every range.
-        outcomes: Range of the rate ("half", "measured", "double") -> outcome.
+        outcome_half: The outcome at half of the measured range.
+        outcome_measured: The outcome at the measured range.
+        outcome_double: The outcome at twice the measured range.
     """
 
     outcome: ClaimOutcome
     p_supported: float
     p_refuted: float
-    outcomes: Mapping[str, ClaimOutcome]
+    outcome_half: ClaimOutcome
+    outcome_measured: ClaimOutcome
+    outcome_double: ClaimOutcome
 
 
 def combine_contrasts(contrasts: Sequence[Contrast]) -> tuple[float, float]:
@@ -374,44 +372,36 @@ def judge_claim(contrasts: Mapping[float, Sequence[Contrast]]) -> ClaimTest:
     """Test claim 1 at all ranges of the rate.
 
     Args:
-        contrasts: Multiple of the curve's range -> the contrasts of A and of B for all factors outside the
-            alias group.
+        contrasts: Each of `RANGE_SCALES` -> the contrasts of A and of B for all factors outside the alias
+            group.
     """
-    by_scale = {scale: combine_contrasts(own) for scale, own in contrasts.items()}
-    outcomes: dict[str, ClaimOutcome] = {}
-    for scale, (supported, refuted) in by_scale.items():
-        decided: ClaimOutcome = "supported" if supported <= ALPHA else "refuted"
-        outcomes[RANGE_NAMES[scale]] = decided if min(supported, refuted) <= ALPHA else "undecided"
-    distinct = set(outcomes.values())
+    tests = [combine_contrasts(contrasts[scale]) for scale in RANGE_SCALES]
+    half, measured, double = (_claim_outcome(*p_values) for p_values in tests)
     outcome: ClaimOutcome = "undecided (range)"
-    if len(distinct) == 1:
-        outcome = distinct.pop()
-    elif outcomes.get("measured") == "undecided":
-        outcome = "undecided"
-    p_supported, p_refuted = (max(p) for p in zip(*by_scale.values(), strict=True))
-    return ClaimTest(outcome, p_supported, p_refuted, outcomes)
+    if measured == "undecided" or half == measured == double:
+        outcome = measured
+    p_supported, p_refuted = map(max, zip(*tests, strict=True))
+    return ClaimTest(outcome, p_supported, p_refuted, half, measured, double)
+
+
+def _claim_outcome(p_supported: float, p_refuted: float) -> ClaimOutcome:
+    if p_supported <= ALPHA:
+        return "supported"
+    return "refuted" if p_refuted <= ALPHA else "undecided"
 
 
 def seeds_to_support(found: Contrast, margin: float) -> int | None:
     """Return the number of seeds at which the one-sided t test of `Contrast.p_more` has a power of 80 %.
 
-    The power follows from the noncentral t distribution. The estimated mean and standard deviation are taken
-    as the true ones. The number is therefore rough, and it is usually too small.
+    The estimated mean and standard deviation are taken as the true ones. The number is therefore rough, and
+    it is usually too small.
 
     Args:
         found: The contrast of this study.
         margin: The smallest difference that matters.
 
     Returns:
-        The number of seeds; None if the estimate is not above the margin, or if more than `MAX_SEEDS` seeds
-        are needed.
+        The number of seeds; None if the estimate is not above the margin, if it has no limits, or if more
+        than `MAX_SEEDS` seeds are needed.
     """
-    from scipy import special
-
-    if math.isnan(found.std) or found.difference <= margin:
-        return None
-    for n in range(2, MAX_SEEDS + 1):
-        shift = (found.difference - margin) * math.sqrt(n) / found.std if found.std else math.inf
-        if shift == math.inf or special.nctdtr(n - 1, shift, special.stdtrit(n - 1, 1 - ALPHA)) <= 1 - POWER:
-            return n
-    return None
+    return replicates_to_exceed(found.difference - margin, found.std, MAX_SEEDS)

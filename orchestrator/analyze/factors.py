@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import compress
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import compress, groupby
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -47,8 +47,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Scores = NDArray[np.float64]
-Runs = Mapping[tuple[float, int], Record]
-"""The runs of one level: (learning rate, seed) -> record."""
 REQUIRED_SHARE = 0.8
 """The share of the variants for which claim 1 must hold."""
 HALF_DECADE, FACTOR_2 = 0.5, math.log10(2)
@@ -67,9 +65,8 @@ class Arm:
         seeds: The seeds for which every level has a score at every rate; may be empty.
         choices: Validation scores, shape (levels, rates, seeds).
         values: Test scores, of the same shape.
-        at_default: The validation and the test scores at the published default rate, each of shape (levels,
-            n). The n seeds are those with all of these scores. None if there is no such seed, or if a level
-            has no run at this rate.
+        gain: C of the factor (see `effects`) for each seed in which every level has a score at the published
+            default rate; may be empty.
         fingerprints: The runs at the levels other than the default.
     """
 
@@ -80,7 +77,7 @@ class Arm:
     seeds: tuple[int, ...]
     choices: Scores
     values: Scores
-    at_default: tuple[Scores, Scores] | None
+    gain: Scores
     fingerprints: tuple[str, ...]
 
     @property
@@ -150,6 +147,31 @@ class Star:
 # -- stars
 
 
+@dataclass(frozen=True, eq=False)
+class _Level:
+    """The runs of one configuration at all learning rates and seeds.
+
+    Attributes:
+        configuration: The configuration, see `_normalize`.
+        runs: (learning rate, seed) -> record.
+    """
+
+    configuration: Configuration
+    runs: dict[tuple[float, int], Record] = field(default_factory=dict)
+
+    @property
+    def rates(self) -> set[float]:
+        return {rate for rate, _ in self.runs}
+
+    @property
+    def seeds(self) -> set[int]:
+        return {seed for _, seed in self.runs}
+
+    @property
+    def fingerprints(self) -> tuple[str, ...]:
+        return tuple(record.fingerprint for record in self.runs.values())
+
+
 def find_stars(records: Sequence[Record]) -> list[Star]:
     """Return the stars whose curve has a score, sorted by task, base model and variant.
 
@@ -158,11 +180,12 @@ def find_stars(records: Sequence[Record]) -> list[Star]:
             requests the default of a star first.
     """
     factors = choose_factors([ALL], (record.configuration for record in records))
-    groups: dict[tuple[str, str, str], dict[str, dict[tuple[float, int], Record]]] = {}
+    groups: dict[tuple[str, str, str], dict[str, _Level]] = defaultdict(dict)
     for record in records:
-        c = record.configuration
-        levels = groups.setdefault((c.task.name, c.model.name, c.variant.name), defaultdict(dict))
-        levels[_normalize(c).fingerprint][c.optimizer.learning_rate, c.seed] = record
+        c, normal = record.configuration, _normalize(record.configuration)
+        levels = groups[c.task.name, c.model.name, c.variant.name]
+        level = levels.setdefault(normal.fingerprint, _Level(normal))
+        level.runs[c.optimizer.learning_rate, c.seed] = record
     stars = [_build_star(list(levels.values()), factors) for _, levels in sorted(groups.items())]
     return [star for star in stars if star is not None]
 
@@ -173,53 +196,47 @@ def _normalize(configuration: Configuration) -> Configuration:
     return replace(configuration, optimizer=optimizer, seed=0)
 
 
-def _build_star(levels: Sequence[Runs], factors: Sequence[Factor]) -> Star | None:
+def _build_star(levels: Sequence[_Level], factors: Sequence[Factor]) -> Star | None:
     """Return the star of one variant, task and base model; None if its curve has no score.
 
     Args:
-        levels: The runs in groups. The configurations of a group differ in the learning rate and the seed
-            alone.
+        levels: The runs of the variant.
         factors: The factors whose arms are built.
     """
-    configurations = [_normalize(next(iter(runs.values())).configuration) for runs in levels]
-    first = _find_default(configurations, levels, factors)
-    default, curve = configurations[first], levels[first]
-    rates, seeds = sorted({rate for rate, _ in curve}), sorted({seed for _, seed in curve})
-    choices, values = _score_arrays([curve], rates, seeds)
-    known = np.isfinite(choices[0]) & np.isfinite(values[0])
-    counts = known.sum(axis=1)
-    scored = counts > 0
+    default = _find_default(levels, factors)
+    rates, seeds = sorted(default.rates), sorted(default.seeds)
+    scores = _score_array([default], rates, seeds)
+    known: NDArray[np.bool_] = np.asarray(np.isfinite(scores).all(axis=(0, 1)))
+    scored = known.sum(axis=1) > 0
     if not scored.any():
         return None
-    rates = list(compress(rates, scored))
-    sums = np.where(known, choices[0], 0.0).sum(axis=1)[scored]
-    peak, center = effects.find_center(rates, sums / counts[scored], counts[scored])
-    complete = known[scored].all(axis=0)
-    changed = [find_changed_factor(c, default, factors) for c in configurations]
+    rates, scores, known = list(compress(rates, scored)), scores[:, :, scored], known[scored]
+    means = scores[0, 0].mean(axis=1, where=known)
+    peak, center = effects.find_center(rates, means, known.sum(axis=1))
+    complete, choices, values = _without_gaps(scores, seeds)
+    changed = [find_changed_factor(level, default, factors) for level in levels]
     arms = []
     for factor in factors:
-        own = [runs for runs, each in zip(levels, changed, strict=True) if each is factor]
-        if own and (arm := _build_arm(factor, [curve, *own], rates, center)) is not None:
+        own = [level for level, each in zip(levels, changed, strict=True) if each is factor]
+        if own and (arm := _build_arm(factor, [default, *own], rates, center)) is not None:
             arms.append(arm)
-    outside = [runs for i, runs in enumerate(levels) if i != first and changed[i] is None]
+    outside = [level for level, each in zip(levels, changed, strict=True) if each is None]
     return Star(
-        default=default,
+        default=default.configuration,
         rates=tuple(rates),
-        seeds=tuple(compress(seeds, complete)),
-        choices=choices[0][scored][:, complete],
-        values=values[0][scored][:, complete],
+        seeds=complete,
+        choices=choices[0],
+        values=values[0],
         peak=peak,
         center=center,
         arms=tuple(arms),
-        curve=tuple(record.fingerprint for record in curve.values()),
-        num_outside=sum(map(len, outside)),
+        curve=default.fingerprints,
+        num_outside=sum(len(level.runs) for level in outside if level is not default),
     )
 
 
-def _find_default(
-    configurations: Sequence[Configuration], levels: Sequence[Runs], factors: Sequence[Factor]
-) -> int:
-    """Return the index of the default configuration.
+def _find_default(levels: Sequence[_Level], factors: Sequence[Factor]) -> _Level:
+    """Return the default configuration.
 
     The default is the configuration from which the most runs differ in at most one factor. Ties are decided
     by these rules, in this order:
@@ -230,53 +247,43 @@ def _find_default(
     - The first configuration is the default, because a study requests its default first.
     """
 
-    def rank(i: int) -> tuple[int, int, int]:
-        explained = sum(
-            len(runs)
-            for j, (c, runs) in enumerate(zip(configurations, levels, strict=True))
-            if i == j or find_changed_factor(c, configurations[i], factors) is not None
-        )
-        return explained, len({rate for rate, _ in levels[i]}), len(levels[i])
+    def rank(default: _Level) -> tuple[int, int, int]:
+        explained = [x for x in levels if x is default or find_changed_factor(x, default, factors)]
+        return sum(len(level.runs) for level in explained), len(default.rates), len(default.runs)
 
-    return max(range(len(levels)), key=rank)
+    return max(levels, key=rank)
 
 
-def find_changed_factor(
-    configuration: Configuration, default: Configuration, factors: Sequence[Factor]
-) -> Factor | None:
-    """Return the factor in which a configuration differs from the default.
+def find_changed_factor(level: _Level, default: _Level, factors: Sequence[Factor]) -> Factor | None:
+    """Return the factor in which a level differs from the default; None for the default.
 
-    Args:
-        configuration: A configuration with the learning rate and the seed of `default`.
-        default: The default configuration.
-        factors: The factors of the study.
-
-    Returns:
-        The factor; None if the configuration is the default or differs from it in more than one factor.
+    It is also None if the level differs from the default in more than one of the factors.
     """
     for factor in factors:
-        value, changed = get_value(default, factor.name), get_value(configuration, factor.name)
+        value, changed = (get_value(each.configuration, factor.name) for each in (default, level))
         if value is None or changed in (None, value):
             continue
-        restored = apply_values(configuration, {factor.name: value})
+        restored = apply_values(level.configuration, {factor.name: value})
         # `apply_values` lowers the number of evaluations of a configuration with few steps.
-        if replace(restored, evaluations=default.evaluations) == default:
+        if replace(restored, evaluations=default.configuration.evaluations) == default.configuration:
             return factor
     return None
 
 
-def _score_arrays(
-    levels: Sequence[Runs], rates: Sequence[float], seeds: Sequence[int]
-) -> tuple[Scores, Scores]:
-    """Return validation and test scores, each of shape (levels, rates, seeds); NaN without a score."""
+def _score_array(levels: Sequence[_Level], rates: Sequence[float], seeds: Sequence[int]) -> Scores:
+    """Return validation and test scores, shape (2, levels, rates, seeds); NaN without a score."""
 
-    def scores(split: Split) -> Scores:
-        found = [
-            [[_score(runs.get((rate, seed)), split) for seed in seeds] for rate in rates] for runs in levels
-        ]
-        return np.array(found, dtype=float)
+    def scores(split: Split) -> list[list[list[float]]]:
+        return [[[_score(level.runs.get((r, s)), split) for s in seeds] for r in rates] for level in levels]
 
-    return scores("validation"), scores("test")
+    return np.array([scores("validation"), scores("test")])
+
+
+def _without_gaps(scores: Scores, seeds: Sequence[int]) -> tuple[tuple[int, ...], Scores, Scores]:
+    """Return the seeds that have all scores, and their validation and test scores."""
+    complete: NDArray[np.bool_] = np.asarray(np.isfinite(scores).all(axis=(0, 1, 2)))
+    choices, values = scores[..., complete]
+    return tuple(compress(seeds, complete)), choices, values
 
 
 def _score(record: Record | None, split: Split) -> float:
@@ -292,7 +299,7 @@ def _score(record: Record | None, split: Split) -> float:
 
 
 def _build_arm(
-    factor: Factor, levels: Sequence[Runs], curve_rates: Sequence[float], center: float
+    factor: Factor, levels: Sequence[_Level], curve_rates: Sequence[float], center: float
 ) -> Arm | None:
     """Return the arm of a factor; None if its levels have no common rate near `center` or no common seed.
 
@@ -303,41 +310,37 @@ def _build_arm(
         center: The learning rate of x*. The arm has all common rates near it (see `is_near`). These may be
             more rates than the design requests around `center`, because further seeds may have moved x*.
     """
-    named = [get_value(next(iter(runs.values())).configuration, factor.name) for runs in levels]
-    known = [value for value in named if value is not None]
-    order = _level_order(factor, known)
-    ordered = [levels[i] for i in order]
-    seeds = sorted(set.intersection(*({seed for _, seed in runs} for runs in levels)))
-    measured = set(curve_rates).intersection(*({rate for rate, _ in runs} for runs in levels))
+    values_of = [(level, get_value(level.configuration, factor.name)) for level in levels]
+    named = [(level, value) for level, value in values_of if value is not None]
+
+    def place(entry: tuple[_Level, Value]) -> float:
+        value = entry[1]
+        if factor.prior != "choice":
+            return float(value)
+        return factor.levels.index(value) if value in factor.levels else -1
+
+    named.sort(key=place)
+    ordered = [level for level, _ in named]
+    default = ordered.index(levels[0])
+    seeds = sorted(set.intersection(*(level.seeds for level in levels)))
+    measured = set(curve_rates).intersection(*(level.rates for level in levels))
     rates = sorted(rate for rate in measured if is_near(rate, center))
     if not rates or not seeds:
         return None
-    choices, values = _score_arrays(ordered, rates, seeds)
-    complete = np.asarray((np.isfinite(choices) & np.isfinite(values)).all(axis=(0, 1)))
-    at_default = None
-    if (published := default_rate(curve_rates)) in measured:
-        both = _score_arrays(ordered, [published], seeds)
-        ok = np.isfinite(both).all(axis=(0, 1, 2))
-        at_default = (both[0][:, 0, ok], both[1][:, 0, ok]) if ok.any() else None
+    complete, choices, values = _without_gaps(_score_array(ordered, rates, seeds), seeds)
+    published = _score_array(ordered, [default_rate(curve_rates)], seeds)
+    _, published_choices, published_values = _without_gaps(published, seeds)
     return Arm(
         factor=factor,
-        levels=tuple(known[i] for i in order),
-        default=order.index(0),
+        levels=tuple(value for _, value in named),
+        default=default,
         rates=tuple(rates),
-        seeds=tuple(compress(seeds, complete)),
-        choices=choices[:, :, complete],
-        values=values[:, :, complete],
-        at_default=at_default,
-        fingerprints=tuple(record.fingerprint for runs in levels[1:] for record in runs.values()),
+        seeds=complete,
+        choices=choices,
+        values=values,
+        gain=effects.gain(published_values[:, 0], published_choices[:, 0], default),
+        fingerprints=tuple(name for level in levels[1:] for name in level.fingerprints),
     )
-
-
-def _level_order(factor: Factor, levels: Sequence[Value]) -> list[int]:
-    """Return the indices that sort the levels by value, or those of a choice by `Factor.levels`."""
-    if factor.prior != "choice":
-        return sorted(range(len(levels)), key=lambda i: float(levels[i]))
-    listed = list(factor.levels)
-    return sorted(range(len(levels)), key=lambda i: listed.index(levels[i]) if levels[i] in listed else -1)
 
 
 # -- effects
@@ -358,14 +361,12 @@ class FactorStudy:
 
         factors, claims = [], []
         runs = runs.set_index("fingerprint")
-        by_panel: dict[str, list[Star]] = defaultdict(list)
-        for star in stars:
-            by_panel[str(runs.loc[star.curve[0], "panel"])].append(star)
-        for panel, own in by_panel.items():
+        for panel, group in groupby(stars, lambda star: str(runs.loc[star.curve[0], "panel"])):
+            own = list(group)
             measured = dict.fromkeys(a.factor for star in own for a in star.arms if not a.factor.variant)
             for star in own:
-                has = {arm.factor.name for arm in star.arms}
-                missing = [f.title for f in measured if f.name not in has and f.name != RATE]
+                has = {arm.factor for arm in star.arms}
+                missing = ", ".join(factor.title for factor in measured if factor not in has)
                 about = {"panel": panel, "variant": star.default.variant.name}
                 compared = [_Comparison(star, arm) for arm in star.arms]
                 rows = [_arm_row(each, settings.margin, runs["label"]) for each in compared]
@@ -374,25 +375,17 @@ class FactorStudy:
                 factors += [about | row for row in (_rate_row(star, judged, runs["label"]), *rows)]
                 counted = about["variant"] not in {*CONTROLS, *settings.unverified}
                 claim = _claim_row(star, judged, settings.margin)
-                claims.append(about | {"counted": counted, "missing": ", ".join(missing)} | claim)
+                claims.append(about | {"counted": counted, "missing": missing} | claim)
         self.factors, self.claims = pd.DataFrame(factors), pd.DataFrame(claims)
 
 
 class _Comparison:
-    """The losses of one factor and of the learning rate for each seed that the arm and the curve share.
-
-    Attributes:
-        arm: The arm of the factor.
-        values: Test scores of the arm, shape (levels, rates, shared seeds).
-        choices: Validation scores of the arm, of the same shape.
-    """
+    """The losses of one factor and of the learning rate for each seed that the arm and the curve share."""
 
     def __init__(self, star: Star, arm: Arm) -> None:
-        self.arm = arm
-        common = [seed for seed in arm.seeds if seed in star.seeds]
-        own = [arm.seeds.index(seed) for seed in common]
-        self.values, self.choices = arm.values[:, :, own], arm.choices[:, :, own]
-        self._star, self._curve_columns = star, [star.seeds.index(seed) for seed in common]
+        self.star, self.arm = star, arm
+        _, own, self._columns = np.intersect1d(arm.seeds, star.seeds, return_indices=True)
+        self._scores = arm.values[:, :, own], arm.choices[:, :, own], arm.default
 
     def retuned_rate(self, scale: float) -> Scores:
         """Return B(rate | h) for the factor h of this arm, shape (shared seeds,).
@@ -405,9 +398,9 @@ class _Comparison:
             scale: The range of the rate, as a multiple of the curve's range.
         """
         x = [math.log10(rate) for rate in self.arm.rates]
-        low, high = self._star.rate_ends(scale)
+        low, high = self.star.rate_ends(scale)
         weights = effects.prior_weights(x, max(low, x[0]), min(high, x[-1]))
-        return effects.retuned_rate(self.values, self.choices, self.arm.default, weights)
+        return effects.retuned_rate(*self._scores, weights)
 
     def differences(self, scale: float, ratio: float = 1.0) -> list[Scores]:
         """Return the loss of the rate minus `ratio` times the loss of the factor.
@@ -419,11 +412,9 @@ class _Comparison:
         Returns:
             The differences of A and the differences of B, each of shape (shared seeds,).
         """
-        own = (self.values, self.choices, self.arm.default, self.arm.weights)
-        return [
-            self._star.misset_rate(scale, self._curve_columns, self.arm.rates) - ratio * effects.misset(*own),
-            self.retuned_rate(scale) - ratio * effects.retuned(*own),
-        ]
+        misset, retuned = (f(*self._scores, self.arm.weights) for f in (effects.misset, effects.retuned))
+        misset_rate = self.star.misset_rate(scale, self._columns.tolist(), self.arm.rates)
+        return [misset_rate - ratio * misset, self.retuned_rate(scale) - ratio * retuned]
 
     def contrasts(self, scale: float, margin: float) -> list[effects.Contrast]:
         """Return the contrast of A and the contrast of B.
@@ -436,16 +427,14 @@ class _Comparison:
             margin: The smallest difference of the score that matters.
         """
         by_a, by_b = (effects.contrast(d, margin) for d in self.differences(scale))
-        low, high = self._star.rate_ends(scale)
-        covers = is_near(10**low, self._star.center) and is_near(10**high, self._star.center)
+        covers = all(is_near(10**end, self.star.center) for end in self.star.rate_ends(scale))
         return [by_a, by_b if covers else replace(by_b, p_less=1.0)]
 
 
 def _fields(name: str, per_seed: Scores | None) -> dict[str, float]:
     """Return the mean over seeds with its t interval as columns `name`, `name_low` and `name_high`."""
-    found = stats.mean_interval([] if per_seed is None else [float(v) for v in per_seed])
-    low, high = np.clip([found.low, found.high], *stats.DIFFERENCES)
-    return {name: found.mean, f"{name}_low": float(low), f"{name}_high": float(high)}
+    found = stats.mean_interval([] if per_seed is None else per_seed, stats.DIFFERENCES)
+    return {name: found.mean, f"{name}_low": found.low, f"{name}_high": found.high}
 
 
 def _counts(fingerprints: Sequence[str], labels: pd.Series) -> dict[str, int]:
@@ -466,7 +455,6 @@ def _arm_row(compared: _Comparison, margin: float, labels: pd.Series) -> dict[st
     arm, factor = compared.arm, compared.arm.factor
     own = (arm.values, arm.choices, arm.default)
     scores = effects.at_best_rate(*own)
-    gain = None if arm.at_default is None else effects.gain(arm.at_default[1], arm.at_default[0], arm.default)
 
     def off_by(distance: float) -> Scores | None:
         if factor.prior != "log":  # ratios make sense for a log prior only
@@ -481,7 +469,7 @@ def _arm_row(compared: _Comparison, margin: float, labels: pd.Series) -> dict[st
         "default": factor.label(arm.levels[arm.default]),
         **_fields("misset", effects.misset(*own, arm.weights)),
         **_fields("retuned", effects.retuned(*own, arm.weights)),
-        **_fields("gain", gain),
+        **_fields("gain", arm.gain),
         **_fields("off_by_2", off_by(FACTOR_2)),
         **_fields("off_by_half_decade", off_by(HALF_DECADE)),
         **_fields("rate_retuned", compared.retuned_rate(1.0)),
@@ -490,8 +478,8 @@ def _arm_row(compared: _Comparison, margin: float, labels: pd.Series) -> dict[st
     }
     for name, contrast in zip(("misset", "retuned"), compared.contrasts(1.0, margin), strict=True):
         seeds = effects.seeds_to_support(contrast, margin)
-        row |= {f"{name}_contrast_low": contrast.lower}
         row |= {
+            f"{name}_contrast_low": contrast.lower,
             f"{name}_seeds": contrast.seeds,
             f"{name}_seeds_to_decide": math.nan if seeds is None else seeds,
         }
@@ -550,12 +538,8 @@ def _claim_row(star: Star, judged: Sequence[_Comparison], margin: float) -> dict
         for scale in effects.RANGE_SCALES
     }
     far = [effects.contrast(d, 0.0) for each in judged for d in each.differences(1.0, effects.FAR_MORE)]
-    claim = effects.judge_claim(contrasts)
     return {
-        "outcome": claim.outcome,
-        "p_supported": claim.p_supported,
-        "p_refuted": claim.p_refuted,
-        **{f"outcome_{name}": outcome for name, outcome in claim.outcomes.items()},
+        **effects.judge_claim(contrasts)._asdict(),
         "far_more": bool(far) and all(c.p_more <= stats.ALPHA for c in far),
         "best_rate": star.center,
         "best_at_edge": star.peak.at_edge,
@@ -576,6 +560,6 @@ def count_claims(claims: pd.DataFrame) -> dict[str, int]:
     return {
         "judged": len(own),
         "required": math.ceil(REQUIRED_SHARE * len(own)),
-        "supported": stats.count_shown(own["p_supported"].to_numpy(), stats.ALPHA),
-        "refuted": stats.count_shown(own["p_refuted"].to_numpy(), stats.ALPHA),
+        "supported": stats.count_shown(own["p_supported"]),
+        "refuted": stats.count_shown(own["p_refuted"]),
     }

@@ -34,7 +34,6 @@ PEAK_WINDOW = 0.5
 parabola."""
 _ROUNDING = 1e-12  # A smaller standard deviation is the rounding error of equal values.
 _SAME_RATE = 1e-6  # Two log10 rates that differ by less count as equal.
-_NODES = 64  # of Gauss-Legendre quadrature
 
 
 class Estimate(NamedTuple):
@@ -397,9 +396,38 @@ def replicates_to_decide(
         degrees = (n - 1) * (error / seed_error) ** 4 if seed_error else math.inf
         return error * (float(_t(alpha / 2 / comparisons, degrees)) - z) <= margin / 2
 
-    if not decides(most):
+    return _fewest(decides, most)
+
+
+def replicates_to_exceed(excess: float, std: float, most: int) -> int | None:
+    """Return the number of replicates at which a one-sided t test has a power of `POWER`.
+
+    The test shows that a mean lies above a limit. Its power follows from the noncentral t distribution.
+
+    Args:
+        excess: The true mean minus the limit.
+        std: The true standard deviation over replicates.
+        most: The largest number of replicates that is considered.
+
+    Returns:
+        The smallest sufficient number, at least 2; None if it is above `most`, if `excess` is not above 0, or
+        if `std` is NaN.
+    """
+    from scipy import special
+
+    def shows(n: int) -> bool:
+        error = special.nctdtr(n - 1, excess / std * math.sqrt(n), _t(ALPHA, n - 1))
+        # SciPy returns NaN if the shift is so large that the error is practically 0.
+        return not error > 1 - POWER
+
+    return _fewest(shows, most) if excess > 0 and std > 0 else None
+
+
+def _fewest(is_enough: Callable[[int], bool], most: int) -> int | None:
+    """Return the smallest sufficient number from 2 to `most`; None if even `most` is too few."""
+    if not is_enough(most):
         return None
-    return 2 + bisect_left(range(2, most), True, key=decides)
+    return 2 + bisect_left(range(2, most), True, key=is_enough)
 
 
 def expected_span(errors: ArrayLike) -> float:

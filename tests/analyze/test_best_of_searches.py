@@ -93,6 +93,11 @@ def test_the_points_of_a_search_are_in_the_order_of_their_start_with_everything_
     assert "order" not in analyze_curves(points).points
 
 
+def test_the_number_of_steps_is_a_setting_like_any_other() -> None:
+    found = search([record(steps=steps, validation=v) for steps, v in ((60, 0.5), (120, 0.7))])
+    assert found.best["settings"].tolist() == ["1e-2, steps_horizon 120"]
+
+
 def test_every_replicate_chooses_a_point_of_its_own() -> None:
     chosen = {3: 1e-3, 4: 1e-2}
     records = [record("lora", r, seed, float(r == own)) for seed, own in chosen.items() for r in RATES]

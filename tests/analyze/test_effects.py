@@ -180,6 +180,13 @@ def test_one_seed_decides_nothing() -> None:
     assert math.isnan(contrast(np.array([]), MARGIN).difference)
 
 
+def test_the_same_difference_for_every_seed_decides_nothing() -> None:
+    found = contrast(np.array([0.5, 0.5]), MARGIN)
+    assert math.isnan(found.lower)
+    assert (found.difference, found.p_more, found.p_less) == (0.5, 1.0, 1.0)
+    assert seeds_to_support(found, MARGIN) is None
+
+
 def test_support_needs_every_comparison() -> None:
     assert combine_contrasts(_contrasts([0.3, 0.4, 0.2]))[0] < 0.05
     assert combine_contrasts(_contrasts([0.3, 0.4, 0.005]))[0] > 0.05
@@ -231,5 +238,7 @@ def test_more_seeds_are_asked_for_where_the_estimate_is_above_the_margin() -> No
     draws = RNG.normal(found.difference, found.std, (4_000, needed))
     power = np.mean([c.lower > MARGIN for c in (contrast(d, MARGIN) for d in draws)])
     assert 0.77 < power < 0.9
+    clear = contrast(np.array([0.9, 0.9001, 0.9]), MARGIN)
+    assert seeds_to_support(clear, MARGIN) == 2, "SciPy's noncentral t is NaN for 100 seeds"
     assert seeds_to_support(contrast(np.array([0.0, 0.01, 0.0]), MARGIN), MARGIN) is None
     assert seeds_to_support(contrast(np.array([0.008, 0.01, 0.009]), MARGIN), MARGIN) is None
