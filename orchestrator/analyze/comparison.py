@@ -75,9 +75,8 @@ class _Task:
     study have no record, it must have as many runs as the largest tuning of any variant.
 
     Attributes:
-        chosen: The chosen run of each whole tuning. The columns are those of `best`, the label of the run,
-            whether the tuning is usable (`is_usable`), and whether at least one run of the tuning did not
-            fail (`has_result`).
+        chosen: The chosen run of each whole tuning. The columns are those of `best`, whether the tuning is
+            usable (`is_usable`), and whether at least one run of the tuning did not fail (`has_result`).
         tried: The runs of the whole tunings.
         names: The variants with a whole tuning, the baseline first.
         others: The variants besides the baseline, sorted by name.
@@ -91,10 +90,10 @@ class _Task:
         self, runs: pd.DataFrame, best: pd.DataFrame, settings: AnalysisSettings, missing: bool
     ) -> None:
         self.settings = settings
-        label = best["point"].map(runs.set_index("fingerprint")["label"]).fillna("")
+        label = best["point"].map(runs.set_index("fingerprint")["label"])
         has_result = best["group"].map((runs["label"] != "failed").groupby(runs["group"]).any())
         is_usable = best["test_score"].notna() & (label == "finished") & ~best["nothing_learned"]
-        chosen = best.assign(label=label, has_result=has_result, is_usable=is_usable)
+        chosen = best.assign(has_result=has_result, is_usable=is_usable)
         # Failed runs count as runs of a tuning. While configurations have no record, all tunings of one
         # variant may lack runs, so the largest tuning of any variant is the measure.
         largest = chosen.groupby("variant")["points"].transform("max")
