@@ -214,7 +214,7 @@ def _build_star(levels: Sequence[_Level], factors: Sequence[Factor]) -> Star | N
     means = scores[0, 0].mean(axis=1, where=known)
     peak, center = effects.find_center(rates, means, known.sum(axis=1))
     complete, choices, values = _without_gaps(scores, seeds)
-    changed = [find_changed_factor(level, default, factors) for level in levels]
+    changed = [find_changed_factor(level.configuration, default.configuration, factors) for level in levels]
     arms = []
     for factor in factors:
         own = [level for level, each in zip(levels, changed, strict=True) if each is factor]
@@ -248,24 +248,32 @@ def _find_default(levels: Sequence[_Level], factors: Sequence[Factor]) -> _Level
     """
 
     def rank(default: _Level) -> tuple[int, int, int]:
-        explained = [x for x in levels if x is default or find_changed_factor(x, default, factors)]
+        explained = [
+            level
+            for level in levels
+            if level is default
+            or find_changed_factor(level.configuration, default.configuration, factors) is not None
+        ]
         return sum(len(level.runs) for level in explained), len(default.rates), len(default.runs)
 
     return max(levels, key=rank)
 
 
-def find_changed_factor(level: _Level, default: _Level, factors: Sequence[Factor]) -> Factor | None:
-    """Return the factor in which a level differs from the default; None for the default.
+def find_changed_factor(
+    configuration: Configuration, default: Configuration, factors: Sequence[Factor]
+) -> Factor | None:
+    """Return the factor in which a configuration differs from the default; None for the default.
 
-    It is also None if the level differs from the default in more than one of the factors.
+    It is also None if the configuration differs from the default in more than one of the factors. Both
+    configurations have the same learning rate and seed.
     """
     for factor in factors:
-        value, changed = (get_value(each.configuration, factor.name) for each in (default, level))
+        value, changed = get_value(default, factor.name), get_value(configuration, factor.name)
         if value is None or changed in (None, value):
             continue
-        restored = apply_values(level.configuration, {factor.name: value})
+        restored = apply_values(configuration, {factor.name: value})
         # `apply_values` lowers the number of evaluations of a configuration with few steps.
-        if replace(restored, evaluations=default.configuration.evaluations) == default.configuration:
+        if replace(restored, evaluations=default.evaluations) == default:
             return factor
     return None
 
