@@ -11,8 +11,8 @@ FOLDERS = ("docs", "experiments", "orchestrator", "tests", "variants")
 PRIVATE_OF_RAY = re.compile(r"\bray(?:\.\w+)*\._[a-z]\w+")
 PRIVATE_OF_RAY_FILE = ROOT / "orchestrator" / "execution" / "private_ray.py"
 BUDGETS = {
-    "orchestrator": (227, 22012),
-    "orchestrator/analyze": (19, 4291),
+    "orchestrator": (227, 22020),
+    "orchestrator/analyze": (19, 4299),
     "orchestrator/cli": (4, 304),
     "orchestrator/cluster": (3, 230),
     "orchestrator/execution": (16, 2513),
@@ -24,7 +24,7 @@ BUDGETS = {
     "orchestrator/util": (10, 559),
     "variants": (128, 6717),
     "experiments": (16, 2075),
-    "tests": (277, 33462),
+    "tests": (277, 33467),
 }
 """Package -> (modules, lines of code) that it may have at most. A change that makes one smaller
 lowers its numbers; a change that raises one says what that is worth."""

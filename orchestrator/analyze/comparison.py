@@ -82,7 +82,7 @@ class _Task:
         others: The variants besides the baseline, sorted by name.
         by_replicate: Column of `chosen` -> its values, as a frame with one row for each replicate and one
             column for each variant.
-        test: The same for the test scores of the usable tunings.
+        test: The test scores of the usable tunings, in the same form as `by_replicate`; NaN for the others.
         pooled: Variant -> its curve over the runs of all replicates, see `_pool`.
     """
 
@@ -247,7 +247,7 @@ class _Task:
         }
 
     def _fixed_rate(self, names: Sequence[str]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        """Compare variants at the baseline's and at their own best rates.
+        """Compare variants at the baseline's best rate and at their own best rates.
 
         Args:
             names: The baseline, and the variants that are compared with it.
@@ -283,7 +283,8 @@ def _pool(runs: pd.DataFrame) -> pd.DataFrame:
     Each replicate shifts its grid by another offset. All grids together are therefore finer than one grid.
 
     Returns:
-        The columns learning_rate, validation_score and runs, a row for each bin.
+        One row for each bin, with the columns learning_rate (the geometric mean of the rates in the bin),
+        validation_score (the mean score) and runs (the number of runs).
     """
     import numpy as np
 

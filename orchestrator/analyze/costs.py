@@ -90,7 +90,7 @@ def loss_frame(
 
         - panel, curve: the names of the curve.
         - role: "best", "lower" or "higher".
-        - learning_rate: the lowest learning rate of the runs.
+        - learning_rate: the lowest learning rate of the runs with this role.
         - step: the middle of the bin.
         - loss: the mean loss of the runs in the bin.
     """

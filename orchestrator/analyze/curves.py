@@ -83,7 +83,11 @@ def make_points(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def _mean_points(runs: pd.DataFrame) -> pd.DataFrame:
-    """Return the points as `make_points` does, without intervals, standard deviations and fingerprints."""
+    """Return the points with their means, and mark those that may be chosen and the best ones.
+
+    The result has the columns of `make_points` except intervals, standard deviations and fingerprints. The
+    jackknife calls this function once for each seed.
+    """
     import pandas as pd
 
     labels = {label: runs["label"] == label for label in LABELS}
@@ -301,7 +305,7 @@ def best_of_curves(
     Args:
         runs: The runs of the curves, from `run_frame`.
         points: The points of these runs, from `make_points`.
-        baseline: The name of LoRA.
+        baseline: The label of LoRA in the column `curve`, without settings.
     """
     import pandas as pd
 
@@ -352,8 +356,13 @@ def _shapes(points: pd.DataFrame, baseline: str) -> dict[str, dict[str, Any]]:
 def _shape(points: pd.DataFrame, common_rate: float) -> dict[str, Any]:
     """Return the statistics of a curve's shape, see `Results.best`; NaN where one is undefined.
 
-    `best_rate` is the best rate. `widest` and `deepest` are the largest width and loss that are possible. A
-    rate without a score is left out, unless a run at this rate was stopped early.
+    The shape also has the key `best_rate`, and, if there is a best rate, the keys `widest` and `deepest`: the
+    largest width in decades and the largest loss that are possible on this grid. A rate without a score is
+    left out, unless a run at this rate was stopped early.
+
+    Args:
+        points: The points of one group, in ascending order of the learning rate.
+        common_rate: The learning rate at which the curves of the panel are compared; may be NaN.
     """
     import numpy as np
 
@@ -410,14 +419,14 @@ def _with_intervals(shape: Mapping[str, Any], left_out: Sequence[Mapping[str, An
 
 
 def _best_points(runs: pd.DataFrame, points: pd.DataFrame) -> pd.DataFrame:
-    """Return the columns of `best` that curves, searches and tunings have in common.
+    """Return the columns of `Results.best` that grids, searches and replicated tunings have in common.
 
     Args:
         runs: The runs, from `run_frame`.
         points: The points of these runs, from `make_points`.
 
     Returns:
-        One row for each group of points. The index has the panel and the group.
+        One row for each panel and group of points; both are the index.
     """
     import pandas as pd
 
@@ -439,7 +448,7 @@ def _best_points(runs: pd.DataFrame, points: pd.DataFrame) -> pd.DataFrame:
 
 
 def _gain(runs: pd.DataFrame) -> stats.Estimate:
-    """Return the mean gain of the runs of one point over the untrained base model."""
+    """Return the mean test score of the runs of one point minus that of the untrained base model."""
     items = runs.loc[runs["state"] == "finished", "test_items"]
     known = runs.dropna(subset=["test_score", "untrained_test_score"])
     least = int(items.min()) if len(items) else 0
@@ -447,7 +456,12 @@ def _gain(runs: pd.DataFrame) -> stats.Estimate:
 
 
 def _sort_best(best: pd.DataFrame, *ties: str) -> pd.DataFrame:
-    """Sort the rows of `best` by panel, the best validation score first, and equal scores by `ties`."""
+    """Sort the rows of `Results.best` by panel and by validation score, the highest score first.
+
+    Args:
+        best: The rows. The index has the panel and the group.
+        *ties: The columns by which rows with equal scores are sorted.
+    """
     names = ["panel", "validation_score", *ties]
     ordered = best.reset_index().sort_values(names, ascending=[name != "validation_score" for name in names])
     return ordered.reset_index(drop=True)
@@ -540,7 +554,7 @@ def _edges(tried: pd.DataFrame, points: pd.DataFrame, chosen: int) -> list[str]:
     """Return the hyperparameters whose chosen value lies at an edge of the tried values, each with the edge.
 
     Args:
-        tried: The hyperparameters that vary, a row for each point of the group.
+        tried: The values of the hyperparameters that vary: one row for each point of the group.
         points: The points of the group.
         chosen: The index of the best point.
     """

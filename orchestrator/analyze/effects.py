@@ -296,8 +296,8 @@ class Contrast:
     Attributes:
         seeds: The number of seeds that have both losses.
         difference: The mean difference over seeds; NaN without a seed.
-        lower: The one-sided 95 % lower confidence limit. This field and the following ones have their default
-            with fewer than two seeds, or if the difference is the same for every seed.
+        lower: The one-sided 95 % lower confidence limit. With fewer than two seeds, or if the difference is
+            the same for every seed, the limits and `std` are NaN and both p values are 1.
         upper: The one-sided 95 % upper confidence limit.
         std: The standard deviation over seeds.
         p_more: The p value of the null hypothesis that the difference is at most the margin.
@@ -336,7 +336,7 @@ def contrast(differences: Scores, margin: float) -> Contrast:
 
 
 class ClaimTest(NamedTuple):
-    """The test of claim 1 for one variant and task: columns of `Results.claims`.
+    """The test of claim 1 for one variant and task. The fields are columns of `Results.claims`.
 
     Attributes:
         outcome: The outcome at all ranges of the rate if it is the same. If the outcomes differ, "undecided"

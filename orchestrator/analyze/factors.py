@@ -65,8 +65,8 @@ class Arm:
         seeds: The seeds for which every level has a score at every rate; may be empty.
         choices: Validation scores, shape (levels, rates, seeds).
         values: Test scores, of the same shape.
-        gain: C of the factor (see `effects`) for each seed in which every level has a score at the published
-            default rate; may be empty.
+        gain: The gain C of the factor (see `effects`), shape (n,). The n seeds are those for which every
+            level has a score at the published default rate; n may be 0.
         fingerprints: The runs at the levels other than the default.
     """
 
@@ -200,7 +200,7 @@ def _build_star(levels: Sequence[_Level], factors: Sequence[Factor]) -> Star | N
     """Return the star of one variant, task and base model; None if its curve has no score.
 
     Args:
-        levels: The runs of the variant.
+        levels: The levels of the variant on this task and base model.
         factors: The factors whose arms are built.
     """
     default = _find_default(levels, factors)
@@ -262,10 +262,15 @@ def _find_default(levels: Sequence[_Level], factors: Sequence[Factor]) -> _Level
 def find_changed_factor(
     configuration: Configuration, default: Configuration, factors: Sequence[Factor]
 ) -> Factor | None:
-    """Return the factor in which a configuration differs from the default; None for the default.
+    """Return the single factor in which a configuration differs from the default.
 
-    It is also None if the configuration differs from the default in more than one of the factors. Both
-    configurations have the same learning rate and seed.
+    Args:
+        configuration: A configuration with the learning rate and the seed of `default`.
+        default: The default configuration.
+        factors: The factors of the study.
+
+    Returns:
+        The factor; None if the configuration is the default or differs from it in more than one factor.
     """
     for factor in factors:
         value, changed = get_value(default, factor.name), get_value(configuration, factor.name)
@@ -279,7 +284,10 @@ def find_changed_factor(
 
 
 def _score_array(levels: Sequence[_Level], rates: Sequence[float], seeds: Sequence[int]) -> Scores:
-    """Return validation and test scores, shape (2, levels, rates, seeds); NaN without a score."""
+    """Return the scores of all runs, shape (2, levels, rates, seeds); NaN for a run without a score.
+
+    Index 0 of the first axis is the validation split, and index 1 is the test split.
+    """
 
     def scores(split: Split) -> list[list[list[float]]]:
         return [[[_score(level.runs.get((r, s)), split) for s in seeds] for r in rates] for level in levels]
@@ -288,7 +296,16 @@ def _score_array(levels: Sequence[_Level], rates: Sequence[float], seeds: Sequen
 
 
 def _without_gaps(scores: Scores, seeds: Sequence[int]) -> tuple[tuple[int, ...], Scores, Scores]:
-    """Return the seeds that have all scores, and their validation and test scores."""
+    """Leave out the seeds that lack a score.
+
+    Args:
+        scores: The result of `_score_array`.
+        seeds: The seeds of the last axis.
+
+    Returns:
+        The seeds that have every score, their validation scores and their test scores. The scores have the
+        shape (levels, rates, seeds).
+    """
     complete: NDArray[np.bool_] = np.asarray(np.isfinite(scores).all(axis=(0, 1, 2)))
     choices, values = scores[..., complete]
     return tuple(compress(seeds, complete)), choices, values
@@ -388,7 +405,7 @@ class FactorStudy:
 
 
 class _Comparison:
-    """The losses of one factor and of the learning rate for each seed that the arm and the curve share."""
+    """The losses of one factor and of the learning rate, for each seed that the arm and the curve share."""
 
     def __init__(self, star: Star, arm: Arm) -> None:
         self.star, self.arm = star, arm

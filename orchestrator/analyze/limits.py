@@ -1,7 +1,7 @@
 """The limits of what the results of a study show, for example a best rate at the edge of the grid.
 
-A limit that applies to rows of a panel becomes one line of text, which names these rows: "PANEL: SENTENCE:
-lora, hira."
+The tables in this module have a predicate and a text for each limit. If the predicate is true for rows of a
+frame, the report has one line for each panel with such rows, for example "PANEL: SENTENCE: lora, hira."
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def find_limits(results: Results) -> list[str]:
 
 
 def _name_rows(frame: pd.DataFrame, limits: Limits) -> Iterator[str]:
-    """Yield one line for each panel and limit that applies to one or more rows of the panel."""
+    """Yield one line for each panel and each limit whose predicate is true for rows of the panel."""
     import pandas as pd
 
     # `frame.query` takes twice as long, because it prepares all columns for each predicate.
@@ -177,7 +177,7 @@ def _unequal_searches(best: pd.DataFrame) -> Iterator[str]:
 
 
 def _outliers(comparison: pd.DataFrame) -> list[str]:
-    """Return the column `skewed` of `Results.comparison` as text."""
+    """Return the outlying replicates of each row of `Results.comparison` as text; empty if there are none."""
     texts = []
     for row in comparison.to_dict("records"):
         outliers = [] if row["role"] == "baseline" else row["skewed"]

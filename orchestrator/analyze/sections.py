@@ -51,7 +51,10 @@ class Report:
 
     @property
     def panel(self) -> dict[str, Any]:
-        """The row of the first panel. The functions of `per_panel` have a report of one panel."""
+        """The row of the first panel in `Results.panels`: column -> value.
+
+        A function with the decorator `per_panel` gets a report of a single panel.
+        """
         row: dict[str, Any] = self.results.panels.iloc[0].to_dict()
         return row
 
@@ -65,10 +68,11 @@ MakeSections = Callable[[Report], Iterable[Section]]
 
 
 def per_panel(make: MakeSections) -> MakeSections:
-    """Return a function that makes the sections of every panel with a function for a single panel.
+    """Decorate a function that makes the sections of one panel, so that it makes those of all panels.
 
-    If the study has several panels, the title of a section also names the panel, and the names of the
-    sections of the second panel get the suffix "-2". A section without a title has the panel as its title.
+    If the study has several panels, the decorator adds the panel to the title of each section. It also adds
+    a suffix to the names of all sections but those of the first panel, for example "-2" for the second panel.
+    A section without a title gets the panel as its title.
     """
 
     @wraps(make)
@@ -146,7 +150,7 @@ GRIDS = ("curve", "factors")
 
 
 def _next_step(results: Results) -> tuple[str, str]:
-    """Return the most important next step of a panel and its command. Both are empty if there is none."""
+    """Return the first next step of a panel's verdicts, and its command. Both are empty if there is none."""
     found = results.verdicts[results.verdicts["next_step"] != ""]
     return (found["next_step"].iloc[0], found["next_command"].iloc[0]) if len(found) else ("", "")
 
@@ -384,7 +388,7 @@ def limit_sections(report: Report) -> Iterator[Section]:
 
 @per_panel
 def factor_sections(report: Report) -> Iterator[Section]:
-    """Yield the sections of a sensitivity study: a chart, and a table for each variant."""
+    """Yield the sections of a sensitivity study: one with a chart, and one with a table for each variant."""
     rows = report.results.factors
     if not len(rows):
         return
@@ -432,7 +436,10 @@ def _factor_table(rows: pd.DataFrame) -> Table:
 
 @per_panel
 def comparison_charts(report: Report) -> Iterator[Section]:
-    """Yield the charts of a replicated tuning: differences from the tuned baseline, and averaged curves."""
+    """Yield the sections with the charts of a replicated tuning.
+
+    One chart shows the differences from the tuned baseline. The other shows the curves of all replicates.
+    """
     results, settings = report.results, report.results.study.settings
     if len(results.comparison) > 1:
         yield Section(
@@ -452,7 +459,11 @@ def comparison_charts(report: Report) -> Iterator[Section]:
 
 @per_panel
 def curve_charts(report: Report) -> Iterator[Section]:
-    """Yield the charts of a grid: score curves, heat map, scores at the common rate and at the best rates."""
+    """Yield the sections with the charts of a grid.
+
+    The charts show the scores over the learning rate, a heat map of the scores, and the test scores at the
+    common rate and at the best rates.
+    """
     panel, best = report.panel, report.results.best
     if report.kind not in GRIDS:
         return
@@ -487,7 +498,7 @@ def curve_charts(report: Report) -> Iterator[Section]:
 
 @per_panel
 def search_charts(report: Report) -> Iterator[Section]:
-    """Yield the chart of a search: the points, and the best score so far."""
+    """Yield the section with the chart of a search, which shows the points and the best score so far."""
     points, best = report.results.points, report.results.best
     if report.kind == "search" and points["validation_score"].notna().any():
         yield Section(
@@ -500,7 +511,7 @@ def search_charts(report: Report) -> Iterator[Section]:
 
 @per_panel
 def loss_charts(report: Report) -> Iterator[Section]:
-    """Yield the chart of training losses at the best and the neighboring learning rates."""
+    """Yield the section with the chart of training losses at the best and the neighboring learning rates."""
     results = report.results
     losses = loss_frame(results.runs, results.best, results.records, neighbors=report.kind != "search")
     if len(losses):
@@ -513,7 +524,7 @@ def loss_charts(report: Report) -> Iterator[Section]:
 
 
 def adapters(report: Report) -> Iterator[Section]:
-    """Yield a table of the best run of each variant, with the command that exports its adapter."""
+    """Yield the section with the best run of each variant and the command that exports its adapter."""
     results = report.results
     runs = results.runs.set_index("fingerprint")
     best = results.best_lanes
@@ -538,7 +549,7 @@ def adapters(report: Report) -> Iterator[Section]:
 
 @per_panel
 def cost_sections(report: Report) -> Iterator[Section]:
-    """Yield a table and a chart of the time, memory and parameters of the curves."""
+    """Yield the section on costs: the training time, memory and parameters of each curve."""
     costs = report.results.costs
     if not len(costs):
         return
@@ -574,7 +585,7 @@ def _time_use_text(runs: pd.DataFrame) -> str:
 
 @per_panel
 def point_tables(report: Report) -> Iterator[Section]:
-    """Yield a table of all points of a grid, with commands that train their runs again."""
+    """Yield the section with all points of a grid and the commands that train their runs again."""
     results = report.results
     if report.kind not in GRIDS:
         return
@@ -604,9 +615,9 @@ def point_tables(report: Report) -> Iterator[Section]:
 
 @per_panel
 def tuning_tables(report: Report) -> Iterator[Section]:
-    """Yield up to two tables about tuning.
+    """Yield up to two sections with a table about tuning.
 
-    The first table has every point of a search, or the best point of every tuning in a replicated tuning. The
+    The first table has every point of a search, or the best point of every tuning of a replicated tuning. The
     second table compares each variant with LoRA at LoRA's best rate and at the variant's own best rate.
     """
     results, is_search = report.results, report.kind == "search"
@@ -655,7 +666,7 @@ MEANINGS = {
 
 
 def broken_runs(report: Report) -> Iterator[Section]:
-    """Yield a table of runs for each label of `MEANINGS` that occurs, with the reason of each run."""
+    """Yield a section for each label of `MEANINGS` that occurs. It lists the runs with this label."""
     runs = report.results.runs.sort_values(["panel", "curve", "learning_rate", "seed"])
     for label, meaning in MEANINGS.items():
         table = make_table(
@@ -700,7 +711,10 @@ the score has fallen half of the way to that of a constant answer."""
 
 
 def provenance(report: Report) -> Iterator[Section]:
-    """Yield the commands of the study, and the software and hardware of its runs."""
+    """Yield a section with the study's command and the software and hardware of its runs.
+
+    If MLflow's tracking URI is known, a second section opens the runs in MLflow.
+    """
     import pandas as pd
 
     counts = count_provenance(report.results.records)

@@ -410,8 +410,8 @@ def replicates_to_exceed(excess: float, std: float, most: int) -> int | None:
         most: The largest number of replicates that is considered.
 
     Returns:
-        The smallest sufficient number, at least 2; None if it is above `most`, if `excess` is not above 0, or
-        if `std` is NaN.
+        The smallest sufficient number, at least 2; None if it is above `most`, or if `excess` or `std` is not
+        above 0.
     """
     from scipy import special
 
@@ -424,7 +424,12 @@ def replicates_to_exceed(excess: float, std: float, most: int) -> int | None:
 
 
 def _fewest(is_enough: Callable[[int], bool], most: int) -> int | None:
-    """Return the smallest sufficient number from 2 to `most`; None if even `most` is too few."""
+    """Return the smallest number from 2 to `most` that is enough; None if `most` is not enough.
+
+    Args:
+        is_enough: The predicate. If it is true for a number, it is true for all larger numbers.
+        most: The largest number.
+    """
     if not is_enough(most):
         return None
     return 2 + bisect_left(range(2, most), True, key=is_enough)

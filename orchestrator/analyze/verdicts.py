@@ -241,6 +241,11 @@ SENSITIVITY_STEPS = (
     Rule(lambda f: f.have < 2, "Five seeds give intervals.", command="{more}"),
     Rule(lambda f: f.lacking, "There is no interval for {lacking}: fewer than two seeds have every score."),
     Rule(
+        lambda f: f.equal,
+        "For {equal} the loss differs from that of the learning rate by the same number for every seed, so "
+        "there is no limit; more seeds may give one.",
+    ),
+    Rule(
         lambda f: f.hopeless,
         "The learning rate and the closest factor cost about the same; more seeds may not decide it.",
     ),
@@ -596,15 +601,18 @@ def _sensitivity_step(
     Args:
         results: The results.
         claims: The rows of `Results.claims` of the variants that the claim counts.
-        others: The rows of `Results.factors` of these variants, without the alias group.
+        others: The rows of `Results.factors` of these variants, without the factors that act like a learning
+            rate.
         outcome: The outcome of the claim.
     """
-    needed = ["misset_seeds_to_decide", "retuned_seeds_to_decide"]
+    needed, limits = (
+        [f"{loss}_{name}" for loss in ("misset", "retuned")] for name in ("seeds_to_decide", "contrast_low")
+    )
     opened = claims[claims["outcome"] != "supported"]
     # A study without an arm has no such columns.
-    columns = others.reindex(columns=["variant", "title", "misset_seeds", *needed])
+    columns = others.reindex(columns=["variant", "title", "misset_seeds", *needed, *limits])
     rows = columns[columns["variant"].isin(opened["variant"])]
-    lacking = rows[rows["misset_seeds"] < 2]
+    names = rows["title"] + " (" + rows["variant"] + ")"
     have = int(rows["misset_seeds"].fillna(0).max()) if len(rows) else 0
     seeds = 5 if have < 2 else max(have + 1, int(rows[needed].fillna(0).max(axis=None)))
     facts = {
@@ -613,7 +621,8 @@ def _sensitivity_step(
         "by_range": ", ".join(opened.loc[opened["outcome"] == "undecided (range)", "variant"]),
         "measured": len(rows),
         "have": have,
-        "lacking": ", ".join(lacking["title"] + " (" + lacking["variant"] + ")"),
+        "lacking": ", ".join(names[rows["misset_seeds"] < 2]),
+        "equal": ", ".join(names[rows[limits].isna().any(axis=1)]),
         "hopeless": rows[needed].isna().any(axis=None),
         "seeds": seeds,
         "command": results.study.command,

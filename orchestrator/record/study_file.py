@@ -27,7 +27,11 @@ LOCK_FILE = ".lock"
 
 
 def report_files(folder: Path) -> list[Path]:
-    """Return the files of the report in a folder: the pictures that summary.json names, then the others."""
+    """Return the existing files of the report in a folder.
+
+    These are the pictures that summary.json names, then report.html and summary.json. Pictures with another
+    name belong to the user.
+    """
     summary = folder / "summary.json"
     names: list[str] = []
     with suppress(OSError, ValueError):  # there is no report yet, or its summary is damaged

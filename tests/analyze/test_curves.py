@@ -188,6 +188,12 @@ def test_without_lora_the_rate_best_on_average_is_the_common_one() -> None:
     assert lost["rslora"] == pytest.approx((0.89 + 0.96 + 0.26 - 0.58 - 0.75 - 0.68) / 3)
 
 
+def test_a_variant_of_a_user_called_like_lora_in_the_survey_is_not_the_reference() -> None:
+    records = [record("lora", 1e-3, validation=0.6), record("LoRA", 1e-2, validation=0.9)]
+    (panel,) = analyze_curves(records).panels.to_dict("records")
+    assert (panel["reference"], panel["common_rate"]) == ("lora", 1e-3)
+
+
 # -- invariances
 
 

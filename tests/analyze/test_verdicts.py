@@ -318,6 +318,7 @@ SENSITIVITY_STEPS = (
     (lambda: star(SURFACE, ()), "The levels of the factors have not been trained yet", ""),
     (lambda: star(SURFACE, seeds=1), "Five seeds give intervals.", "--seeds 5"),
     (lambda: failing(1, 2), "There is no interval for rank (lora)", ""),
+    (lambda: star(SURFACE, ("rank",), noise=0.0), "For rank (lora) the loss differs", ""),
     (lambda: star(replace(FLAT, costs={})), "The learning rate and the closest factor cost", ""),
     (
         lambda: star(Surface(width=3.0, cliff=9.0, aliases=()), ("rank",), seeds=2, noise=0.04),
