@@ -23,11 +23,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from orchestrator.finetune.engine import loop
-from orchestrator.finetune.engine.checkpoint import Checkpoint
 from orchestrator.finetune.engine.engine import Engine
 from orchestrator.finetune.engine.lane import BackwardResult, Lane
-from orchestrator.finetune.engine.lane_source import LaneSource
-from orchestrator.finetune.engine.lane_state import evaluation_steps
+from orchestrator.finetune.engine.lane_source import LaneSource, evaluation_steps
+from orchestrator.finetune.engine.tensor_files import read_checkpoint
 from orchestrator.finetune.evaluation.evaluate import EvaluationResult
 from orchestrator.record.schema import ItemResults
 from orchestrator.record.store import Store
@@ -130,60 +129,45 @@ class _SimulatedAdapters:
         self.lanes.clear()
 
 
-class _SimulatedLaneGroup:
-    """Stand-in for `LaneGroup`: reads losses, gradient norms and scores from the lanes' curves."""
+class SimulatedEngine(Engine):
+    """An engine whose lanes follow prepared curves, and that computes nothing."""
 
-    def __init__(self, adapters: _SimulatedAdapters, untrained: Any) -> None:
-        self.adapters = adapters
-        self.data = SimpleNamespace(untrained=untrained)
-        self.curves: dict[str, SimulatedCurve] = {}
+    device_name = "simulated"
+    curves: Mapping[str, SimulatedCurve] = {}
+    """Fingerprint -> the curve of a lane."""
 
-    def backward(self, lanes: Sequence[Lane]) -> tuple[()]:
+    def add_lane(self, lane: Lane, checkpoint: Path | None) -> None:
+        """Start the lane, or restore it from `checkpoint`, in a new lane group if its group key differs."""
+        curve, group_key = synthetic_curve(lane.configuration), lane.configuration.group_key
+        if self._lane_group is None or group_key != self._group_key:
+            self._detach()
+            self.variant = catalogue.get(lane.configuration.variant.name)
+            adapters = _SimulatedAdapters(self.variant)
+            group: Any = SimpleNamespace(adapters=adapters, data=SimpleNamespace(untrained=curve.untrained))
+            self._lane_group, self._group_key, self.curves = group, group_key, {}
+        self.curves = {**self.curves, lane.fingerprint: curve}
+        restored = None if checkpoint is None else read_checkpoint(checkpoint)
+        lane.initialize(self.lane_group.adapters, curve.untrained["validation"]["loss"], restored)
+
+    def step(self, fingerprints: Sequence[str]) -> list[Any]:
+        """Take a step of each lane with the loss and the gradient norm of its curve."""
         time.sleep(SECONDS_PER_STEP)
+        lanes = [self.lanes[name] for name in fingerprints]
         for lane in lanes:
             for parameter in lane.parameters.values():
                 parameter.grad = torch.zeros_like(parameter)
-        return ()
+        curves = [(self.curves[lane.fingerprint], lane.step) for lane in lanes]
+        results = [BackwardResult(one.losses[step], one.gradient_norms[step], 0) for one, step in curves]
+        return [lane.take_optimizer_step(result) for lane, result in zip(lanes, results, strict=True)]
 
-    def reduce_gradients(self, lanes: Sequence[Lane]) -> list[BackwardResult]:
-        steps = [(self.curves[lane.fingerprint], lane.step) for lane in lanes]
-        return [BackwardResult(curve.losses[step], curve.gradient_norms[step], 0) for curve, step in steps]
-
-    def evaluate(self, lanes: Sequence[Lane], split: str) -> list[EvaluationResult]:
+    def evaluate(self, split: str, fingerprints: Sequence[str]) -> list[EvaluationResult]:
+        """Return the scores of the lanes' curves."""
+        lanes = [self.lanes[name] for name in fingerprints]
         steps = [(self.curves[lane.fingerprint], lane.step) for lane in lanes]
         return [EvaluationResult(curve.scores[step, split], ItemResults()) for curve, step in steps]
 
-    def generates_answers(self, lane: Lane) -> bool:
-        """Return False: the scores are in the curves."""
-        return False
-
-    def load_or_compute_baseline_scores(self, wait: bool) -> None:
+    def complete_baseline_scores(self, wait: bool) -> None:
         """Do nothing: the curves have these scores."""
-
-
-class SimulatedEngine(Engine):
-    """An engine whose lane groups follow prepared curves and compute nothing."""
-
-    device_name = "simulated"
-
-    def add_lane(self, lane: Lane, checkpoint: Checkpoint | None) -> None:
-        """Start the lane, or restore it from `checkpoint`, in a new lane group if its group key differs."""
-        curve, group_key = synthetic_curve(lane.configuration), lane.configuration.group_key
-        lane_group: Any = self._lane_group
-        if lane_group is None or group_key != self._group_key:
-            self.detach_adapters()
-            self.variant = catalogue.get(lane.configuration.variant.name)
-            lane_group = _SimulatedLaneGroup(_SimulatedAdapters(self.variant), curve.untrained)
-            self._lane_group, self._group_key = lane_group, group_key
-        lane_group.curves[lane.fingerprint] = curve
-        lane.initialize(lane_group.adapters, curve.untrained["validation"]["loss"], checkpoint)
-
-    def remove_lane(self, fingerprint: str) -> None:
-        """Remove the lane and its curve; a lane that is not there is ignored."""
-        super().remove_lane(fingerprint)
-        lane_group: Any = self._lane_group
-        if lane_group is not None:
-            lane_group.curves.pop(fingerprint, None)
 
 
 class CountingSource:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.finetune.engine.lane_state import evaluation_steps
+from orchestrator.finetune.engine.lane_source import evaluation_steps
 from orchestrator.study.configuration import Configuration, warmup_steps
 from orchestrator.study.grids import training_order
 

@@ -51,14 +51,14 @@ class TrainerSettings:
         return self.gpus_per_worker > 0 and self.options.device != "cpu"
 
     @property
-    def measures_lanes(self) -> bool:
-        """True if each trainer chooses its number of lanes by the memory of its first steps."""
+    def automatic_lanes(self) -> bool:
+        """True if each trainer chooses its number of lanes by their tokens (`engine/slots.py`)."""
         return self.uses_gpus and self.options.lanes_per_trainer is None
 
     @property
     def expected_lanes(self) -> int:
         """The number of lanes to expect of a trainer before it has chosen one."""
-        return min(self.max_lanes, DEFAULT_LANES_PER_TRAINER) if self.measures_lanes else self.max_lanes
+        return min(self.max_lanes, DEFAULT_LANES_PER_TRAINER) if self.automatic_lanes else self.max_lanes
 
     @property
     def start_timeout(self) -> float:

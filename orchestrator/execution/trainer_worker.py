@@ -91,7 +91,7 @@ def _run_loop(name: str, settings: TrainerSettings, process_group: ProcessGroup)
         BrokerClient(name) if process_group.rank == 0 else None,
         store,
         partial(load_base_model, settings, store.bases, device),
-        LaneSlots(settings.max_lanes, settings.measures_lanes),
+        LaneSlots(settings.max_lanes, settings.automatic_lanes),
         adapters=None if kept == "none" else store.adapters / kept,
         process_group=process_group,
     )

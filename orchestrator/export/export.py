@@ -189,8 +189,8 @@ def _load_lane(
     Raises:
         UsageError: The base model is missing or has changed, or the file is damaged or was removed meanwhile.
     """
-    from orchestrator.finetune.engine import adapter_file
     from orchestrator.finetune.engine.lane import variant_settings
+    from orchestrator.finetune.engine.tensor_files import restore_adapter
     from orchestrator.finetune.models import loading
     from variants.attach import attach
 
@@ -198,7 +198,7 @@ def _load_lane(
     settings, targets = variant_settings(configuration), configuration.variant.targets
     adapters = attach(base_model.model, variant, settings, targets, base_model.head_names)
     try:
-        adapter_file.restore(adapter, adapters, configuration)
+        restore_adapter(adapter, adapters, configuration.fingerprint, settings, configuration.seed)
     except DamagedFileError as error:
         raise UsageError(f"{error}; remove the file, and run the same command again") from error
     except FileNotFoundError as error:  # a study has removed it while the base model was loaded

@@ -101,11 +101,6 @@ def classify_error(error: BaseException) -> Fault:
     return classify_error(error.__cause__) if error.__cause__ is not None else Fault.LANE
 
 
-def is_file_not_found(error: OSError | SafetensorError) -> bool:
-    """Return whether the error says that a file or its folder is missing."""
-    return getattr(error, "errno", None) == errno.ENOENT or f"(os error {errno.ENOENT})" in str(error)
-
-
 def free_memory() -> None:
     """Release unused memory of this process.
 

@@ -1,9 +1,10 @@
-"""The workers of a trainer, which all run the same loop in step.
+"""The workers of a trainer: rank 0 runs the loop, and the others carry out its commands.
 
-Each worker holds the base model and every lane, and computes its own rows of every batch. Rank 0 determines
-what can differ between workers (an answer of the source, the clock, the newest checkpoint) and broadcasts it.
-Work that raises on one worker fails on all. To prevent deadlocks, each worker first does its local work, then
-all confirm that it succeeded, and only then they call a collective operation.
+Each worker holds the base model and every lane, and computes its own rows of every batch. What all of them
+must do, such as a step or an evaluation, is a method of the engine that is marked with `on_all_workers`. When
+rank 0 calls it, it broadcasts the name and the arguments, and the other workers, which wait in `follow`, call
+the same method of their engines. Within a command, workers exchange values by `all_gather` and tensors by
+`all_reduce_`. A command that raises an error on one worker raises it on all.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from functools import wraps
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeVar
 
-from orchestrator.finetune.failures import Fault, classify_error
+from orchestrator.finetune.failures import Fault, classify_error, free_memory
 from orchestrator.util import timeouts
 from orchestrator.util.redaction import redact_secrets
 
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 T = TypeVar("T")
+P = ParamSpec("P")
 
 
 class WorkerError(RuntimeError):
@@ -51,56 +54,25 @@ class WorkerError(RuntimeError):
 
 
 def result_or_error(work: Callable[[], T]) -> T | WorkerError:
-    """Return the result of `work`, or its error as a value.
-
-    Used before `all_gather`, where the other workers wait.
-    """
+    """Return the result of `work`, or its error as a value."""
     try:
         return work()
     except Exception as error:
         return WorkerError.from_exception(error)
 
 
-class WorkersOutOfSyncError(RuntimeError):
-    """The workers have called different collective operations, so the trainer cannot continue."""
-
-
 class ProcessGroup:
-    """The collective operations that the loop uses, for a single worker; `TorchProcessGroup` is for several.
-
-    All workers must call them in the same order.
-    """
+    """The communication of a trainer's workers, for a single worker; `TorchProcessGroup` is for several."""
 
     rank, world_size = 0, 1
 
-    def broadcast_from_rank0(self, compute: Callable[[], T]) -> T:
-        """Return on every worker the result of `compute` on rank 0; the others do not call it.
-
-        An error of `compute` is raised on rank 0 as it is, and as a WorkerError on the others.
-        """
-        return compute()
-
     def all_gather(self, value: T) -> list[T]:
-        """Return the values of all workers, by rank.
+        """Return the values of all workers, by rank. All of them call this method.
 
         Raises:
-            WorkerError: One of the values of several workers is a WorkerError. A single worker gets it back.
-            WorkersOutOfSyncError: The workers have called different collective operations.
+            WorkerError: A worker has failed since the last call.
         """
         return [value]
-
-    def run_on_all(self, work: Callable[[], T]) -> T:
-        """Run `work` on every worker and return this worker's result once all have succeeded.
-
-        Raises:
-            WorkerError: `work` raised an error on one of the workers.
-        """
-        try:
-            return work()
-        except WorkerError:
-            raise
-        except Exception as error:
-            raise WorkerError.from_exception(error) from error
 
     def all_reduce_(self, tensor: Tensor) -> None:
         """Replace the tensor by the sum over all workers, which is bit-identical on all of them."""
@@ -108,8 +80,49 @@ class ProcessGroup:
     def broadcast_(self, tensor: Tensor) -> None:
         """Replace the tensor, of any dtype, by the tensor of rank 0."""
 
+    def run(self, work: Callable[[], T]) -> T:
+        """Run `work`, which all workers run, and return this worker's result once all have succeeded.
+
+        Raises:
+            WorkerError: `work` raised an error on one of several workers. A single worker raises it as it is.
+        """
+        return work()
+
+    def send_command(self, command: tuple[str, Any] | None) -> None:
+        """Send a command to the other workers; None ends their `follow`. Rank 0 only."""
+
+    def follow(self, target: object) -> None:
+        """Carry out the commands of rank 0 on `target`, until they end. Other ranks only.
+
+        Raises:
+            WorkerError: A worker has lost its device, or the connection to the others.
+        """
+
 
 SINGLE_PROCESS_GROUP = ProcessGroup()
+
+
+class _HasWorkers(Protocol):
+    process_group: ProcessGroup
+
+
+_Target = TypeVar("_Target", bound=_HasWorkers)
+
+
+def on_all_workers(method: Callable[Concatenate[_Target, P], T]) -> Callable[Concatenate[_Target, P], T]:
+    """Return a method that rank 0 calls, and that then runs on every worker.
+
+    The other workers hold an object of the same class. The arguments are pickled. The method must not call
+    another one that is marked in this way.
+    """
+
+    @wraps(method)
+    def command(self: _Target, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        assert not kwargs, "arguments are sent by position"
+        self.process_group.send_command((method.__name__, args))
+        return self.process_group.run(lambda: method(self, *args, **kwargs))
+
+    return command
 
 
 class TorchProcessGroup(ProcessGroup):
@@ -123,40 +136,17 @@ class TorchProcessGroup(ProcessGroup):
 
         self._distributed: Any = distributed
         self.rank, self.world_size = distributed.get_rank(), distributed.get_world_size()
-        gloo = distributed.get_backend() == "gloo"
-        # The others wait while rank 0 computes what is stored once, such as singular vectors of all layers.
-        timeout = timedelta(seconds=timeouts.LANE_START_SECONDS)
-        self._object_group = (
-            distributed.group.WORLD if gloo else distributed.new_group(backend="gloo", timeout=timeout)
-        )
+        timeout = timedelta(seconds=timeouts.WORKER_WAIT_SECONDS)
+        self._object_group = distributed.new_group(backend="gloo", timeout=timeout)
 
-    def broadcast_from_rank0(self, compute: Callable[[], T]) -> T:
+    def all_gather(self, value: T) -> list[T]:
         """See `ProcessGroup`."""
-        payload: list[Any] = [None]
-        try:
-            if self.rank == 0:
-                payload[0] = compute()
-        except BaseException as error:
-            payload[0] = WorkerError.from_exception(error)
-            raise
-        finally:
-            self._distributed.broadcast_object_list(payload, src=0, group=self._object_group)
-        if isinstance(payload[0], WorkerError):
-            raise payload[0]
-        return payload[0]
-
-    def run_on_all(self, work: Callable[[], T]) -> T:
-        """See `ProcessGroup`."""
-        try:
-            result = work()
-        except (WorkerError, WorkersOutOfSyncError):  # raised by a collective operation, so on all workers
-            raise
-        except Exception as error:
-            # This call raises the error here. The others receive it, and raise it, in their next
-            # `all_gather`: inside `work`, or the one below.
-            self.all_gather(WorkerError.from_exception(error))
-        self.all_gather(None, "the end of an attempt")
-        return result
+        gathered: list[Any] = [None] * self.world_size
+        self._distributed.all_gather_object(gathered, value, group=self._object_group)
+        for received in gathered:
+            if isinstance(received, WorkerError):
+                raise received
+        return gathered
 
     def all_reduce_(self, tensor: Tensor) -> None:
         """See `ProcessGroup`."""
@@ -166,14 +156,41 @@ class TorchProcessGroup(ProcessGroup):
         """See `ProcessGroup`."""
         self._distributed.broadcast(tensor, src=0)
 
-    def all_gather(self, value: T, call_site: str = "a value") -> list[T]:
-        """See `ProcessGroup`; `call_site` must be the same on all workers."""
-        gathered: list[Any] = [None] * self.world_size
-        self._distributed.all_gather_object(gathered, (call_site, value), group=self._object_group)
-        for _, received in gathered:
-            if isinstance(received, WorkerError):
-                raise received
-        call_sites = [site for site, _ in gathered]
-        if len(set(call_sites)) > 1:
-            raise WorkersOutOfSyncError(f"the trainer's workers are at {', '.join(call_sites)}")
-        return [received for _, received in gathered]
+    def run(self, work: Callable[[], T]) -> T:
+        """See `ProcessGroup`."""
+        try:
+            result = work()
+        except WorkerError:  # of `all_gather`, so raised on all workers
+            raise
+        except Exception as error:
+            # This call raises the error here. The others receive it, and raise it, in their next
+            # `all_gather`: inside `work`, or the one below.
+            self.all_gather(WorkerError.from_exception(error))
+        self.all_gather(None)
+        return result
+
+    def send_command(self, command: tuple[str, Any] | None) -> None:
+        """See `ProcessGroup`."""
+        self._distributed.broadcast_object_list([command], src=0, group=self._object_group)
+
+    def follow(self, target: object) -> None:
+        """See `ProcessGroup`."""
+        while True:
+            received: list[Any] = [None]
+            self._distributed.broadcast_object_list(received, src=0, group=self._object_group)
+            if received[0] is None:
+                return
+            name, arguments = received[0]
+            fault = self._carry_out(getattr(type(target), name).__wrapped__, target, arguments)
+            if fault is Fault.MEMORY:  # outside of the except block, whose error keeps tensors alive
+                free_memory()
+
+    def _carry_out(self, method: Callable[..., Any], target: object, arguments: Any) -> Fault | None:
+        """Carry out a command; return the cause of its error, which rank 0 handles."""
+        try:
+            self.run(lambda: method(target, *arguments))
+        except WorkerError as error:
+            if error.fault is Fault.DEVICE:
+                raise
+            return error.fault
+        return None

@@ -38,7 +38,7 @@ from orchestrator.study.config import write_config
 from orchestrator.study.configuration import Configuration
 from orchestrator.study.options import (
     DEFAULT_LANES_PER_TRAINER,
-    MAX_MEASURED_LANES,
+    MAX_AUTOMATIC_LANES,
     SHORT_LANES_PER_TRAINER,
     StudyOptions,
 )
@@ -328,13 +328,13 @@ def choose_lanes(study: Study, num_trainers: int, uses_gpus: bool) -> int:
     Args:
         study: The study.
         num_trainers: Number of trainers; 0 counts as one.
-        uses_gpus: True if the trainers compute on GPUs. Each of them then measures how many lanes fit.
+        uses_gpus: True if the trainers compute on GPUs. Each of them then chooses its number of lanes.
     """
     options = study.options
     if options.lanes_per_trainer is not None:
         return options.lanes_per_trainer
     if uses_gpus:
-        return MAX_MEASURED_LANES
+        return MAX_AUTOMATIC_LANES
     # A search and early stopping decide by the results of other lanes, so fewer should train at once.
     is_plain_grid = options.search == "grid" and options.scheduler == "none"
     batches = [c.batches for c in (*study.templates, *study.pending)]  # `max_length` is 0 for images
@@ -351,5 +351,5 @@ def _describe_trainers(session: Session) -> str:
     where = "Ray started here" if cluster.local else f"joined Ray, {len(cluster.nodes)} nodes"
     gpus = settings.gpus_per_worker * settings.options.workers_per_trainer
     each = f", {gpus:g} GPUs each" if gpus else ""
-    lanes = f"{'up to ' if settings.measures_lanes else ''}{settings.max_lanes} lanes"
+    lanes = f"{'up to ' if settings.automatic_lanes else ''}{settings.max_lanes} lanes"
     return f"{where}: {session.num_trainers} trainers of {lanes}{each}"

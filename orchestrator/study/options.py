@@ -17,12 +17,12 @@ from orchestrator.study.space import setting_key
 from orchestrator.util.errors import UsageError
 
 DEFAULT_LANES_PER_TRAINER = 4
-"""The number on a CPU, where more lanes save little time unless they are short, and the number to expect
-before it is measured."""
+"""The number on a CPU, where more lanes save little time unless they are short, and the number to expect of a
+trainer that chooses it."""
 SHORT_LANES_PER_TRAINER = 8
 """The number on a CPU for lanes of few tokens, which share the time of Python and of the kernels' calls."""
-MAX_MEASURED_LANES = 8
-"""The largest number that a trainer chooses by measurement on its GPU."""
+MAX_AUTOMATIC_LANES = 8
+"""The largest number that a trainer chooses on its GPU."""
 Card = Literal["L4", "A10G", "L40S", "A100", "H100", "H200", "B200", "RTX 4090"]
 """A GPU whose speed --plan knows (`launch/plan.py`)."""
 
@@ -170,7 +170,7 @@ class StudyOptions(StoreOptions):
     """Workers of a trainer, which share every batch. Each holds the base model."""
     lanes_per_trainer: Count | None = None
     """Number of fine-tunes (lanes) that a trainer trains at once over one copy of the base. Default: 4 on a
-    CPU; on a GPU each trainer chooses up to 8 by the memory of its first steps."""
+    CPU; on a GPU up to 8, as far as more save time. Half of the lanes leave when memory runs out."""
     gpus_per_worker: Annotated[float | None, Field(ge=0, le=1)] = None
     """GPUs of a worker; a fraction lets several trainers share one. Default: 1 where there are GPUs, or on a
     joined cluster for base models in bfloat16 or 4 bits (not for --dry-run), else 0."""

@@ -46,7 +46,10 @@ HUNG_SECONDS = 1800.0
 LANE_START_SECONDS = 7200.0
 """`HUNG_SECONDS` while lanes start. A node may first download a base model (16 GB at 5 MB/s take 55 minutes),
 and some variants compute singular vectors of every layer: both show no progress. Also the time limit of
-communication between a trainer's workers, which wait for each other meanwhile."""
+sending tensors between a trainer's workers."""
+WORKER_WAIT_SECONDS = 86_400.0
+"""Time for which a trainer's workers wait for a command of rank 0, whose lanes may all be parked. They notice
+at once when its process ends."""
 BASELINE_POLL_SECONDS = 1.0
 """Interval at which a trainer looks for the scores of the base model that another trainer computes."""
 REPORT_WAIT_SECONDS = 20.0

@@ -24,7 +24,7 @@ def make_session(
     *,
     cluster: Cluster = NO_NODES,
     elastic: bool = False,
-    measures_lanes: bool = False,
+    automatic_lanes: bool = False,
     scheduler: str = "none",
     **more: Any,
 ) -> Session:
@@ -36,11 +36,11 @@ def make_session(
         gpus: GPUs of each worker.
         cluster: The nodes.
         elastic: Whether the number of trainers follows the nodes.
-        measures_lanes: Whether trainers on GPUs choose their number of lanes.
+        automatic_lanes: Whether trainers on GPUs choose their number of lanes.
         scheduler: The early stopping.
         more: Further fields of the session.
     """
-    lanes = None if measures_lanes else max_lanes
+    lanes = None if automatic_lanes else max_lanes
     trainers = None if elastic else num_trainers
     options = StudyOptions(trainers=trainers, lanes_per_trainer=lanes, scheduler=scheduler)
     settings = TrainerSettings(options, max_lanes, gpus, Path("store"), Path("scratch"))

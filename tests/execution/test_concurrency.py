@@ -58,15 +58,15 @@ def test_one_point_of_a_search_for_each_trainer_is_suggested_before_it_is_known_
 
 
 def test_the_lanes_of_trainers_that_measure_follow_what_they_measure() -> None:
-    measured = make_session(2, 8, gpus=1, cluster=LARGE, elastic=True, measures_lanes=True)
+    measured = make_session(2, 8, gpus=1, cluster=LARGE, elastic=True, automatic_lanes=True)
     assert lane_limit(measured, [8, 6]) == 2 * (8 + 6)
     assert lane_limit(measured, [1, 1]) == 2 * (2 * 4), "not measured yet"
-    assert make_session(1, 2, gpus=1, measures_lanes=True).settings.expected_lanes == 2
+    assert make_session(1, 2, gpus=1, automatic_lanes=True).settings.expected_lanes == 2
     assert make_session(1, 8).settings.expected_lanes == 8
 
 
 def test_a_search_follows_the_lanes_that_trainers_measure() -> None:
-    measured = make_session(2, 8, gpus=1, cluster=LARGE, elastic=True, measures_lanes=True)
+    measured = make_session(2, 8, gpus=1, cluster=LARGE, elastic=True, automatic_lanes=True)
 
     def limit(*capacities: int) -> int | None:
         return lane_limit(measured, capacities, 16)

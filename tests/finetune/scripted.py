@@ -15,11 +15,11 @@ import torch
 from prompt_checkpoints import is_at_evaluation, save_promptly
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-from orchestrator.finetune.engine import leasing, loop
-from orchestrator.finetune.engine.lane import Lane
+from orchestrator.finetune.engine import engine, leasing, loop
+from orchestrator.finetune.engine.lane import Lane, LaneState
 from orchestrator.finetune.engine.lane_source import Directive, Lease, LeaseGrant, Report
-from orchestrator.finetune.engine.lane_state import LaneState
 from orchestrator.finetune.engine.slots import LaneSlots
+from orchestrator.finetune.engine.tensor_files import find_newest, read_checkpoint
 from orchestrator.finetune.models.base_model import BaseModel
 from orchestrator.finetune.tasks import catalogue
 from orchestrator.finetune.tasks.base import Task
@@ -321,14 +321,14 @@ def train(
         data: A folder of prepared data that stores of the same model share.
         save_when: Returns whether a lane is saved before its next step; the lane waits for the write. With
             `max_checkpoint_seconds` in `options`, lanes are saved as in a study instead.
-        options: `is_measured` of the slots, time limits of `timeouts` in lower case, and arguments of
+        options: `is_automatic` of the slots, time limits of `timeouts` in lower case, and arguments of
             `loop.run`.
     """
     if data is not None:
         store.data = data
     elif "load_base_model" not in options and not store.data.exists():
         store.data = tiny_data()
-    slots = LaneSlots(lanes, options.pop("is_measured", False))
+    slots = LaneSlots(lanes, options.pop("is_automatic", False))
     seconds = {"idle_trainer_seconds": 5.0, "source_poll_seconds": 0.0}
     seconds |= {name: options.pop(name) for name in list(options) if name.endswith("_seconds")}
 
@@ -341,6 +341,7 @@ def train(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(leasing, "Lane", Seen)
+        patch.setattr(engine, "Lane", Seen)
         for name, value in seconds.items():
             patch.setattr(timeouts, name.upper(), value)
         if "max_checkpoint_seconds" not in seconds:
@@ -352,6 +353,12 @@ def train(
             slots,
             **options,
         )
+
+
+def saved_step(checkpoints: Path, one: Configuration) -> int:
+    """Return the step of the newest checkpoint of a configuration; 0 if there is none."""
+    path = find_newest(checkpoints / one.fingerprint, print)
+    return 0 if path is None else read_checkpoint(path).step
 
 
 def get_record(store: Store, one: Configuration) -> Record:

@@ -222,7 +222,7 @@ def test_trainers_measure_on_gpus_unless_the_number_is_typed(
 ) -> None:
     settings = TrainerSettings(options, 0, gpus, store.root, store.scratch)
     lanes = choose_lanes(study_of(20 * POINTS, store, options), 2, settings.uses_gpus)
-    assert (lanes, settings.measures_lanes) == expected
+    assert (lanes, settings.automatic_lanes) == expected
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.record.lane_capacity import LaneCapacity
 from orchestrator.record.schema import Record, RecordState
 from orchestrator.record.store import Store
 from orchestrator.util import atomic_files
@@ -326,19 +325,3 @@ def test_folders_with_other_names_are_left_alone(store: Store) -> None:
         (store.root / "scratch" / name).mkdir(parents=True)
     store.remove_stale_scratch()
     assert folder_names(store) == names
-
-
-# -- lane capacities
-
-
-def test_trainers_that_run_out_of_memory_together_store_the_smallest_number(store: Store) -> None:
-    """Each of them has read the file before the others write it."""
-    numbers = (6, 2, 4)
-    trainers = [LaneCapacity(store.lane_capacity, "group", "device") for _ in range(4)]
-    trainers[3].write_measured(8)
-    for trainer, number in zip(trainers, numbers, strict=False):
-        trainer.write_max_lanes(number)
-    found = LaneCapacity(store.lane_capacity, "group", "device")
-    assert (found.lanes, found.measured) == (2, 8)
-    found.path.write_text("{")
-    assert LaneCapacity(store.lane_capacity, "group", "device").lanes is None

@@ -12,6 +12,7 @@ import hashlib
 from collections.abc import Generator
 from contextlib import nullcontext, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,6 @@ from torch import Tensor
 from orchestrator.finetune.engine import tensor_files
 from orchestrator.finetune.engine.lane import variant_settings
 from orchestrator.finetune.evaluation.forward import compute_objective
-from orchestrator.finetune.process_group import ProcessGroup
 from orchestrator.study.configuration import Configuration, LRSchedule, OptimizerConfig
 from orchestrator.util.atomic_files import DamagedFileError, canonical_json
 from variants.api import CalibrationStatistic
@@ -33,35 +33,35 @@ if TYPE_CHECKING:
     from orchestrator.finetune.engine.lane_group import LaneGroup
 
 
-def load_or_compute_calibration(
-    lane_group: LaneGroup, configuration: Configuration, folder: Path, process_group: ProcessGroup
-) -> CalibrationTensors | None:
-    """Return the calibration tensors of a configuration, by layer and name.
+def ensure_calibration(lane_group: LaneGroup, configuration: Configuration, folder: Path) -> Path | None:
+    """Compute and store the calibration tensors of a configuration, unless the store has them.
 
-    If they are not in the store, rank 0 computes them from the frozen weights or, with the lane's initial
-    head, from the first rows that the lane will train on, in as many batches as the variant's setting
-    `calibration_batches`. Then all ranks read the file.
+    They are computed from the frozen weights or, with the lane's initial head, from the first rows that the
+    lane will train on, in as many batches as the variant's setting `calibration_batches`.
 
     Args:
         lane_group: The lane group, which has the model, the adapters and the data.
         configuration: The configuration of the lane.
         folder: The store's folder of calibration tensors.
-        process_group: The workers of this trainer.
 
     Returns:
-        Layer -> name -> tensor on the model's device; None for a variant that initializes without them.
+        The file for `read_calibration`; None for a variant that initializes without such tensors.
     """
-    if lane_group.adapters.variant.calibration_statistic is CalibrationStatistic.NONE:
+    adapters = lane_group.adapters
+    statistic = adapters.variant.calibration_statistic
+    if statistic is CalibrationStatistic.NONE:
         return None
-    if lane_group.adapters.variant.calibration_statistic.needs_data:
-        key = _data_key(configuration)
-    else:
-        key = _weight_key(configuration, lane_group.adapters)
+    key = _data_key(configuration) if statistic.needs_data else _weight_key(configuration, adapters)
     file = folder / f"{key}.safetensors"
-    process_group.run_on_all(
-        lambda: _ensure_written(lane_group, configuration, file) if process_group.rank == 0 else None
-    )
-    return _read(file, lane_group.base_model.device)
+    # A file that is missing, damaged or another configuration's is computed again.
+    with suppress(OSError, ValueError, SafetensorError):
+        read_calibration(file, torch.device("cpu"))
+        return file
+    losses = partial(_calibration_losses, lane_group, configuration)
+    calibration = calibrate(adapters, variant_settings(configuration), losses)
+    tensors = {f"{layer}/{k}": t.contiguous() for layer, of in calibration.items() for k, t in of.items()}
+    tensor_files.write(file, tensors, file.stem)  # atomic: another trainer may write the same file
+    return file
 
 
 def _weight_key(configuration: Configuration, adapters: Adapters) -> str:
@@ -98,24 +98,11 @@ def _data_key(configuration: Configuration) -> str:
     return hashlib.sha256(canonical_json(relevant.to_json())).hexdigest()
 
 
-def _ensure_written(lane_group: LaneGroup, configuration: Configuration, file: Path) -> None:
-    """Compute the calibration and write it, unless the file holds it already. Rank 0 only."""
-    # A file that is missing, damaged or another configuration's is computed again.
-    with suppress(OSError, ValueError, SafetensorError):
-        _read(file, torch.device("cpu"))
-        return
-    calibration = calibrate(
-        lane_group.adapters,
-        variant_settings(configuration),
-        lambda: _calibration_losses(lane_group, configuration),
-    )
-    file.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {f"{layer}/{k}": t.contiguous() for layer, of in calibration.items() for k, t in of.items()}
-    tensor_files.write(file, tensors, file.stem)  # atomic: another trainer may write the same file
-
-
-def _read(file: Path, device: torch.device) -> dict[str, dict[str, Tensor]]:
+def read_calibration(file: Path, device: torch.device) -> CalibrationTensors:
     """Read a calibration file.
+
+    Returns:
+        Layer -> name -> tensor on the device.
 
     Raises:
         OSError, SafetensorError: The file is missing or cannot be read.

@@ -1,26 +1,37 @@
-"""The engine of a trainer: the loaded base model, the attached adapters and the task's data."""
+"""The engine of a trainer: the loaded base model, the attached adapters, the lanes and the task's data."""
 
 from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import psutil
 import torch
 
-from orchestrator.finetune.engine.calibration import load_or_compute_calibration
-from orchestrator.finetune.engine.checkpoint import Checkpoint
+from orchestrator.finetune.engine.calibration import ensure_calibration, read_calibration
 from orchestrator.finetune.engine.lane import Lane, variant_settings
 from orchestrator.finetune.engine.lane_group import LaneGroup, TaskData
+from orchestrator.finetune.engine.lane_source import Lease
+from orchestrator.finetune.engine.tensor_files import read_checkpoint
+from orchestrator.finetune.evaluation.baseline_scores import Scores
+from orchestrator.finetune.evaluation.evaluate import EvaluationResult
 from orchestrator.finetune.models import attention_dropout
 from orchestrator.finetune.models.activation_checkpointing import CHECKPOINTING_ATTRIBUTE
 from orchestrator.finetune.models.base_model import BaseModel
-from orchestrator.finetune.process_group import SINGLE_PROCESS_GROUP, ProcessGroup
+from orchestrator.finetune.process_group import (
+    SINGLE_PROCESS_GROUP,
+    ProcessGroup,
+    WorkerError,
+    on_all_workers,
+    result_or_error,
+)
 from orchestrator.finetune.sources import own_variants
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.finetune.tasks.base import Task
+from orchestrator.finetune.tasks.examples import HELD_OUT_SPLITS, Split
 from orchestrator.study.configuration import Configuration, ModelChoice
 from variants.api import Batching, Variant
 from variants.attach import Adapters, attach
@@ -28,6 +39,8 @@ from variants.attach import Adapters, attach
 
 class Engine:
     """The base model and the lane group of a trainer, which are replaced only when a lane needs others.
+
+    Every worker of the trainer has an engine. The loop calls that of rank 0, whose commands run on all.
 
     Args:
         load_base_model: Loads a base model for a task.
@@ -53,7 +66,11 @@ class Engine:
         self._data_by_key: dict[tuple[object, ...], TaskData] = {}
         self._group_key = ""
         self._lane_group: LaneGroup | None = None
+        self.lanes: dict[str, Lane] = {}
+        """Fingerprint -> lane, in the order in which they were leased."""
         self.variant: Variant
+
+    # -- what rank 0 asks -------------------------------------------------------------------------------
 
     @property
     def has_lane_group(self) -> bool:
@@ -70,6 +87,11 @@ class Engine:
     def max_lanes(self) -> int:
         """Lanes that the variant of the lane group allows at once; no limit without a lane group."""
         return self._lane_group.adapters.max_lanes if self._lane_group is not None else sys.maxsize
+
+    @property
+    def untrained_scores(self) -> Scores:
+        """The scores of the base model without a lane; empty without a lane group."""
+        return self._lane_group.data.untrained if self._lane_group is not None else {}
 
     @property
     def device_name(self) -> str:
@@ -100,18 +122,8 @@ class Engine:
         return peak
 
     @property
-    def memory_limit(self) -> int:
-        """The memory in bytes that this worker may use on its device; a base model must be loaded."""
-        assert self._base_model is not None, "no base model is loaded"
-        base_model = self._base_model[1]
-        return int(_total_memory(base_model.device) * base_model.memory_fraction)
-
-    @property
     def device_key(self) -> str:
-        """Everything besides the group key that decides how many lanes fit into memory, as text.
-
-        This text is part of the file format of `record/lane_capacity.py`.
-        """
+        """Everything besides the group key that decides how many lanes fit into memory, as text."""
         words = [self.device_name]
         if self._base_model is not None:
             base_model = self._base_model[1]
@@ -126,22 +138,46 @@ class Engine:
             words.append(f"{self.process_group.world_size} workers")
         return ", ".join(words)
 
-    def prepare_lane_group(self, configuration: Configuration) -> LaneGroup:
-        """Return the lane group for a configuration.
+    def add_lane(self, lane: Lane, checkpoint: Path | None) -> None:
+        """Add a lane of `lanes` to the lane group of its configuration.
+
+        Args:
+            lane: The lane.
+            checkpoint: The file of its checkpoint; None for a lane that starts.
+
+        Raises:
+            Exception: A worker cannot load the base model or the data, the configuration was made with other
+                numerics, or the variant refuses the model or the settings.
+        """
+        self.prepare_lane_group(lane.configuration)
+        self.complete_baseline_scores(wait=False)
+        calibration = None
+        if checkpoint is None:
+            calibration = ensure_calibration(self.lane_group, lane.configuration, self._calibration_folder)
+        untrained_loss = self.untrained_scores["validation"]["loss"]
+        self.initialize_lane(lane.lease, untrained_loss, checkpoint, calibration)
+        self._on_batch()
+
+    def complete_baseline_scores(self, wait: bool) -> None:
+        """Complete the scores of the base model without a lane; see `BaselineScores.load_or_compute_all`."""
+        compute = partial(self.score_base_model, HELD_OUT_SPLITS)
+        self.lane_group.data.baseline.load_or_compute_all(compute, wait, self._on_batch)
+
+    # -- commands ---------------------------------------------------------------------------------------
+
+    @on_all_workers
+    def prepare_lane_group(self, configuration: Configuration) -> None:
+        """Make the lane group for a configuration.
 
         It replaces the present one if the group key differs or the variant allows one lane only.
 
         Raises:
-            RuntimeError: The configuration was made with other numerics of its variant or task, or with
-                another revision of a variant from outside this project.
-            UsageError: The base model cannot be loaded, or the task's data cannot be prepared.
-            ValueError: The variant does not fit the model.
-            WorkerError: A worker's machine cannot grade the answers, or another worker has failed.
+            Exception: See `add_lane`.
         """
         same = configuration.group_key == self._group_key and self._lane_group is not None
         if same and self.variant.batching is not Batching.EXCLUSIVE:
-            return self.lane_group
-        self.detach_adapters()
+            return
+        self._detach()
         choice = configuration.variant
         variant = own_variants.find(choice, self._data_folder)
         task = tasks.find(configuration.task, self._data_folder)
@@ -153,48 +189,102 @@ class Engine:
         settings, heads = variant_settings(configuration), base_model.head_names
         adapters = attach(base_model.model, variant, settings, choice.targets, heads, has_base_dropout)
         key = (configuration.model, configuration.task, configuration.batches.max_length)
+        workers = self.process_group
         try:
             if has_base_dropout:
                 attention_dropout.enable_lane_dropout(base_model.model)
             if key not in self._data_by_key:
                 self._data_by_key[key] = TaskData.load(
-                    configuration,
-                    task,
-                    base_model,
-                    adapters,
-                    self.process_group,
-                    self._data_folder,
-                    self._on_batch,
+                    configuration, task, base_model, adapters, workers, self._data_folder, self._on_batch
                 )
         except BaseException:
             self._detach(adapters)
             raise
-        self._lane_group = LaneGroup(
-            base_model, adapters, self._data_by_key[key], self.process_group, self._on_batch
-        )
+        data = self._data_by_key[key]
+        self._lane_group = LaneGroup(base_model, adapters, data, workers, self._on_batch)
         self._group_key, self.variant = configuration.group_key, variant
-        self._lane_group.load_or_compute_baseline_scores(wait=False)
-        return self._lane_group
 
-    def add_lane(self, lane: Lane, checkpoint: Checkpoint | None) -> None:
-        """Add the lane to the lane group of its configuration, initialized or from a checkpoint."""
-        lane_group, configuration = self.prepare_lane_group(lane.configuration), lane.configuration
-        calibration = None
-        if checkpoint is None:
-            calibration = load_or_compute_calibration(
-                lane_group, configuration, self._calibration_folder, self.process_group
-            )
-        untrained = lane_group.data.untrained["validation"]["loss"]
-        self.process_group.run_on_all(
-            lambda: lane.initialize(lane_group.adapters, untrained, checkpoint, calibration)
+    @on_all_workers
+    def score_base_model(self, splits: Sequence[str]) -> Scores:
+        """Return the scores of the base model without lanes, those of generated answers included."""
+        return self.lane_group.score_base_model(splits, True)
+
+    @on_all_workers
+    def initialize_lane(
+        self, lease: Lease, untrained_loss: float, checkpoint: Path | None, calibration: Path | None
+    ) -> None:
+        """Add a lane's adapter to the model.
+
+        Args:
+            lease: The right to train the lane.
+            untrained_loss: Validation loss of the base model, for the divergence rule.
+            checkpoint: The file of the checkpoint from which the lane resumes; None for one that starts.
+            calibration: The file of the tensors of a variant that initializes from them.
+
+        Raises:
+            Exception: See `add_lane`.
+        """
+        if lease.configuration.fingerprint not in self.lanes:  # on other ranks than 0
+            self.lanes[lease.configuration.fingerprint] = Lane(lease)
+        lane = self.lanes[lease.configuration.fingerprint]
+        adapters, device = self.lane_group.adapters, self.lane_group.base_model.device
+        lane.initialize(
+            adapters,
+            untrained_loss,
+            None if checkpoint is None else read_checkpoint(checkpoint),
+            None if calibration is None else read_calibration(calibration, device),
         )
         if checkpoint is None and self.process_group.world_size > 1:
             # Different GPU models may compute singular vectors with different signs: those of rank 0 count.
-            frozen = lane_group.adapters.frozen(lane.fingerprint)
+            self.process_group.all_gather(None)  # all have succeeded, and call the next operations
             with torch.no_grad():
-                for tensor in (*lane.parameters.values(), *frozen.values()):
+                for tensor in (*lane.parameters.values(), *adapters.frozen(lane.fingerprint).values()):
                     self.process_group.broadcast_(tensor)
-        self._on_batch()
+
+    @on_all_workers
+    def step(self, fingerprints: Sequence[str]) -> list[str | WorkerError | None]:
+        """Take an optimizer step with each lane.
+
+        Returns:
+            For each lane None; the reason why it has diverged and took no step; or the error of its optimizer
+            step on one of the workers, after which its weights are not to be used.
+
+        Raises:
+            Exception: A worker could not compute the gradients; no lane has taken a step.
+        """
+        lanes = [self.lanes[name] for name in fingerprints]
+        gradients = self.lane_group.backward(lanes)
+        self.process_group.all_gather(None)  # all have succeeded, and call the all-reduce
+        results = self.lane_group.reduce_gradients(lanes, *gradients)
+        own = [
+            result_or_error(partial(lane.take_optimizer_step, result))
+            for lane, result in zip(lanes, results, strict=True)
+        ]
+        by_lane = zip(*self.process_group.all_gather(own), strict=True)
+        return [next((one for one in of if isinstance(one, WorkerError)), of[0]) for of in by_lane]
+
+    @on_all_workers
+    def evaluate(self, split: Split, fingerprints: Sequence[str]) -> list[EvaluationResult]:
+        """Score lanes on a split; see `LaneGroup.evaluate`."""
+        return self.lane_group.evaluate([self.lanes[name] for name in fingerprints], split)
+
+    @on_all_workers
+    def remove_lane(self, fingerprint: str) -> None:
+        """Remove a lane, and its adapter if it has one."""
+        self.lanes.pop(fingerprint, None)
+        if self._lane_group is not None and fingerprint in self._lane_group.adapters.lanes:
+            self._lane_group.adapters.remove_lane(fingerprint)
+
+    @on_all_workers
+    def detach_adapters(self) -> None:
+        """Detach the adapters of the lane group, if there is one; the base model stays loaded."""
+        self._detach()
+
+    def close(self) -> None:
+        """Detach the adapters of this worker and, on rank 0, end the loops of the other workers."""
+        self._detach()
+        if self.process_group.rank == 0:
+            self.process_group.send_command(None)
 
     def _load_base_model(self, choice: ModelChoice, task: Task) -> BaseModel:
         key = (choice, task.name if task.has_head else "")  # a head makes the model specific to the task
@@ -203,22 +293,14 @@ class Engine:
             self._base_model = (key, self._base_model_loader(choice, task))
         return self._base_model[1]
 
-    def remove_lane(self, fingerprint: str) -> None:
-        """Remove a lane's adapter, if it has one."""
-        if self._lane_group is not None and fingerprint in self._lane_group.adapters.lanes:
-            self._lane_group.adapters.remove_lane(fingerprint)
-
-    def detach_adapters(self) -> None:
-        """Detach the adapters of the lane group, if there is one; the base model stays loaded."""
-        if self._lane_group is not None:
-            self._detach(self._lane_group.adapters)
-            self._lane_group = None
-
-    def _detach(self, adapters: Adapters) -> None:
-        """Detach the adapters and disable the base model's own dropout."""
-        if self._base_model is not None:
-            attention_dropout.disable_lane_dropout(self._base_model[1].model)
-        adapters.detach()
+    def _detach(self, adapters: Adapters | None = None) -> None:
+        """Detach adapters, by default those of the lane group, and disable the base model's own dropout."""
+        if adapters is None and self._lane_group is not None:
+            adapters, self._lane_group = self._lane_group.adapters, None
+        if adapters is not None:
+            if self._base_model is not None:
+                attention_dropout.disable_lane_dropout(self._base_model[1].model)
+            adapters.detach()
 
 
 def _total_memory(device: torch.device) -> int:

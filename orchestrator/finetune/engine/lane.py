@@ -1,4 +1,12 @@
-"""A lane: one configuration in training, with its own step, optimizer, curve and reports."""
+"""A lane: one configuration in training, with its own step, optimizer, curve and reports.
+
+Its states on a trainer are
+
+    leased -> training -> evaluating -> reporting -> training | parked | ended
+
+and it can end from any of them. A lane that resumes from a checkpoint, and a parked lane that continues,
+enter the state that their pending work requires (`Lane.enter_next_state`).
+"""
 
 from __future__ import annotations
 
@@ -6,22 +14,26 @@ import math
 import re
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
+from enum import StrEnum
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
-from orchestrator.finetune.engine import lane_state
-from orchestrator.finetune.engine.checkpoint import Checkpoint
-from orchestrator.finetune.engine.divergence import DivergenceDetector
-from orchestrator.finetune.engine.lane_source import Lease, Report
-from orchestrator.finetune.engine.lane_state import TRANSITIONS, IllegalTransitionError, LaneState
+from orchestrator.finetune.engine.lane_source import Lease, Report, evaluation_steps
+from orchestrator.finetune.engine.tensor_files import Checkpoint
 from orchestrator.finetune.evaluation.evaluate import EvaluationResult
 from orchestrator.record.run_values import select_live_steps
 from orchestrator.record.schema import TIME_FIELDS, Cost, Evaluation, ItemResults, StepMetrics
-from orchestrator.study.configuration import Configuration, lr_factor
+from orchestrator.study.configuration import (
+    Configuration,
+    DivergenceConfig,
+    LRSchedule,
+    lr_factor,
+    warmup_steps,
+)
 from variants.api import VariantSettings
 
 if TYPE_CHECKING:
@@ -38,6 +50,39 @@ _NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(^|\.)norm($|\.)|_norm($|\.)")
 transformers does."""
 
 
+class LaneState(StrEnum):
+    """The next action of a lane on its trainer."""
+
+    LEASED = "leased"
+    """The lane is added to the model."""
+    TRAINING = "training"
+    """The lane takes an optimizer step."""
+    EVALUATING = "evaluating"
+    """The lane is scored, because its step is one of its evaluation steps."""
+    REPORTING = "reporting"
+    """The lane sends its pending reports to the source."""
+    PARKED = "parked"
+    """The lane waits for CONTINUE from the source."""
+    ENDED = "ended"
+    """The lane has left the trainer."""
+
+
+TRANSITIONS: Mapping[LaneState, Collection[LaneState]] = {
+    # A lane that resumes from a checkpoint may have reports to send or scores to compute first.
+    LaneState.LEASED: {LaneState.TRAINING, LaneState.EVALUATING, LaneState.REPORTING, LaneState.ENDED},
+    LaneState.TRAINING: {LaneState.EVALUATING, LaneState.PARKED, LaneState.ENDED},
+    LaneState.EVALUATING: {LaneState.REPORTING, LaneState.PARKED, LaneState.ENDED},
+    LaneState.REPORTING: {LaneState.TRAINING, LaneState.EVALUATING, LaneState.PARKED, LaneState.ENDED},
+    LaneState.PARKED: {LaneState.TRAINING, LaneState.EVALUATING, LaneState.REPORTING, LaneState.ENDED},
+    LaneState.ENDED: (),
+}
+"""State -> states that may follow it."""
+
+
+class IllegalTransitionError(RuntimeError):
+    """A transition that `TRANSITIONS` does not allow; a bug in the loop."""
+
+
 @dataclass(frozen=True)
 class BackwardResult:
     """The result of the backward passes of one optimizer step."""
@@ -48,6 +93,60 @@ class BackwardResult:
     """L2 norm of all gradients, before clipping."""
     tokens: int
     """Targets of the accumulated batch, on all workers."""
+
+
+class DivergenceDetector:
+    """A detector that checks the training loss and the gradient norm of every step before it is taken.
+
+    A lane has diverged when a value is not finite, or when after warm-up the smoothed loss m_t = s m_{t-1} +
+    (1 - s) loss_t, with m_0 = loss_0 and s = `rule.smoothing`, has exceeded `rule.loss_ratio` times the
+    untrained loss for `rule.share` of all steps in a row.
+
+    Args:
+        rule: The rule's parameters.
+        schedule: The lane's schedule, which gives the numbers of steps and of warm-up steps.
+        untrained_loss: Validation loss of the base model, in the unit of the training loss.
+    """
+
+    def __init__(self, rule: DivergenceConfig, schedule: LRSchedule, untrained_loss: float) -> None:
+        self.smoothing = rule.smoothing
+        self.loss_limit = rule.loss_ratio * untrained_loss
+        self.warmup_steps = warmup_steps(schedule)
+        self.patience = max(1, math.ceil(round(rule.share * schedule.steps, 9)))
+        self.smoothed_loss: float | None = None
+        self.steps_above_limit = 0
+        """Steps in a row in which the smoothed loss was above the limit."""
+
+    def observe(self, step: int, loss: float, gradient_norm: float) -> str | None:
+        """Return why the lane has diverged, or None.
+
+        Args:
+            step: The step to be taken, counted from 0.
+            loss: Its training loss, in nats per target (squared error for a regression task).
+            gradient_norm: L2 norm of its gradient.
+        """
+        if not math.isfinite(loss):
+            return f"training loss {loss} in step {step + 1}"
+        if not math.isfinite(gradient_norm):
+            return f"gradient norm {gradient_norm} in step {step + 1}"
+        previous = loss if self.smoothed_loss is None else self.smoothed_loss
+        self.smoothed_loss = self.smoothing * previous + (1.0 - self.smoothing) * loss
+        is_above = step >= self.warmup_steps and self.smoothed_loss > self.loss_limit
+        self.steps_above_limit = self.steps_above_limit + 1 if is_above else 0
+        if self.steps_above_limit < self.patience:
+            return None
+        return (
+            f"smoothed training loss {self.smoothed_loss:.3g} in step {step + 1}, "
+            f"above {self.loss_limit:.3g} for {self.steps_above_limit} steps in a row"
+        )
+
+    def state_dict(self) -> dict[str, float | int | None]:
+        """Return the state as JSON values."""
+        return {"smoothed": self.smoothed_loss, "above": self.steps_above_limit}
+
+    def load_state_dict(self, state: Mapping[str, float | int | None]) -> None:
+        """Restore the state from `state_dict`'s value."""
+        self.smoothed_loss, self.steps_above_limit = state["smoothed"], int(state["above"] or 0)
 
 
 def has_weight_decay(name: str, adapters: Adapters) -> bool:
@@ -86,7 +185,7 @@ class Lane:
         self.step = 0
         """Optimizer steps taken."""
         steps = self.configuration.lr_schedule.steps
-        self.evaluation_steps = lane_state.evaluation_steps(steps, self.configuration.evaluations)
+        self.evaluation_steps = evaluation_steps(steps, self.configuration.evaluations)
         self.curve: list[StepMetrics] = []
         self.evaluations: list[Evaluation] = []
         self.items: dict[str, ItemResults] = {}
@@ -174,7 +273,6 @@ class Lane:
         self.optimizer = self._make_optimizer()
         if checkpoint is not None:
             self._restore(checkpoint)
-        self.enter_next_state()
 
     def _make_optimizer(self) -> torch.optim.AdamW:
         """Return AdamW with a parameter group for each pair of learning rate scale and weight decay."""
@@ -231,8 +329,6 @@ class Lane:
         self.step += 1
         self.adapters.after_step(self.fingerprint, self.step, steps, self.optimizer)
         self.optimizer.zero_grad(set_to_none=True)
-        if self.step in self.evaluation_steps:
-            self.transition_to(LaneState.EVALUATING)
         return None
 
     # -- scores -----------------------------------------------------------------------------------------

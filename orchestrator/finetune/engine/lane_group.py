@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,6 +25,9 @@ from orchestrator.finetune.tasks.base import Task
 from orchestrator.finetune.tasks.examples import HELD_OUT_SPLITS
 from orchestrator.study.configuration import BatchConfig, Configuration
 from variants.attach import Adapters
+
+SAMPLED_ROWS = 256
+"""The number of training rows whose mean length counts."""
 
 
 @dataclass(frozen=True)
@@ -62,14 +64,15 @@ class TaskData:
             on_batch: Called after every batch that is scored, and while data is prepared, to show progress.
 
         Raises:
-            UsageError: The task lacks data, or `max_length` leaves nothing of it.
-            WorkerError: A worker's machine cannot grade the answers, or another worker has failed.
+            UsageError: The task lacks data, `max_length` leaves nothing of it, or this machine cannot grade
+                its answers.
+            WorkerError: Another worker has failed.
         """
         # This imports pyarrow, which lanes on rows in memory do not need: experiments/benchmarks/gpu.py runs
         # where it is missing.
         from orchestrator.finetune.data import dataset_cache
 
-        process_group.run_on_all(task.check_can_grade)
+        task.check_can_grade()
         prepared = dataset_cache.prepare_dataset(
             folder, configuration, task, base_model.processor, progress=lambda line: on_batch()
         )
@@ -80,12 +83,13 @@ class TaskData:
             for s in HELD_OUT_SPLITS
         }
 
-        baseline = BaselineScores.of(folder, configuration, task, process_group)
+        baseline = BaselineScores.of(folder, configuration, task)
         data = cls(task, prepared.rows["train"], splits, baseline)
         has_answers = task.output == "generation"
         at_once = ("validation",) if has_answers else HELD_OUT_SPLITS
+        group = LaneGroup(base_model, adapters, data, process_group, on_batch)
         baseline.load_or_compute_loss(
-            lambda: _score_base_model(base_model, data, adapters, at_once, False, on_batch), has_answers
+            lambda: group.score_base_model(at_once, False), has_answers, process_group
         )
         return data
 
@@ -93,31 +97,6 @@ class TaskData:
     def untrained(self) -> Scores:
         """The scores of the base model without a lane that are known so far, at least the validation loss."""
         return self.baseline.scores
-
-
-def _score_base_model(
-    base_model: BaseModel,
-    data: TaskData,
-    adapters: Adapters,
-    splits: Sequence[str],
-    predict_with_generate: bool,
-    on_batch: Callable[[], None],
-) -> Scores:
-    """Return the scores of the base model without lanes on some splits; see `evaluate`."""
-    process_group = data.baseline.process_group
-    without_lanes = EvaluatedLanes.without_adapters(adapters)
-    return {
-        split: evaluate(
-            base_model,
-            data.task,
-            data.splits[split],
-            without_lanes,
-            process_group,
-            predict_with_generate,
-            on_batch,
-        )[0].scores
-        for split in splits
-    }
 
 
 class LaneGroup:
@@ -242,6 +221,16 @@ class LaneGroup:
         )
         return DeviceBatch.copy_to(self.base_model.device, [batch])
 
+    def count_tokens(self, configuration: Configuration) -> int:
+        """Return the mean number of tokens or image patches in a micro-batch of a lane, without padding."""
+        train, batches = self.data.train, configuration.batches
+        rows = [train[index] for index in range(min(len(train), SAMPLED_ROWS))]
+        config = self.base_model.model.config
+        config = getattr(config, "vision_config", None) or config  # of CLIP
+        patches = (getattr(config, "image_size", 0) // getattr(config, "patch_size", 1)) ** 2
+        lengths = [min(len(row.ids), batches.max_length) if row.image is None else patches for row in rows]
+        return round(sum(lengths) / len(lengths) * batches.batch_size)
+
     def _load_batches(self, lanes: Sequence[Lane]) -> list[StepBatches]:
         """Return this worker's batches of the lanes' next step."""
         loader = self._step_loader(lanes[0].configuration.batches)
@@ -350,18 +339,21 @@ class LaneGroup:
                 found.update(zip(names, scored, strict=True))
         return [found[lane.fingerprint] for lane in lanes]
 
-    def load_or_compute_baseline_scores(self, wait: bool) -> None:
-        """Complete the scores of the base model without a lane; see `BaselineScores.load_or_compute_all`."""
-        compute = partial(
-            _score_base_model,
-            self.base_model,
-            self.data,
-            self.adapters,
-            HELD_OUT_SPLITS,
-            True,
-            self.on_batch,
-        )
-        self.data.baseline.load_or_compute_all(compute, wait, self.on_batch)
+    def score_base_model(self, splits: Sequence[str], predict_with_generate: bool) -> Scores:
+        """Return the scores of the base model without lanes on some splits; see `evaluate`."""
+        lanes = EvaluatedLanes.without_adapters(self.adapters)
+        return {
+            split: evaluate(
+                self.base_model,
+                self.data.task,
+                self.data.splits[split],
+                lanes,
+                self.process_group,
+                predict_with_generate,
+                self.on_batch,
+            )[0].scores
+            for split in splits
+        }
 
 
 def _gradient_norm(lane: Lane) -> Tensor:

@@ -113,3 +113,14 @@ class LaneSource(Protocol):
 
     def end_lease(self, fingerprint: str, attempt: int, state: RecordState) -> None:
         """End the lease of a lane whose record is in the store."""
+
+
+def evaluation_steps(steps: int, evaluations: int) -> tuple[int, ...]:
+    """Return the steps after which a lane is evaluated: evenly spaced, the last one at the end.
+
+    Args:
+        steps: Optimizer steps of the lane.
+        evaluations: The requested number of evaluations; it is limited to the range from 1 to `steps`.
+    """
+    count = max(1, min(evaluations, steps))
+    return tuple(steps * i // count for i in range(1, count + 1))

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from orchestrator.finetune.engine import checkpoint
+from orchestrator.finetune.engine import tensor_files
 from orchestrator.finetune.engine.active_lanes import NEVER, ActiveLanes
-from orchestrator.finetune.engine.checkpoint import Checkpoint
 from orchestrator.finetune.engine.lane import Lane
 from orchestrator.finetune.engine.lane_source import Lease, LeaseGrant
 from orchestrator.finetune.engine.recovery import FailureRecovery
@@ -42,36 +41,20 @@ class GroupOccupancy:
         """Whether every lane of the group may make room."""
         return len(self.long_parked) == len(self.fingerprints)
 
+    def choose_evicted(self, grant: LeaseGrant, to_start: Sequence[Lease]) -> tuple[str, ...]:
+        """Return the lanes that leave for the leases of a grant.
 
-@dataclass(frozen=True)
-class LeasePlan:
-    """The leases of a grant to train, and the lanes that leave for them."""
+        A grant of another group key, and one that requires an empty group, evicts every long-parked lane. Any
+        other grant evicts only as many as it needs, the longest parked first.
 
-    to_start: tuple[Lease, ...] = ()
-    """The leases to train."""
-    evicted: tuple[str, ...] = ()
-    """Fingerprints of parked lanes to save and give back."""
-
-
-def plan_lease(
-    occupancy: GroupOccupancy, grant: LeaseGrant, already_final: Collection[str] = ()
-) -> LeasePlan:
-    """Decide which leases of a grant are trained and which lanes leave for them.
-
-    A grant of another group key, and one that requires an empty group, evicts every long-parked lane. Any
-    other grant evicts only as many as it needs, the longest parked first.
-
-    Args:
-        occupancy: The lane group before the grant.
-        grant: What the source has leased, at most `occupancy.capacity` lanes.
-        already_final: Fingerprints in the grant that have a final record.
-    """
-    to_start = tuple(lease for lease in grant.leases if lease.configuration.fingerprint not in already_final)
-    evicted = occupancy.long_parked
-    is_same_group = all(lease.configuration.group_key == occupancy.group_key for lease in to_start)
-    if is_same_group and not grant.requires_empty_group:
-        evicted = evicted[: max(0, len(to_start) - occupancy.free_slots)]
-    return LeasePlan(to_start, evicted)
+        Args:
+            grant: What the source has leased, at most `capacity` lanes.
+            to_start: Its leases without those that have a final record.
+        """
+        is_same_group = all(lease.configuration.group_key == self.group_key for lease in to_start)
+        if is_same_group and not grant.requires_empty_group:
+            return self.long_parked[: max(0, len(to_start) - self.free_slots)]
+        return self.long_parked
 
 
 @dataclass
@@ -88,51 +71,50 @@ class LaneLeasing:
         active, again = self.active, True
         while again:
             free = active.count_free_slots()  # the first lane may change it
-            if active.rank_0_source is not None:
-                active.rank_0_source.note_max_lanes(free + len(active.lanes))
+            active.source.note_max_lanes(free + len(active.lanes))
             if free <= 0 and not active.slots.parked_at:
                 return
-            plan, self.closed, again = active.process_group.broadcast_from_rank0(self._request_leases)
-            for name in plan.evicted:
-                active.remove(active.lanes[name])
-            for lease in plan.to_start:
+            to_start, again = self._request_leases()
+            for lease in to_start:
                 if active.count_free_slots() > 0:
                     self._start_lane(lease)
                 else:  # a lane before this one ran out of memory, and the group was halved
-                    active.process_group.broadcast_from_rank0(partial(active.return_lease, lease))
+                    active.return_lease(lease)
             again = again and bool(active.lanes)
 
-    def _request_leases(self) -> tuple[LeasePlan, bool, bool]:
-        """Request leases, plan, and give back the leases of evicted lanes. Rank 0 only.
+    def _request_leases(self) -> tuple[Sequence[Lease], bool]:
+        """Request leases, and give back the leases of the lanes that leave for them.
 
         Returns:
-            The plan; True if the source is closed; and True if the next request is due at once, because the
-            first lane has set the group key.
+            The leases to start; and True if the next request is due at once, because the first lane sets the
+            group key.
         """
         active, now = self.active, time.monotonic()
         long_parked = tuple(active.slots.list_long_parked(now))
         occupancy = GroupOccupancy(
             tuple(active.lanes), active.group_key, active.count_free_slots(), long_parked
         )
-        if occupancy.capacity <= 0 or not active.poll_interval.is_due(active.leased_at, now):
-            return LeasePlan(), self.closed, False
+        if occupancy.capacity <= 0 or not active.is_request_due(active.leased_at, now):
+            return (), False
         is_any_group_key = not occupancy.fingerprints
         grant = active.source.lease(occupancy.group_key, occupancy.capacity, active.steps_taken)
         active.leased_at = time.monotonic()
-        active.poll_interval.record_answer(now, active.leased_at)
+        active.latency = active.leased_at - now
         if occupancy.fingerprints and not grant.leases and occupancy.is_all_parked:
             is_any_group_key = True
             grant = active.source.lease(None, 1, active.steps_taken)
-        plan = plan_lease(occupancy, grant, self._end_final_leases(grant.leases))
-        for name in plan.evicted:
-            active.save_and_return_lease(active.lanes[name])
-        lease_again = is_any_group_key and bool(plan.to_start)
+        self.closed = grant.closed
+        final = self._end_final_leases(grant.leases)
+        to_start = [lease for lease in grant.leases if lease.configuration.fingerprint not in final]
+        for name in occupancy.choose_evicted(grant, to_start):
+            active.give_back(active.lanes[name])
+        lease_again = is_any_group_key and bool(to_start)
         if lease_again:
             active.leased_at = NEVER
-        return plan, grant.closed, lease_again
+        return to_start, lease_again
 
-    def _end_final_leases(self, leases: Sequence[Lease]) -> set[str]:
-        """End the leases whose configuration has a final record; return their fingerprints. Rank 0 only."""
+    def _end_final_leases(self, leases: Sequence[Lease]) -> Collection[str]:
+        """End the leases whose configuration has a final record, and return their fingerprints."""
         final = set()
         for lease in leases:
             fingerprint = lease.configuration.fingerprint
@@ -145,50 +127,33 @@ class LaneLeasing:
     def _start_lane(self, lease: Lease) -> None:
         """Put a leased lane on the model, resumed from its newest checkpoint if there is one."""
         active, lane = self.active, Lane(lease)
-        active.lanes[lane.fingerprint] = lane
-        newest: list[Checkpoint] = []
-        find_checkpoint = partial(self._find_checkpoint, lane.fingerprint, newest)
-        path = active.process_group.broadcast_from_rank0(find_checkpoint)
-        added = self.recovery.run_isolating_failures(
-            [lane], partial(self._add_lane, path=path, newest=newest)
-        )
         group_key = lane.configuration.group_key
-        if added and group_key not in active.slots.max_lanes_by_group_key:
-            active.slots.max_lanes_by_group_key[group_key] = active.process_group.broadcast_from_rank0(
-                partial(
-                    active.recorder.read_max_lanes, group_key, active.slots.count, active.slots.is_measured
-                )
-            )
+        active.lanes[lane.fingerprint] = lane
+        recorder, slots = active.recorder, active.slots
+        checkpoints = recorder.store.checkpoints / lane.fingerprint
+        checkpoint = tensor_files.find_newest(checkpoints, recorder.warn, lane.fingerprint)
+        if not self.recovery.run_isolating_failures([lane], partial(self._add_lane, checkpoint=checkpoint)):
+            return
+        lane.enter_next_state()
+        if ("training", group_key) not in slots.limits:
+            found = recorder.read_limits(group_key, slots.count)
+            tokens = active.engine.lane_group.count_tokens(lane.configuration) if slots.is_automatic else 0
+            useful = slots.useful(tokens)
+            slots.limits["training", group_key] = min(found.get("training", useful), useful)
+            slots.limits["evaluation", group_key] = found.get("evaluation", slots.count)
 
-    def _find_checkpoint(self, fingerprint: str, newest: list[Checkpoint]) -> Path | None:
-        """Append the newest undamaged checkpoint to `newest` and return its file, if any. Rank 0 only."""
-        folder, warn = self.active.recorder.store.checkpoints / fingerprint, self.active.recorder.warn
-        if (found := checkpoint.read_newest(folder, warn, fingerprint)) is None:
-            return None
-        newest.append(found)
-        return checkpoint.checkpoint_path(folder, found.attempt, found.step)
-
-    def _add_lane(
-        self, lanes: Sequence[Lane], path: Path | None, newest: Sequence[Checkpoint]
-    ) -> Sequence[None]:
-        """Add one lane to the engine.
+    def _add_lane(self, fingerprints: Sequence[str], checkpoint: Path | None) -> Sequence[None]:
+        """Add one lane to the engine; return a list with one None, its result.
 
         Args:
-            lanes: The lane, as a sequence of one.
-            path: The file of its newest checkpoint; None for a lane that starts.
-            newest: That checkpoint, which rank 0 has read; empty on the other ranks, which read the file.
-
-        Returns:
-            A list with one None: `run_isolating_failures` expects one result per lane.
+            fingerprints: The lane, as a sequence of one.
+            checkpoint: The file of its newest checkpoint; None for a lane that starts.
         """
-        (lane,) = lanes
+        lane = self.active.lanes[fingerprints[0]]
         group_key = lane.configuration.group_key
         if any(other.configuration.group_key != group_key for other in self.active.lanes.values()):
             raise RuntimeError(f"leased a lane of group key {group_key} into a lane group of another one")
-        saved = None
-        if path is not None:
-            saved = newest[0] if newest else checkpoint.read(path)
-        self.active.engine.add_lane(lane, saved)
-        if saved is not None:
+        self.active.engine.add_lane(lane, checkpoint)
+        if checkpoint is not None:
             self.active.recorder.mark_saved(lane)
         return [None]

@@ -1,27 +1,31 @@
 """The fine-tuning loop of a trainer: it leases lanes, trains them and writes their records.
 
 Each round leases lanes for the free slots (`leasing.py`), applies the directives of the source, takes one
-optimizer step with every lane in training, and evaluates the lanes for which that is due (`rounds.py`). Lanes
-join and leave at any round and do not influence each other.
+optimizer step with every lane in training, and evaluates the lanes for which that is due. Lanes join and
+leave at any round and do not influence each other.
 
-All workers of a trainer run the loop in step (`process_group.py`). Rank 0 alone uses the source, the clock
-and the store, and broadcasts what it finds; then all workers act on the same values.
+The loop runs on rank 0 of the trainer's workers. The other workers carry out the commands of its engine
+(`process_group.py`).
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
-from orchestrator.finetune.engine.active_lanes import ActiveLanes
+import psutil
+
+from orchestrator.finetune.engine.active_lanes import NEVER, ActiveLanes
 from orchestrator.finetune.engine.engine import Engine
-from orchestrator.finetune.engine.lane_source import LaneSource
+from orchestrator.finetune.engine.lane import Lane, LaneState
+from orchestrator.finetune.engine.lane_source import Directive, LaneSource
 from orchestrator.finetune.engine.leasing import LaneLeasing
 from orchestrator.finetune.engine.recorder import LaneRecorder
 from orchestrator.finetune.engine.recovery import FailureRecovery
-from orchestrator.finetune.engine.rounds import TrainingRounds
 from orchestrator.finetune.engine.slots import LaneSlots
 from orchestrator.finetune.failures import (
     BrokenKind,
@@ -31,7 +35,7 @@ from orchestrator.finetune.failures import (
     classify_error,
 )
 from orchestrator.finetune.models.base_model import BaseModel
-from orchestrator.finetune.process_group import SINGLE_PROCESS_GROUP, ProcessGroup
+from orchestrator.finetune.process_group import SINGLE_PROCESS_GROUP, ProcessGroup, WorkerError
 from orchestrator.finetune.tasks.base import Task
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import ModelChoice
@@ -62,7 +66,7 @@ def run(
     or the store raises ends the loop; the lanes resume from their checkpoints.
 
     Args:
-        source: The source of lanes, which receives the reports; None on all ranks but 0.
+        source: The source of lanes, which receives the reports. Only rank 0 uses it.
         store: The store for checkpoints, adapters and records.
         load_base_model: Loads a base model for a task.
         slots: How many lanes train at once.
@@ -73,27 +77,26 @@ def run(
     Raises:
         TrainerBrokenError: This process can train no more lanes.
         StoreFullError: The disk has been full for STORE_FULL_SECONDS. All leases were given back.
-            Ranks other than 0 raise a WorkerError in its place.
     """
-    notify = source.notify if source is not None else log.warning
     on_batch = source.note_progress if source is not None else lambda: None
     engine = make_engine(load_base_model, store.calibration, store.data, process_group, on_batch)
-    recorder = LaneRecorder(store, engine, notify, adapters)
-    active = ActiveLanes(source, engine, recorder, process_group, slots)
     try:
-        _run_until_idle(active)
+        if process_group.rank > 0:
+            process_group.follow(engine)
+        else:
+            assert source is not None, "rank 0 has the source"
+            recorder = LaneRecorder(store, engine, source.notify, adapters)
+            _run_until_idle(ActiveLanes(source, engine, recorder, slots))
     except BaseException as error:
         if classify_error(error) is Fault.DEVICE:
             reason = f"the device is lost to this process: {error}"
             raise TrainerBrokenError(reason, BrokenKind.DEVICE_LOST) from error
-        if isinstance(error, StoreFullError):  # on rank 0
-            for lane in active.lanes.values():
-                active.return_lease(lane.lease)
-        engine.detach_adapters()
+        if isinstance(error, StoreFullError) and source is not None:
+            for lane in engine.lanes.values():
+                source.return_lease(lane.fingerprint, lane.lease.attempt)
+        engine.close()
         raise
-    finally:
-        recorder.close()
-    engine.detach_adapters()
+    engine.close()
 
 
 def _run_until_idle(active: ActiveLanes) -> None:
@@ -105,7 +108,190 @@ def _run_until_idle(active: ActiveLanes) -> None:
         leasing.lease_lanes()
         if active.lanes:
             rounds.run()
-        elif leasing.closed or rounds.is_idle():
+        elif leasing.closed or time.monotonic() - rounds.busy_at > timeouts.IDLE_TRAINER_SECONDS:
             return
         else:
             time.sleep(timeouts.SOURCE_POLL_SECONDS)
+
+
+def process_start() -> float:
+    """Return the start of this process on the clock of `time.monotonic`."""
+    return time.monotonic() - (time.time() - psutil.Process().create_time())
+
+
+@dataclass
+class LaneTimer:
+    """A timer that divides all time since the start of the process, without gaps, among the lanes.
+
+    Attributes:
+        counted_until: The time up to which seconds have been divided, on the monotonic clock.
+        has_started: True once a lane has been worked on.
+    """
+
+    counted_until: float = field(default_factory=process_start)
+    has_started: bool = False
+
+    def add(self, lanes: Sequence[Lane], kind: str) -> None:
+        """Add the seconds since the last call, in equal shares, to the lanes.
+
+        Args:
+            lanes: The lanes that the time was used for. If there is none, the time is added at the next call.
+            kind: A field of `Cost`, such as "train_seconds".
+        """
+        if not lanes:
+            return
+        now = time.monotonic()
+        for lane in lanes:
+            lane.seconds[kind] += (now - self.counted_until) / len(lanes)
+        self.counted_until = now
+
+    def begin_work(self, lanes: Sequence[Lane]) -> None:
+        """Charge the lanes with the time since the last step or evaluation, before the next one begins."""
+        self.add(lanes, "other_seconds" if self.has_started else "start_seconds")
+        self.has_started = self.has_started or bool(lanes)
+
+
+@dataclass
+class TrainingRounds:
+    """The rounds in which a trainer trains its lanes, evaluates them and reports their scores."""
+
+    active: ActiveLanes
+    recovery: FailureRecovery
+    exchanged_at: float = NEVER
+    """The time at which the source last answered a request for directives."""
+    busy_at: float = field(default_factory=time.monotonic)
+    """The time at which the last round began."""
+    lane_timer: LaneTimer = field(default_factory=LaneTimer)
+
+    def run(self) -> None:
+        """Run one round over all lanes."""
+        active = self.active
+        self.busy_at = time.monotonic()
+        for lane in active.in_state(LaneState.REPORTING):  # a resumed lane repeats its reports
+            self._send_reports(lane)
+        active.recorder.save_due_checkpoint(active.in_state(LaneState.TRAINING, LaneState.PARKED))
+        self._exchange()
+        busy = bool(active.in_state(LaneState.TRAINING, LaneState.EVALUATING))
+        if training := active.in_state(LaneState.TRAINING):
+            self._train(training)
+        if evaluating := active.in_state(LaneState.EVALUATING):
+            self._evaluate(evaluating)
+        if active.lanes and not busy:
+            time.sleep(timeouts.SOURCE_POLL_SECONDS)
+
+    # -- directives -------------------------------------------------------------------------------------
+
+    def _exchange(self) -> None:
+        """Ask the source for directives if that is due, and apply them."""
+        active, now = self.active, time.monotonic()
+        if not active.is_request_due(self.exchanged_at, now):
+            return
+        directives = active.source.exchange(active.steps_taken)
+        self.exchanged_at = time.monotonic()
+        active.latency = self.exchanged_at - now
+        for fingerprint, directive in directives.items():
+            if fingerprint in active.lanes:
+                self._apply(directive, active.lanes[fingerprint])
+
+    def _apply(self, directive: Directive, lane: Lane) -> None:
+        """Carry out the source's directive for a lane."""
+        active = self.active
+        if directive is Directive.DROP:
+            # Removes the checkpoints of a lane that another trainer has ended.
+            active.recorder.find_final_state(lane.fingerprint)
+            active.remove(lane)
+        elif directive is Directive.YIELD:
+            active.give_back(lane)
+        elif directive is Directive.STOP:
+            reported = lane.last_reported_step
+            further = f", trained to step {lane.step}" if lane.step > reported else ""
+            active.end(lane, "stopped", f"stopped by the scheduler after step {reported}{further}")
+        elif directive is Directive.PARK and lane.state is not LaneState.PARKED:
+            lane.transition_to(LaneState.PARKED)
+            active.slots.parked_at[lane.fingerprint] = time.monotonic()
+        elif directive is Directive.CONTINUE and lane.state in (LaneState.PARKED, LaneState.REPORTING):
+            lane.enter_next_state()
+            active.slots.parked_at.pop(lane.fingerprint, None)
+
+    def _send_reports(self, lane: Lane) -> None:
+        """Send the lane's pending reports in order, until a directive takes it out of `REPORTING`."""
+        while lane.state is LaneState.REPORTING:
+            self._apply(self.active.source.report(lane.pending_reports.popleft()), lane)
+
+    # -- steps ------------------------------------------------------------------------------------------
+
+    def _train(self, lanes: Sequence[Lane]) -> None:
+        """Take one optimizer step with each lane."""
+        active = self.active
+        self.lane_timer.begin_work(list(active.lanes.values()))
+        group_size = len(active.lanes)
+        outcomes = self.recovery.run_isolating_failures(lanes, active.engine.step)
+        self._note_peak_memory()
+        diverged, mid_step = [], []
+        for lane, outcome in outcomes:
+            lane.peak_group_size = max(lane.peak_group_size, group_size)
+            if isinstance(outcome, WorkerError):
+                if outcome.fault is Fault.DEVICE:
+                    raise outcome
+                if outcome.fault is Fault.MEMORY and group_size > 1:
+                    mid_step.append(lane)
+                else:
+                    self.recovery.fail(lane, outcome)
+            elif outcome is not None:
+                diverged.append((lane, outcome))
+            else:
+                active.steps_taken += 1
+                if lane.step in lane.evaluation_steps:
+                    lane.transition_to(LaneState.EVALUATING)
+        if outcomes:
+            self.recovery.last_failure = ""  # a lane has taken a step
+        self.lane_timer.add(lanes, "train_seconds")
+        for lane, reason in diverged:
+            active.end(lane, "diverged", reason)
+        if mid_step:
+            self.recovery.halve_lane_group(mid_step)
+
+    def _note_peak_memory(self) -> None:
+        """Raise the peak memory of every lane to that since the last call."""
+        peak = self.active.engine.take_peak_memory()
+        for lane in self.active.lanes.values():
+            lane.peak_memory = max(lane.peak_memory, peak)
+
+    # -- evaluations ------------------------------------------------------------------------------------
+
+    def _evaluate(self, lanes: Sequence[Lane]) -> None:
+        """Score the lanes on validation, and those with `is_test_due` on test too, and report the scores."""
+        active = self.active
+        self.lane_timer.begin_work(list(active.lanes.values()))
+        for split in ("validation", "test"):
+            due = [lane for lane in lanes if lane.state is LaneState.EVALUATING]
+            if split == "test":
+                due = [lane for lane in due if lane.is_test_due]
+            evaluate = partial(active.engine.evaluate, split)
+            for lane, scored in self.recovery.run_isolating_failures(due, evaluate, "evaluation"):
+                lane.record_scores(split, scored)
+        self.lane_timer.add(lanes, "evaluate_seconds")
+        self._note_peak_memory()
+        for lane in lanes:
+            # Computing the base model's scores for another lane can run out of memory and evict this one.
+            if lane.state is LaneState.EVALUATING:
+                self._conclude_evaluation(lane)
+
+    def _conclude_evaluation(self, lane: Lane) -> None:
+        """Report the new scores; end a lane that has diverged or is at its last step."""
+        active = self.active
+        if reason := lane.find_nonfinite_loss():
+            active.end(lane, "diverged", reason)
+            return
+        lane.queue_reports(after_step=lane.step - 1)
+        lane.transition_to(LaneState.REPORTING)
+        if not lane.is_at_last_step:
+            active.recorder.save_due_checkpoint([lane])
+            self._send_reports(lane)
+        elif self.recovery.run_isolating_failures([lane], self._complete_baseline_scores):
+            active.end(lane, "finished")
+
+    def _complete_baseline_scores(self, fingerprints: Sequence[str]) -> Sequence[None]:
+        """Complete the scores of the base model, which the lanes' records need."""
+        self.active.engine.complete_baseline_scores(wait=True)
+        return [None] * len(fingerprints)

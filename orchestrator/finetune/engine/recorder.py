@@ -4,36 +4,34 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from safetensors import SafetensorError
 
-from orchestrator.finetune.engine import adapter_file
-from orchestrator.finetune.engine.checkpoint import Checkpoint
-from orchestrator.finetune.engine.checkpoint_writer import CheckpointSchedule, CheckpointWriter, WriteResult
+from orchestrator.finetune.engine import tensor_files
 from orchestrator.finetune.engine.engine import Engine
-from orchestrator.finetune.engine.lane import Lane
-from orchestrator.finetune.engine.lane_state import LaneState
-from orchestrator.finetune.engine.slots import MeasuredLanes
+from orchestrator.finetune.engine.lane import Lane, LaneState
+from orchestrator.finetune.engine.slots import StoredLimits, Work
 from orchestrator.finetune.failures import Fault, StoreFullError, classify_error
-from orchestrator.record.lane_capacity import LaneCapacity
 from orchestrator.record.schema import FINAL_STATES, Record, RecordState, current_provenance
 from orchestrator.record.store import Store, adapter_file_name
 from orchestrator.util import timeouts
 
 log = logging.getLogger(__name__)
 
+MAX_WRITE_SHARE = 0.01
+"""Largest share of a trainer's time that goes into regular checkpoints."""
+
 
 @dataclass
 class LaneRecorder:
     """The writer of lanes' checkpoints, adapters and records to the store. Used on rank 0 only.
 
-    Checkpoints of lanes that train on are written in the background. If a checkpoint cannot be written, the
-    lane trains on, and a later attempt saves it. An adapter that cannot be written is left out. If the disk
-    is full, the adapter of the lane is deleted, and its record is written again, for up to
-    STORE_FULL_SECONDS; then StoreFullError is raised.
+    If a checkpoint cannot be written, the lane trains on, and a later attempt saves it. An adapter that
+    cannot be written is left out. If the disk is full, the adapter of the lane is deleted, and its record is
+    written again, for up to STORE_FULL_SECONDS; then StoreFullError is raised.
     """
 
     store: Store
@@ -42,8 +40,8 @@ class LaneRecorder:
     """Shows a line to the users who watch the study."""
     adapters: Path | None = None
     """The folder for the adapters of finished lanes; None to write none."""
-    checkpoint_schedule: CheckpointSchedule = field(default_factory=CheckpointSchedule)
-    """Gets the duration of each write."""
+    write_seconds: float = 0.0
+    """Duration of the last write of a checkpoint."""
     saved_progress: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Fingerprint -> steps and evaluations in the lane's newest checkpoint."""
     has_warned: bool = False
@@ -51,96 +49,63 @@ class LaneRecorder:
     store_full_since: float | None = None
     """The time since which the disk has been full."""
 
-    def __post_init__(self) -> None:
-        self.writer = CheckpointWriter(self.store.checkpoints)
-
     def warn(self, line: str) -> None:
         """Write a line to this process's log and show it to the users who watch the study."""
         log.warning("%s", line)
         self.notify(line)
 
+    # -- checkpoints ------------------------------------------------------------------------------------
+
     def mark_saved(self, lane: Lane) -> None:
         """Note that the lane equals its newest checkpoint, so that it is not written again."""
         self.saved_progress[lane.fingerprint] = (lane.step, len(lane.evaluations))
 
-    def is_saved(self, lane: Lane) -> bool:
-        """Return whether the lane equals its newest checkpoint, or has nothing to save yet."""
-        is_saved = self.saved_progress.get(lane.fingerprint) == (lane.step, len(lane.evaluations))
-        return is_saved or lane.state is LaneState.LEASED
+    def is_due(self, lane: Lane) -> bool:
+        """Return whether the interval has passed since the lane's start or last checkpoint.
 
-    def was_saved_here(self, lane: Lane) -> bool:
-        """Return whether this trainer has written a checkpoint of the lane since it leased it."""
-        resumed_at = lane.resumed_from[-1] if lane.resumed_from else 0
-        return self.saved_progress.get(lane.fingerprint, (0, 0))[0] > resumed_at
-
-    def start_checkpoint(self, lane: Lane) -> None:
-        """Copy the lane and start to write its checkpoint in the background, unless a write is running.
-
-        The outcome is noted by `note_finished_write`, or when the lane leaves.
+        The interval is MIN_CHECKPOINT_SECONDS, or up to MAX_CHECKPOINT_SECONDS where writes would otherwise
+        take more than MAX_WRITE_SHARE of the time. A lane's first checkpoint comes after the shortest
+        interval: a study whose trainers die often makes progress.
         """
-        self.note_finished_write()
-        _drop_last_scores(lane)
-        if self.is_saved(lane) or self.writer.is_busy:
-            return
-        try:
-            self.writer.start(self._make_checkpoint(lane))
-        except Exception as error:
-            self._note_failed_write(error)
+        interval = timeouts.MIN_CHECKPOINT_SECONDS
+        if lane.fingerprint in self.saved_progress:
+            needed = len(self.engine.lanes) * self.write_seconds / MAX_WRITE_SHARE
+            interval = min(max(interval, needed), timeouts.MAX_CHECKPOINT_SECONDS)
+        return time.monotonic() - lane.saved_at >= interval
+
+    def save_due_checkpoint(self, lanes: Sequence[Lane]) -> None:
+        """Save the lane with the oldest checkpoint among those that are due."""
+        if due := [lane for lane in lanes if self.is_due(lane)]:
+            self.save_checkpoint(min(due, key=lambda lane: lane.saved_at))
 
     def save_checkpoint(self, lane: Lane) -> None:
-        """Write a checkpoint of the lane, unless its newest one is equal or the lane has not started."""
-        self.finish_write()
-        _drop_last_scores(lane)
-        if not self.is_saved(lane):
-            self._note_result(self.writer.write(self._make_checkpoint(lane)))
+        """Write a checkpoint of the lane, unless its newest one is equal or the lane has not started.
 
-    def finish_write(self, fingerprint: str = "") -> None:
-        """Wait for the write that runs in the background; afterwards no checkpoint appears.
-
-        Args:
-            fingerprint: The lane whose write is waited for; empty for any.
-        """
-        self._note_result(self.writer.take_result(fingerprint))
-
-    def note_finished_write(self) -> None:
-        """Note the outcome of the write in the background if it has ended."""
-        self._note_result(self.writer.take_result(wait=False))
-
-    def close(self) -> None:
-        """Wait for the last write. Its error is logged, since another error may have ended the loop."""
-        try:
-            self.finish_write()
-        except Exception:
-            log.exception("the last checkpoint could not be written")
-        self.writer.close()
-
-    def _make_checkpoint(self, lane: Lane) -> Checkpoint:
-        return lane.make_checkpoint(self.engine.lane_group.adapters.frozen(lane.fingerprint))
-
-    def _note_result(self, result: WriteResult | None) -> None:
-        """Note the progress and duration of a write that has ended, or its error; do nothing for None."""
-        if result is None:
-            return
-        if result.error is not None:
-            self._note_failed_write(result.error)
-            return
-        self.saved_progress[result.fingerprint] = result.progress
-        self.checkpoint_schedule.write_seconds = result.seconds
-        self.has_warned = False
-
-    def _note_failed_write(self, error: Exception) -> None:
-        """Warn that a checkpoint could not be written, once until one is written again.
+        If it cannot be written, warn once until one is written again.
 
         Raises:
-            Exception: The error, if neither the disk nor a lack of memory is its cause.
+            Exception: Neither the disk nor a lack of memory is the cause of an error.
         """
-        refused = isinstance(error, (OSError, SafetensorError))
-        if not refused and classify_error(error) not in (Fault.DISK, Fault.MEMORY):
-            raise error
-        if not self.has_warned:
-            self.warn(f"cannot save lanes in {self.store.checkpoints}: {error}; training goes on")
-        self.has_warned = True
-        self.checkpoint_schedule.write_seconds = 0.0
+        _drop_last_scores(lane)
+        progress = (lane.step, len(lane.evaluations))
+        if self.saved_progress.get(lane.fingerprint) == progress or lane.state is LaneState.LEASED:
+            return
+        started = time.monotonic()
+        try:
+            checkpoint = lane.make_checkpoint(self.engine.lane_group.adapters.frozen(lane.fingerprint))
+            tensor_files.write_checkpoint(self.store.checkpoints / lane.fingerprint, checkpoint)
+        except Exception as error:
+            refused = isinstance(error, (OSError, SafetensorError))
+            if not refused and classify_error(error) not in (Fault.DISK, Fault.MEMORY):
+                raise
+            if not self.has_warned:
+                self.warn(f"cannot save lanes in {self.store.checkpoints}: {error}; training goes on")
+            self.has_warned = True
+        else:
+            self.saved_progress[lane.fingerprint] = progress
+            self.write_seconds, self.has_warned = time.monotonic() - started, False
+
+    # -- the end of a lane ------------------------------------------------------------------------------
 
     def write_record(
         self, lane: Lane, state: RecordState, reason: str = "", traceback_text: str = ""
@@ -164,7 +129,6 @@ class LaneRecorder:
         """
         if state == "stopped":
             self.save_checkpoint(lane)
-        self.finish_write(lane.fingerprint)
         record = self._build_record(lane, state, reason, traceback_text)
         if not self._put(record, self._write_adapter(record)):
             existing = self.store.get(lane.fingerprint)
@@ -182,61 +146,43 @@ class LaneRecorder:
         record = self.store.get(fingerprint)
         if record is None or record.state not in FINAL_STATES:
             return None
-        self.finish_write(fingerprint)
         self.store.discard_checkpoints(fingerprint)
         return record.state
 
-    def write_max_lanes(self, group_key: str, max_lanes: int, failed_lanes: int) -> None:
-        """Write to the store how many lanes fit into memory.
+    def write_limit(self, work: Work, group_key: str, limit: int, failed_lanes: int) -> None:
+        """Write to the store how many lanes fit into memory, and show it.
 
         Args:
+            work: What ran out of memory.
             group_key: The lanes' group key.
-            max_lanes: Lanes that may train at once from now on.
+            limit: Lanes at once from now on.
             failed_lanes: Lanes that ran out of memory.
         """
-        capacity = self._capacity(group_key)
+        stored = StoredLimits(self.store.lane_capacity, group_key, self.engine.device_key)
         try:
-            capacity.write_max_lanes(max_lanes)
+            stored.write(work, limit)
         except OSError as error:
             outcome = f"not remembered: {error}"
         else:
-            outcome = f"remembered in {capacity.path}"
-        self.warn(f"out of memory with {failed_lanes} lanes, now {max_lanes} at once; {outcome}")
+            outcome = f"remembered in {stored.path}"
+        what = "" if work == "training" else f"{work}: "
+        self.warn(f"{what}out of memory with {failed_lanes} lanes, now {limit} at once; {outcome}")
 
-    def write_measured_lanes(self, group_key: str, measured: MeasuredLanes) -> None:
-        """Write to the store how many lanes this trainer chose by measurement.
-
-        Args:
-            group_key: The lanes' group key.
-            measured: The number, and its reasons.
-        """
-        try:
-            self._capacity(group_key).write_measured(measured.lanes)
-        except OSError as error:
-            self.warn(f"the number of lanes is not remembered: {error}")
-        self.notify(f"{measured.lanes} lanes at once on {self.engine.device_key}: {measured}")
-
-    def read_max_lanes(self, group_key: str, requested: int, is_measured: bool = False) -> int | None:
-        """Return the number of lanes that fit into memory, None if no trainer has found a limit.
+    def read_limits(self, group_key: str, requested: int) -> dict[Work, int]:
+        """Return the numbers of lanes that fit into memory, as far as a trainer has found a limit.
 
         Args:
             group_key: The lanes' group key.
-            requested: The largest number to use; a warning says if fewer fit.
-            is_measured: If true, the number that a trainer chose by measurement is a limit as well.
+            requested: The number of lanes to train; a warning says if fewer fit.
         """
-        capacity = self._capacity(group_key)
-        max_lanes, measured = capacity.lanes, capacity.measured if is_measured else None
-        if measured is not None and measured <= (max_lanes or measured):
-            return measured
-        if max_lanes is not None and max_lanes < requested:
+        stored = StoredLimits(self.store.lane_capacity, group_key, self.engine.device_key)
+        limits = stored.read()
+        if limits.get("training", requested) < requested:
             self.warn(
-                f"at most {max_lanes} lanes at once: more ran out of memory before "
-                f"(remove {capacity.path} to try)"
+                f"at most {limits['training']} lanes at once: more ran out of memory before "
+                f"(remove {stored.path} to try)"
             )
-        return max_lanes
-
-    def _capacity(self, group_key: str) -> LaneCapacity:
-        return LaneCapacity(self.store.lane_capacity, group_key, self.engine.device_key)
+        return limits
 
     def wait_for_space(self, reason: object) -> None:
         """Sleep for a moment because the disk is full.
@@ -268,7 +214,7 @@ class LaneRecorder:
             return None
         path = self.adapters / adapter_file_name(record.fingerprint)
         try:
-            adapter_file.write(path, self.engine.lane_group.adapters, record.fingerprint)
+            tensor_files.write_adapter(path, self.engine.lane_group.adapters, record.fingerprint)
         except Exception as error:  # of any class: the record is written in any case
             if classify_error(error) is Fault.DEVICE:
                 raise
@@ -323,7 +269,7 @@ class LaneRecorder:
             traceback=traceback_text,
             curve=tuple(lane.curve),
             evaluations=tuple(lane.evaluations),
-            baseline_scores=self.engine.lane_group.data.untrained if self.engine.has_lane_group else {},
+            baseline_scores=self.engine.untrained_scores,
             items=lane.items,
             cost=lane.cost,
             provenance=provenance,

@@ -1,15 +1,15 @@
-"""Recovery from errors: isolate the lane that fails, halve the lane group, or stop the trainer."""
+"""What follows from an error: fewer lanes at once, the end of one lane, or the end of the trainer."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TypeVar
 
 from orchestrator.finetune.engine.active_lanes import ActiveLanes
 from orchestrator.finetune.engine.lane import Lane
+from orchestrator.finetune.engine.slots import Work
 from orchestrator.finetune.failures import BrokenKind, Fault, TrainerBrokenError, free_memory
 from orchestrator.finetune.process_group import WorkerError
 
@@ -33,24 +33,19 @@ class FailureRecovery:
     """Fingerprints of the lanes that failed in a row with `last_failure`."""
 
     def run_isolating_failures(
-        self,
-        lanes: Sequence[Lane],
-        work: Callable[[Sequence[Lane]], Sequence[T]],
-        can_split: bool = False,
+        self, lanes: Sequence[Lane], work: Callable[[Sequence[str]], Sequence[T]], kind: Work = "training"
     ) -> list[tuple[Lane, T]]:
         """Run `work` on the lanes together; if it raises, end only the lanes that cause it.
 
         An error of a lost device is raised. On a full disk the method waits for space and repeats the work.
-        After an out-of-memory error the work is split if it can be, else the lane group is halved; the work
-        is then repeated for the remaining lanes. After any other error the work is repeated for each lane
-        alone, and a lane for which it raises again ends as `failed`.
+        Work that does not fit into memory is halved: an evaluation scores half as many lanes at once, and of
+        any other work the trainer gives half of its lanes back; it is then repeated. After any other error it
+        is repeated for each lane alone, and a lane for which it raises again ends as `failed`.
 
         Args:
             lanes: The lanes to work on; may be empty.
-            work: Returns one result for each lane. May be called several times.
-            can_split: Whether the work may be done for a part of the lanes at a time. After an out-of-memory
-                error it is then done for half as many lanes at once, and a lane leaves only if the work does
-                not fit for one lane at a time. The number is remembered for later work of this kind.
+            work: Returns one result for each lane, given by fingerprint. May be called several times.
+            kind: The kind of work, whose limit it obeys.
 
         Returns:
             Each lane for which the work succeeded and which is still active, with its result.
@@ -60,61 +55,52 @@ class FailureRecovery:
             StoreFullError: The disk has stayed full for too long.
             TrainerBrokenError: One lane after another failed with the same message.
         """
+        active = self.active
+        lanes = [lane for lane in lanes if lane.fingerprint in active.lanes]
         if not lanes:
             return []
-        active, max_split = self.active, self.active.slots.max_lanes_to_evaluate(lanes[0])
-        if can_split and len(lanes) > max_split:
-            parts = [lanes[first : first + max_split] for first in range(0, len(lanes), max_split)]
-            return self._run_in_turn(parts, work, can_split)
+        at_once = active.slots.limit(kind, active.group_key)
+        if kind == "evaluation" and len(lanes) > at_once:
+            return self._run_in_turn(lanes, at_once, work, kind)
         try:
-            results = active.process_group.run_on_all(lambda: list(zip(lanes, work(lanes), strict=True)))
+            results = work([lane.fingerprint for lane in lanes])
         except WorkerError as error:
             failed = error.without_traceback()
+        except Exception as error:
+            failed = WorkerError.from_exception(error)
         else:
             active.recorder.store_full_since = None
-            return results
+            return list(zip(lanes, results, strict=True))
         # Outside the except block: the traceback of `error` kept the tensors of the failed work alive.
         if failed.fault is Fault.DEVICE:
             raise failed
         if failed.fault is Fault.DISK:
-            active.process_group.broadcast_from_rank0(partial(active.recorder.wait_for_space, failed))
-            return self.run_isolating_failures(lanes, work, can_split)
-        if failed.fault is Fault.MEMORY and can_split and len(lanes) > 1:
-            self._halve_evaluation(lanes)
-            return self.run_isolating_failures(lanes, work, can_split)
+            active.recorder.wait_for_space(failed)
+            return self.run_isolating_failures(lanes, work, kind)
+        if failed.fault is Fault.MEMORY and kind == "evaluation" and len(lanes) > 1:
+            self._set_limit("evaluation", len(lanes))
+            free_memory()
+            return self.run_isolating_failures(lanes, work, kind)
         if failed.fault is Fault.MEMORY and len(active.lanes) > 1:
             self.halve_lane_group()
-            remaining = [lane for lane in lanes if lane.fingerprint in active.lanes]
-            return self.run_isolating_failures(remaining, work, can_split)
+            return self.run_isolating_failures(lanes, work, kind)
         if len(lanes) == 1:
             self.fail(lanes[0], failed)
             return []
         log.warning("%d lanes together: %s; now one by one", len(lanes), failed.reason)
-        return self._run_in_turn([[lane] for lane in lanes], work, can_split)
-
-    def _halve_evaluation(self, lanes: Sequence[Lane]) -> None:
-        """Let evaluations score half as many lanes of this group key at once as `lanes`, from now on."""
-        max_lanes = len(lanes) // 2
-        self.active.slots.evaluated_lanes_by_group_key[lanes[0].configuration.group_key] = max_lanes
-        log.warning("evaluation: out of memory with %d lanes, now %d at once", len(lanes), max_lanes)
-        free_memory()
+        return self._run_in_turn(lanes, 1, work, kind)
 
     def _run_in_turn(
-        self,
-        parts: Sequence[Sequence[Lane]],
-        work: Callable[[Sequence[Lane]], Sequence[T]],
-        can_split: bool,
+        self, lanes: Sequence[Lane], at_once: int, work: Callable[[Sequence[str]], Sequence[T]], kind: Work
     ) -> list[tuple[Lane, T]]:
-        """Call `work` once for each part of the lanes; lanes that left during earlier calls are skipped."""
-        active = self.active
+        """Call `work` for `at_once` lanes at a time; lanes that left during earlier calls are skipped."""
         results: list[tuple[Lane, T]] = []
-        for part in parts:
-            remaining = [lane for lane in part if lane.fingerprint in active.lanes]
-            results += self.run_isolating_failures(remaining, work, can_split)
-        return [(lane, result) for lane, result in results if lane.fingerprint in active.lanes]
+        for first in range(0, len(lanes), at_once):
+            results += self.run_isolating_failures(lanes[first : first + at_once], work, kind)
+        return [(lane, result) for lane, result in results if lane.fingerprint in self.active.lanes]
 
     def halve_lane_group(self, mid_step: Sequence[Lane] = ()) -> None:
-        """Halve the lane group after an out-of-memory error, and remember the new maximum in the store.
+        """Halve the lane group after an out-of-memory error.
 
         Args:
             mid_step: Lanes whose optimizer step was interrupted. They leave without being saved, because
@@ -122,21 +108,17 @@ class FailureRecovery:
         """
         free_memory()
         active = self.active
-        failed_lanes, group_key = len(active.lanes), next(iter(active.lanes.values())).configuration.group_key
-        max_lanes, leaving = active.slots.halve(active.lanes.values(), mid_step)
-
-        def return_leases() -> None:
-            """Give back the leases of the lanes that leave, and store the new maximum. Rank 0 only."""
-            for lane in mid_step:
-                active.return_lease(lane.lease)
-            for lane in leaving:
-                active.save_and_return_lease(lane)
-            active.recorder.write_max_lanes(group_key, max_lanes, failed_lanes)
-
-        active.process_group.broadcast_from_rank0(return_leases)
+        self._set_limit("training", len(active.lanes))
+        leaving = active.slots.choose_leaving(active.lanes.values(), mid_step)
         for lane in (*mid_step, *leaving):
-            active.remove(lane)
+            active.give_back(lane, save=lane in leaving)
         free_memory()
+
+    def _set_limit(self, work: Work, failed_lanes: int) -> None:
+        """Let half as many lanes of this group key do this work from now on, here and in later trainers."""
+        group_key, limit = self.active.group_key or "", max(1, failed_lanes // 2)
+        self.active.slots.limits[work, group_key] = limit
+        self.active.recorder.write_limit(work, group_key, limit, failed_lanes)
 
     def fail(self, lane: Lane, failed: WorkerError) -> None:
         """End the lane as `failed`.

@@ -1,21 +1,28 @@
-"""The slots of a trainer for lanes: how many follow from the memory of its steps, and which lanes leave."""
+"""How many lanes a trainer holds and evaluates at once. One rule: what did not fit into memory is halved.
+
+The limits are kept in the store for the next trainer:
+
+    root/lane_capacity/<hash of both keys>.json    {"group_key", "device_key", "training": 4, "evaluation": 2}
+
+The device key has the device, its memory, a trainer's share of the device, and how the trainer uses it. Each
+file has a checksum. After a file or the folder is removed, the next trainer starts without this knowledge.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
 
-from orchestrator.finetune.engine.lane import Lane
-from orchestrator.finetune.engine.lane_state import LaneState
-from orchestrator.study.options import MAX_MEASURED_LANES
-from orchestrator.util import timeouts
+from orchestrator.finetune.engine.lane import Lane, LaneState
+from orchestrator.util import atomic_files, timeouts
 
-MEMORY_SHARE = 0.9
-"""The share of a trainer's memory that its lanes may use. Later steps have longer rows than the measured
-ones, and the allocator needs some memory between its blocks."""
-MEASURED_STEPS = 3
-"""Steps measured with one lane, and again with two; the largest peak is used. One warm-up step precedes
-them."""
+Work = Literal["training", "evaluation"]
+
 MIN_USEFUL_LANES = 2
 """Number of lanes that a trainer holds if they fit, however many tokens they have."""
 SATURATING_TOKENS = 9_000
@@ -25,96 +32,33 @@ predicted to take 41.9, 28.2 and 20.8 hours of an H200 with 1, 2 and 4 lanes (24
 kernels); 8 lanes save nothing more. The number leaves room for rows that are a little longer."""
 
 
-@dataclass(frozen=True)
-class MeasuredLanes:
-    """The number of lanes that a trainer chose by measurement, and the reasons."""
-
-    lanes: int
-    """The number of lanes that train at once."""
-    fitting: int
-    """The number of lanes that fit into memory, by linear extrapolation."""
-    one_lane_bytes: int
-    """The peak memory of a step with one lane."""
-    two_lanes_bytes: int
-    """The peak memory of a step with two lanes."""
-    tokens: int
-    """Mean number of tokens in a micro-batch of one lane."""
-
-    def __str__(self) -> str:
-        one, two = self.one_lane_bytes / 2**30, self.two_lanes_bytes / 2**30
-        reason = "" if self.lanes == self.fitting else f", {self.tokens} tokens per lane and micro-batch"
-        return f"one lane needs {one:.1f} GiB, two {two:.1f}: {self.fitting} fit{reason}"
-
-
-def limit_lanes(fitting: int, tokens: int) -> int:
-    """Return how many lanes a trainer should train at once.
-
-    Args:
-        fitting: The number of lanes that fit into memory.
-        tokens: Mean number of tokens in a micro-batch of one lane.
-    """
-    useful = max(MIN_USEFUL_LANES, SATURATING_TOKENS // max(1, tokens))
-    return max(1, min(fitting, useful, MAX_MEASURED_LANES))
-
-
-@dataclass
-class LaneMemory:
-    """Peaks of memory of the steps of one group key, by the number of lanes."""
-
-    peaks: dict[int, list[int]] = field(default_factory=lambda: {1: [], 2: []})
-    """Number of lanes -> the peak of each step in bytes, in the order of the steps. The first one does not
-    count, since it includes the initialization of a lane and lacks the state of its optimizer."""
-
-    def is_known(self, num_lanes: int) -> bool:
-        """Return whether enough steps with this number of lanes were measured; always true above 2 lanes."""
-        return len(self.peaks.get(num_lanes, range(MEASURED_STEPS + 1))) > MEASURED_STEPS
-
-    def choose(self, memory: int, tokens: int) -> MeasuredLanes:
-        """Return the number of lanes, once the steps with one and with two lanes are known.
-
-        Args:
-            memory: The bytes of memory that the trainer may use.
-            tokens: Mean number of tokens in a micro-batch of one lane.
-        """
-        one, two = (max(self.peaks[lanes][1:]) for lanes in (1, 2))
-        fitting = max(1, 1 + int((MEMORY_SHARE * memory - one) // max(1, two - one)))
-        return MeasuredLanes(limit_lanes(fitting, tokens), fitting, one, two, tokens)
-
-
 @dataclass
 class LaneSlots:
     """The slots of a trainer: the limit of all lanes, the limits of group keys, and the parked lanes."""
 
     count: int
-    """The largest number of lanes: the user's, or the largest that a measurement may choose."""
-    is_measured: bool = False
-    """If true, a group key without a known limit gets one by measurement. Until then its lane group has one
-    lane, and two once the memory of a step with one lane is known."""
-    max_lanes_by_group_key: dict[str, int | None] = field(default_factory=dict)
-    """Group key -> lanes that fit into memory, or that a measurement chose; None if that is unknown."""
-    evaluated_lanes_by_group_key: dict[str, int] = field(default_factory=dict)
-    """Group key -> lanes that fit into memory in an evaluation, if more did not. An evaluation needs other
-    memory than training: answers are generated with a cache of all their tokens."""
-    memory_by_group_key: dict[str, LaneMemory] = field(default_factory=dict)
-    """Group key -> the memory of its steps, as far as they are measured."""
+    """The largest number of lanes."""
+    is_automatic: bool = False
+    """If true, a group key gets no more lanes than save time; see `SATURATING_TOKENS`."""
+    limits: dict[tuple[Work, str], int] = field(default_factory=dict)
+    """(work, group key) -> lanes of this group key that fit into memory, as far as this trainer knows.
+
+    An evaluation needs other memory than training: answers are generated with a cache of all their tokens."""
     parked_at: dict[str, float] = field(default_factory=dict)
     """Fingerprint -> time since which the lane has been parked, in the order of parking."""
 
-    def limit(self, group_key: str | None) -> int:
-        """Return how many lanes this trainer may hold at once if they are of this group key."""
-        known = self.max_lanes_by_group_key.get(group_key or "")
-        if known is None and self.is_measured:
-            memory = self.memory_by_group_key.get(group_key or "")
-            known = 2 if memory is not None and memory.is_known(1) else 1
-        return self.count if known is None else min(self.count, known)
+    def limit(self, work: Work, group_key: str | None) -> int:
+        """Return how many lanes of this group key may do this work at once."""
+        return min(self.count, self.limits.get((work, group_key or ""), self.count))
 
-    def needs_measurement(self, lanes: Collection[Lane]) -> bool:
-        """Return whether the memory of a step with these lanes, all of the group, is to be measured."""
-        group_key = next(iter(lanes)).configuration.group_key
-        if not self.is_measured or self.max_lanes_by_group_key.get(group_key) is not None:
-            return False
-        memory = self.memory_by_group_key.get(group_key)
-        return memory is None or not memory.is_known(len(lanes))
+    def useful(self, tokens: int) -> int:
+        """Return how many lanes should train at once, if memory holds them.
+
+        Args:
+            tokens: Mean number of tokens in a micro-batch of one lane; read if the number is automatic.
+        """
+        enough = max(MIN_USEFUL_LANES, SATURATING_TOKENS // max(1, tokens))
+        return min(self.count, enough) if self.is_automatic else self.count
 
     def list_long_parked(self, now: float) -> list[str]:
         """Return the fingerprints of the lanes parked for more than SPILL_SECONDS, the longest first.
@@ -124,24 +68,52 @@ class LaneSlots:
         """
         return [name for name, since in self.parked_at.items() if now - since > timeouts.SPILL_SECONDS]
 
-    def max_lanes_to_evaluate(self, lane: Lane) -> int:
-        """Return how many lanes of the group key of `lane` may be evaluated at once."""
-        return self.evaluated_lanes_by_group_key.get(lane.configuration.group_key, self.count)
+    def choose_leaving(self, lanes: Collection[Lane], mid_step: Sequence[Lane]) -> list[Lane]:
+        """Return the lanes that leave so that no more than the limit remain.
 
-    def halve(self, lanes: Collection[Lane], mid_step: Sequence[Lane]) -> tuple[int, list[Lane]]:
-        """Halve the lane group after an out-of-memory error.
+        First lanes that have not started leave, then parked ones, then the ones that were leased last.
 
         Args:
-            lanes: The lanes of the group.
-            mid_step: Lanes whose optimizer step was interrupted; they leave in any case.
-
-        Returns:
-            The new maximum for this group key, and the lanes to evict besides `mid_step`: first lanes that
-            have not started, then parked ones, then the ones that were leased last.
+            lanes: The lanes of the trainer.
+            mid_step: Lanes whose optimizer step was interrupted. They leave in any case and are not returned.
         """
-        group_key = next(iter(lanes)).configuration.group_key
-        self.max_lanes_by_group_key[group_key] = max_lanes = max(1, len(lanes) // 2)
         eviction_priority = {LaneState.PARKED: 1, LaneState.LEASED: 2}
         staying = [lane for lane in lanes if lane not in mid_step]
         staying.sort(key=lambda lane: eviction_priority.get(lane.state, 0))
-        return max_lanes, staying[max_lanes:]
+        return staying[self.limit("training", next(iter(lanes)).configuration.group_key) :]
+
+
+class StoredLimits:
+    """The limits of a group key on a device, as the store has them. A damaged file counts as missing.
+
+    Args:
+        folder: The store's folder of limits.
+        group_key: The group key of the lanes.
+        device_key: The key of the device, as described above.
+    """
+
+    def __init__(self, folder: Path, group_key: str, device_key: str) -> None:
+        name = hashlib.sha256(f"{group_key} {device_key}".encode()).hexdigest()[:24]
+        self.path = folder / f"{name}.json"
+        self._keys = {"group_key": group_key, "device_key": device_key}
+
+    def read(self) -> dict[Work, int]:
+        """Return the known limits."""
+        with suppress(OSError, ValueError, TypeError):
+            content = json.loads(atomic_files.verify_checksum(self.path.read_bytes()))
+            works: tuple[Work, ...] = ("training", "evaluation")
+            return {work: int(content[work]) for work in works if work in content}
+        return {}
+
+    def write(self, work: Work, lanes: int) -> None:
+        """Store a limit. A smaller stored one is kept.
+
+        Raises:
+            OSError: The disk is full or cannot be used.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_files.lock_folder(self.path.parent):
+            content = self.read()
+            content[work] = min(content.get(work, lanes), lanes)
+            text = json.dumps({**self._keys, **content}, indent=1)
+            atomic_files.write_atomically(self.path, atomic_files.add_checksum(text))

@@ -19,13 +19,12 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from orchestrator.finetune.process_group import ProcessGroup, WorkerError, result_or_error
+from orchestrator.finetune.process_group import ProcessGroup
 from orchestrator.finetune.tasks.base import Task
 from orchestrator.study.configuration import Configuration
 from orchestrator.util import atomic_files, timeouts
@@ -35,122 +34,97 @@ Scores = Mapping[str, Mapping[str, float]]
 """The scores of each split, by name."""
 
 
-class _Missing(Enum):
-    """The reason why scores could not be read from the store."""
-
-    OWN = "this trainer computes them and holds the lock"
-    OTHERS = "another trainer computes them"
-
-
 @dataclass
 class BaselineScores:
-    """The scores of one base model on one task. All processes of a trainer call the methods together.
+    """The scores of one base model on one task.
 
     Args:
         folder: The cache folder.
         name: The first part of the file names.
         key: The hash of all that decides the scores.
-        process_group: The processes of the trainer. Rank 0 reads and writes the files.
     """
 
     folder: Path
     name: str
     key: str
-    process_group: ProcessGroup
     scores: Scores = field(default_factory=dict)
     """The known scores. They have at least the validation loss once `load_or_compute_loss` has returned."""
     is_complete: bool = False
-    """True if the scores of generated answers are known, too, or the task has none."""
+    """True if the scores of generated answers are known, too, or the task has none. On rank 0 only."""
 
     @classmethod
-    def of(
-        cls, folder: Path, configuration: Configuration, task: Task, process_group: ProcessGroup
-    ) -> BaselineScores:
+    def of(cls, folder: Path, configuration: Configuration, task: Task) -> BaselineScores:
         """Return the scores of a configuration's base model and task, with nothing known yet.
 
         Args:
             folder: The cache folder.
             configuration: The configuration, which names the model and the data.
             task: The configuration's task.
-            process_group: The processes of the trainer.
         """
         name = configuration.task.content or configuration.task.name
-        return cls(folder, name, _cache_key_hash(configuration), process_group)
+        return cls(folder, name, _cache_key_hash(configuration))
 
-    def load_or_compute_loss(self, compute: Callable[[], Scores], has_answers: bool) -> None:
+    def load_or_compute_loss(
+        self, compute: Callable[[], Scores], has_answers: bool, process_group: ProcessGroup
+    ) -> None:
         """Read the scores that need no generated answers, or compute and store them.
 
         Args:
-            compute: Computes them in all processes of the trainer; called if they are not stored.
+            compute: Computes them in all workers of the trainer; called if they are not stored.
             has_answers: Whether the task has further scores, of generated answers.
+            process_group: The workers, all of which call this method. Rank 0 decides and stores.
         """
-        stored = self.process_group.broadcast_from_rank0(
-            lambda: (self._read("untrained"), self._read("untrained-loss"))
-        )
-        self.is_complete = stored[0] is not None or not has_answers
-        found = stored[0] or (stored[1] if has_answers else None)
-        self.scores = found or self._store("untrained-loss" if has_answers else "untrained", compute())
+        kind = "untrained-loss" if has_answers else "untrained"
+        all_scores, found = process_group.all_gather((self._read("untrained"), self._read(kind)))[0]
+        self.is_complete = all_scores is not None or not has_answers
+        found = all_scores or found
+        if found is None:
+            found = compute()
+            if process_group.rank == 0:
+                self._store(kind, found)
+        self.scores = found
 
     def load_or_compute_all(
         self, compute: Callable[[], Scores], wait: bool = True, on_wait: Callable[[], None] = lambda: None
     ) -> None:
-        """Read all scores, or compute and store them, unless another trainer does so.
+        """Read all scores, or compute and store them, unless another trainer does so. Rank 0 only.
 
         Args:
-            compute: Computes them in all processes of the trainer; called if they are not stored and no other
-                trainer computes them.
+            compute: Computes them; called if they are not stored and no other trainer computes them.
             wait: Whether to wait for a trainer that computes them; if it dies, this one takes over.
             on_wait: Called again and again during such a wait.
         """
-        lock = FileLock(self.folder / f".{self.name}-{self.key}.untrained.lock", timeout=0)
         while not self.is_complete:
-            own = result_or_error(lambda: self._read_or_lock(lock)) if self.process_group.rank == 0 else None
-            # This call is made inside `run_on_all`: an error of rank 0 must be raised on all ranks alike.
-            found = self.process_group.all_gather(own)[0]
-            assert found is not None, "rank 0 has read the scores"
-            if isinstance(found, WorkerError):  # a group of one process does not raise what it gathers
-                raise found
-            if found is _Missing.OTHERS:
-                if not wait:
-                    return
-                on_wait()
-                time.sleep(timeouts.BASELINE_POLL_SECONDS)
-                continue
-            try:
-                self.scores = self._store("untrained", compute()) if found is _Missing.OWN else found
-                self.is_complete = True
-            finally:
-                lock.release()
-
-    def _read_or_lock(self, lock: FileLock) -> Scores | _Missing:
-        """Return the stored scores; else try to take the lock. Rank 0 only."""
-        if (found := self._read("untrained")) is not None:
-            return found
-        self.folder.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire()
-        except Timeout:
-            return _Missing.OTHERS
-        # The trainer that held the lock before may have stored them.
-        return self._read("untrained") or _Missing.OWN
+            found = self._read("untrained")
+            if found is None:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                lock = FileLock(self.folder / f".{self.name}-{self.key}.untrained.lock", timeout=0)
+                try:
+                    with lock:
+                        # The trainer that held the lock before may have stored them.
+                        found = self._read("untrained") or self._store("untrained", compute())
+                except Timeout:
+                    if not wait:
+                        return
+                    on_wait()
+                    time.sleep(timeouts.BASELINE_POLL_SECONDS)
+                    continue
+            self.scores, self.is_complete = found, True
 
     def _path(self, kind: str) -> Path:
         return self.folder / f"{self.name}-{self.key}.{kind}.json"
 
     def _read(self, kind: str) -> Scores | None:
-        # A file that is absent, damaged, of another key or of a version without keys is computed again.
+        # A file that is absent, damaged or of another key is computed again.
         with suppress(OSError, ValueError, KeyError, TypeError):
             contents = json.loads(atomic_files.verify_checksum(self._path(kind).read_bytes()))
             return contents["scores"] if contents["key"] == self.key else None
         return None
 
     def _store(self, kind: str, scores: Scores) -> Scores:
-        """Write scores to their file on rank 0, and return them."""
+        """Write scores to their file, and return them."""
         sealed = atomic_files.add_checksum(json.dumps({"key": self.key, "scores": scores}))
-        path, is_writer = self._path(kind), self.process_group.rank == 0
-        self.process_group.run_on_all(
-            lambda: atomic_files.write_atomically(path, sealed) if is_writer else None
-        )
+        atomic_files.write_atomically(self._path(kind), sealed)
         return scores
 
 

@@ -15,14 +15,20 @@ from scripted import (
     train,
 )
 
-from orchestrator.finetune.engine import adapter_file, recorder
+from orchestrator.finetune.engine import tensor_files
 from orchestrator.finetune.engine.engine import Engine
 from orchestrator.finetune.engine.lane import variant_settings
 from orchestrator.record.store import Store, adapter_file_name
+from orchestrator.study.configuration import Configuration
 from orchestrator.util.atomic_files import DamagedFileError
+from variants.attach import Adapters
 
 VARIANTS = ("lora", "pissa", "hydra_lora", "full")
 """A batched variant, one with frozen factors, one without PEFT's format, and one that trains the model."""
+
+
+def restore(path: Path, adapters: Adapters, one: Configuration) -> None:
+    tensor_files.restore_adapter(path, adapters, one.fingerprint, variant_settings(one), one.seed)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -32,10 +38,11 @@ def test_a_kept_adapter_is_the_lane_bit_for_bit(variant: str, store: Store, tmp_
     (path,) = store.adapters.iterdir()
     assert path.name == adapter_file_name(one.fingerprint)
     engine = Engine(tiny_base_model, store.calibration, tiny_data())
-    adapters = engine.prepare_lane_group(one).adapters
-    adapter_file.restore(path, adapters, one)
+    engine.prepare_lane_group(one)
+    adapters = engine.lane_group.adapters
+    restore(path, adapters, one)
     again = tmp_path / "again" / path.name
-    adapter_file.write(again, adapters, one.fingerprint)
+    tensor_files.write_adapter(again, adapters, one.fingerprint)
     assert again.read_bytes() == path.read_bytes()
 
 
@@ -58,7 +65,7 @@ def test_an_adapter_that_cannot_be_written_costs_no_record(
     def refuse(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(recorder.adapter_file, "write", refuse)
+    monkeypatch.setattr(tensor_files, "write_adapter", refuse)
     one = configuration(steps=2, evaluations=1)
     source = Script(leases([one]))
     train(source, store, adapters=store.adapters)
@@ -84,12 +91,13 @@ def damage_byte(path: Path) -> None:
 def test_a_damaged_or_another_lanes_file_is_refused(damage, store: Store) -> None:
     one, other = configuration(steps=2, evaluations=1), configuration(seed=1, steps=2, evaluations=1)
     engine = Engine(tiny_base_model, store.calibration, tiny_data())
-    adapters = engine.prepare_lane_group(one).adapters
+    engine.prepare_lane_group(one)
+    adapters = engine.lane_group.adapters
     for lane, name in ((one, "one"), (other, "other")):
         adapters.add_lane(lane.fingerprint, variant_settings(lane), lane.seed)
-        adapter_file.write(store.adapters / name, adapters, lane.fingerprint)
+        tensor_files.write_adapter(store.adapters / name, adapters, lane.fingerprint)
         adapters.remove_lane(lane.fingerprint)
     damage(store.adapters / "one")
     with pytest.raises(DamagedFileError):
-        adapter_file.restore(store.adapters / "one", adapters, one)
+        restore(store.adapters / "one", adapters, one)
     assert adapters.lanes == ()

@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from orchestrator.finetune.engine.checkpoint import Checkpoint, read, read_newest, write
+from orchestrator.finetune.engine.tensor_files import Checkpoint, find_newest, read_checkpoint
+from orchestrator.finetune.engine.tensor_files import write_checkpoint as write
 
 
 def make(step: int, attempt: int = 1, **state: object) -> Checkpoint:
@@ -37,9 +39,14 @@ def equal(one: Checkpoint, other: Checkpoint) -> bool:
     )
 
 
+def read_newest(folder: Path, warn: Callable[[str], None], fingerprint: str = "") -> Checkpoint | None:
+    path = find_newest(folder, warn, fingerprint)
+    return None if path is None else read_checkpoint(path)
+
+
 def test_round_trip(tmp_path: Path) -> None:
     saved = make(15, curve=[{"loss": 0.1 + 0.2}], smoothed=None, worst=math.inf)
-    found = read(write(tmp_path, saved))
+    found = read_checkpoint(write(tmp_path, saved))
     assert equal(found, saved)
     assert found.state == saved.state
 

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 from full_disk import Disk, mounted
-from scripted import Script, configuration, get_record, leases, numbers_of, solo, train
+from scripted import Script, configuration, get_record, leases, numbers_of, saved_step, solo, train
 from short_of_memory import Again
 
-from orchestrator.finetune.engine.checkpoint import read_newest
 from orchestrator.finetune.engine.lane_source import Directive, Lease
 from orchestrator.finetune.failures import StoreFullError
 from orchestrator.record.schema import Record
@@ -56,8 +55,7 @@ def test_a_checkpoint_on_a_full_disk_is_skipped(
 
     def changes(steps: Mapping[str, int]) -> Mapping[str, Directive]:
         step = steps.get(points[0].fingerprint, 0)
-        found = read_newest(disk.folder / points[0].fingerprint, print)
-        seen.setdefault(step, found.step if found else 0)
+        seen.setdefault(step, saved_step(disk.folder, points[0]))
         leaves = step == 7 and not source.spilled
         return {points[0].fingerprint: Directive.YIELD} if leaves else {}
 

@@ -17,15 +17,14 @@ from scripted import (
     train,
 )
 
-from orchestrator.finetune.engine.divergence import DivergenceDetector
-from orchestrator.finetune.engine.lane import Lane
-from orchestrator.finetune.engine.lane_source import Directive, Lease, LeaseGrant, Report
-from orchestrator.finetune.engine.lane_state import (
+from orchestrator.finetune.engine.lane import (
     TRANSITIONS,
+    DivergenceDetector,
     IllegalTransitionError,
+    Lane,
     LaneState,
-    evaluation_steps,
 )
+from orchestrator.finetune.engine.lane_source import Directive, Lease, LeaseGrant, Report, evaluation_steps
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration, DivergenceConfig, LRSchedule
 

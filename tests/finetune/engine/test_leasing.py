@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from scripted import Queue, Script, configuration, leases, numbers_of, solo, train
 
 from orchestrator.finetune.engine.lane_source import Directive, Lease, LeaseGrant
-from orchestrator.finetune.engine.leasing import GroupOccupancy, plan_lease
-from orchestrator.record.lane_capacity import LaneCapacity
+from orchestrator.finetune.engine.leasing import GroupOccupancy
+from orchestrator.finetune.engine.slots import StoredLimits
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration
@@ -64,17 +64,16 @@ def grants(draw: st.DrawFn) -> tuple[GroupOccupancy, LeaseGrant, set[str]]:
 @given(grants())
 def test_a_plan_loses_no_lane_and_exceeds_no_limit(case: tuple[GroupOccupancy, LeaseGrant, set[str]]) -> None:
     occupancy, granted, final = case
-    plan = plan_lease(occupancy, granted, final)
-    leased = [lease.configuration.fingerprint for lease in granted.leases]
-    to_start = [lease.configuration.fingerprint for lease in plan.to_start]
-    assert to_start == [name for name in leased if name not in final]
-    assert set(plan.evicted) <= set(occupancy.long_parked)
-    staying = set(occupancy.fingerprints) - set(plan.evicted)
+    starting = [lease for lease in granted.leases if lease.configuration.fingerprint not in final]
+    evicted = occupancy.choose_evicted(granted, starting)
+    to_start = [lease.configuration.fingerprint for lease in starting]
+    assert set(evicted) <= set(occupancy.long_parked)
+    staying = set(occupancy.fingerprints) - set(evicted)
     assert not staying & set(to_start)
     assert len(staying) + len(to_start) <= len(occupancy.fingerprints) + max(1, occupancy.free_slots)
     if occupancy.fingerprints:
         assert len(staying) + len(to_start) <= len(occupancy.fingerprints) + occupancy.free_slots
-    group_keys = {lease.configuration.group_key for lease in plan.to_start}
+    group_keys = {lease.configuration.group_key for lease in starting}
     assert len(group_keys) <= 1
     if staying:
         assert group_keys <= {occupancy.group_key}
@@ -85,12 +84,12 @@ def test_no_more_lanes_are_evicted_than_the_grant_needs(
     case: tuple[GroupOccupancy, LeaseGrant, set[str]],
 ) -> None:
     occupancy, granted, final = case
-    plan = plan_lease(occupancy, granted, final)
-    is_same_group = all(lease.configuration.group_key == occupancy.group_key for lease in plan.to_start)
+    starting = [lease for lease in granted.leases if lease.configuration.fingerprint not in final]
+    evicted = occupancy.choose_evicted(granted, starting)
+    is_same_group = all(lease.configuration.group_key == occupancy.group_key for lease in starting)
     if is_same_group and not granted.requires_empty_group:
-        needed = len(plan.to_start) - occupancy.free_slots
-        assert len(plan.evicted) == max(0, needed)
-        assert plan.evicted == occupancy.long_parked[: len(plan.evicted)], "the longest parked leave first"
+        assert len(evicted) == max(0, len(starting) - occupancy.free_slots)
+        assert evicted == occupancy.long_parked[: len(evicted)], "the longest parked leave first"
 
 
 def numbers(store: Store, fingerprint: str) -> Record:
@@ -144,7 +143,7 @@ def test_the_second_lease_of_a_lane_group_tells_the_limit_of_its_group_key(store
     lanes = [configuration(seed=seed, steps=2) for seed in range(3)]
     key = lanes[0].group_key
     device_key = f"cpu, {round(psutil.virtual_memory().total / 2**30)} GiB"
-    LaneCapacity(store.lane_capacity, key, device_key).write_measured(3)
+    StoredLimits(store.lane_capacity, key, device_key).write("training", 3)
 
     class Told(Script):
         max_lanes = 0
@@ -158,5 +157,5 @@ def test_the_second_lease_of_a_lane_group_tells_the_limit_of_its_group_key(store
             return super().lease(group_key, capacity, steps_taken)
 
     source = Told(leases(lanes))
-    train(source, store, lanes=8, is_measured=True)
-    assert source.told[:2] == [(None, 1), (key, 3)]
+    train(source, store, lanes=8)
+    assert source.told[:2] == [(None, 8), (key, 3)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -19,16 +20,18 @@ from scripted import (
     get_record,
     leases,
     numbers_of,
+    saved_step,
     solo,
     tiny_base_model,
     train,
 )
 
-from orchestrator.finetune.engine.checkpoint import read_newest
 from orchestrator.finetune.engine.lane_source import Directive, Lease
+from orchestrator.finetune.engine.loop import process_start
 from orchestrator.finetune.failures import TrainerBrokenError
 from orchestrator.finetune.models.base_model import BaseModel
 from orchestrator.finetune.tasks.base import Task
+from orchestrator.record.schema import TIME_FIELDS
 from orchestrator.record.store import Store, adapter_file_name
 from orchestrator.study.configuration import Configuration, DivergenceConfig, ModelChoice
 
@@ -216,9 +219,7 @@ def test_a_stopped_lane_keeps_its_checkpoint_and_can_resume(store: Store, tmp_pa
     assert (record.stopped_at, record.reason) == (6, "stopped by the scheduler after step 6")
     assert record.score("test") is None
     assert source.ended == [(one.fingerprint, 1, "stopped")]
-    saved = read_newest(store.checkpoints / one.fingerprint, print)
-    assert saved is not None
-    assert saved.step == 6
+    assert saved_step(store.checkpoints, one) == 6
     train(Script([Lease(one, 2, "asha")]), store)
     assert numbers_of(get_record(store, one)) == numbers_of(solo(one, tmp_path))
     assert not (store.checkpoints / one.fingerprint).exists()
@@ -326,3 +327,14 @@ def test_the_base_model_is_loaded_once_and_left_unchanged(store: Store) -> None:
     ):
         assert torch.equal(mine, other), name
     assert {get_record(store, c).state for c in shapes} == {"finished"}
+
+
+def test_records_say_where_the_time_of_their_trainer_went(tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    began = time.monotonic()
+    one = configuration(seed=0)
+    train(Script(leases([one])), store, lanes=1)
+    record = get_record(store, one)
+    disjoint = [getattr(record.cost, name) for name in TIME_FIELDS if name != "generate_seconds"]
+    assert all(seconds > 0 for seconds in disjoint)
+    assert began - process_start() <= sum(disjoint) <= time.monotonic() - process_start()

@@ -17,10 +17,11 @@ from scripted import configuration, get_record, leases, numbers_of, solo, tiny_b
 from short_of_memory import HUGE, LANES, LATER, WIDE, Again
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from orchestrator.finetune.engine.lane_state import LaneState
+from orchestrator.finetune.engine.lane import LaneState
+from orchestrator.finetune.engine.slots import LaneSlots, StoredLimits
 from orchestrator.finetune.models.base_model import BaseModel
-from orchestrator.record.lane_capacity import LaneCapacity
 from orchestrator.record.store import Store
+from orchestrator.util.atomic_files import verify_checksum
 from variants import catalogue as variants
 
 pytestmark = pytest.mark.xdist_group("pair")  # see pair.py: its server has torch imported already
@@ -67,7 +68,24 @@ def test_the_lane_limit_is_stored_for_the_next_trainer(short: tuple[Path, dict[s
     store = Store(folder / "short")
     assert {get_record(store, point).state for point in LATER} == {"finished"}
     place = f"cpu, {round(psutil.virtual_memory().total / 2**30)} GiB"
-    assert LaneCapacity(store.lane_capacity, WIDE[0].group_key, place).lanes == LANES // 2
+    limits = StoredLimits(store.lane_capacity, WIDE[0].group_key, place).read()
+    assert limits == {"training": LANES // 2}
+
+
+def test_the_smallest_limit_is_stored_and_a_damaged_file_counts_as_missing(store: Store) -> None:
+    limits = StoredLimits(store.lane_capacity, "group", "device")
+    for number in (6, 2, 4):
+        StoredLimits(store.lane_capacity, "group", "device").write("training", number)
+    limits.write("evaluation", 3)
+    assert limits.read() == {"training": 2, "evaluation": 3}
+    limits.path.write_text("{")
+    assert limits.read() == {}
+
+
+@pytest.mark.parametrize(("tokens", "expected"), [(100, 8), (2_000, 4), (4_000, 2), (50_000, 2)])
+def test_a_gpu_trains_no_more_lanes_than_save_time(tokens: int, expected: int) -> None:
+    assert LaneSlots(8, is_automatic=True).useful(tokens) == expected
+    assert LaneSlots(8).useful(tokens) == 8
 
 
 def test_a_lane_that_does_not_fit_alone_fails_with_advice(tmp_path: Path) -> None:
@@ -110,7 +128,8 @@ def test_an_evaluation_that_runs_out_of_memory_scores_fewer_lanes_at_once_and_no
     assert source.spilled == []
     assert len(wide) == nth, "later evaluations score two lanes at once"
     assert min(len(steps) for steps in source.held if steps) == 4, "the lanes train together as before"
-    assert not list(store.lane_capacity.glob("*")), "the number of lanes that train is not limited"
+    (file,) = store.lane_capacity.glob("*.json")
+    assert json.loads(verify_checksum(file.read_bytes())).get("training") is None
     for point in points:
         assert numbers_of(get_record(store, point)) == numbers_of(solo(point, tmp_path))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,10 @@ import torch
 from pair import process
 from scripted import WORDS_TASK, Script, configuration, leases, train
 
-from orchestrator.finetune.engine import lane_group
+from orchestrator.finetune.engine.lane_group import LaneGroup
 from orchestrator.finetune.engine.lane_source import Directive, Report
 from orchestrator.finetune.evaluation.baseline_scores import BaselineScores, Scores
-from orchestrator.finetune.process_group import SINGLE_PROCESS_GROUP, ProcessGroup
+from orchestrator.finetune.process_group import SINGLE_PROCESS_GROUP
 from orchestrator.finetune.tasks import catalogue
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration
@@ -27,9 +27,7 @@ pytestmark = pytest.mark.xdist_group("pair")
 SCORES = {"validation": {"loss": 2.5, "exact_match": 0.1}, "test": {"loss": float("inf"), "exact_match": 0.0}}
 
 
-def load_and_count(
-    folder: Path, wanted: Configuration, process_group: ProcessGroup = SINGLE_PROCESS_GROUP
-) -> tuple[Scores, int]:
+def load_and_count(folder: Path, wanted: Configuration) -> tuple[Scores, int]:
     """Return the scores and the number of computations."""
     calls: list[int] = []
 
@@ -37,8 +35,8 @@ def load_and_count(
         calls.append(1)
         return SCORES
 
-    baseline = BaselineScores.of(folder, wanted, catalogue.get(wanted.task.name), process_group)
-    baseline.load_or_compute_loss(compute, has_answers=False)
+    baseline = BaselineScores.of(folder, wanted, catalogue.get(wanted.task.name))
+    baseline.load_or_compute_loss(compute, False, SINGLE_PROCESS_GROUP)
     assert baseline.is_complete
     return baseline.scores, len(calls)
 
@@ -102,21 +100,21 @@ def train_one(folder: Path, seed: int) -> None:
     appears with the first report.
     """
     torch.set_num_threads(1)
-    score = lane_group._score_base_model
+    score = LaneGroup.score_base_model
 
-    def counting(*arguments: Any) -> Scores:
-        if arguments[4]:  # predict_with_generate
+    def counting(group: LaneGroup, splits: Sequence[str], predict_with_generate: bool) -> Scores:
+        if predict_with_generate:
             with (folder / f"{seed}.generates").open("a") as file:
                 file.write("x")
             while not (folder / "go").exists():
                 time.sleep(0.02)
-        return score(*arguments)
+        return score(group, splits, predict_with_generate)
 
     def answer(report: Report) -> Directive:
         (folder / f"{seed}.trained").touch()
         return Directive.CONTINUE
 
-    lane_group._score_base_model = counting
+    LaneGroup.score_base_model = counting
     timeouts.BASELINE_POLL_SECONDS = 0.02
     train(Script(leases([point(seed)]), answers=answer), Store(folder / "store"), data=folder / "data")
 
