@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, mse_loss
 
-from orchestrator.finetune.data.device_batch import DeviceBatch
+from orchestrator.finetune.data.batches import DeviceBatch
 from orchestrator.finetune.evaluation import token_loss
 from orchestrator.finetune.models.base_model import BaseModel
 from orchestrator.finetune.models.output_layer import find_frozen_output_layer

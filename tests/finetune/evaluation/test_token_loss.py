@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from orchestrator.finetune.data.batches import Batch, Row, pad_rows
-from orchestrator.finetune.data.device_batch import DeviceBatch
+from orchestrator.finetune.data.batches import Batch, DeviceBatch, Row, pad_rows
 from orchestrator.finetune.evaluation import forward, token_loss
 from orchestrator.finetune.models.base_model import BaseModel
 from orchestrator.finetune.tasks import catalogue as tasks
