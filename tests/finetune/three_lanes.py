@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from orchestrator.finetune.data.batches import Batch, encode_examples
-from orchestrator.finetune.data.device_batch import DeviceBatch
+from orchestrator.finetune.data.batches import Batch, DeviceBatch, encode_examples
 from orchestrator.finetune.evaluation import forward
 from orchestrator.finetune.evaluation.evaluate import EvaluationSplit
 from orchestrator.finetune.models.base_model import BaseModel

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from orchestrator.finetune.device_copy import copy_without_waiting
 from orchestrator.finetune.tasks.base import IGNORE_INDEX, EncodedExample, Example, Image, Task
 from orchestrator.util.errors import UsageError, format_error, quote_value
 
@@ -47,6 +48,7 @@ class Row:
     """The image of an image task."""
 
 
+@dataclass(frozen=True, kw_only=True)
 class PaddedRows:
     """Rows that are padded on the right to one length."""
 
@@ -54,9 +56,11 @@ class PaddedRows:
     """Token ids, (rows, length) int64; (rows, 0) for images."""
     lengths: Tensor
     """The length of each row without padding, (rows,) int64."""
-    second_segment_starts: Tensor | None
+    second_segment_starts: Tensor | None = None
     """The index at which each row's second text begins, or the row's length without one, (rows,) int64; None
     if no row has a second text."""
+    images: tuple[Image, ...] = ()
+    """One image per row for an image task, else none."""
 
     @property
     def length(self) -> int:
@@ -80,17 +84,12 @@ class PaddedRows:
         return (self.attention_mask & (columns >= self.second_segment_starts.unsqueeze(1))).long()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Batch(PaddedRows):
     """Padded rows on the CPU, with their labels."""
 
-    ids: Tensor
     targets: Tensor
     """Labels, (rows, length) int64, or float64 for a regression task; (rows, 1) for images."""
-    lengths: Tensor
-    second_segment_starts: Tensor | None = None
-    images: tuple[Image, ...] = ()
-    """One image per row for an image task, else none."""
 
     @classmethod
     def concatenate(cls, batches: Sequence[Batch]) -> Batch:
@@ -100,11 +99,11 @@ class Batch(PaddedRows):
         starts = [b.lengths if b.second_segment_starts is None else b.second_segment_starts for b in batches]
         has_pairs = any(b.second_segment_starts is not None for b in batches)
         return cls(
-            torch.cat([b.ids for b in batches]),
-            torch.cat([b.targets for b in batches]),
-            torch.cat([b.lengths for b in batches]),
-            torch.cat(starts) if has_pairs else None,
-            tuple(image for b in batches for image in b.images),
+            ids=torch.cat([b.ids for b in batches]),
+            targets=torch.cat([b.targets for b in batches]),
+            lengths=torch.cat([b.lengths for b in batches]),
+            second_segment_starts=torch.cat(starts) if has_pairs else None,
+            images=tuple(image for b in batches for image in b.images),
         )
 
     @cached_property
@@ -121,6 +120,68 @@ class Batch(PaddedRows):
     def target_count(self) -> int:
         """The number of targets that count in the loss."""
         return len(self.target_positions)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceBatch(PaddedRows):
+    """Padded rows of one or several lanes on a device, with the positions and labels of their targets.
+
+    Targets with the label IGNORE_INDEX are removed on the CPU. On a GPU the host would have to wait for the
+    number of the remaining targets, which is a size of tensors.
+    """
+
+    target_positions: Tensor
+    """The indices of the targets in the flattened (rows, length) positions, (targets,) int64."""
+    labels: Tensor
+    """The label of each target, (targets,) int64, or float64 for a regression task."""
+    weights: Tensor
+    """The weight of each target's loss in the objective, (targets,) float64."""
+    lane_target_counts: tuple[int, ...]
+    """The number of targets of each lane. The targets of a lane follow those of the lane before."""
+    first_target_column: int
+    """The first column in which some row has a target."""
+
+    @classmethod
+    def copy_to(
+        cls, device: torch.device, batches: Sequence[Batch], weights: Sequence[float] | None = None
+    ) -> DeviceBatch:
+        """Copy one batch per lane to a device, in one transfer for which the host does not wait.
+
+        Args:
+            device: The device.
+            batches: One batch for each lane, of equal size.
+            weights: For each lane, the weight of each of its targets' losses; by default
+                1 / (number of all targets).
+        """
+        joined = Batch.concatenate(batches)
+        counts = tuple(batch.target_count for batch in batches)
+        if weights is None:
+            weights = [1 / max(1, sum(counts))] * len(counts)
+        positions = joined.target_positions
+        parts = [joined.ids, joined.lengths, positions, joined.targets.flatten()[positions]]
+        parts += [torch.tensor(weights, dtype=torch.float64).repeat_interleave(torch.tensor(counts))]
+        if joined.second_segment_starts is not None:
+            parts.append(joined.second_segment_starts)
+        ids, lengths, moved_positions, labels, moved_weights, *starts = _move_together(parts, device)
+        columns = positions % max(1, joined.length)
+        return cls(
+            ids=ids,
+            lengths=lengths,
+            second_segment_starts=starts[0] if starts else None,
+            images=joined.images,
+            target_positions=moved_positions,
+            labels=labels,
+            weights=moved_weights,
+            lane_target_counts=counts,
+            first_target_column=int(columns.min()) if len(columns) else 0,
+        )
+
+
+def _move_together(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Copy tensors of 8-byte types to a device as one buffer, and return them there as views of it."""
+    buffer = copy_without_waiting(torch.cat([t.reshape(-1).view(torch.int64) for t in tensors]), device)
+    parts = buffer.split([tensor.numel() for tensor in tensors])
+    return [p.view(t.dtype).view(t.shape) for p, t in zip(parts, tensors, strict=True)]
 
 
 def bucket_length(length: int, max_row_length: int) -> int:
@@ -293,8 +354,13 @@ def pad_rows(rows: Sequence[Row], length: int, pad_token_id: int) -> Batch:
     segment_starts = [len(r.ids) if (n := r.second_segment_start) is None else n for r in rows]
     second_segment_starts = torch.tensor(segment_starts) if segment_starts != lengths else None
     images = tuple(r.image for r in rows if r.image is not None)
-    tensors = torch.from_numpy(ids), torch.from_numpy(targets), torch.tensor(lengths)
-    return Batch(*tensors, second_segment_starts, images)
+    return Batch(
+        ids=torch.from_numpy(ids),
+        targets=torch.from_numpy(targets),
+        lengths=torch.tensor(lengths),
+        second_segment_starts=second_segment_starts,
+        images=images,
+    )
 
 
 def make_training_batch(

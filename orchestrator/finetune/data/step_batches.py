@@ -1,4 +1,4 @@
-"""The micro-batches of an optimizer step, on a GPU made one step ahead in a thread.
+"""The micro-batches of an optimizer step.
 
 The rows of a step are sorted by length before they are cut into micro-batches, so that a micro-batch holds
 rows of nearly equal length and little padding. Micro-batches of long rows have fewer rows than those of short
@@ -11,7 +11,6 @@ training rows; they do not depend on the lane group, the workers or earlier call
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate
 from operator import mul
@@ -115,14 +114,13 @@ def assign_rows(counts: Sequence[int], rank: int, world_size: int) -> list[Share
 
 
 class StepBatchLoader:
-    """A loader of the padded batches of optimizer steps, which can make them ahead of the steps in a thread.
+    """A loader of the padded batches of optimizer steps.
 
     Args:
         rows: The training rows.
         max_row_length: The largest padded length, as `compute_max_row_length` returns it.
         pad_token_id: The id of the padding token.
         worker: The rank of this worker in its trainer, and the number of workers.
-        ahead: If true, a thread builds the batches of the next steps while the model computes.
     """
 
     def __init__(
@@ -131,12 +129,10 @@ class StepBatchLoader:
         max_row_length: int,
         pad_token_id: int,
         worker: tuple[int, int] = (0, 1),
-        ahead: bool = False,
     ) -> None:
         self._rows, self._max_row_length, self._pad_token_id = rows, max_row_length, pad_token_id
         self._worker = worker
-        self._thread = ThreadPoolExecutor(1, "batches") if ahead else None
-        self._upcoming: dict[StepKey, Future[StepBatches]] = {}
+        self._prepared: dict[StepKey, StepBatches] = {}
         self._row_counts: dict[BatchConfig, tuple[int, ...]] = {}
 
     def row_counts(self, batches: BatchConfig) -> tuple[int, ...]:
@@ -152,25 +148,19 @@ class StepBatchLoader:
         """Return the shares of this worker in every step."""
         return assign_rows(self.row_counts(batches), *self._worker)
 
-    def load(self, wanted: Sequence[StepKey], upcoming: Sequence[StepKey] = ()) -> list[StepBatches]:
-        """Return the batches of steps. An error of the thread is raised here.
-
-        Args:
-            wanted: The steps.
-            upcoming: The steps that the next call will probably want. A loader with a thread prepares them;
-                the batches that a call returns do not depend on them.
-        """
+    def load(self, wanted: Sequence[StepKey]) -> list[StepBatches]:
+        """Return the batches of steps. They do not depend on what was prepared."""
         loaded: dict[StepKey, StepBatches] = {}
         for key in wanted:
             if key not in loaded:
-                future = self._upcoming.pop(key, None)
-                loaded[key] = self._make(key) if future is None else future.result()
-        if self._thread is not None:
-            before, self._upcoming = self._upcoming, {}
-            for key in upcoming:
-                if key not in self._upcoming:
-                    self._upcoming[key] = before.get(key) or self._thread.submit(self._make, key)
+                loaded[key] = self._prepared.get(key) or self._make(key)
         return [loaded[key] for key in wanted]
+
+    def prepare(self, upcoming: Sequence[StepKey]) -> list[StepBatches]:
+        """Return the batches of the steps that will be loaded next, and keep only these."""
+        made = self.load(upcoming)
+        self._prepared = dict(zip(upcoming, made, strict=True))
+        return made
 
     def _make(self, key: StepKey) -> StepBatches:
         """Build this worker's batches of one step."""

@@ -9,8 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from orchestrator.finetune.data.batches import Batch, Row, compute_max_row_length, make_training_batch
-from orchestrator.finetune.data.device_batch import DeviceBatch
+from orchestrator.finetune.data.batches import (
+    Batch,
+    DeviceBatch,
+    Row,
+    compute_max_row_length,
+    make_training_batch,
+)
 from orchestrator.finetune.data.step_batches import Share, StepBatches, StepBatchLoader, StepKey
 from orchestrator.finetune.device_copy import copy_without_waiting
 from orchestrator.finetune.engine.lane import BackwardResult, Lane
@@ -157,6 +162,8 @@ class LaneGroup:
                 )
                 for index, part in zip(group, parts, strict=True):
                     losses_by_lane[index].append(part)
+        # A GPU computes meanwhile what is queued so far.
+        self._step_loader(sizes).prepare(_next_step_keys(lanes))
         flat = torch.stack([torch.stack(of).sum() for of in losses_by_lane])
         if self.process_group.world_size > 1:
             # Allocated here, not in `reduce_gradients`: an out-of-memory error must come before the
@@ -234,17 +241,11 @@ class LaneGroup:
     def _load_batches(self, lanes: Sequence[Lane]) -> list[StepBatches]:
         """Return this worker's batches of the lanes' next step."""
         loader = self._step_loader(lanes[0].configuration.batches)
-        keys = [StepKey(lane.configuration.seed, lane.step, lane.configuration.batches) for lane in lanes]
-        upcoming = [
-            key._replace(step=key.step + 1)
-            for key, lane in zip(keys, lanes, strict=True)
-            if key.step + 1 < lane.configuration.lr_schedule.steps
-        ]
+        steps = loader.load([_step_key(lane, lane.step) for lane in lanes])
         if self.data.task.inputs == "image":
-            both = loader.load([*keys, *upcoming])
+            both = [*steps, *loader.prepare(_next_step_keys(lanes))]
             self.base_model.processor.prefetch(i for s in both for b in s.batches for i in b.images)
-            return both[: len(keys)]
-        return loader.load(keys, upcoming)
+        return steps
 
     def _step_loader(self, batches: BatchConfig) -> StepBatchLoader:
         """Return the loader of the batches of steps, made at the first call."""
@@ -254,8 +255,6 @@ class LaneGroup:
                 compute_max_row_length(self.data.task, batches.max_length),
                 self.base_model.processor.pad_token_id,
                 (self.process_group.rank, self.process_group.world_size),
-                # On a CPU the thread would take the core that the model computes on.
-                ahead=self.base_model.device.type == "cuda" and self.data.task.inputs != "image",
             )
         return self._loader
 
@@ -300,12 +299,12 @@ class LaneGroup:
         return task.output == "generation" and (task.grade_at == "every_evaluation" or lane.is_at_last_step)
 
     def count_lanes_generated_together(self, split: str) -> int:
-        """Return how many lanes fit into memory when they generate answers together; equal on all workers."""
+        """Return how many lanes generate their answers together; equal on all workers."""
         scored = self.data.splits[split]
         if not scored.prompt_lengths:
             return 1
         return count_lanes_together(
-            self.base_model, self.data.task, scored.prompt_lengths, scored.max_row_length, self.process_group
+            self.base_model, self.data.task, scored.prompt_lengths, scored.max_row_length
         )
 
     def evaluate(self, lanes: Sequence[Lane], split: str) -> list[EvaluationResult]:
@@ -354,6 +353,19 @@ class LaneGroup:
             )[0].scores
             for split in splits
         }
+
+
+def _step_key(lane: Lane, step: int) -> StepKey:
+    return StepKey(lane.configuration.seed, step, lane.configuration.batches)
+
+
+def _next_step_keys(lanes: Sequence[Lane]) -> list[StepKey]:
+    """Return the steps after the present ones, of the lanes that have not reached their last."""
+    return [
+        _step_key(lane, lane.step + 1)
+        for lane in lanes
+        if lane.step + 1 < lane.configuration.lr_schedule.steps
+    ]
 
 
 def _gradient_norm(lane: Lane) -> Tensor:

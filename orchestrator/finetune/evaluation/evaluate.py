@@ -12,8 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from orchestrator.finetune.data.batches import Batch, Row, pad_rows, plan_batches
-from orchestrator.finetune.data.device_batch import DeviceBatch
+from orchestrator.finetune.data.batches import Batch, DeviceBatch, Row, pad_rows, plan_batches
 from orchestrator.finetune.evaluation import metrics
 from orchestrator.finetune.evaluation.evaluated_lanes import EvaluatedLanes
 from orchestrator.finetune.evaluation.forward import predict

@@ -1,22 +1,32 @@
-"""Forward passes that compute losses only where a target counts in the loss."""
+"""Forward passes that compute losses only where a target counts in the loss.
+
+Logits are the largest tensors of a language model: (targets, vocabulary), with 150,000 columns for Qwen3. If
+its output layer is frozen, they exist for one chunk of the labelled tokens at a time. The gradient with
+respect to a chunk's hidden states is computed together with its losses, so that the backward pass needs no
+logits.
+"""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.functional import cross_entropy, mse_loss
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, linear, mse_loss
 
-from orchestrator.finetune.data.device_batch import DeviceBatch
-from orchestrator.finetune.evaluation import token_loss
+from orchestrator.finetune.data.batches import DeviceBatch
 from orchestrator.finetune.models.base_model import BaseModel
 from orchestrator.finetune.models.output_layer import find_frozen_output_layer
 from orchestrator.finetune.models.unpacked_rows import without_packing_check
-from orchestrator.finetune.tasks.base import Task
+from orchestrator.finetune.tasks.base import IGNORE_INDEX, Task
+
+CHUNK_TARGETS = 1024
+"""The largest number of targets whose logits exist at the same time."""
+WIDE_ROWS = 512
+"""The largest number of targets whose logits exist in float32 beside those of a 16-bit model."""
 
 
 def compute_objective(base_model: BaseModel, task: Task, batch: DeviceBatch) -> tuple[Tensor, Tensor]:
@@ -35,7 +45,7 @@ def compute_objective(base_model: BaseModel, task: Task, batch: DeviceBatch) -> 
     if (layer := _get_output_layer(base_model, task)) is not None:
         hidden = _compute_hidden_states(base_model, batch)
         counts, uses_liger = batch.lane_target_counts, base_model.kernels != "torch"
-        return token_loss.compute_objective(hidden, layer, batch.labels, batch.weights, counts, uses_liger)
+        return compute_token_objective(hidden, layer, batch.labels, batch.weights, counts, uses_liger)
     losses = compute_losses(compute_logits(base_model, task, batch), batch.labels, task)
     return losses @ batch.weights.to(losses.dtype), losses.detach()
 
@@ -48,7 +58,7 @@ def predict(base_model: BaseModel, task: Task, batch: DeviceBatch) -> tuple[Tens
     """
     if (layer := _get_output_layer(base_model, task)) is not None:
         hidden = _compute_hidden_states(base_model, batch)
-        return token_loss.predict_tokens(hidden, layer, batch.labels, batch.lane_target_counts)
+        return predict_tokens(hidden, layer, batch.labels, batch.lane_target_counts)
     logits = compute_logits(base_model, task, batch)
     predictions = logits.squeeze(1) if task.output == "regression" else logits.argmax(dim=-1)
     return compute_losses(logits, batch.labels, task), predictions
@@ -91,7 +101,7 @@ def compute_losses(logits: Tensor, labels: Tensor, task: Task) -> Tensor:
     return cross_entropy(logits, labels, reduction="none")
 
 
-def _get_output_layer(base_model: BaseModel, task: Task) -> torch.nn.Linear | None:
+def _get_output_layer(base_model: BaseModel, task: Task) -> nn.Linear | None:
     """Return a language model's frozen last layer, whose logits need not be kept; None if there is none."""
     if task.has_head or task.inputs == "image":
         return None
@@ -156,3 +166,185 @@ def _compute_image_logits(base_model: BaseModel, batch: DeviceBatch) -> Tensor:
 def accepts_logits_to_keep(forward: Callable[..., Any]) -> bool:
     """Return whether a model's forward method has the parameter `logits_to_keep`."""
     return "logits_to_keep" in inspect.signature(forward).parameters
+
+
+def compute_token_objective(
+    hidden: Tensor,
+    layer: nn.Linear,
+    labels: Tensor,
+    weights: Tensor,
+    lane_counts: Sequence[int],
+    uses_liger: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Compute the weighted sum of cross-entropies.
+
+    No chunk has targets of two lanes, because the last bits of a matrix product may depend on the number of
+    its rows, and the losses of a lane must not depend on other lanes.
+
+    Args:
+        hidden: The hidden states of the N targets, (N, hidden size).
+        layer: The frozen output layer. It gets no gradient.
+        labels: Token ids, (N,).
+        weights: The weight of each target's loss, (N,).
+        lane_counts: The number of targets of each lane, one lane after the other.
+        uses_liger: Whether Liger's kernel computes losses and gradients. The kernel replaces the logits in
+            place by the gradient with respect to them. Results with and without it differ by rounding.
+
+    Returns:
+        The sum, a scalar with a gradient, and the losses in nats, (N,), in float32 or float64.
+    """
+    if uses_liger and hidden.dtype != torch.float64:
+        objective, losses = _LigerCrossEntropy.apply(hidden, layer, labels, weights, lane_counts)
+    else:
+        objective, losses = _FrozenCrossEntropy.apply(hidden, layer, labels, weights, lane_counts)
+    return objective, losses
+
+
+def predict_tokens(
+    hidden: Tensor, layer: nn.Linear, labels: Tensor, lane_counts: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Return the losses in nats, (N,), and the most likely token ids, (N,).
+
+    The arguments are those of `compute_token_objective`.
+    """
+    losses, predictions = [], []
+    for rows in _chunks(lane_counts):
+        logits = linear(hidden[rows], layer.weight, layer.bias)
+        for part, part_labels in zip(logits.split(WIDE_ROWS), labels[rows].split(WIDE_ROWS), strict=True):
+            wide = _widen(part)
+            predictions.append(wide.argmax(dim=1))
+            losses.append(_exponentiate(wide, part_labels)[0])
+    return torch.cat(losses), torch.cat(predictions)
+
+
+class _FrozenCrossEntropy(torch.autograd.Function):
+    """`compute_token_objective`, with the gradient taken in the forward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, layer: nn.Linear, labels: Tensor, weights: Tensor, counts: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        losses, gradients = [], []
+        for rows in _chunks(counts):
+            logits = linear(hidden[rows], layer.weight, layer.bias)
+            parts = (tensor.split(WIDE_ROWS) for tensor in (logits, labels[rows], weights[rows]))
+            for part, part_labels, part_weights in zip(*parts, strict=True):
+                wide = _widen(part)
+                part_losses, sums = _exponentiate(wide, part_labels)
+                losses.append(part_losses)
+                if ctx.needs_input_grad[0]:
+                    # The gradient with respect to the logits is weight * (softmax - one-hot label).
+                    factors = part_weights.to(wide.dtype).unsqueeze(1)
+                    wide.mul_(factors / sums).scatter_add_(1, part_labels.unsqueeze(1), -factors)
+                    part.copy_(wide)
+            if ctx.needs_input_grad[0]:
+                gradients.append(logits @ layer.weight)
+        if gradients:
+            ctx.gradient = torch.cat(gradients)
+        all_losses = torch.cat(losses)
+        ctx.mark_non_differentiable(all_losses)
+        return all_losses @ weights.to(all_losses.dtype), all_losses
+
+    @staticmethod
+    def backward(ctx: Any, *output_gradients: Tensor) -> tuple[Tensor | None, ...]:
+        gradient = ctx.gradient * output_gradients[0].to(ctx.gradient.dtype)
+        return gradient, None, None, None, None
+
+
+class _LigerCrossEntropy(_FrozenCrossEntropy):
+    """`compute_token_objective`, with the cross-entropy computed by Liger's kernel.
+
+    The kernel takes no weight for each token. The gradients of the hidden states, (N, hidden size), are
+    therefore multiplied by the weights, (N,), after the matrix product with the output layer.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, layer: nn.Linear, labels: Tensor, weights: Tensor, counts: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        if ctx.needs_input_grad[0]:
+            ctx.gradient = torch.empty_like(hidden)
+        for rows in _chunks(counts, is_even=True):
+            logits = linear(hidden[rows], layer.weight, layer.bias)
+            _run_liger(logits, labels[rows], losses[rows], ctx.needs_input_grad[0])
+            if ctx.needs_input_grad[0]:
+                torch.mm(logits, layer.weight, out=ctx.gradient[rows])
+        if ctx.needs_input_grad[0]:
+            ctx.gradient.mul_(weights.to(hidden.dtype).unsqueeze(1))
+        ctx.mark_non_differentiable(losses)
+        return losses @ weights.to(losses.dtype), losses
+
+
+def _run_liger(logits: Tensor, labels: Tensor, losses: Tensor, has_gradients: bool) -> None:
+    """Launch Liger's kernel without Liger's wrapper.
+
+    The wrapper checks the labels, for which the host would wait for the GPU.
+
+    Args:
+        logits: (n, vocabulary); replaced by softmax - one-hot label if `has_gradients`.
+        labels: (n,).
+        losses: The tensor that receives the cross-entropies, (n,) float32.
+        has_gradients: Whether the gradient with respect to the logits is needed.
+    """
+    import triton
+    from liger_kernel.ops import cross_entropy as liger
+
+    columns = logits.shape[1]
+    kernel = liger.liger_cross_entropy_kernel[(len(logits),)]
+    strides = {"X_stride": logits.stride(0), "Y_stride": labels.stride(0), "loss_stride": 1}
+    unused = dict.fromkeys(
+        ("weight_ptr", "z_loss_ptr", "token_accuracy_ptr", "predicted_tokens_ptr", "softcap")
+    )
+    flags = dict.fromkeys(
+        (
+            "RETURN_Z_LOSS",
+            "RETURN_TOKEN_ACCURACY",
+            "RETURN_PREDICTED_TOKENS",
+            "HAS_WEIGHT",
+            "HAS_SOFTCAPPING",
+        ),
+        False,
+    )
+    kernel(
+        X_ptr=logits, Y_ptr=labels, loss_ptr=losses, **strides, **unused, **flags,
+        token_accuracy_stride=0, predicted_tokens_stride=0, n_cols=columns, n_non_ignore=1,
+        sum_non_ignore_weight=1, weight_sum=0.0, ignore_index=IGNORE_INDEX, lse_square_scale=0.0,
+        label_smoothing=0.0, reduction="sum", HAS_GRADIENTS=has_gradients,
+        BLOCK_SIZE=min(liger.MAX_FUSED_SIZE, triton.next_power_of_2(columns)), num_warps=32,
+    )  # fmt: skip
+
+
+def _chunks(lane_counts: Sequence[int], is_even: bool = False) -> Iterator[slice]:
+    """Yield one slice of rows for each chunk; a row is one target token.
+
+    A chunk has at most `CHUNK_TARGETS` rows, all of one lane.
+
+    Args:
+        lane_counts: The number of target tokens of each lane, in the order of the rows.
+        is_even: If True, the chunks of a lane have nearly equal sizes. If False, all chunks of a lane but the
+            last have `CHUNK_TARGETS` rows.
+    """
+    start = 0
+    for count in lane_counts:
+        size = -(-count // -(-count // CHUNK_TARGETS)) if is_even and count else CHUNK_TARGETS
+        for first in range(start, start + count, size):
+            yield slice(first, min(first + size, start + count))
+        start += count
+
+
+def _widen(logits: Tensor) -> Tensor:
+    """Return logits in float32 or float64: the same tensor, if they have this dtype."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _exponentiate(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Replace logits (n, vocabulary) by their exponentials, divided by the largest of their row.
+
+    Returns:
+        The cross-entropies, (n,), and the sums of the rows of exponentials, (n, 1).
+    """
+    logits.sub_(logits.amax(dim=1, keepdim=True))
+    of_labels = logits.gather(1, labels.unsqueeze(1))
+    sums = logits.exp_().sum(dim=1, keepdim=True)
+    return sums.log().sub_(of_labels).squeeze(1), sums

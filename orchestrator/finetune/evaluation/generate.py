@@ -1,23 +1,31 @@
-"""Generated answers of several lanes at once, by greedy decoding or sampling (`token_sampling`)."""
+"""Generated answers of several lanes at once, by greedy decoding or sampling.
+
+transformers' `generate` computes every row until the last one has ended. Here rows that have ended leave the
+batch. Rows are ordered lane by lane, with an equal number of rows for each lane, as the adapters expect.
+
+What is sampled depends only on the lane's seed, the item, the sample number and the position. torch's global
+generator would give a lane other tokens in another lane group. Here numpy draws uniform numbers on the CPU in
+advance. A token is found by inverse transform sampling: it is the one at which the cumulative distribution of
+the model's softmax, in the order of the vocabulary, passes the uniform number.
+"""
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections import ChainMap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
+from torch import Tensor
+from transformers import DynamicCache
 
-from orchestrator.finetune.evaluation.decoding import DecodingRules, decode_answers
+from orchestrator.finetune.data.batches import bucket_length
 from orchestrator.finetune.evaluation.evaluated_lanes import EvaluatedLanes
-from orchestrator.finetune.evaluation.generation_plan import (
-    MIN_ROWS,
-    GenerationLimits,
-    plan_generation_batches,
-)
-from orchestrator.finetune.evaluation.token_sampling import draw_uniform_table
 from orchestrator.finetune.failures import Fault, classify_error, free_memory
 from orchestrator.finetune.models.base_model import BaseModel
 from orchestrator.finetune.process_group import ProcessGroup
@@ -25,8 +33,65 @@ from orchestrator.finetune.tasks.base import Task
 
 log = logging.getLogger(__name__)
 
+MIN_ROWS = 8
+"""Rows of a lane in a batch, unless the split has fewer. With fewer rows the CPU may select another kernel,
+whose results differ in the last bits."""
+MAX_TOGETHER_TOKENS = 2**17
+"""Tokens of the prompts and answers of all lanes that generate together."""
+STOP_CHECK_INTERVAL = 8
+"""The number of new tokens after which answers are searched for a stop string."""
+COMPACTION_INTERVAL = 32
+"""The number of new tokens after which rows that have ended leave the batch."""
+SAMPLED_ROWS = 32
+"""Rows sampled at once. A row takes 1.2 MB per float64 copy with a vocabulary of 150,000."""
+
+_fitting_tokens: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
+"""Model -> the tokens of prompts and answers that fit into memory at once, known after it has run out."""
+
 Entry = tuple[int, Sequence[int], int]
 """The item number, the token ids of the prompt, and the sample number of a row."""
+BatchPlan = list[tuple[int, list[int]]]
+"""The padded length of the prompts and the prompt numbers of each batch."""
+
+
+@dataclass(frozen=True)
+class RowLimits:
+    """The largest batch of one lane. It does not depend on the number of lanes."""
+
+    rows: int
+    prompt_tokens: int
+    """Tokens of the padded prompts."""
+    tokens: int
+    """Tokens of the prompts and answers."""
+
+    def max_rows(self, length: int, max_new_tokens: int) -> int:
+        """Return the number of rows in a batch, at least `MIN_ROWS`.
+
+        Args:
+            length: The padded length of the prompts.
+            max_new_tokens: The longest answer in tokens.
+        """
+        by_prompt, by_answer = self.prompt_tokens // max(1, length), self.tokens // (length + max_new_tokens)
+        return max(MIN_ROWS, min(self.rows, by_prompt, by_answer))
+
+
+CPU_LIMITS = RowLimits(rows=64, prompt_tokens=2**12, tokens=2**15)
+GPU_LIMITS = RowLimits(rows=512, prompt_tokens=2**15, tokens=2**17)
+"""On a GPU a decode step with few rows takes as long as one with many."""
+
+
+@dataclass(frozen=True)
+class DecodingRules:
+    """The rules by which the tokens of an answer are chosen and by which it ends."""
+
+    max_new_tokens: int
+    """The longest answer in tokens."""
+    stop: Sequence[str] = ()
+    """Texts that end an answer."""
+    temperature: float = 0.0
+    """0 for greedy decoding, else the temperature of sampling."""
+    top_p: float = 1.0
+    """The probability of the nucleus to sample from."""
 
 
 @torch.no_grad()
@@ -55,12 +120,11 @@ def generate_answers(
         first stop string.
     """
     entries = [(item, ids, sample) for item, ids in prompts for sample in range(task.samples)]
-    limits = GenerationLimits.measure(base_model, process_group)
     plan = plan_generation_batches(
         [len(ids) for _, ids, _ in entries],
         max_row_length,
         task.max_new_tokens,
-        limits,
+        base_model.device.type == "cuda",
         process_group.world_size,
     )
     generator = _Generator(base_model, task, lanes.seeds, on_batch)
@@ -81,30 +145,52 @@ def generate_answers(
 
 
 def count_lanes_together(
-    base_model: BaseModel,
-    task: Task,
-    prompt_lengths: Sequence[int],
-    max_row_length: int,
-    process_group: ProcessGroup,
+    base_model: BaseModel, task: Task, prompt_lengths: Sequence[int], max_row_length: int
 ) -> int:
-    """Return how many lanes fit into memory when they generate their answers together.
+    """Return how many lanes may generate their answers together, at least 1.
 
     Args:
         base_model: The base model.
         task: The task.
         prompt_lengths: The length of each prompt in tokens.
         max_row_length: The longest padded length, except for prompts that are longer.
-        process_group: The processes that generate for the same lanes.
-
-    Returns:
-        The number of lanes, at least 1, equal in all processes.
     """
-    limits = GenerationLimits.measure(base_model, process_group)
     lengths = [length for length in prompt_lengths for _ in range(task.samples)]
-    plan = plan_generation_batches(
-        lengths, max_row_length, task.max_new_tokens, limits, process_group.world_size
-    )
-    return limits.lanes(plan, task.max_new_tokens)
+    on_gpu = base_model.device.type == "cuda"
+    plan = plan_generation_batches(lengths, max_row_length, task.max_new_tokens, on_gpu)
+    largest = max((length + task.max_new_tokens) * len(batch) for length, batch in plan)
+    return max(1, MAX_TOGETHER_TOKENS // largest)
+
+
+def plan_generation_batches(
+    lengths: Sequence[int], max_row_length: int, max_new_tokens: int, on_gpu: bool, workers: int = 1
+) -> BatchPlan:
+    """Group prompts into batches. On a GPU, prompts of several padded lengths share a batch.
+
+    Args:
+        lengths: The length of each prompt in tokens; at least one.
+        max_row_length: The largest padded length, except for prompts that are longer.
+        max_new_tokens: The longest answer in tokens.
+        on_gpu: Whether the model is on a GPU.
+        workers: The processes that share the batches.
+    """
+    padded = [bucket_length(length, max_row_length) for length in lengths]
+    plan: BatchPlan = []
+    if on_gpu:
+        waiting = sorted(range(len(padded)), key=lambda prompt: -padded[prompt])
+        fair_share = max(MIN_ROWS, -(-len(lengths) // workers))
+        while waiting:
+            longest = padded[waiting[0]]
+            rows = min(fair_share, GPU_LIMITS.max_rows(longest, max_new_tokens))
+            plan.append((longest, waiting[:rows]))
+            waiting = waiting[rows:]
+        return plan
+    for length in sorted(set(padded)):
+        prompts = [prompt for prompt, bucket in enumerate(padded) if bucket == length]
+        # Batches of nearly equal size: a small last batch would have fewer than MIN_ROWS rows.
+        batch_count = -(-len(prompts) // CPU_LIMITS.max_rows(length, max_new_tokens))
+        plan += [(length, part.tolist()) for part in np.array_split(prompts, batch_count)]
+    return plan
 
 
 @dataclass(frozen=True)
@@ -118,9 +204,9 @@ class _Generator:
     on_progress: Callable[[], None]
 
     def generate(self, entries: Sequence[Entry], length: int) -> list[list[str]]:
-        """Generate the answers to a batch, with fewer rows at once if memory runs out.
+        """Generate the answers to a batch, with half as many rows at once each time that memory runs out.
 
-        Later calls of `generate_answers` then plan for half of the memory, in all processes of the group.
+        The number that fits is remembered for later batches.
 
         Args:
             entries: The rows of each lane.
@@ -130,16 +216,17 @@ class _Generator:
             The answers by lane and entry.
         """
         by_lane: list[list[str]] = [[] for _ in self.seeds]
-        done, rows = 0, len(entries)
-        while done < len(entries):
-            remaining = len(entries) - done
+        tokens_per_entry = len(self.seeds) * (length + self.task.max_new_tokens)
+        done, model = 0, self.base_model.model
+        while remaining := len(entries) - done:
+            fitting = _fitting_tokens.get(model, remaining * tokens_per_entry)
+            rows = min(remaining, max(MIN_ROWS, fitting // tokens_per_entry))
             count = -(-remaining // -(-remaining // rows))  # parts of nearly equal size
             answers = self._generate_if_memory_suffices(entries[done : done + count], length)
             if answers is None:
                 free_memory()
-                rows = -(-rows // 2)
-                self.base_model.generation.memory_share /= 2
-                log.warning("out of memory with %d rows of generated answers, now %d at once", count, rows)
+                _fitting_tokens[model] = -(-count // 2) * tokens_per_entry
+                log.warning("out of memory with %d rows of generated answers, now half as many", count)
                 continue
             done += count
             for texts, more in zip(by_lane, answers, strict=True):
@@ -188,3 +275,196 @@ def truncate_at_stop(text: str, stops: Sequence[str]) -> str:
 def _decode_answer(ids: list[int], tokenizer: Any) -> str:
     end = ids.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in ids else len(ids)
     return tokenizer.decode(ids[:end], skip_special_tokens=True)
+
+
+@torch.no_grad()
+def decode_answers(
+    base_model: BaseModel,
+    rules: DecodingRules,
+    prompts: Tensor,
+    prompt_mask: Tensor,
+    lanes: int,
+    uniforms: Tensor | None = None,
+    on_progress: Callable[[], None] = lambda: None,
+) -> Tensor:
+    """Decode the answers to prompts.
+
+    Args:
+        base_model: The base model, inside a context that activates the lanes.
+        rules: The choice of tokens and the ends of answers.
+        prompts: Token ids, padded on the left, (lanes * rows, length) on the device.
+        prompt_mask: 0 at padding, else 1, of the same shape.
+        lanes: The number of lanes, whose rows come one lane after another.
+        uniforms: The numbers to sample with, (lanes * rows, max_new_tokens) on the device, if the
+            temperature is not 0.
+        on_progress: Called every `COMPACTION_INTERVAL` tokens.
+
+    Returns:
+        Token ids, (lanes * rows, max_new_tokens) on the device. Padding follows an end token, and the first
+        check that finds a stop string.
+    """
+    tokenizer, row_count = base_model.tokenizer, len(prompts)
+    answers = prompts.new_full((row_count, rules.max_new_tokens), tokenizer.pad_token_id)
+    rows = torch.arange(row_count, device=prompts.device)  # the rows of `answers` that are still computed
+    ended = torch.zeros(row_count, dtype=torch.bool, device=prompts.device)
+    forward = CachedForward(base_model, prompt_mask)
+    logits = forward.append(prompts)
+    for count in range(1, rules.max_new_tokens + 1):
+        tokens = _choose_tokens(logits, rules, None if uniforms is None else uniforms[rows, count - 1])
+        tokens = tokens.masked_fill(ended, tokenizer.pad_token_id)
+        answers[rows, count - 1] = tokens
+        ended |= tokens == tokenizer.eos_token_id
+        if rules.stop and count % STOP_CHECK_INTERVAL == 0:
+            ended |= _have_stop_string(answers[rows, :count], tokenizer, rules.stop)
+        if count == rules.max_new_tokens or bool(ended.all()):
+            break
+        if count % COMPACTION_INTERVAL == 0:
+            on_progress()
+            if (kept := _select_remaining_rows(ended, lanes)) is not None:
+                rows, ended, tokens = rows[kept], ended[kept], tokens[kept]
+                forward.select_rows(kept)
+        logits = forward.append(tokens[:, None])
+    return answers
+
+
+def _select_remaining_rows(ended: Tensor, lanes: int) -> Tensor | None:
+    """Select the rows that stay in the batch after some have ended.
+
+    Every lane keeps as many rows as the lane with the most rows that have not ended, at least `MIN_ROWS`. A
+    lane with fewer such rows keeps ended ones, because the adapters need an equal number for each lane.
+
+    Args:
+        ended: Whether each row has ended, (lanes * rows,), lane by lane.
+        lanes: The number of lanes.
+
+    Returns:
+        The indices of the rows to keep, lane by lane; None if all rows stay.
+    """
+    by_lane = ended.view(lanes, -1)
+    rows_per_lane = by_lane.shape[1]
+    count = max(MIN_ROWS, int((~by_lane).sum(dim=1).max()))
+    if count >= rows_per_lane:
+        return None
+    # The order is stable, and rows that have not ended come first.
+    kept = by_lane.to(torch.uint8).argsort(dim=1, stable=True)[:, :count]
+    first_rows = torch.arange(0, len(ended), rows_per_lane, device=ended.device)
+    return (kept + first_rows[:, None]).flatten()
+
+
+def _choose_tokens(logits: Tensor, rules: DecodingRules, uniforms: Tensor | None) -> Tensor:
+    """Return the next token of each row, (rows,), from logits, (rows, vocabulary)."""
+    if uniforms is None:
+        return logits.argmax(dim=-1)
+    parts = zip(logits.split(SAMPLED_ROWS), uniforms.split(SAMPLED_ROWS), strict=True)
+    return torch.cat([sample_tokens(part, of, rules.temperature, rules.top_p) for part, of in parts])
+
+
+def _have_stop_string(answers: Tensor, tokenizer: Any, stops: Sequence[str]) -> Tensor:
+    """Return whether each answer has a stop string that ended since the last check, (rows,)."""
+    # A token has at least one byte: so many tokens hold any stop string that ended since the last check.
+    tail = STOP_CHECK_INTERVAL + max(len(stop.encode()) for stop in stops)
+    texts = tokenizer.batch_decode(answers[:, -tail:], skip_special_tokens=True)
+    found = [any(stop in text for stop in stops) for text in texts]
+    return torch.tensor(found, device=answers.device)
+
+
+class CachedForward:
+    """The forward passes of one batch with a key-value cache: over the prompts, then over each new token.
+
+    Args:
+        base_model: The base model, inside a context that activates the lanes.
+        mask: 0 at padding on the left of the prompts, else 1, (rows, length).
+    """
+
+    def __init__(self, base_model: BaseModel, mask: Tensor) -> None:
+        self._model, self._mask = base_model.model, mask
+        self._parameters = inspect.signature(type(self._model).forward).parameters
+        self._cache: Any = DynamicCache(config=self._model.config)
+        self._positions = (mask.cumsum(dim=-1) - 1).masked_fill(mask == 0, 0)
+
+    def append(self, tokens: Tensor) -> Tensor:
+        """Append tokens to each row: the prompts at the first call, then one token at a time.
+
+        Args:
+            tokens: Token ids, (rows, tokens).
+
+        Returns:
+            The logits of the next token, (rows, vocabulary) float32.
+        """
+        inputs = {"input_ids": tokens, "attention_mask": self._mask, "use_cache": True}
+        # transformers 5.20 calls the parameter `past_key_values`, 5.24 calls it `cache`.
+        inputs["cache" if "cache" in self._parameters else "past_key_values"] = self._cache
+        if "position_ids" in self._parameters:
+            inputs["position_ids"] = self._positions
+        if "logits_to_keep" in self._parameters:
+            inputs["logits_to_keep"] = 1
+        logits: Tensor = self._model(**inputs).logits[:, -1].float()
+        self._mask = torch.cat([self._mask, self._mask.new_ones(len(tokens), 1)], dim=1)
+        self._positions = self._positions[:, -1:] + 1
+        return logits
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Keep these rows, given by their indices, and forget the others."""
+        self._cache.reorder_cache(rows)
+        self._mask, self._positions = self._mask[rows], self._positions[rows]
+
+
+def draw_uniforms(seed: int, item: int, sample: int, count: int) -> np.ndarray:
+    """Draw uniform numbers from [0, 1).
+
+    Args:
+        seed: The lane's seed.
+        item: The item number.
+        sample: The number of the sample of that item.
+        count: The number of positions.
+
+    Returns:
+        The numbers, (count,), equal for equal arguments; those of a larger count begin with them.
+    """
+    # RandomState, because numpy promises that its streams never change.
+    return np.random.RandomState([seed % 2**32, seed // 2**32, item, sample]).random_sample(count)
+
+
+def draw_uniform_table(seeds: Sequence[int], item_samples: Sequence[tuple[int, int]], count: int) -> Tensor:
+    """Draw the uniform numbers of several lanes.
+
+    Args:
+        seeds: The seed of each lane.
+        item_samples: The item and sample number of each row of a lane.
+        count: The number of positions.
+
+    Returns:
+        The numbers, (lanes * rows, count), lane by lane.
+    """
+    rows = [draw_uniforms(seed, item, sample, count) for seed in seeds for item, sample in item_samples]
+    return torch.from_numpy(np.stack(rows))
+
+
+def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float = 1.0) -> Tensor:
+    """Sample one token per row.
+
+    The cumulative distribution follows the order of the vocabulary, not of probability: rounding could swap
+    two nearly equal probabilities, and another token would be sampled.
+
+    Args:
+        logits: The model's logits, (rows, vocabulary).
+        uniforms: A number from [0, 1) per row, (rows,).
+        temperature: Divides the logits.
+        top_p: Below 1, sample only from the nucleus: the most probable tokens, up to the one with which their
+            total probability reaches `top_p` (Holtzman et al. 2020, arXiv 1904.09751).
+
+    Returns:
+        Token ids, (rows,).
+    """
+    weights = torch.softmax(logits.double() / temperature, dim=-1)
+    if top_p < 1.0:
+        ordered, sorted_ids = weights.sort(dim=-1, descending=True, stable=True)
+        outside_nucleus = ordered.cumsum(dim=-1) - ordered >= top_p
+        weights = weights.masked_fill(
+            torch.zeros_like(outside_nucleus).scatter_(1, sorted_ids, outside_nucleus), 0.0
+        )
+    total = weights.cumsum(dim=-1)
+    # right=True skips tokens of weight 0. By rounding the index may pass the last token with a weight.
+    found = torch.searchsorted(total, uniforms.double()[:, None] * total[:, -1:], right=True).squeeze(1)
+    last = torch.where(weights > 0, torch.arange(weights.shape[1], device=weights.device), 0).amax(dim=-1)
+    return torch.minimum(found, last)

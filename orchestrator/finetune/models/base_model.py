@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -10,17 +10,6 @@ from orchestrator.finetune.models import output_layer
 
 if TYPE_CHECKING:
     import torch
-
-
-@dataclass
-class GenerationState:
-    """What this process has learnt about generating answers with a base model."""
-
-    memory_share: float = 1.0
-    """The part of the planned memory that is used; halved after each out-of-memory error."""
-    cuda_graphs: bool = True
-    """Whether decode steps are captured as CUDA graphs; false after a capture has failed, or after a step in
-    which the host waited for the GPU."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +29,6 @@ class BaseModel:
     """The code of norms, rotary embeddings and activations: "torch", or "liger" and its version."""
     memory_fraction: float = 1.0
     """The part of the GPU's memory that the trainer may use when trainers share a GPU: 0.5 is half of it."""
-    generation: GenerationState = field(default_factory=GenerationState, compare=False)
 
     @property
     def tokenizer(self) -> Any:

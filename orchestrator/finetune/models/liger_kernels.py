@@ -26,7 +26,7 @@ KERNELS = {"rope": True, "rms_norm": True, "swiglu": True, "geglu": True}
 """Liger's kernels that are used, as far as Liger has them for a model."""
 LOSSES = {"cross_entropy": False, "fused_linear_cross_entropy": False}
 """Liger's losses. They are off, because they would replace the model's `forward`. Lanes have losses of their
-own, which launch the kernel of Liger's cross-entropy (`evaluation/token_loss.py`)."""
+own, which launch the kernel of Liger's cross-entropy (`evaluation/forward.py`)."""
 REMEDY = "take --kernels torch"
 """What to do where Liger cannot be used."""
 

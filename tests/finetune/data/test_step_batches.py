@@ -1,16 +1,20 @@
-"""The micro-batches of a step: sorted rows, the shares of workers, and batches that a thread makes ahead."""
+"""The micro-batches of a step: sorted rows, the shares of workers, and batches that are made ahead."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.finetune.data.batches import Batch, Row, bucket_length, pad_rows, shuffled_indices
-from orchestrator.finetune.data.device_batch import DeviceBatch
+from orchestrator.finetune.data.batches import (
+    Batch,
+    DeviceBatch,
+    Row,
+    bucket_length,
+    pad_rows,
+    shuffled_indices,
+)
 from orchestrator.finetune.data.step_batches import (
     StepBatches,
     StepBatchLoader,
@@ -34,10 +38,8 @@ def row(number: int, length: int, targets: int = 1) -> Row:
 ROWS = [row(number, 1 + number * 37 % 90, 1 + number % 3) for number in range(50)]
 
 
-def loader(
-    rank: int = 0, workers: int = 1, ahead: bool = False, rows: Sequence[Row] = ROWS
-) -> StepBatchLoader:
-    return StepBatchLoader(rows, 96, 0, (rank, workers), ahead)
+def loader(rank: int = 0, workers: int = 1) -> StepBatchLoader:
+    return StepBatchLoader(ROWS, 96, 0, (rank, workers))
 
 
 def assert_equal(found: StepBatches, expected: StepBatches) -> None:
@@ -134,10 +136,11 @@ def test_batches_do_not_depend_on_what_was_made_ahead(
     calls: list[tuple[list[StepKey], list[StepKey]]],
 ) -> None:
     """The steps that are wanted and announced vary, as when lanes join, leave, resume or repeat a step."""
-    threaded, plain = loader(ahead=True), loader()
+    one, plain = loader(), loader()
     for wanted, upcoming in calls:
-        for found, expected in zip(threaded.load(wanted, upcoming), plain.load(wanted), strict=True):
+        for found, expected in zip(one.load(wanted), plain.load(wanted), strict=True):
             assert_equal(found, expected)
+        one.prepare(upcoming)
 
 
 def test_a_batch_on_the_device_has_the_targets_of_its_rows() -> None:

@@ -25,9 +25,6 @@ from step_lanes import make_step_lanes
 from torch import Tensor, distributed
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from orchestrator.finetune.evaluation import cached_forward
-from orchestrator.finetune.evaluation.cached_forward import CachedForward
-from orchestrator.finetune.failures import Fault, classify_error
 from orchestrator.finetune.models.base_model import BaseModel
 from orchestrator.finetune.process_group import TorchProcessGroup
 from orchestrator.finetune.tasks.base import Task
@@ -147,34 +144,3 @@ def test_no_operation_of_a_step_synchronizes(kind: str) -> None:
         group.backward(lanes)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-
-
-@pytest.mark.parametrize("device", ["cpu", gpus(1)])
-def test_memory_that_ends_inside_a_capture_is_out_of_memory(
-    device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """On a CPU, the capture is replaced by the two errors that PyTorch raises."""
-    base = load_on(device, configuration().model)
-    ids = torch.ones(2, 3, dtype=torch.long, device=device)
-    forward = CachedForward(base, 16)
-
-    def call(*inputs: Tensor) -> Tensor:
-        return torch.empty(2**46, dtype=torch.uint8, device="cuda")
-
-    def capture(*arguments: Any) -> None:
-        try:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 64 TiB")
-        finally:  # by the end of the capture, which is invalid
-            raise torch.AcceleratorError("CUDA error: operation failed due to a previous error")
-
-    with torch.no_grad():
-        forward.prefill(ids, torch.ones_like(ids))
-        if device == "cpu":
-            monkeypatch.setattr(cached_forward, "CapturedStep", capture)
-        else:
-            monkeypatch.setattr(forward, "_call", call)
-        with pytest.raises(RuntimeError) as raised:
-            forward._capture(ids[:, :1], ids[:, :1], ids[:, :1])
-    assert classify_error(raised.value) is Fault.MEMORY
-    if device == "cuda":  # the allocator can be used again
-        torch.empty(2**20, device="cuda").fill_(1).sum().item()

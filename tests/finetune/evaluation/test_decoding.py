@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import pytest
@@ -26,10 +26,14 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from orchestrator.finetune.evaluation import cached_forward, decoding
-from orchestrator.finetune.evaluation.cached_forward import CachedForward
-from orchestrator.finetune.evaluation.decoding import DecodingRules, decode_answers
-from orchestrator.finetune.evaluation.token_sampling import draw_uniform_table, sample_tokens
+from orchestrator.finetune.evaluation import generate
+from orchestrator.finetune.evaluation.generate import (
+    CachedForward,
+    DecodingRules,
+    decode_answers,
+    draw_uniform_table,
+    sample_tokens,
+)
 from orchestrator.finetune.models.base_model import BaseModel
 from orchestrator.finetune.tasks.local.letters import VOCABULARY, tokenizer
 
@@ -59,12 +63,12 @@ RULES = DecodingRules(max_new_tokens=70, temperature=1.5, top_p=0.95)
 
 
 @cache
-def make_base_model(family: str, device: str = "cpu") -> BaseModel:
+def make_base_model(family: str) -> BaseModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(CONFIGS[family])
-    model = model.eval().requires_grad_(False).to(device)
-    return BaseModel(model, tokenizer(), torch.device(device))
+    model = model.eval().requires_grad_(False)
+    return BaseModel(model, tokenizer(), torch.device("cpu"))
 
 
 def make_prompts(lanes: int = len(NAMES)) -> tuple[Tensor, Tensor]:
@@ -101,7 +105,7 @@ class StopStrings(StoppingCriteria):
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
         answers = input_ids[:, LENGTH:]
-        if answers.shape[1] % decoding.STOP_CHECK_INTERVAL:
+        if answers.shape[1] % generate.STOP_CHECK_INTERVAL:
             return torch.zeros(len(answers), dtype=torch.bool)
         texts = tokenizer().batch_decode(answers, skip_special_tokens=True)
         return torch.tensor([any(stop in text for stop in self.stop) for text in texts])
@@ -126,13 +130,13 @@ def generate_with_transformers(
 def count_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Return a list to which every forward pass appends its number of rows."""
     rows: list[int] = []
-    call = CachedForward._call
+    append = CachedForward.append
 
-    def counting(self: CachedForward, ids: Tensor, *rest: Tensor) -> Tensor:
-        rows.append(len(ids))
-        return call(self, ids, *rest)
+    def counting(self: CachedForward, tokens: Tensor) -> Tensor:
+        rows.append(len(tokens))
+        return append(self, tokens)
 
-    monkeypatch.setattr(CachedForward, "_call", counting)
+    monkeypatch.setattr(CachedForward, "append", counting)
     return rows
 
 
@@ -143,27 +147,24 @@ def combinations() -> list[Any]:
     """Return all combinations; the default run has one for each family, which differ."""
     found = []
     for number, family in enumerate(CONFIGS):
-        chosen = (bool(number & 1), bool(number & 2), number in (0, 3))
-        for static, sampled, stops in itertools.product((False, True), repeat=3):
-            names = ("static" if static else "dynamic", "sampled" if sampled else "greedy")
+        chosen = (bool(number & 2), number in (0, 3))
+        for sampled, stops in itertools.product((False, True), repeat=2):
             case = pytest.param(
-                family, static, sampled, STOP_TEXTS if stops else (),
-                id="-".join((family, *names, "stop" if stops else "eos")),
-                marks=() if (static, sampled, stops) == chosen else pytest.mark.slow,
+                family, sampled, STOP_TEXTS if stops else (),
+                id="-".join((family, "sampled" if sampled else "greedy", "stop" if stops else "eos")),
+                marks=() if (sampled, stops) == chosen else pytest.mark.slow,
             )  # fmt: skip
             found.append(case)
     return found
 
 
-@pytest.mark.parametrize(("family", "static", "sampled", "stop"), combinations())
+@pytest.mark.parametrize(("family", "sampled", "stop"), combinations())
 def test_the_tokens_equal_those_of_transformers(
-    family: str, static: bool, sampled: bool, stop: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+    family: str, sampled: bool, stop: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The cache is static or grows. A model with a sliding window always uses the one that grows."""
     base_model, rules = make_base_model(family), replace(RULES, stop=stop)
     ids, mask = make_prompts()
     uniforms = make_uniforms() if sampled else None
-    monkeypatch.setattr(decoding, "CachedForward", partial(CachedForward, static=static))
     with three_lanes(base_model) as adapters, adapters.activate_lanes(NAMES, None):
         expected = generate_with_transformers(base_model, rules, ids, mask, uniforms)
         rows = count_rows(monkeypatch)
@@ -183,30 +184,3 @@ def test_a_lanes_tokens_do_not_depend_on_the_lanes_beside_it() -> None:
             with adapters.activate_lanes([name], None):
                 alone = decode_answers(base_model, RULES, *make_prompts(1), 1, make_uniforms([seed]))
             assert torch.equal(alone, expected)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
-def test_answers_of_cuda_graphs_equal_those_without(
-    family: str, sampled: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    base_model = make_base_model(family, "cuda")
-    ids, mask = (tensor.cuda() for tensor in make_prompts())
-    uniforms = make_uniforms().cuda() if sampled else None
-    replays: list[int] = []
-    replay = cached_forward.CapturedStep.replay
-
-    def counting(self: cached_forward.CapturedStep, ids: Tensor, *rest: Tensor) -> Tensor:
-        replays.append(len(ids))
-        return replay(self, ids, *rest)
-
-    monkeypatch.setattr(cached_forward.CapturedStep, "replay", counting)
-    with three_lanes(base_model) as adapters, adapters.activate_lanes(NAMES, None):
-        with_graphs = decode_answers(base_model, RULES, ids, mask, len(NAMES), uniforms)
-        assert base_model.generation.cuda_graphs
-        assert len(replays) > RULES.max_new_tokens // 2
-        monkeypatch.setattr(base_model.generation, "cuda_graphs", False)
-        without = decode_answers(base_model, RULES, ids, mask, len(NAMES), uniforms)
-    assert torch.equal(with_graphs, without)

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from orchestrator.finetune.data.batches import Batch, Row, pad_rows
-from orchestrator.finetune.data.device_batch import DeviceBatch
-from orchestrator.finetune.evaluation import forward, token_loss
+from orchestrator.finetune.data.batches import Batch, DeviceBatch, Row, pad_rows
+from orchestrator.finetune.evaluation import forward
 from orchestrator.finetune.models.base_model import BaseModel
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.finetune.tasks.base import IGNORE_INDEX
@@ -64,9 +63,9 @@ def problem(dtype: torch.dtype, bias: bool = False) -> tuple[Tensor, nn.Linear, 
 def test_losses_and_gradients_equal_those_of_cross_entropy(
     dtype: torch.dtype, bias: bool, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(token_loss, "CHUNK_TARGETS", chunk)
+    monkeypatch.setattr(forward, "CHUNK_TARGETS", chunk)
     hidden, layer, labels, weights = problem(dtype, bias)
-    objective, losses = token_loss.compute_objective(hidden, layer, labels, weights, (20, 10))
+    objective, losses = forward.compute_token_objective(hidden, layer, labels, weights, (20, 10))
     (3 * objective).backward()
     found, hidden.grad = hidden.grad, None
     logits = layer(hidden)
@@ -82,17 +81,17 @@ def test_losses_and_gradients_equal_those_of_cross_entropy(
     assert (found - hidden.grad).abs().max() <= tolerance * hidden.grad.abs().max()
     assert layer.weight.grad is None
     with torch.no_grad():
-        scored, predictions = token_loss.predict_tokens(hidden, layer, labels, (20, 10))
+        scored, predictions = forward.predict_tokens(hidden, layer, labels, (20, 10))
     assert torch.equal(scored, losses)
     assert torch.equal(predictions, logits.argmax(dim=1))
 
 
 def test_a_lane_whose_logits_are_not_finite_has_no_finite_loss_and_harms_no_other() -> None:
     hidden, layer, labels, weights = problem(torch.float32)
-    alone = token_loss.compute_objective(hidden, layer, labels, weights, (20, 10))[1]
+    alone = forward.compute_token_objective(hidden, layer, labels, weights, (20, 10))[1]
     with torch.no_grad():
         hidden[:20] = torch.inf
-    objective, losses = token_loss.compute_objective(hidden, layer, labels, weights, (20, 10))
+    objective, losses = forward.compute_token_objective(hidden, layer, labels, weights, (20, 10))
     objective.backward()
     assert losses[:20].isnan().all()
     assert torch.equal(losses[20:], alone[20:])
@@ -129,15 +128,15 @@ def test_only_the_logits_of_one_chunk_exist_and_none_is_kept(train: bool, dtype:
         torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t),
     ):
         if train:
-            objective, _ = token_loss.compute_objective(hidden, layer, labels, weights, (count,))
+            objective, _ = forward.compute_token_objective(hidden, layer, labels, weights, (count,))
             assert sum(kept) == 0
             objective.backward()
             assert hidden.grad is not None
         else:
-            token_loss.predict_tokens(hidden, layer, labels, (count,))
-    assert largest.sizes[dtype] == token_loss.CHUNK_TARGETS * vocabulary
+            forward.predict_tokens(hidden, layer, labels, (count,))
+    assert largest.sizes[dtype] == forward.CHUNK_TARGETS * vocabulary
     if dtype == torch.bfloat16:
-        assert largest.sizes[torch.float32] == token_loss.WIDE_ROWS * vocabulary
+        assert largest.sizes[torch.float32] == forward.WIDE_ROWS * vocabulary
 
 
 @contextmanager

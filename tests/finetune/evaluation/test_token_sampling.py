@@ -13,11 +13,15 @@ from test_evaluate import split_of
 from three_lanes import NAMES, three_lanes
 
 from orchestrator.finetune.engine.lane_group import LaneGroup, TaskData
-from orchestrator.finetune.evaluation import decoding
+from orchestrator.finetune.evaluation import generate
 from orchestrator.finetune.evaluation.evaluate import evaluate
 from orchestrator.finetune.evaluation.evaluated_lanes import EvaluatedLanes
-from orchestrator.finetune.evaluation.generate import generate_answers, truncate_at_stop
-from orchestrator.finetune.evaluation.token_sampling import draw_uniforms, sample_tokens
+from orchestrator.finetune.evaluation.generate import (
+    draw_uniforms,
+    generate_answers,
+    sample_tokens,
+    truncate_at_stop,
+)
 from orchestrator.finetune.models.base_model import BaseModel
 from orchestrator.finetune.process_group import SINGLE_PROCESS_GROUP
 from orchestrator.finetune.tasks import catalogue as tasks
@@ -143,7 +147,7 @@ def test_an_answer_ends_before_its_first_stop_string(monkeypatch: pytest.MonkeyP
     base_model = make_base_model()
     plain = sampled(temperature=3.0)
     split = split_of(plain, base_model)
-    monkeypatch.setattr(decoding, "STOP_CHECK_INTERVAL", 2)
+    monkeypatch.setattr(generate, "STOP_CHECK_INTERVAL", 2)
     with three_lanes(base_model) as adapters:
         prompts = [(number, row.prompt) for number, row in enumerate(split.rows)]
         lanes = EvaluatedLanes.of(adapters, ["x"], [0])

@@ -24,7 +24,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from orchestrator.finetune.evaluation import token_loss
+from orchestrator.finetune.evaluation import forward
 from orchestrator.finetune.models import liger_kernels
 from variants import catalogue
 from variants.api import VariantSettings
@@ -76,8 +76,8 @@ def compare_losses(dtype: torch.dtype, device: str) -> dict[str, Any]:
     labels, weights = torch.randint(300, (30,)).to(device), torch.rand(30, dtype=torch.float64).to(device)
     found = []
     for uses_liger in (False, True):
-        with patch.object(token_loss, "CHUNK_TARGETS", 7):
-            objective, losses = token_loss.compute_objective(
+        with patch.object(forward, "CHUNK_TARGETS", 7):
+            objective, losses = forward.compute_token_objective(
                 hidden, layer, labels, weights, (20, 10), uses_liger
             )
         (3 * objective).backward()
