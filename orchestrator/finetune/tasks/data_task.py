@@ -242,9 +242,9 @@ class DataTask(Task):
             answer: The generated text.
         """
         if self.metric == "token_f1":
-            from orchestrator.finetune.grading import token_f1
+            from orchestrator.finetune.grading import text_answers
 
-            return token_f1.grade(answer, example.answer)
+            return text_answers.grade_token_f1(answer, example.answer)
         from orchestrator.finetune.grading import math
 
         return math.grade(answer, example.answer)

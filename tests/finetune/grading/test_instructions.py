@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.finetune.grading.instructions import grade
+from orchestrator.finetune.grading.text_answers import grade_instructions
 from orchestrator.util.errors import UsageError
 
 
@@ -59,7 +59,7 @@ GERMAN = ("language:response_language", {"language": "de"})
 def test_an_answer_is_graded_by_all_its_instructions(
     instructions: list[Any], answer: str, right: bool
 ) -> None:
-    assert grade(_row(*instructions), answer) == float(right)
+    assert grade_instructions(_row(*instructions), answer) == float(right)
 
 
 def test_missing_nltk_data_are_named_with_the_command_that_downloads_them(
@@ -74,4 +74,4 @@ def test_missing_nltk_data_are_named_with_the_command_that_downloads_them(
     with pytest.raises(
         UsageError, match=r"capital_word_frequency need NLTK's data 'punkt_tab'.*nltk\.downloader punkt_tab"
     ):
-        grade(row, "ONE two")
+        grade_instructions(row, "ONE two")

