@@ -18,7 +18,7 @@ from orchestrator.finetune.models import attention_dropout
 from orchestrator.finetune.models.activation_checkpointing import CHECKPOINTING_ATTRIBUTE
 from orchestrator.finetune.models.base_model import BaseModel
 from orchestrator.finetune.process_group import SINGLE_PROCESS_GROUP, ProcessGroup
-from orchestrator.finetune.sources import own_variants
+from orchestrator.finetune.sources import own_files
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.finetune.tasks.base import Task
 from orchestrator.study.configuration import Configuration, ModelChoice
@@ -143,7 +143,7 @@ class Engine:
             return self.lane_group
         self.detach_adapters()
         choice = configuration.variant
-        variant = own_variants.find(choice, self._data_folder)
+        variant = own_files.find_variant(choice, self._data_folder)
         task = tasks.find(configuration.task, self._data_folder)
         check_versions(configuration, variant, task)
         base_model = self._load_base_model(configuration.model, task)
