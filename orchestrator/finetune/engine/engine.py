@@ -14,9 +14,9 @@ from orchestrator.finetune.engine.calibration import load_or_compute_calibration
 from orchestrator.finetune.engine.checkpoint import Checkpoint
 from orchestrator.finetune.engine.lane import Lane, variant_settings
 from orchestrator.finetune.engine.lane_group import LaneGroup, TaskData
-from orchestrator.finetune.models import attention_dropout
-from orchestrator.finetune.models.activation_checkpointing import CHECKPOINTING_ATTRIBUTE
+from orchestrator.finetune.models import attention
 from orchestrator.finetune.models.base_model import BaseModel
+from orchestrator.finetune.models.block_options import CHECKPOINTING_ATTRIBUTE
 from orchestrator.finetune.process_group import SINGLE_PROCESS_GROUP, ProcessGroup
 from orchestrator.finetune.sources import own_files
 from orchestrator.finetune.tasks import catalogue as tasks
@@ -149,13 +149,13 @@ class Engine:
         base_model = self._load_base_model(configuration.model, task)
         has_base_dropout = configuration.base_dropout == "on"
         if has_base_dropout:
-            attention_dropout.check_dropout_supported(base_model.model, configuration.model.name)
+            attention.check_dropout_supported(base_model.model, configuration.model.name)
         settings, heads = variant_settings(configuration), base_model.head_names
         adapters = attach(base_model.model, variant, settings, choice.targets, heads, has_base_dropout)
         key = (configuration.model, configuration.task, configuration.batches.max_length)
         try:
             if has_base_dropout:
-                attention_dropout.enable_lane_dropout(base_model.model)
+                attention.enable_lane_dropout(base_model.model)
             if key not in self._data_by_key:
                 self._data_by_key[key] = TaskData.load(
                     configuration,
@@ -217,7 +217,7 @@ class Engine:
     def _detach(self, adapters: Adapters) -> None:
         """Detach the adapters and disable the base model's own dropout."""
         if self._base_model is not None:
-            attention_dropout.disable_lane_dropout(self._base_model[1].model)
+            attention.disable_lane_dropout(self._base_model[1].model)
         adapters.detach()
 
 

@@ -13,9 +13,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 
 from orchestrator.finetune.data.device_batch import DeviceBatch
 from orchestrator.finetune.evaluation import token_loss
-from orchestrator.finetune.models.base_model import BaseModel
-from orchestrator.finetune.models.output_layer import find_frozen_output_layer
-from orchestrator.finetune.models.unpacked_rows import without_packing_check
+from orchestrator.finetune.models.base_model import BaseModel, find_frozen_output_layer, without_packing_check
 from orchestrator.finetune.tasks.base import Task
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from orchestrator.finetune.models import loading
 from orchestrator.finetune.resolve.data_lengths import report_truncation
-from orchestrator.finetune.resolve.model_limits import check_positions, check_token_ids
+from orchestrator.finetune.resolve.templates import check_positions, check_token_ids
 from orchestrator.finetune.sources import own_files
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.finetune.tasks.data_task import DataTask

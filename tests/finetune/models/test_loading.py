@@ -112,7 +112,7 @@ def test_a_missing_or_changed_base_model_is_refused(root: Path) -> None:
 MAKE_SCRIPT = """
 import json, os, sys
 from pathlib import Path
-from orchestrator.finetune.sources import base_store, hub_models
+from orchestrator.finetune.sources import base_store
 
 def make(folder):
     (folder / "config.json").write_text(json.dumps({"pid": os.getpid()}))
