@@ -78,10 +78,7 @@ def find_content(name: str, root: Path) -> str | None:
         weight_files.check_weight_files(Path(name), name)  # before all files are read for the hash
         return base_store.content_hash(Path(name))
     if base_store.is_hub_name(name):
-        commit = base_store.pinned_commit(name, root)
-        if commit is not None and (cached := base_store.cached_snapshot(name, commit)) is not None:
-            weight_files.check_weight_files(cached, name, complete=False)
-        return commit
+        return base_store.pinned_commit(name, root)
     raise UsageError(
         f"Unknown model {name!r}: no such folder, nor a name known here. "
         f"{suggest_nearest(name, built_in_names())} A hub model is written organisation/model."
@@ -111,10 +108,8 @@ def prepare_base_model(name: str, root: Path, progress: Callable[[str], None] = 
         make = partial(_build_packaged, name, progress=progress)
         return content or base_store.get_or_create_base(root, name, _recipe(package), make)
     if content is None:
-        base_store.pin(name, root, progress)
-        content = find_content(name, root)
-        assert content is not None, f"{name} has just been pinned"
-    elif Path(name).is_dir():
+        return base_store.pin(name, root, progress)
+    if Path(name).is_dir():
         # A worker has another working directory: it finds the model by content, whatever its path was.
         pointer = {"folder": str(Path(name).resolve())}
         base_store.base_entries(root).write_entry(f"folder-{content[:12]}", pointer, "folder", replace=True)

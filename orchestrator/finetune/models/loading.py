@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from orchestrator.finetune.failures import Fault, classify_error
 from orchestrator.finetune.models import base_model as architecture
 from orchestrator.finetune.models import weight_files
 from orchestrator.finetune.models.base_model import BaseModel
@@ -95,7 +96,9 @@ def _load_model(choice: ModelChoice, root: Path, task: Task) -> tuple[Any, Mappi
                 trust_remote_code=False,
                 **config_overrides,
             )
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # transformers, safetensors and torch raise many types for damaged files
+        if classify_error(error) is Fault.MEMORY:
+            raise
         raise _loading_error(choice, source, revision, error) from error
     if getattr(model, "_hf_peft_config_loaded", False):
         raise UsageError(f"Model {choice.name!r}: {weight_files.HAS_ADAPTER_MESSAGE}.")
@@ -269,28 +272,6 @@ def input_kind(choice: ModelChoice, root: Path) -> Literal["text", "image", ""]:
         return "image"
     texts = auto.MODEL_FOR_CAUSAL_LM_MAPPING, auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
     return "text" if any(kind in each for each in texts) else ""
-
-
-def read_vocab_size(choice: ModelChoice, root: Path) -> int | None:
-    """Return the number of token embeddings of a model, None if its configuration does not say.
-
-    Args:
-        choice: The model, whose configuration can be read.
-        root: The folder of prepared models.
-    """
-    found: int | None = getattr(read_config(choice, root).get_text_config(), "vocab_size", None)
-    return found
-
-
-def read_model_type(choice: ModelChoice, root: Path) -> str:
-    """Return the `model_type` of a model's configuration.
-
-    Args:
-        choice: The model, whose configuration can be read.
-        root: The folder of prepared models.
-    """
-    found: str = read_config(choice, root).model_type
-    return found
 
 
 def read_config(choice: ModelChoice, root: Path) -> Any:

@@ -11,8 +11,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from orchestrator.finetune.models import block_options, loading
 from orchestrator.finetune.models import catalogue as model_catalogue
+from orchestrator.finetune.models import loading
 from orchestrator.finetune.models.base_model import max_learned_positions
 from orchestrator.finetune.models.catalogue import UNPREPARED
 from orchestrator.finetune.resolve.data_lengths import measure_max_length
@@ -205,8 +205,10 @@ def _check_models(
             raise UsageError(error)
     if configurations and has_layer_shapes(configurations[0].model):
         if options.kernels == "liger":
+            from orchestrator.finetune.models import block_options  # imports torch
+
             model = configurations[0].model
-            block_options.check_liger(loading.read_model_type(model, bases), model.name)
+            block_options.check_liger(loading.read_config(model, bases).model_type, model.name)
         # Building a model without weights takes seconds, so each adapter shape is checked once.
         distinct = {(c.variant.name, c.variant.rank, str(c.variant.extra)): c for c in configurations}
         check_attach(list(distinct.values()), task, bases)
@@ -416,7 +418,7 @@ def check_token_ids(configuration: Configuration, bases: Path, largest_id: int) 
         UsageError: It has none. On a GPU such an index would end the worker's process.
     """
     model = configuration.model
-    embedding_count = loading.read_vocab_size(model, bases)
+    embedding_count = getattr(loading.read_config(model, bases).get_text_config(), "vocab_size", None)
     if embedding_count is not None and largest_id >= embedding_count:
         raise UsageError(
             f"Model {model.name!r}: its tokenizer gives token {largest_id} for an example of task "

@@ -161,40 +161,29 @@ def pinned_commit(name: str, root: Path) -> str | None:
 
 
 def pin(name: str, root: Path, progress: Callable[[str], None]) -> str:
-    """Return the commit that `name` is pinned to, and pin it to the newest one first if necessary.
+    """Pin a name to its newest commit, or to one that another process has just pinned it to.
+
+    config.json is downloaded, which shows at once whether the model may be read. If the hub cannot be
+    reached, the local cache is asked.
 
     Args:
         name: The name of a hub model.
         root: The store's folder of base models.
         progress: Called with a line before the hub is asked.
 
+    Returns:
+        The commit.
+
     Raises:
         UsageError: The model cannot be read.
     """
-    if (commit := pinned_commit(name, root)) is not None:
-        return commit
     progress(f"{name}: asking the model hub")
-    data = {"name": name, "commit": resolve_commit(name)}
-    return base_entries(root).write_entry(_pin_key(name), data, "commit")
-
-
-def resolve_commit(name: str, commit: str | None = None) -> str:
-    """Ask the hub for a commit, or the local cache if the hub cannot be reached.
-
-    config.json is downloaded, which shows at once whether the model may be read.
-
-    Args:
-        name: The name of a hub model.
-        commit: The commit to look for. Default: the revision in `name`, or else the newest commit.
-
-    Raises:
-        UsageError: The model cannot be read.
-    """
     repository, _, revision = name.partition("@")
     try:
-        return find_commit(repository, "model", commit or revision or None)[0]
+        commit, _ = find_commit(repository, "model", revision or None)
     except Exception as error:  # of many classes: no network, no such model, gated, disabled
         raise unreachable_error(name, error) from error
+    return base_entries(root).write_entry(_pin_key(name), {"name": name, "commit": commit}, "commit")
 
 
 def find_commit(repository: str, repo_type: str, revision: str | None) -> tuple[str, Path | None]:
@@ -231,17 +220,6 @@ def find_commit(repository: str, repo_type: str, revision: str | None) -> tuple[
         except LocalEntryNotFoundError:
             raise error from None
         return folder.name, folder  # the cache keeps the files of a commit in snapshots/<commit>/
-
-
-def cached_snapshot(name: str, commit: str) -> Path | None:
-    """Return the local cache's folder with the files of a commit, None if it has no config.json.
-
-    Files that have not been downloaded yet are missing in the folder.
-    """
-    from huggingface_hub import try_to_load_from_cache
-
-    path = try_to_load_from_cache(repo_id(name), "config.json", revision=commit)
-    return Path(path).parent if isinstance(path, str) else None
 
 
 def unreachable_error(name: str, error: Exception) -> UsageError:
