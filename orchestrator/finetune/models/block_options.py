@@ -11,14 +11,10 @@ model, and it makes the output of the embeddings require gradients.
 
 from __future__ import annotations
 
-import os
-import shutil
-import sysconfig
 from contextlib import nullcontext
 from functools import wraps
 from importlib.metadata import version
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,7 +41,7 @@ CHECKPOINTING_ATTRIBUTE = "has_activation_checkpointing"
 
 
 def check_liger(family: str, name: str) -> None:
-    """Check that Liger's kernels can be compiled on this machine and that Liger supports a model.
+    """Check that Liger and Triton are installed and that Liger supports a model.
 
     Liger is not imported, and no GPU is needed.
 
@@ -54,7 +50,7 @@ def check_liger(family: str, name: str) -> None:
         name: The model's name, for the error.
 
     Raises:
-        UsageError: Liger, Triton, a C compiler or Python.h is missing, or Liger has no kernels for the model.
+        UsageError: Liger or Triton is missing, or Liger has no kernels for the model.
     """
     if family not in FAMILIES:
         raise UsageError(
@@ -66,22 +62,6 @@ def check_liger(family: str, name: str) -> None:
         raise UsageError(
             f"--kernels liger needs triton, which is not installed: install torch for CUDA, or {REMEDY}."
         )
-    check_compiler()
-
-
-def check_compiler() -> None:
-    """Check that this machine has a C compiler and Python.h, with which Triton builds its kernel launcher.
-
-    Raises:
-        UsageError: One of them is missing.
-    """
-    compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
-    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # as Triton does
-    missing = [] if any(map(shutil.which, compilers)) else ["a C compiler"]
-    if not (Path(sysconfig.get_path("include", scheme)) / "Python.h").is_file():
-        missing.append("Python.h")
-    if missing:
-        raise UsageError(f"--kernels liger needs {' and '.join(missing)}: {COMPILER_REMEDY}.")
 
 
 def launch_kernel(device: Any) -> None:
