@@ -72,7 +72,6 @@ def get(name: str) -> Variant:
     Raises:
         ValueError: There is no variant of this name, or a variant from outside this package cannot be
             imported. The message is one line.
-        TypeError: The variant's file in this package does not define exactly one variant.
     """
     if name.endswith(FILE_SUFFIX):
         return _loaded_files.get(name) or load(name)
@@ -150,16 +149,10 @@ def _get(name: str) -> Variant:
 
 def _get_built_in(name: str) -> Variant:
     from variants.api import Variant
+    from variants.user_files import find_class
 
     module = importlib.import_module(f"variants.{_axis_by_name()[name]}.{name}")
-    classes = [
-        value
-        for value in vars(module).values()
-        if isinstance(value, type) and issubclass(value, Variant) and value.__module__ == module.__name__
-    ]
-    if len(classes) != 1:
-        raise TypeError(f"{module.__name__} must define one Variant, not {len(classes)}")
-    return classes[0]()
+    return find_class(module, Variant)()
 
 
 def _describe_unknown(name: str) -> str:

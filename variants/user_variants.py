@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
-import traceback
 from pathlib import Path
-from types import ModuleType
 
 from variants.api import Variant
 from variants.errors import UnsupportedError
-from variants.variant_names import USER_AXIS, check_own_imports, entry_points_by_name, hash_source
+from variants.user_files import check_own_imports, describe_error_line, execute, find_class, hash_source
+from variants.variant_names import USER_AXIS, entry_points_by_name
 
 
 def load_file(path: str, source: bytes | None = None) -> Variant:
@@ -27,19 +26,14 @@ def load_file(path: str, source: bytes | None = None) -> Variant:
     path, is_known = os.path.realpath(path), source is not None
     source = read_source(path) if source is None else source
     revision = hash_source(source)
-    module = ModuleType(f"lora_orchestrator_user_variant_{revision}")
-    module.__file__ = path
-    sys.modules[module.__name__] = module  # dataclasses look up the module of a class
     try:
         if not is_known:
             check_own_imports(source, path)
-        exec(compile(source, path, "exec"), vars(module))
-        variant = variant_class(module)()
+        variant = find_class(execute(path, source, revision), Variant)()
     except (UnsupportedError, KeyboardInterrupt):
         raise
     except BaseException as error:  # SystemExit as well: sys.exit in the file would end the study
-        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
-        where = f" (line {lines[-1]})" if lines else ""
+        where = describe_error_line(error, path)
         problem = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise UnsupportedError(f"variant file {path!r}{where} cannot be imported: {problem}") from error
     vars(variant).update(source_path=path, source_code=source)
@@ -58,27 +52,6 @@ def read_source(path: str) -> bytes:
         return Path(path).read_bytes()
     except OSError as error:
         raise UnsupportedError(f"variant file {path!r} cannot be read ({error.strerror})") from error
-
-
-def variant_class(module: ModuleType) -> type[Variant]:
-    """Return the only variant that a module defines.
-
-    Raises:
-        UnsupportedError: The module defines none, or several.
-    """
-    classes = [
-        value
-        for name, value in vars(module).items()
-        if isinstance(value, type)
-        and issubclass(value, Variant)
-        and value.__module__ == module.__name__
-        and not name.startswith("_")
-    ]
-    if len(classes) != 1:
-        raise UnsupportedError(
-            f"{module.__file__!r} must define one public subclass of Variant; it defines {len(classes)}"
-        )
-    return classes[0]
 
 
 def identify(variant: Variant, name: str, revision: str) -> Variant:

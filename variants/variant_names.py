@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import ast
-import hashlib
 import os
 import re
-from collections.abc import Sequence
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
-from importlib.util import find_spec
-from itertools import product
 
 PEFT_PREFIX = "peft:"
 """Prefix of the name of one of PEFT's tuners: `peft:LOHA`."""
@@ -42,61 +37,6 @@ def canonical_key(key: str) -> str:
     """Return NAME or VARIANT.NAME in its canonical spelling, for any spelling of the two names."""
     variant, dot, setting = key.rpartition(".")
     return f"{canonical_name(variant)}{dot}{setting.replace('-', '_')}"
-
-
-def hash_source(source: bytes) -> str:
-    """Return the revision of a variant from outside this package: a hash of the content of its file."""
-    return hashlib.sha256(source).hexdigest()[:16]
-
-
-def check_own_imports(source: bytes | str, path: str) -> None:
-    """Check that a user's file imports no module from its own folder or the working folder.
-
-    The revision of a variant is a hash of its file alone, so a change of such a module would not be noticed.
-    Python looks for modules in the working folder, too, if it is started with `-m`.
-
-    Args:
-        source: The content of the file.
-        path: Its path.
-
-    Raises:
-        ImportError: The file imports such a module. The message names it.
-        SyntaxError: The file is no valid Python.
-        ValueError: The file has a null byte.
-    """
-    folders = {os.path.dirname(path): "beside the file", os.getcwd(): "in the working folder"}
-    for node in ast.walk(ast.parse(source, path)):
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and not node.level:
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
-        else:
-            continue
-        for name, (folder, where) in product(names, folders.items()):
-            if _is_beside(name.split("."), folder):
-                raise ImportError(
-                    f"line {node.lineno} imports {name!r}, which lies {where}; a change there would not be "
-                    "noticed, and other machines lack it: put its code into the file"
-                )
-
-
-def _is_beside(parts: Sequence[str], folder: str) -> bool:
-    """Return whether a module is a file in a folder, and not installed.
-
-    Args:
-        parts: The parts of the module's dotted name.
-        folder: The folder of the user's file, or the working folder.
-    """
-    if parts[0] in ("orchestrator", "variants"):  # the file may be in a clone of this project, which has both
-        return False
-    paths = [os.path.join(folder, *parts[:count]) for count in range(1, len(parts) + 1)]
-    if not any(os.path.isfile(file) for path in paths for file in (f"{path}.py", f"{path}/__init__.py")):
-        return False
-    spec = find_spec(parts[0])
-    if spec is None or spec.origin is None:
-        return True
-    # A built-in module such as `time` has no file.
-    return spec.has_location and os.path.dirname(os.path.realpath(spec.origin)) in (folder, paths[0])
 
 
 def short_name(name: str) -> str:

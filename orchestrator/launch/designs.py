@@ -17,9 +17,8 @@ from typing import ClassVar, Literal
 
 from orchestrator.analyze.effects import find_center
 from orchestrator.analyze.runs import finite
-from orchestrator.finetune.resolve.model_limits import check_attach
 from orchestrator.finetune.resolve.option_names import variant_hyperparameters
-from orchestrator.finetune.resolve.templates import find_settings_error, has_layer_shapes
+from orchestrator.finetune.resolve.templates import check_attach, find_settings_error, has_layer_shapes
 from orchestrator.finetune.tasks import catalogue
 from orchestrator.record.schema import Record
 from orchestrator.study.configuration import HYPERPARAMETERS, Configuration, Value

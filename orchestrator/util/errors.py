@@ -5,12 +5,12 @@ from __future__ import annotations
 import errno
 import os
 import re
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 
 from variants.errors import suggest_nearest as suggest_nearest
+from variants.user_files import describe_error_line
 
 DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 _ADVICE = {
@@ -118,10 +118,7 @@ def report_user_errors(name: str, action: str) -> Iterator[None]:
     except BaseException as error:
         if not name:
             raise
-        lines = [
-            frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == name
-        ]
-        where = f" (line {lines[-1]})" if lines else ""
+        where = describe_error_line(error, name)
         if isinstance(error, SystemExit):
             problem = f"sys.exit({'' if error.code is None else error.code}) would end the study; take it out"
         else:

@@ -19,7 +19,8 @@ from tiny_images import vit
 
 from orchestrator.finetune.data import dataset_cache
 from orchestrator.finetune.models import catalogue as model_catalogue
-from orchestrator.finetune.models import loading, model_checks
+from orchestrator.finetune.models import loading
+from orchestrator.finetune.models.base_model import max_learned_positions
 from orchestrator.finetune.resolve.data_preparation import prepare_datasets
 from orchestrator.finetune.sources.base_store import suppress_transformers_logging
 from orchestrator.finetune.tasks import catalogue as tasks
@@ -215,7 +216,7 @@ def test_the_positions_of_a_model_are_as_many_as_it_computes(kind: str, sizes: d
     arguments = {"max_position_embeddings": 12, "vocab_size": 30, "word_embed_proj_dim": 16, **sizes}
     config = getattr(transformers, f"{kind}Config")(**arguments)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    assert model_checks.max_learned_positions(model) == 12
+    assert max_learned_positions(model) == 12
     model(input_ids=torch.zeros((1, 12), dtype=torch.int64))
     with pytest.raises(Exception, match=r"size of tensor|out of range|expanded size"):
         model(input_ids=torch.zeros((1, 13), dtype=torch.int64))

@@ -19,7 +19,7 @@ from untrained_base import base
 from orchestrator.analyze import report
 from orchestrator.finetune.models import loading
 from orchestrator.finetune.resolve import templates
-from orchestrator.finetune.resolve.model_limits import check_attach
+from orchestrator.finetune.resolve.templates import check_attach
 from orchestrator.launch.study import resolve_study
 from orchestrator.record.schema import Evaluation, Record
 from orchestrator.record.store import Store

@@ -18,9 +18,9 @@ from orchestrator.finetune.engine.lane_source import Lease
 from orchestrator.finetune.engine.tensor_files import read_checkpoint
 from orchestrator.finetune.evaluation.baseline_scores import Scores
 from orchestrator.finetune.evaluation.evaluate import EvaluationResult
-from orchestrator.finetune.models import attention_dropout
-from orchestrator.finetune.models.activation_checkpointing import CHECKPOINTING_ATTRIBUTE
+from orchestrator.finetune.models import attention
 from orchestrator.finetune.models.base_model import BaseModel
+from orchestrator.finetune.models.block_options import CHECKPOINTING_ATTRIBUTE
 from orchestrator.finetune.process_group import (
     SINGLE_PROCESS_GROUP,
     ProcessGroup,
@@ -28,7 +28,7 @@ from orchestrator.finetune.process_group import (
     on_all_workers,
     result_or_error,
 )
-from orchestrator.finetune.sources import own_variants
+from orchestrator.finetune.sources import own_files
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.finetune.tasks.base import Task
 from orchestrator.finetune.tasks.examples import HELD_OUT_SPLITS, Split
@@ -179,20 +179,20 @@ class Engine:
             return
         self._detach()
         choice = configuration.variant
-        variant = own_variants.find(choice, self._data_folder)
+        variant = own_files.find_variant(choice, self._data_folder)
         task = tasks.find(configuration.task, self._data_folder)
         check_versions(configuration, variant, task)
         base_model = self._load_base_model(configuration.model, task)
         has_base_dropout = configuration.base_dropout == "on"
         if has_base_dropout:
-            attention_dropout.check_dropout_supported(base_model.model, configuration.model.name)
+            attention.check_dropout_supported(base_model.model, configuration.model.name)
         settings, heads = variant_settings(configuration), base_model.head_names
         adapters = attach(base_model.model, variant, settings, choice.targets, heads, has_base_dropout)
         key = (configuration.model, configuration.task, configuration.batches.max_length)
         workers = self.process_group
         try:
             if has_base_dropout:
-                attention_dropout.enable_lane_dropout(base_model.model)
+                attention.enable_lane_dropout(base_model.model)
             if key not in self._data_by_key:
                 self._data_by_key[key] = TaskData.load(
                     configuration, task, base_model, adapters, workers, self._data_folder, self._on_batch
@@ -299,7 +299,7 @@ class Engine:
             adapters, self._lane_group = self._lane_group.adapters, None
         if adapters is not None:
             if self._base_model is not None:
-                attention_dropout.disable_lane_dropout(self._base_model[1].model)
+                attention.disable_lane_dropout(self._base_model[1].model)
             adapters.detach()
 
 

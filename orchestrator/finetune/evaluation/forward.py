@@ -18,9 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear, mse_loss
 
 from orchestrator.finetune.data.batches import DeviceBatch
-from orchestrator.finetune.models.base_model import BaseModel
-from orchestrator.finetune.models.output_layer import find_frozen_output_layer
-from orchestrator.finetune.models.unpacked_rows import without_packing_check
+from orchestrator.finetune.models.base_model import BaseModel, find_frozen_output_layer, without_packing_check
 from orchestrator.finetune.tasks.base import IGNORE_INDEX, Task
 
 CHUNK_TARGETS = 1024

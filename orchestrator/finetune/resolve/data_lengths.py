@@ -7,7 +7,8 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from orchestrator.finetune.models import loading, model_checks
+from orchestrator.finetune.models import loading
+from orchestrator.finetune.models.base_model import max_learned_positions
 from orchestrator.finetune.models.catalogue import UNPREPARED
 from orchestrator.finetune.tasks.base import Split, Task
 from orchestrator.finetune.tasks.data_task import DataTask
@@ -39,7 +40,7 @@ def measure_max_length(task: Task, model: ModelChoice, bases: Path) -> int:
         return task.defaults.max_length
     assert isinstance(task, DataTask)
     lengths = _row_lengths(task, loading.load_processor(model, bases, task))
-    positions = model_checks.max_learned_positions(loading.build_meta_model(model, bases, task)[0])
+    positions = max_learned_positions(loading.build_meta_model(model, bases, task)[0])
     limit = MAX_LENGTH if positions is None else min(MAX_LENGTH, positions)
     longest, where = max(lengths, key=itemgetter(0))
     if longest > limit:

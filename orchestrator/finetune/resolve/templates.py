@@ -6,14 +6,16 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
+from io import BytesIO
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from orchestrator.finetune.models import catalogue as model_catalogue
-from orchestrator.finetune.models import liger_kernels, loading
+from orchestrator.finetune.models import loading
+from orchestrator.finetune.models.base_model import max_learned_positions
 from orchestrator.finetune.models.catalogue import UNPREPARED
 from orchestrator.finetune.resolve.data_lengths import measure_max_length
-from orchestrator.finetune.resolve.model_limits import check_attach, check_inputs
 from orchestrator.finetune.resolve.option_names import (
     ResolvedOptions,
     fill_accumulation,
@@ -22,6 +24,7 @@ from orchestrator.finetune.resolve.option_names import (
 from orchestrator.finetune.tasks import task_names
 from orchestrator.finetune.tasks.base import Task
 from orchestrator.finetune.tasks.data_task import DataTask
+from orchestrator.finetune.tasks.pretraining import PretrainedTask
 from orchestrator.study import space
 from orchestrator.study.configuration import (
     HYPERPARAMETERS,
@@ -36,12 +39,13 @@ from orchestrator.study.configuration import (
 )
 from orchestrator.study.options import StudyOptions
 from orchestrator.study.space import Space, apply_values
-from orchestrator.util.errors import UsageError, report_user_errors
+from orchestrator.util.errors import UsageError, format_error, report_user_errors
 from variants import catalogue
 from variants.source_cache import cached, source_digest
 from variants.traits import AdaptationScope
 
 _PROGRAM = Path(__file__).parents[2]
+_ARTICLES = {"image": "an image", "text": "a text"}
 
 
 def build_configuration_templates(
@@ -201,8 +205,10 @@ def _check_models(
             raise UsageError(error)
     if configurations and has_layer_shapes(configurations[0].model):
         if options.kernels == "liger":
+            from orchestrator.finetune.models import block_options  # imports torch
+
             model = configurations[0].model
-            liger_kernels.check_liger(loading.read_model_type(model, bases), model.name)
+            block_options.check_liger(loading.read_config(model, bases).model_type, model.name)
         # Building a model without weights takes seconds, so each adapter shape is checked once.
         distinct = {(c.variant.name, c.variant.rank, str(c.variant.extra)): c for c in configurations}
         check_attach(list(distinct.values()), task, bases)
@@ -293,3 +299,129 @@ def _variant_choice(name: str, options: StudyOptions) -> VariantChoice:
         numerics=variant.numerics,
         revision=variant.revision,
     )
+
+
+def check_attach(configurations: Sequence[Configuration], task: Task, bases: Path) -> None:
+    """Attach each configuration's variant to the base model without weights.
+
+    An error that would end a lane on a GPU is found here, before any machine is requested.
+
+    Args:
+        configurations: Configurations of one task.
+        task: The task.
+        bases: The store's folder of base models.
+
+    Raises:
+        UsageError: The variant's rank or targets do not fit the model, the model lacks positions for the
+            task's texts, or it does not support `base_dropout`.
+    """
+    from orchestrator.finetune.data.batches import compute_max_row_length
+    from orchestrator.finetune.engine.lane import variant_settings
+    from orchestrator.finetune.models import attention
+    from variants.attach import attach
+
+    models: dict[ModelChoice, tuple[Any, tuple[str, ...]]] = {}
+    for configuration in configurations:
+        variant, settings = configuration.variant, variant_settings(configuration)
+        if configuration.model not in models:
+            models[configuration.model] = loading.build_meta_model(configuration.model, bases, task)
+        model, heads = models[configuration.model]
+        longest = compute_max_row_length(task, configuration.batches.max_length)
+        check_positions(model, configuration.model.name, longest, task)
+        try:
+            if configuration.base_dropout == "on":
+                attention.check_dropout_supported(model, configuration.model.name)
+            attach(model, catalogue.get(variant.name), settings, variant.targets, heads).detach()
+        except ValueError as error:
+            reason = " ".join(str(error).split())  # PEFT's and transformers' errors may have many lines
+            raise UsageError(f"{configuration.model.name} with {variant.name}: {reason}") from None
+
+
+def check_inputs(model: ModelChoice, task: Task, bases: Path) -> None:
+    """Check that a base model can read a task's inputs, as far as that is known without its weights.
+
+    Args:
+        model: The base model, which may be unprepared.
+        task: The task.
+        bases: The store's folder of base models.
+
+    Raises:
+        UsageError: The model reads images and the task has texts, or the reverse; or the model is the small
+            base of another task and lacks the words or the image size of the user's data.
+    """
+    if model.name == getattr(task, "default_model", None):
+        return
+    kind = loading.input_kind(model, bases)
+    if kind and kind != task.inputs:
+        raise UsageError(
+            f"--model {model.name}: is {_ARTICLES[kind]} model, and task {task.name!r} has {task.inputs}s; "
+            f"take {_ARTICLES[task.inputs]} model."
+        )
+    base = model_catalogue.task_bases().get(model.name)
+    if not isinstance(base, PretrainedTask) or not isinstance(task, DataTask):
+        return
+    if problem := _find_unread_example(base, task):
+        raise UsageError(
+            f"--model {model.name}: it is a small model for task {base.name!r}, and cannot read task "
+            f"{task.name!r}: {problem}; take another --model, for example {task.default_model}."
+        )
+
+
+def _find_unread_example(base: PretrainedTask, task: Task) -> str:
+    """Return why a small base model cannot read the first examples of another task; empty if it can."""
+    examples = task.examples("train", 20)
+    if task.inputs == "text":
+        try:
+            task.encode_all(examples, base.processor())
+        except Exception as error:  # the tokenizers of Hugging Face raise Exception itself
+            return format_error(error)
+        return ""
+    import PIL.Image
+
+    side = base.base_config().image_size
+    for image in (example.image for example in examples if example.image is not None):
+        width, height = PIL.Image.open(BytesIO(image.read())).size
+        if (width, height) != (side, side):
+            return f"{image.name} has {width} x {height} pixels, and the model takes {side} x {side}"
+    return ""
+
+
+def check_positions(model: Any, name: str, length: int, task: Task) -> None:
+    """Check that the model has position embeddings for the longest sequence of a task.
+
+    Args:
+        model: The base model.
+        name: The model's name, for the error.
+        length: Tokens of the longest text, or of the longest prompt with its generated answer.
+        task: The task, for the error.
+
+    Raises:
+        UsageError: The model has fewer positions.
+    """
+    max_positions = max_learned_positions(model)
+    if max_positions is not None and length > max_positions:
+        raise UsageError(
+            f"Model {name!r} has positions for {max_positions} tokens, and task {task.name!r} needs up to "
+            f"{length}; take another --model, or shorter texts"
+        )
+
+
+def check_token_ids(configuration: Configuration, bases: Path, largest_id: int) -> None:
+    """Check that the model has an embedding for the largest token id of the data.
+
+    Args:
+        configuration: The configuration with the model.
+        bases: The store's folder of base models.
+        largest_id: The largest token id.
+
+    Raises:
+        UsageError: It has none. On a GPU such an index would end the worker's process.
+    """
+    model = configuration.model
+    embedding_count = getattr(loading.read_config(model, bases).get_text_config(), "vocab_size", None)
+    if embedding_count is not None and largest_id >= embedding_count:
+        raise UsageError(
+            f"Model {model.name!r}: its tokenizer gives token {largest_id} for an example of task "
+            f"{configuration.task.name!r}, and the model has embeddings for {embedding_count} tokens, "
+            "from 0 on; take the tokenizer that belongs to the model."
+        )

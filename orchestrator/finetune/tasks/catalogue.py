@@ -8,12 +8,12 @@ import os
 import sys
 import tokenize
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from types import ModuleType
 
 from orchestrator.finetune.sources import own_files
-from orchestrator.finetune.tasks import task_file, user_task
+from orchestrator.finetune.tasks import user_task
 from orchestrator.finetune.tasks.base import Task
 from orchestrator.finetune.tasks.data_task import DataTask
 from orchestrator.finetune.tasks.task_names import entry_points_by_name as entry_points_by_name
@@ -21,7 +21,14 @@ from orchestrator.finetune.tasks.task_names import module_names
 from orchestrator.finetune.tasks.task_names import names as names
 from orchestrator.study.configuration import TaskChoice
 from orchestrator.util.errors import UsageError, report_user_errors, suggest_nearest
-from variants.variant_names import FILE_SUFFIX, check_own_imports
+from variants.errors import UnsupportedError
+from variants.user_files import check_own_imports, execute, find_class, hash_code
+from variants.variant_names import FILE_SUFFIX
+
+UNHASHED_ATTRIBUTES = {"title", "defaults", "default_model"}
+"""Attributes of a task that do not change what a configuration computes."""
+hash_task_code = partial(hash_code, unhashed=UNHASHED_ATTRIBUTES)
+"""Return the hash of the code in a task file (see `variants.user_files.hash_code`)."""
 
 
 def load(name: str) -> Task:
@@ -101,7 +108,7 @@ def find(choice: TaskChoice, folder: Path, entry: Mapping[str, str] | None = Non
         task: Task = DataTask.from_json(json.loads(entry["spec"]))
     else:
         path, code = entry["path"], entry["source"]
-        if task_file.hash_code(code, path) != choice.content:  # before anything is executed
+        if hash_task_code(code, path) != choice.content:  # before anything is executed
             raise UsageError(f"The entry of task {choice.name!r} in {folder} holds other code; remove it.")
         task = _load_file(path, code)
     task.name = choice.name
@@ -136,11 +143,8 @@ def _read_code(path: str) -> str:
 
 def _load_file(path: str, code: str) -> Task:
     with report_user_errors(path, "does not import"):
-        content = task_file.hash_code(code, path)
-        module = ModuleType(f"orchestrator_user_task_{content}")
-        module.__file__ = path
-        sys.modules[module.__name__] = module  # dataclasses look up the module of a class
-        exec(compile(code, path, "exec"), vars(module))
+        content = hash_task_code(code, path)
+        module = execute(path, code, content)
     with report_user_errors(path, "cannot make its task"):
         task = _instantiate_task(module)
         task.name, task.source, task.code, task.content = os.path.basename(path), path, code, content
@@ -156,7 +160,8 @@ def _load_entry_point(name: str) -> Task:
             raise UsageError(f"Task {name!r} ({entry.value}) is no subclass of Task.")
         task = loaded()
         path = str(sys.modules[loaded.__module__].__file__)
-        task.name, task.source, task.content = name, path, task_file.hash_code(_read_code(path), path)
+        content = hash_task_code(_read_code(path), path)
+        task.name, task.source, task.content = name, path, content
         user_task.check(task)
     return task
 
@@ -173,13 +178,7 @@ def _load_builtin_task(name: str) -> Task:
 
 
 def _instantiate_task(module: ModuleType) -> Task:
-    classes = [
-        value
-        for value in vars(module).values()
-        if isinstance(value, type) and issubclass(value, Task) and value.__module__ == module.__name__
-    ]
-    if len(classes) != 1:
-        raise UsageError(
-            f"A task file must contain exactly one subclass of Task, {module.__file__!r} has {len(classes)}."
-        )
-    return classes[0]()
+    try:
+        return find_class(module, Task)()
+    except UnsupportedError as error:
+        raise UsageError(f"Task file {error}.") from None

