@@ -1,19 +1,108 @@
-"""Validation of a task in a user's file."""
+"""Tasks made of entries of a TOML file, and the rules for what users write: entries and classes."""
 
 from __future__ import annotations
 
+import hashlib
+import importlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
-from typing import get_args
+from dataclasses import MISSING, fields, replace
+from fractions import Fraction
+from typing import Any, get_args, get_type_hints
 
+from pydantic import TypeAdapter, ValidationError
+
+from orchestrator.finetune.tasks import task_names
 from orchestrator.finetune.tasks.base import SPLITS, GradeAt, Output, Task, TaskDefaults
+from orchestrator.finetune.tasks.hub_task import HubTask
 from orchestrator.study.configuration import HYPERPARAMETERS, Dtype, Hyperparameter
 from orchestrator.study.grids import MAX_POINTS
+from orchestrator.study.option import broken_rule
 from orchestrator.util.errors import UsageError, suggest_nearest
 
 MAX_EXAMPLES = 1_000_000_000
 MAX_TOKENS = 10_000_000
 MAX_EVALUATIONS = 100_000
+
+
+UNHASHED_SETTINGS = {"title", "default_model", *(field.name for field in fields(TaskDefaults))}
+"""Settings of an entry that do not change what a configuration computes: those of `task_file` for a class."""
+KINDS = {
+    "text_labels": "text_label_task:TextLabelTask",
+    "images": "image_task:ImageTask",
+    "instruction": "instruction_task:InstructionTask",
+}
+
+
+def make_task(name: str, entry: Mapping[str, Any]) -> Task:
+    """Return the task of an entry.
+
+    Args:
+        name: The name of the task.
+        entry: Keys and values: the kind, or the name of shared settings, then attributes of the task and of
+            its `TaskDefaults`.
+
+    Raises:
+        UsageError: A key is unknown or missing, or a value has another type.
+    """
+    settings = share_settings(name, entry)
+    kind = settings.pop("kind", None)
+    if kind not in KINDS and "class" not in settings:
+        raise UsageError(f"Task {name!r}: kind is {kind!r}; {suggest_nearest(str(kind), list(KINDS))}")
+    module, _, class_name = settings.pop("class", KINDS.get(kind)).partition(":")
+    task_class = getattr(importlib.import_module(f"{__package__}.{module}"), class_name)
+    if not issubclass(task_class, HubTask):  # a local task, with its settings in Python
+        return task_class()
+    types, default_types = get_type_hints(task_class), get_type_hints(TaskDefaults)
+    types = {key: types[key] for key in task_class.keys} | default_types | {"floor": float | str}
+    found = {key: _parse_value(name, key, value, types) for key, value in settings.items()}
+    required = [key for key in task_class.keys if not hasattr(task_class, key) and key != "floor"]
+    required += [field.name for field in fields(TaskDefaults) if field.default is MISSING]
+    if task_class.inputs == "text":
+        required.append("floor")
+    if missing := [key for key in required if key not in found]:
+        raise UsageError(f"Task {name!r}: the entry has no {missing[0]}; add {missing[0]} = ...")
+    found["defaults"] = TaskDefaults(**{key: found.pop(key) for key in default_types if key in found})
+    return task_class(name, found)
+
+
+def share_settings(name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of an entry together with the shared ones that it names.
+
+    Args:
+        name: The name of the task, for the error.
+        entry: The entry.
+
+    Raises:
+        UsageError: There are no shared settings of that name.
+    """
+    shared = task_names.read_tasks()[task_names.SHARED]
+    settings = dict(entry)
+    group = settings.pop("defaults", None)
+    if group is not None and group not in shared:
+        raise UsageError(f"Task {name!r}: defaults is {group!r}; {suggest_nearest(str(group), list(shared))}")
+    return {**shared.get(group, {}), **settings}
+
+
+def _parse_value(name: str, key: str, value: Any, types: Mapping[str, Any]) -> Any:
+    if key not in types:
+        raise UsageError(f"Task {name!r}: unknown key {key!r}. {suggest_nearest(key, sorted(types))}")
+    try:
+        found = TypeAdapter(types[key]).validate_json(json.dumps(value, default=str), strict=True)
+        return float(Fraction(found)) if key == "floor" and isinstance(found, str) else found
+    except ValidationError as error:
+        raise UsageError(f"Task {name!r}: {key} is {value!r}; {broken_rule(error.errors()[0])}") from None
+    except (ValueError, ZeroDivisionError):
+        raise UsageError(
+            f'Task {name!r}: floor is {value!r}; must be a number or a fraction, "1/3"'
+        ) from None
+
+
+def hash_entry(name: str, entry: Mapping[str, Any]) -> str:
+    """Return 16 hexadecimal digits of a SHA-256 of what decides the results of a user's entry."""
+    settings = share_settings(name, entry)
+    kept = {key: value for key, value in settings.items() if key not in UNHASHED_SETTINGS}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def check(task: Task) -> None:

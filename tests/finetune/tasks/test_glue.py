@@ -17,9 +17,8 @@ from scripted import Script, leases, train
 
 from orchestrator.finetune.models import loading
 from orchestrator.finetune.sources import hub_data
-from orchestrator.finetune.tasks import glue_task
+from orchestrator.finetune.tasks import text_label_task
 from orchestrator.finetune.tasks.base import SPLITS
-from orchestrator.finetune.tasks.glue_task import REPOSITORY
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import BatchConfig, LRSchedule, OptimizerConfig
 from orchestrator.util.errors import UsageError
@@ -38,9 +37,9 @@ def hub_data_folder(hub: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
     monkeypatch.setenv(hub_data.DATA_FOLDER_VARIABLE, str(hub))
     for name in NAMES:
         small(task_of(name), monkeypatch, train=TRAIN - VALIDATION - 4, validation=VALIDATION, test=DEV)
-    glue_task._load_splits.cache_clear()
+    text_label_task._load_splits.cache_clear()
     yield hub
-    glue_task._load_splits.cache_clear()
+    text_label_task._load_splits.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +99,9 @@ def test_rows_of_a_premise_share_a_split_and_test_rows_are_not_trained_on(
         for i in range(40)
         for j in range(3)
     ]
-    write(tmp_path, REPOSITORY, {"train": train, "validation_matched": [train[4], train[77]]}, subset="mnli")
+    write(
+        tmp_path, "nyu-mll/glue", {"train": train, "validation_matched": [train[4], train[77]]}, subset="mnli"
+    )
     monkeypatch.setenv(hub_data.DATA_FOLDER_VARIABLE, str(tmp_path))
     small(task, monkeypatch, train=90, validation=20, test=2)
     data = task.load(task.choice())

@@ -20,15 +20,15 @@ from tiny_images import MAKE, load
 from orchestrator.finetune.sources.hub_data import DATA_FOLDER_VARIABLE
 from orchestrator.finetune.tasks import catalogue
 from orchestrator.finetune.tasks.base import SPLITS
-from orchestrator.finetune.tasks.hub_image_task import LEARNING_RATES, HubImageTask, _all_examples
+from orchestrator.finetune.tasks.image_task import ImageTask, _all_examples
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import BatchConfig, LRSchedule, OptimizerConfig
 from orchestrator.util.errors import UsageError
 
 
-def task_of(name: str) -> HubImageTask:
+def task_of(name: str) -> ImageTask:
     task = catalogue.get(name)
-    assert isinstance(task, HubImageTask)
+    assert isinstance(task, ImageTask)
     return task
 
 
@@ -91,8 +91,8 @@ def test_the_default_settings_are_those_of_the_paper(name: str) -> None:
     task = task_of(name)
     assert task.default_model == "openai/clip-vit-base-patch16"
     assert (task.num_labels, task.metric) == (CLASSES[name], "accuracy")
-    assert task.defaults.learning_rates == LEARNING_RATES
-    assert len(LEARNING_RATES) == 10
+    rates = (1e-6, 1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3)
+    assert task.defaults.learning_rates == rates
     assert (task.defaults.schedule, task.defaults.batch_size) == ("cosine", 64)
 
 
