@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields, replace
 from fractions import Fraction
-from typing import Any, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -91,6 +91,10 @@ def _parse_value(name: str, key: str, value: Any, types: Mapping[str, Any]) -> A
         found = TypeAdapter(types[key]).validate_json(json.dumps(value, default=str), strict=True)
         return float(Fraction(found)) if key == "floor" and isinstance(found, str) else found
     except ValidationError as error:
+        if get_origin(types[key]) is Literal:
+            raise UsageError(
+                f"Task {name!r}: {key} is {value!r}; {suggest_nearest(str(value), get_args(types[key]))}"
+            ) from None
         raise UsageError(f"Task {name!r}: {key} is {value!r}; {broken_rule(error.errors()[0])}") from None
     except (ValueError, ZeroDivisionError):
         raise UsageError(
