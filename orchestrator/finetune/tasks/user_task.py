@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, fields, replace
 from fractions import Fraction
+from functools import cache
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
@@ -70,7 +71,7 @@ def make_task(name: str, entry: Mapping[str, Any]) -> Task:
     task_class = getattr(importlib.import_module(f"{__package__}.{module}"), class_name)
     if not issubclass(task_class, HubTask):  # a local task, with its settings in Python
         return task_class()
-    types, default_types = get_type_hints(task_class), get_type_hints(TaskDefaults)
+    types, default_types = _types(task_class), _types(TaskDefaults)
     types = {key: types[key] for key in task_class.keys} | default_types | {"floor": float | str}
     found = {key: _parse_value(name, key, value, types) for key, value in settings.items()}
     required = [key for key in task_class.keys if not hasattr(task_class, key) and key != "floor"]
@@ -81,6 +82,16 @@ def make_task(name: str, entry: Mapping[str, Any]) -> Task:
         raise UsageError(f"Task {name!r}: the entry has no {missing[0]}; add {missing[0]} = ...")
     found["defaults"] = TaskDefaults(**{key: found.pop(key) for key in default_types if key in found})
     return task_class(name, found)
+
+
+@cache
+def _types(owner: type) -> dict[str, Any]:
+    return get_type_hints(owner)
+
+
+@cache
+def _adapter(annotation: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(annotation)
 
 
 def share_settings(name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -105,7 +116,7 @@ def _parse_value(name: str, key: str, value: Any, types: Mapping[str, Any]) -> A
     if key not in types:
         raise UsageError(f"Task {name!r}: unknown key {key!r}. {suggest_nearest(key, sorted(types))}")
     try:
-        found = TypeAdapter(types[key]).validate_json(json.dumps(value, default=str), strict=True)
+        found = _adapter(types[key]).validate_json(json.dumps(value, default=str), strict=True)
         return float(Fraction(found)) if key == "floor" and isinstance(found, str) else found
     except ValidationError as error:
         if get_origin(types[key]) is Literal:

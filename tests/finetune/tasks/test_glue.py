@@ -23,8 +23,6 @@ from orchestrator.record.store import Store
 from orchestrator.study.configuration import BatchConfig, LRSchedule, OptimizerConfig
 from orchestrator.util.errors import UsageError
 
-METRICS = dict.fromkeys(NAMES, "accuracy") | {"stsb": "pearson", "qqp": "f1", "cola": "matthews"}
-
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -45,22 +43,6 @@ def hub_data_folder(hub: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
 @pytest.fixture(scope="module")
 def roberta(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return encoders.save("roberta", tmp_path_factory.mktemp("roberta"))
-
-
-# -- the settings of the study ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_settings_and_metric_are_those_of_the_study(name: str) -> None:
-    task = task_of(name)
-    defaults = task.defaults
-    assert (task.metric, task.default_model) == (METRICS[name], "FacebookAI/roberta-base")
-    assert (defaults.batch_size, defaults.max_length, defaults.dtype) == (32, 256, "float32")
-    assert (defaults.schedule, defaults.warmup, defaults.weight_decay) == ("linear", 0.03, 0.0)
-    assert defaults.learning_rates == (1e-6, 1e-5, 5e-5, 1e-4, 5e-4, 1e-3, 5e-3)
-    epochs = defaults.steps * defaults.batch_size / defaults.train_size
-    assert epochs == pytest.approx(3 if name in ("qqp", "mnli") else 10, rel=1e-4)
-    assert task.floor == 0 or task.metric == "accuracy"
 
 
 # -- the data --------------------------------------------------------------------------------------------

@@ -86,16 +86,6 @@ def test_end_to_end(
     assert [report.step for report in source.reports] == [10, 20]
 
 
-@pytest.mark.parametrize("name", CLASSES)
-def test_the_default_settings_are_those_of_the_paper(name: str) -> None:
-    task = task_of(name)
-    assert task.default_model == "openai/clip-vit-base-patch16"
-    assert (task.num_labels, task.metric) == (CLASSES[name], "accuracy")
-    rates = (1e-6, 1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3)
-    assert task.defaults.learning_rates == rates
-    assert (task.defaults.schedule, task.defaults.batch_size) == ("cosine", 64)
-
-
 def test_splits_share_no_image_and_contain_the_whole_published_test_set(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
