@@ -261,13 +261,13 @@ def _write_files(store: Store, chosen: ChosenLane, lane: _Lane, form: Form, fold
 def _input_form(lane: _Lane) -> InputForm:
     """Return the form of the lane's inputs, for the example code on the model card."""
     from orchestrator.finetune.tasks.data_task import DataTask
-    from orchestrator.finetune.tasks.glue_task import GlueTask
+    from orchestrator.finetune.tasks.text_label_task import TextLabelTask
 
     task = lane.task
     form = task.spec.form if isinstance(task, DataTask) else ""
     if form == "chat":
         return "chat" if getattr(lane.base_model.processor, "chat_template", None) else "lines"
-    columns = task.text_columns if isinstance(task, GlueTask) else ()
+    columns = task.text_columns if isinstance(task, TextLabelTask) else ()
     return "pair" if form == "pair" or len(columns) == 2 else "text"
 
 

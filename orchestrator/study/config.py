@@ -307,5 +307,5 @@ def _full_paths(options_class: type[Options], name: str, value: Any) -> Any:
     word = str(value)
     if name == "tracking_uri":
         return with_full_path(word)
-    may_be_path = options_class.declared()[name].paths or word.endswith(FILE_SUFFIX)
+    may_be_path = options_class.declared()[name].paths or word.endswith((FILE_SUFFIX, ".toml"))
     return os.path.abspath(word) if may_be_path and os.path.exists(word) else word

@@ -60,8 +60,8 @@ class StudyOptions(StoreOptions):
     """Variants to compare, e.g. `lora pissa` or `LoRA,PiSSA`: names from `python -m variants`, `peft:TYPE`
     for a tuner of the PEFT library, or the path of a .py file. Default: those that --plan shows."""
     task: Annotated[Words | None, Option("NAME", commas=True)] = None
-    """Task to fine-tune on: its name, or the path of a .py file that defines one. With several, every variant
-    is trained on each of them."""
+    """Task to fine-tune on: its name, or the path of a .toml or .py file that defines one. With several,
+    every variant is trained on each of them."""
     select: Literal["validation", "published"] = "validation"
     """Split that chooses the learning rate: `validation`, or `published`, which repeats the survey's choice
     on the test set (for GLUE also of a run's best evaluation). Reports mark results of this choice."""

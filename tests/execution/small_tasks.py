@@ -26,8 +26,8 @@ class _Shrink(importlib.abc.MetaPathFinder):
 
         def exec_and_wrap(module):
             exec_module(module)
-            make = module._instantiate_task
-            module._instantiate_task = lambda source: _shrunk(make(source))
+            make = module.user_task.make_task
+            module.user_task.make_task = lambda name, entry: _shrunk(make(name, entry))
 
         spec.loader.exec_module = exec_and_wrap
         return spec
@@ -38,9 +38,9 @@ def _shrunk(task):
     if sizes:
         train, validation, test = sizes
         small = replace(task.defaults, train_size=train, validation_size=validation, test_size=test)
-        type(task).defaults = small
-        type(task).max_new_tokens = min(task.max_new_tokens, 8)  # an untrained model never ends an answer
-        type(task).samples = min(task.samples, 2)  # a program takes 0.1 s
+        task.defaults = small
+        task.max_new_tokens = min(task.max_new_tokens, 8)  # an untrained model never ends an answer
+        task.samples = min(task.samples, 2)  # a program takes 0.1 s
     return task
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from hub_folder import write
 
 from orchestrator.finetune.tasks import catalogue
-from orchestrator.finetune.tasks.glue_task import REPOSITORY, GlueTask
+from orchestrator.finetune.tasks.text_label_task import TextLabelTask
 
 NAMES = ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli")
 
@@ -18,13 +18,13 @@ TRAIN, VALIDATION, DEV = 120, 24, 40
 WORDS = ("red", "green", "blue", "one", "two", "three", "cats", "dogs", "run", "sit", "here", "there")
 
 
-def task_of(name: str) -> GlueTask:
+def task_of(name: str) -> TextLabelTask:
     task = catalogue.get(f"glue_{name}")
-    assert isinstance(task, GlueTask)
+    assert isinstance(task, TextLabelTask)
     return task
 
 
-def rows(task: GlueTask, count: int, seed: int, hidden: bool = False) -> list[dict[str, Any]]:
+def rows(task: TextLabelTask, count: int, seed: int, hidden: bool = False) -> list[dict[str, Any]]:
     """Return rows with the hub's columns; the label can be read from the texts."""
     draw, found = random.Random(f"{task.name} {seed}"), []
     for number in range(count):
@@ -40,12 +40,12 @@ def glue(root: Path) -> Path:
     """Write `nyu-mll/glue` with its nine subsets, hidden test labels and MNLI's two dev sets."""
     for name in NAMES:
         task = task_of(name)
-        splits = {"train": rows(task, TRAIN, 0), task.dev_split: rows(task, DEV, 1)}
+        splits = {"train": rows(task, TRAIN, 0), task.test_split: rows(task, DEV, 1)}
         if name == "mnli":
             splits["validation_mismatched"] = rows(task, DEV, 2)
             hidden = ["test_matched", "test_mismatched"]
         else:
             hidden = ["test"]
         splits |= {split: rows(task, DEV, 3, hidden=True) for split in hidden}
-        write(root, REPOSITORY, splits, subset=name)
+        write(root, "nyu-mll/glue", splits, subset=name)
     return root

@@ -95,7 +95,7 @@ def llama(folder: Path) -> Path:
 def small(task: Task, monkeypatch: pytest.MonkeyPatch, train: int, validation: int, test: int) -> None:
     """Reduce the task's default sizes to the number of rows in the folder, which has fewer than the hub."""
     sizes = {"train_size": train, "validation_size": validation, "test_size": test}
-    monkeypatch.setattr(type(task), "defaults", replace(task.defaults, **sizes))
+    monkeypatch.setattr(task, "defaults", replace(task.defaults, **sizes))
 
 
 def configuration(task: Task, model: Path, bases: Path, seed: int = 0, **changes: Any) -> Configuration:

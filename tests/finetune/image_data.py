@@ -10,7 +10,7 @@ import datasets
 import numpy as np
 import PIL.Image
 
-from orchestrator.finetune.tasks.hub_image_task import HubImageTask
+from orchestrator.finetune.tasks.image_task import ImageTask
 
 CLASSES = {"cars": 196, "dtd": 47, "eurosat": 10, "gtsrb": 43, "resisc45": 45, "sun397": 397, "svhn": 10}
 SHOWN = 3  # classes of the images in the folder, one color each
@@ -38,13 +38,14 @@ def picture(seed: int, label: int) -> bytes:
 
 
 def write(
-    task: HubImageTask,
+    task: ImageTask,
     root: Path,
     classes: int | None = None,
     edit: Callable[[str, list[bytes], list[int]], None] = lambda split, files, labels: None,
 ) -> None:
     """Write a folder like `hf download --repo-type dataset`. Without `classes`, labels are plain numbers."""
-    folder = root / task.repository
+    table = task.table("train", {})
+    folder = root / table.repository
     (folder / "data").mkdir(parents=True)
     for split, size, seed in (("train", TRAIN, 0), ("test", TEST, 10_000)):
         labels = [number % SHOWN for number in range(size)]
@@ -56,5 +57,5 @@ def write(
             features=datasets.Features({"image": datasets.Image(), "label": names}),
         )
         data.to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
-    if task.subset is not None:
-        (folder / "README.md").write_text(SUBSETS.format(subset=task.subset))
+    if table.subset is not None:
+        (folder / "README.md").write_text(SUBSETS.format(subset=table.subset))

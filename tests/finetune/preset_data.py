@@ -13,7 +13,7 @@ import tiny_images
 from configurations import shipped
 
 from orchestrator.finetune.tasks import catalogue
-from orchestrator.finetune.tasks.hub_image_task import HubImageTask
+from orchestrator.finetune.tasks.image_task import ImageTask
 
 SIZES = {
     "metamathqa": (100, 4, 6),
@@ -31,7 +31,7 @@ def write(root: Path, preset: str) -> Path:
     """Write the data of a preset's tasks to a folder, and return it."""
     for task in shipped(preset).task or ():
         found = catalogue.get(task)
-        if isinstance(found, HubImageTask):
+        if isinstance(found, ImageTask):
             image_data.write(found, root, image_data.CLASSES[task])
     if "glue" in preset:
         glue_data.glue(root)

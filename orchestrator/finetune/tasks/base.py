@@ -1,9 +1,8 @@
 """A task: its examples, what the model has to produce, its metric, and the defaults of a fine-tuning run.
 
-A new task is one file in a folder beside this module with one subclass of `Task`. Short ones to start from
-are `local/chain_sum.py` (answers in text), `local/reviews.py` (classes) and `images/svhn.py` (images of the
-hub). A task file imports everything that it needs from this module, and heavy libraries inside functions
-only: the command line reads task files to answer `--help`.
+A task on a dataset of the hub is an entry in `tasks.toml`. Any other task is a subclass of `Task`; short ones
+to start from are in `local/arithmetic.py` (answers in text) and `local/reviews.py` (classes). A file with a
+task imports heavy libraries inside functions only, since a plan reads it.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from orchestrator.finetune.sources.hub_data import DATA_FOLDER_VARIABLE
 from orchestrator.finetune.tasks.examples import (
@@ -103,33 +102,33 @@ class Task(TextEncoder):
     """See `TaskChoice.content`."""
     warnings: Sequence[str] = ()
     """What is wrong with a user's data, one line each, the worst first. `revision` sets it."""
-    title: ClassVar[str]
-    metric: ClassVar[str] = "exact_match"
-    floor: ClassVar[float]
+    title: str
+    metric: str = "exact_match"
+    floor: float
     """The score of a constant answer or of the untrained base model, whichever is lower. A diverged lane gets
     this score."""
-    default_model: ClassVar[str]
-    numerics: ClassVar[int] = 1
+    default_model: str
+    numerics: int = 1
     """Raised by hand when the encoding or the grading changes."""
-    output: ClassVar[Output] = "generation"
-    inputs: ClassVar[Literal["text", "image"]] = "text"
+    output: Output = "generation"
+    inputs: Literal["text", "image"] = "text"
     """The input of the model. A task of images has the output "classification" or "regression"."""
-    labels: ClassVar[tuple[str, ...]] = ()
+    labels: tuple[str, ...] = ()
     """The names of the classes, in the order of the head's outputs."""
-    max_new_tokens: ClassVar[int] = 0
+    max_new_tokens: int = 0
     """The longest generated answer in tokens."""
-    samples: ClassVar[int] = 1
+    samples: int = 1
     """Answers that are generated per item. The score of an item is the mean over them."""
-    temperature: ClassVar[float] = 0.0
+    temperature: float = 0.0
     """0 for greedy decoding, else the temperature of sampling."""
-    top_p: ClassVar[float] = 1.0
+    top_p: float = 1.0
     """Sampling is limited to the most probable tokens that together have this probability."""
-    stop: ClassVar[tuple[str, ...]] = ()
+    stop: tuple[str, ...] = ()
     """Texts before the first of which a generated answer ends."""
-    grade_at: ClassVar[GradeAt] = "every_evaluation"
-    publishes_best_evaluation: ClassVar[bool] = False
+    grade_at: GradeAt = "every_evaluation"
+    publishes_best_evaluation: bool = False
     """True if the published survey reports, of each run, the best of its evaluations on the test split."""
-    defaults: ClassVar[TaskDefaults]
+    defaults: TaskDefaults
 
     # -- overridden by tasks ---------------------------------------------------------------------------
 

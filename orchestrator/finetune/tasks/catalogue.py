@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import sys
 import tokenize
+import tomllib
 from collections.abc import Mapping
 from functools import lru_cache, partial
 from pathlib import Path
@@ -17,8 +17,8 @@ from orchestrator.finetune.tasks import user_task
 from orchestrator.finetune.tasks.base import Task
 from orchestrator.finetune.tasks.data_task import DataTask
 from orchestrator.finetune.tasks.task_names import entry_points_by_name as entry_points_by_name
-from orchestrator.finetune.tasks.task_names import module_names
 from orchestrator.finetune.tasks.task_names import names as names
+from orchestrator.finetune.tasks.task_names import read_tasks
 from orchestrator.study.configuration import TaskChoice
 from orchestrator.util.errors import UsageError, report_user_errors, suggest_nearest
 from variants.errors import UnsupportedError
@@ -30,24 +30,28 @@ UNHASHED_ATTRIBUTES = {"title", "defaults", "default_model"}
 hash_task_code = partial(hash_code, unhashed=UNHASHED_ATTRIBUTES)
 """Return the hash of the code in a task file (see `variants.user_files.hash_code`)."""
 
+ENTRY_SUFFIX = ".toml"
+"""End of the path of a file with a task as an entry."""
+
 
 def load(name: str) -> Task:
-    """Return the task that a user has named. A Python file is read anew each time.
+    """Return the task that a user has named. A file is read anew each time.
 
     Args:
-        name: The name of a built-in task or of an entry point, or the path of a Python file with a task. The
-            task of a file is called like the file.
+        name: The name of a built-in task or of an entry point, or the path of a file with a task: a Python
+            file with a class, or a TOML file with an entry. The task of a file is called like the file.
 
     Raises:
         UsageError: There is no such task, or the file contains no valid one.
     """
-    if not name.endswith(FILE_SUFFIX):
+    if not name.endswith((FILE_SUFFIX, ENTRY_SUFFIX)):
         return get(name)
     # Read again, although the code may be known: the task has cached its data, which may have changed.
     path = os.path.realpath(name)
     code = _read_code(path)
-    with report_user_errors(path, "does not import"):
-        check_own_imports(code, path)
+    if path.endswith(FILE_SUFFIX):
+        with report_user_errors(path, "does not import"):
+            check_own_imports(code, path)
     return register(_load_file(path, code))
 
 
@@ -55,14 +59,14 @@ def get(name: str) -> Task:
     """Return a task by its name: a built-in one, an entry point's, or a user's that this process has loaded.
 
     Args:
-        name: The name of the task. The path of a Python file that has not been loaded is read.
+        name: The name of the task. The path of a file that has not been loaded is read.
 
     Raises:
         UsageError: There is no such task, or the file contains no valid one.
     """
     if name in _own_tasks:
         return _own_tasks[name]
-    if name.endswith(FILE_SUFFIX):
+    if name.endswith((FILE_SUFFIX, ENTRY_SUFFIX)):
         return load(name)
     if name in entry_points_by_name() and name not in names():
         return register(_load_entry_point(name))
@@ -108,7 +112,7 @@ def find(choice: TaskChoice, folder: Path, entry: Mapping[str, str] | None = Non
         task: Task = DataTask.from_json(json.loads(entry["spec"]))
     else:
         path, code = entry["path"], entry["source"]
-        if hash_task_code(code, path) != choice.content:  # before anything is executed
+        if _hash_file(code, path) != choice.content:  # before anything is executed
             raise UsageError(f"The entry of task {choice.name!r} in {folder} holds other code; remove it.")
         task = _load_file(path, code)
     task.name = choice.name
@@ -143,13 +147,34 @@ def _read_code(path: str) -> str:
 
 def _load_file(path: str, code: str) -> Task:
     with report_user_errors(path, "does not import"):
-        content = hash_task_code(code, path)
-        module = execute(path, code, content)
+        content = _hash_file(code, path)
+    if path.endswith(ENTRY_SUFFIX):
+        task = user_task.make_task(os.path.basename(path), _parse_entry(code, path))
+    else:
+        with report_user_errors(path, "does not import"):
+            module = execute(path, code, content)
+        with report_user_errors(path, "cannot make its task"):
+            task = _instantiate_task(module)
     with report_user_errors(path, "cannot make its task"):
-        task = _instantiate_task(module)
         task.name, task.source, task.code, task.content = os.path.basename(path), path, code, content
         user_task.check(task)
     return task
+
+
+def _hash_file(code: str, path: str) -> str:
+    if path.endswith(ENTRY_SUFFIX):
+        return user_task.hash_entry(os.path.basename(path), _parse_entry(code, path))
+    return hash_task_code(code, path)
+
+
+def _parse_entry(code: str, path: str) -> Mapping[str, object]:
+    try:
+        entry = tomllib.loads(code)
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"Task file {path!r} is no TOML: {error}.") from None
+    if "class" in entry:
+        raise UsageError(f"Task file {path!r}: class is for tasks of this project; a class is a .py file.")
+    return entry
 
 
 def _load_entry_point(name: str) -> Task:
@@ -171,10 +196,10 @@ def _load_builtin_task(name: str) -> Task:
     if name not in names():
         known = (*names(), *entry_points_by_name())
         raise UsageError(
-            f"Unknown task {name!r}. {suggest_nearest(name, known)} A path to a .py file with a task "
-            "works, too."
+            f"Unknown task {name!r}. {suggest_nearest(name, known)} A path to a .py or .toml file "
+            "with a task works, too."
         )
-    return _instantiate_task(importlib.import_module(module_names()[name]))
+    return user_task.make_task(name, read_tasks()[name])
 
 
 def _instantiate_task(module: ModuleType) -> Task:

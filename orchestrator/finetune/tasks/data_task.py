@@ -13,10 +13,9 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from orchestrator.finetune.tasks.base import SPLITS, Example, Output, Split, Task, TaskDefaults
-from orchestrator.finetune.tasks.chat_encoder import encode_chat, plain_chat
 from orchestrator.finetune.tasks.data_columns import Form
 from orchestrator.finetune.tasks.data_examples import PlacedExample
-from orchestrator.finetune.tasks.text_encoder import EncodedExample
+from orchestrator.finetune.tasks.text_encoder import EncodedExample, encode_chat, plain_chat
 from orchestrator.study.configuration import TaskChoice
 from orchestrator.util.atomic_files import canonical_json
 from orchestrator.util.errors import UsageError

@@ -7,7 +7,6 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
 from typing import Literal, get_args
 
 from orchestrator.util.errors import UsageError
@@ -120,25 +119,6 @@ def split_by_key(keyed_examples: Iterable[tuple[str, Example]]) -> dict[Split, l
     for key, example in keyed_examples:
         splits[hash_split(key)].append(example)
     return splits
-
-
-def split_evenly(
-    examples: Mapping[str, Example], labels: Sequence[str], salt: str, num_buckets: int = 5
-) -> dict[Split, list[Example]]:
-    """Return the examples of each split, shuffled, with the classes in turn.
-
-    Any beginning of a split has equal shares of all classes. A split ends when a class has no more examples.
-
-    Args:
-        examples: The examples of a classification task by their keys for `hash_split`.
-        labels: The classes in the order in which they take turns.
-        salt: The text before each key when the keys are hashed for shuffling.
-        num_buckets: As in `hash_split`.
-    """
-    by_class: dict[Split, dict[str, list[Example]]] = {s: {label: [] for label in labels} for s in SPLITS}
-    for key in sorted(examples, key=lambda key: hash_text(salt + key)):
-        by_class[hash_split(key, num_buckets=num_buckets)][examples[key].answer].append(examples[key])
-    return {s: [*chain.from_iterable(zip(*by_class[s].values(), strict=False))] for s in SPLITS}
 
 
 def find_overlaps(examples: Mapping[Split, Sequence[Example]], name: str) -> list[str]:

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from functools import cache, lru_cache
+import tomllib
+from collections.abc import Mapping
+from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
+from typing import Any
 
 ENTRY_POINT_GROUP = "lora_orchestrator.tasks"
 """Group of the entry points that a package registers its tasks under: NAME = "module:Class"."""
+SHARED = "defaults"
+"""The table of `tasks.toml` with settings that several entries share."""
 
 
 def names() -> tuple[str, ...]:
     """Return the names of the built-in tasks."""
-    return tuple(sorted(module_names()))
+    return tuple(sorted(name for name in read_tasks() if name != SHARED))
 
 
-@lru_cache(maxsize=1)
-def module_names() -> dict[str, str]:
-    """Return the module name of each built-in task."""
-    files = Path(__file__).parent.glob("*/*.py")
-    return {p.stem: f"{__package__}.{p.parent.name}.{p.stem}" for p in files if p.stem != "__init__"}
+@cache
+def read_tasks() -> Mapping[str, Any]:
+    """Return the tables of `tasks.toml`."""
+    return tomllib.loads(Path(__file__).with_name("tasks.toml").read_text())
 
 
 @cache

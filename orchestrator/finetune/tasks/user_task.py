@@ -1,19 +1,140 @@
-"""Validation of a task in a user's file."""
+"""Tasks made of entries of a TOML file, and the rules for what users write: entries and classes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
-from typing import get_args
+import hashlib
+import importlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, fields, replace
+from fractions import Fraction
+from functools import cache
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from pydantic import TypeAdapter, ValidationError
+
+from orchestrator.finetune.tasks import task_names
 from orchestrator.finetune.tasks.base import SPLITS, GradeAt, Output, Task, TaskDefaults
+from orchestrator.finetune.tasks.hub_task import HubTask
 from orchestrator.study.configuration import HYPERPARAMETERS, Dtype, Hyperparameter
 from orchestrator.study.grids import MAX_POINTS
+from orchestrator.study.option import broken_rule
 from orchestrator.util.errors import UsageError, suggest_nearest
 
-MAX_EXAMPLES = 1_000_000_000
-MAX_TOKENS = 10_000_000
-MAX_EVALUATIONS = 100_000
+COUNT = Hyperparameter(value_type=int, ge=1, le=1_000_000_000)
+TOKENS = replace(COUNT, le=10_000_000)
+TASK_RULES = {
+    "floor": Hyperparameter(value_type=float),
+    "output": Hyperparameter(choices=get_args(Output)),
+    "inputs": Hyperparameter(choices=("text", "image")),
+    "grade_at": Hyperparameter(choices=get_args(GradeAt)),
+    "numerics": COUNT,
+    "samples": COUNT,
+    "temperature": Hyperparameter(value_type=float, ge=0),
+    "top_p": Hyperparameter(value_type=float, gt=0, le=1),
+}
+DEFAULT_RULES = {
+    **dict.fromkeys(("train_size", "validation_size", "test_size"), COUNT),
+    "evaluations": replace(COUNT, le=100_000),
+    **{name: HYPERPARAMETERS[name] for name in ("steps", "batch_size", "warmup", "schedule", "weight_decay")},
+    "accumulation": HYPERPARAMETERS["batch_size"],
+    "dtype": Hyperparameter(choices=get_args(Dtype)),
+    "base_dropout": Hyperparameter(choices=("on", "off")),
+}
+
+
+UNHASHED_SETTINGS = {"title", "default_model", *(field.name for field in fields(TaskDefaults))}
+"""Settings of an entry that do not change what a configuration computes."""
+KINDS = {
+    "text_labels": "text_label_task:TextLabelTask",
+    "images": "image_task:ImageTask",
+    "instruction": "instruction_task:InstructionTask",
+}
+
+
+def make_task(name: str, entry: Mapping[str, Any]) -> Task:
+    """Return the task of an entry.
+
+    Args:
+        name: The name of the task.
+        entry: Keys and values: the kind, or the name of shared settings, then attributes of the task and of
+            its `TaskDefaults`.
+
+    Raises:
+        UsageError: A key is unknown or missing, or a value has another type.
+    """
+    settings = share_settings(name, entry)
+    kind = settings.pop("kind", None)
+    if kind not in KINDS and "class" not in settings:
+        raise UsageError(f"Task {name!r}: kind is {kind!r}; {suggest_nearest(str(kind), list(KINDS))}")
+    module, _, class_name = settings.pop("class", KINDS.get(kind)).partition(":")
+    task_class = getattr(importlib.import_module(f"{__package__}.{module}"), class_name)
+    if not issubclass(task_class, HubTask):  # a local task, with its settings in Python
+        return task_class()
+    types, default_types = _types(task_class), _types(TaskDefaults)
+    types = {key: types[key] for key in task_class.keys} | default_types | {"floor": float | str}
+    found = {key: _parse_value(name, key, value, types) for key, value in settings.items()}
+    required = [key for key in task_class.keys if not hasattr(task_class, key) and key != "floor"]
+    required += [field.name for field in fields(TaskDefaults) if field.default is MISSING]
+    if task_class.inputs == "text":
+        required.append("floor")
+    if missing := [key for key in required if key not in found]:
+        raise UsageError(f"Task {name!r}: the entry has no {missing[0]}; add {missing[0]} = ...")
+    found["defaults"] = TaskDefaults(**{key: found.pop(key) for key in default_types if key in found})
+    return task_class(name, found)
+
+
+@cache
+def _types(owner: type) -> dict[str, Any]:
+    return get_type_hints(owner)
+
+
+@cache
+def _adapter(annotation: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(annotation)
+
+
+def share_settings(name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of an entry together with the shared ones that it names.
+
+    Args:
+        name: The name of the task, for the error.
+        entry: The entry.
+
+    Raises:
+        UsageError: There are no shared settings of that name.
+    """
+    shared = task_names.read_tasks()[task_names.SHARED]
+    settings = dict(entry)
+    group = settings.pop("defaults", None)
+    if group is not None and group not in shared:
+        raise UsageError(f"Task {name!r}: defaults is {group!r}; {suggest_nearest(str(group), list(shared))}")
+    return {**shared.get(group, {}), **settings}
+
+
+def _parse_value(name: str, key: str, value: Any, types: Mapping[str, Any]) -> Any:
+    if key not in types:
+        raise UsageError(f"Task {name!r}: unknown key {key!r}. {suggest_nearest(key, sorted(types))}")
+    try:
+        found = _adapter(types[key]).validate_json(json.dumps(value, default=str), strict=True)
+        return float(Fraction(found)) if key == "floor" and isinstance(found, str) else found
+    except ValidationError as error:
+        if get_origin(types[key]) is Literal:
+            raise UsageError(
+                f"Task {name!r}: {key} is {value!r}; {suggest_nearest(str(value), get_args(types[key]))}"
+            ) from None
+        raise UsageError(f"Task {name!r}: {key} is {value!r}; {broken_rule(error.errors()[0])}") from None
+    except (ValueError, ZeroDivisionError):
+        raise UsageError(
+            f'Task {name!r}: floor is {value!r}; must be a number or a fraction, "1/3"'
+        ) from None
+
+
+def hash_entry(name: str, entry: Mapping[str, Any]) -> str:
+    """Return 16 hexadecimal digits of a SHA-256 of what decides the results of a user's entry."""
+    settings = share_settings(name, entry)
+    kept = {key: value for key, value in settings.items() if key not in UNHASHED_SETTINGS}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def check(task: Task) -> None:
@@ -31,80 +152,31 @@ def check(task: Task) -> None:
 
 
 def _find_problems(task: Task) -> Iterator[str]:
-    yield from _find_missing(task)
-    yield from _find_unknown_choices(task)
-    yield from _find_broken_rules(task, _task_rules(task))
+    if type(task).examples is Task.examples:
+        yield f"the task has no examples; add def examples(self, split, count) for {', '.join(SPLITS)}"
+    if not hasattr(task, "floor"):
+        yield "the task has no floor, the score of a diverged run; add floor = 0.0, or the score of a guess"
+    if not isinstance(task.metric, str) or task.metric in ("", "loss"):
+        yield f"metric is {task.metric!r}; must be a name other than loss; inverse_perplexity is exp(-loss)"
+    if task.output == "classification" and len(set(task.labels)) < 2:
+        yield f"labels is {task.labels!r}; must name two classes or more"
+    rules = TASK_RULES | ({"max_new_tokens": TOKENS} if task.output == "generation" else {})
+    yield from _find_broken_rules(task, rules)
     if isinstance(task.stop, str) or not all(isinstance(text, str) and text for text in task.stop):
         yield f"stop is {task.stop!r}; must be a tuple of texts that are not empty"
     defaults = getattr(task, "defaults", None)
     if not isinstance(defaults, TaskDefaults):
         problem = "the task has no defaults" if defaults is None else f"defaults is {defaults!r}"
-        fields = ", ".join(f"{name}=..." for name in ("train_size", "validation_size", "test_size", "steps"))
-        yield f"{problem}; add defaults = TaskDefaults({fields}, ...)"
+        names = ", ".join(f"{name}=..." for name in ("train_size", "validation_size", "test_size", "steps"))
+        yield f"{problem}; add defaults = TaskDefaults({names}, ...)"
         return
-    yield from _find_broken_rules(defaults, _default_rules(task))
-    yield from _find_bad_learning_rates(defaults.learning_rates)
-
-
-def _find_missing(task: Task) -> Iterator[str]:
-    if type(task).examples is Task.examples:
-        yield f"the task has no examples; add def examples(self, split, count) for {', '.join(SPLITS)}"
-    if not hasattr(task, "floor"):
-        yield "the task has no floor, the score of a diverged run; add floor = 0.0, or the score of a guess"
-    elif rule := Hyperparameter(value_type=float).find_violation(task.floor):
-        yield f"floor is {task.floor!r}; {rule}"
-
-
-def _find_unknown_choices(task: Task) -> Iterator[str]:
-    if not isinstance(task.metric, str) or task.metric in ("", "loss"):
-        yield f"metric is {task.metric!r}; must be a name other than loss; inverse_perplexity is exp(-loss)"
-    for name, value, choices in (
-        ("output", task.output, get_args(Output)),
-        ("inputs", task.inputs, ("text", "image")),
-        ("grade_at", task.grade_at, get_args(GradeAt)),
-    ):
-        if value not in choices:
-            yield f"{name} is {value!r}; {suggest_nearest(str(value), choices)}"
-    if task.output == "classification" and len(set(task.labels)) < 2:
-        yield f"labels is {task.labels!r}; must name two classes or more"
-
-
-def _find_bad_learning_rates(rates: Sequence[float]) -> Iterator[str]:
-    if not rates:
-        yield f"learning_rates is {rates!r}; must have 1 rate or more"
-    if len(rates) > MAX_POINTS:
-        yield f"learning_rates has {len(rates)} rates; must have {MAX_POINTS} or fewer"
-    for rate in rates:
+    rules = DEFAULT_RULES | ({"max_length": TOKENS} if task.inputs == "text" else {})
+    yield from _find_broken_rules(defaults, rules)
+    if not 1 <= len(defaults.learning_rates) <= MAX_POINTS:
+        yield f"learning_rates has {len(defaults.learning_rates)} rates; must have 1 to {MAX_POINTS}"
+    for rate in defaults.learning_rates:
         if rule := HYPERPARAMETERS["learning_rate"].find_violation(rate):
             yield f"learning_rates has {rate!r}; {rule}"
-
-
-def _task_rules(task: Task) -> dict[str, Hyperparameter]:
-    """Return the rules for the numeric attributes of a task."""
-    count = Hyperparameter(value_type=int, ge=1, le=MAX_EXAMPLES)
-    rules = {
-        "numerics": count,
-        "samples": count,
-        "temperature": Hyperparameter(value_type=float, ge=0),
-        "top_p": Hyperparameter(value_type=float, gt=0, le=1),
-    }
-    return rules | ({"max_new_tokens": replace(count, le=MAX_TOKENS)} if task.output == "generation" else {})
-
-
-def _default_rules(task: Task) -> dict[str, Hyperparameter]:
-    """Return the rules for the defaults of a task."""
-    count = Hyperparameter(value_type=int, ge=1, le=MAX_EXAMPLES)
-    rules = {
-        name: HYPERPARAMETERS[name] for name in ("steps", "batch_size", "warmup", "schedule", "weight_decay")
-    }
-    rules |= dict.fromkeys(("train_size", "validation_size", "test_size"), count)
-    rules |= {
-        "evaluations": replace(count, le=MAX_EVALUATIONS),
-        "accumulation": HYPERPARAMETERS["batch_size"],
-    }
-    rules |= {"max_length": replace(count, le=MAX_TOKENS)} if task.inputs == "text" else {}
-    rules["dtype"] = Hyperparameter(choices=get_args(Dtype))
-    return rules | {"base_dropout": Hyperparameter(choices=("on", "off"))}
 
 
 def _find_broken_rules(owner: object, rules: Mapping[str, Hyperparameter]) -> Iterator[str]:

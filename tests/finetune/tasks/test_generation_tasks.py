@@ -18,7 +18,7 @@ from huggingface_hub import constants
 from orchestrator.finetune.sources import hub_data
 from orchestrator.finetune.tasks import catalogue
 from orchestrator.finetune.tasks.base import Task
-from orchestrator.finetune.tasks.instruct.codefeedback import cut_after_first_block
+from orchestrator.finetune.tasks.instruct.programs import cut_after_first_block
 from orchestrator.util.errors import UsageError
 
 NAMES = ("metamathqa", "codefeedback", "commonsense_15k", "alpaca")
@@ -117,9 +117,9 @@ def task(
 def test_a_task_is_trained_and_evaluated_end_to_end(
     task: Task, folders: Mapping[str, Path], model: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(type(task), "max_new_tokens", 12)  # an untrained model does not generate an end token
+    monkeypatch.setattr(task, "max_new_tokens", 12)  # an untrained model does not generate an end token
     if task.samples > 1:
-        monkeypatch.setattr(type(task), "samples", 2)  # to save time: a program takes 0.1 s
+        monkeypatch.setattr(task, "samples", 2)  # to save time: a program takes 0.1 s
     seeds = (0, 1) if task.name == "metamathqa" else (0,)
     records = hub_folder.through_the_loop(task, folders[task.name], model, tmp_path, monkeypatch, seeds=seeds)
     graded = {"validation": task.defaults.validation_size, "test": task.defaults.test_size}

@@ -17,14 +17,11 @@ from scripted import Script, leases, train
 
 from orchestrator.finetune.models import loading
 from orchestrator.finetune.sources import hub_data
-from orchestrator.finetune.tasks import glue_task
+from orchestrator.finetune.tasks import text_label_task
 from orchestrator.finetune.tasks.base import SPLITS
-from orchestrator.finetune.tasks.glue_task import REPOSITORY
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import BatchConfig, LRSchedule, OptimizerConfig
 from orchestrator.util.errors import UsageError
-
-METRICS = dict.fromkeys(NAMES, "accuracy") | {"stsb": "pearson", "qqp": "f1", "cola": "matthews"}
 
 
 @pytest.fixture(scope="module")
@@ -38,30 +35,14 @@ def hub_data_folder(hub: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
     monkeypatch.setenv(hub_data.DATA_FOLDER_VARIABLE, str(hub))
     for name in NAMES:
         small(task_of(name), monkeypatch, train=TRAIN - VALIDATION - 4, validation=VALIDATION, test=DEV)
-    glue_task._load_splits.cache_clear()
+    text_label_task._load_splits.cache_clear()
     yield hub
-    glue_task._load_splits.cache_clear()
+    text_label_task._load_splits.cache_clear()
 
 
 @pytest.fixture(scope="module")
 def roberta(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return encoders.save("roberta", tmp_path_factory.mktemp("roberta"))
-
-
-# -- the settings of the study ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_settings_and_metric_are_those_of_the_study(name: str) -> None:
-    task = task_of(name)
-    defaults = task.defaults
-    assert (task.metric, task.default_model) == (METRICS[name], "FacebookAI/roberta-base")
-    assert (defaults.batch_size, defaults.max_length, defaults.dtype) == (32, 256, "float32")
-    assert (defaults.schedule, defaults.warmup, defaults.weight_decay) == ("linear", 0.03, 0.0)
-    assert defaults.learning_rates == (1e-6, 1e-5, 5e-5, 1e-4, 5e-4, 1e-3, 5e-3)
-    epochs = defaults.steps * defaults.batch_size / defaults.train_size
-    assert epochs == pytest.approx(3 if name in ("qqp", "mnli") else 10, rel=1e-4)
-    assert task.floor == 0 or task.metric == "accuracy"
 
 
 # -- the data --------------------------------------------------------------------------------------------
@@ -100,7 +81,9 @@ def test_rows_of_a_premise_share_a_split_and_test_rows_are_not_trained_on(
         for i in range(40)
         for j in range(3)
     ]
-    write(tmp_path, REPOSITORY, {"train": train, "validation_matched": [train[4], train[77]]}, subset="mnli")
+    write(
+        tmp_path, "nyu-mll/glue", {"train": train, "validation_matched": [train[4], train[77]]}, subset="mnli"
+    )
     monkeypatch.setenv(hub_data.DATA_FOLDER_VARIABLE, str(tmp_path))
     small(task, monkeypatch, train=90, validation=20, test=2)
     data = task.load(task.choice())

@@ -20,15 +20,15 @@ from tiny_images import MAKE, load
 from orchestrator.finetune.sources.hub_data import DATA_FOLDER_VARIABLE
 from orchestrator.finetune.tasks import catalogue
 from orchestrator.finetune.tasks.base import SPLITS
-from orchestrator.finetune.tasks.hub_image_task import LEARNING_RATES, HubImageTask, _all_examples
+from orchestrator.finetune.tasks.image_task import ImageTask, _all_examples
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import BatchConfig, LRSchedule, OptimizerConfig
 from orchestrator.util.errors import UsageError
 
 
-def task_of(name: str) -> HubImageTask:
+def task_of(name: str) -> ImageTask:
     task = catalogue.get(name)
-    assert isinstance(task, HubImageTask)
+    assert isinstance(task, ImageTask)
     return task
 
 
@@ -84,16 +84,6 @@ def test_end_to_end(
     assert list(items.correct) == right
     assert scores["test"]["accuracy"] == pytest.approx(np.mean(right))
     assert [report.step for report in source.reports] == [10, 20]
-
-
-@pytest.mark.parametrize("name", CLASSES)
-def test_the_default_settings_are_those_of_the_paper(name: str) -> None:
-    task = task_of(name)
-    assert task.default_model == "openai/clip-vit-base-patch16"
-    assert (task.num_labels, task.metric) == (CLASSES[name], "accuracy")
-    assert task.defaults.learning_rates == LEARNING_RATES
-    assert len(LEARNING_RATES) == 10
-    assert (task.defaults.schedule, task.defaults.batch_size) == ("cosine", 64)
 
 
 def test_splits_share_no_image_and_contain_the_whole_published_test_set(

@@ -18,11 +18,11 @@ from orchestrator.finetune.evaluation import metrics
 from orchestrator.finetune.sources.base_store import suppress_transformers_logging
 from orchestrator.finetune.tasks import catalogue
 from orchestrator.finetune.tasks.base import IGNORE_INDEX, SPLITS, Example, Task, hash_split
-from orchestrator.finetune.tasks.local.chain_sum import ChainSum, canonical_expression
+from orchestrator.finetune.tasks.local import arithmetic
+from orchestrator.finetune.tasks.local.arithmetic import ChainSum, GsmSymbolic, canonical_expression
 from orchestrator.finetune.tasks.local.digits import Digits
 from orchestrator.finetune.tasks.local.letters import LENGTH, LETTERS, RECIPE, Letters, _batches, tokenizer
 from orchestrator.finetune.tasks.local.reviews import Reviews
-from orchestrator.finetune.tasks.math.gsm_symbolic import GsmSymbolic
 from orchestrator.finetune.tasks.pretraining import Recipe
 from orchestrator.util.errors import UsageError
 
@@ -195,13 +195,13 @@ def test_equal_sums_have_one_spelling() -> None:
     assert canonical_expression("9 - 12") != canonical_expression("12 - 9")
 
 
-@pytest.mark.parametrize(("name", "folder"), [("chain_sum", "local"), ("gsm_symbolic", "math")])
+@pytest.mark.parametrize("name", ["chain_sum", "gsm_symbolic"])
 def test_without_reasoning_gym_the_error_says_in_one_line_what_to_install(
-    monkeypatch: pytest.MonkeyPatch, name: str, folder: str
+    monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    module = importlib.import_module(f"orchestrator.finetune.tasks.{folder}.{name}")
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)  # how Python blocks an import
-    module._all_examples.cache_clear()
+    arithmetic._sums.cache_clear()
+    arithmetic._problems.cache_clear()
     with pytest.raises(UsageError, match=r"pip install .* -e '\.\[real\]'"):
         catalogue.get(name).examples("train", 1)
 

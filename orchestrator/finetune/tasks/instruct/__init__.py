@@ -1,1 +1,1 @@
-"""Tasks that follow instructions."""
+"""Tasks with generated answers whose rows need code; their settings are in `tasks.toml`."""

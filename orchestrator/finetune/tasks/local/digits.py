@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.finetune.tasks.base import Example, Image, Split, TaskDefaults, hash_split
-from orchestrator.finetune.tasks.examples import hash_text, split_evenly
+from orchestrator.finetune.tasks.base import SPLITS, Example, Image, Split, TaskDefaults, hash_split
+from orchestrator.finetune.tasks.examples import hash_text
 from orchestrator.finetune.tasks.pretraining import PretrainedTask, Recipe
 
 if TYPE_CHECKING:
@@ -107,10 +108,13 @@ def _images_by_digit() -> dict[str, tuple[Image, ...]]:
 
 @lru_cache(maxsize=1)
 def _fine_tuning_examples() -> dict[Split, list[Example]]:
-    images_by_digit = _images_by_digit()
-    examples = [Example("", digit, image=i) for digit in FINE_TUNING_DIGITS for i in images_by_digit[digit]]
-    by_digest = {example.image.digest: example for example in examples if example.image}
-    return split_evenly(by_digest, FINE_TUNING_DIGITS, salt="", num_buckets=3)
+    """Return the examples of each split; the classes take turns, so that all have equal shares."""
+    by_split: dict[Split, list[list[Example]]] = {split: [] for split in SPLITS}
+    for digit in FINE_TUNING_DIGITS:
+        for split, by_digit in by_split.items():
+            own = [i for i in _images_by_digit()[digit] if hash_split(i.digest, num_buckets=3) == split]
+            by_digit.append([Example("", digit, image=image) for image in own])
+    return {s: [*chain.from_iterable(zip(*by_digit, strict=False))] for s, by_digit in by_split.items()}
 
 
 def _batches(recipe: Recipe) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

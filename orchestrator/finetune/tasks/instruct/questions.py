@@ -1,50 +1,57 @@
-"""Commonsense reasoning: 15,000 training questions and eight evaluation sets.
-
-The task is that of LLM-Adapters (Hu et al. 2023, 2304.01933). The score is the mean accuracy over the sets.
-
-Training: no dataset on the hub is confirmed to be LLM-Adapters' `ft-training_set/commonsense_15k.json`. Its
-larger version with 170,000 questions is there (zwhe99/commonsense_170k, used by many repositories), with
-the same columns and the same eight kinds of questions. The 15,000 questions here are a fixed random sample
-of it: not the same rows as LLM-Adapters', but the same kinds in the same proportions up to chance. The file
-is sorted by kind, so the sample is taken after shuffling it.
-
-Prompt: LLM-Adapters' own (`generate_prompt` in `finetune.py` and in its evaluation), including the
-indentation of its source, which is a part of it. The last blank belongs to the answer, since byte-pair
-tokenizers merge it with the next word anyway. A question ends with its choices and "Answer format: ...",
-and an answer is "the correct answer is ...". Both are confirmed by outputs shown in repositories. The
-choice is extracted from the answer's text (`grading/text_answers.py`), nearly as by LLM-Adapters'
-`extract_answer`. Its evaluation uses four beams; decoding here is greedy, as in "Learning Rate Matters"
-(2602.04998).
-
-Test: the public split with labels of each set, in turn so that all have the same weight: BoolQ (without its
-passage, as in LLM-Adapters), PIQA, SIQA, HellaSwag, WinoGrande, ARC-Easy, ARC-Challenge, OpenBookQA. PIQA
-and SIQA are read from the hub's own conversion to Parquet, since `datasets` no longer runs loading scripts.
-By default 150 random questions of each set are used, always the same ones (LLM-Adapters: all 22,000). At an
-accuracy of 0.8 the standard error is 1.2 points. The validation split consists of held-out training
-questions.
-"""
+"""Questions with one right answer: MetaMathQA to GSM8K, and commonsense-15k to eight sets."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, starmap
-from typing import Any
 
 from orchestrator.finetune.sources.hub_data import CellType, Table
-from orchestrator.finetune.tasks.base import Example, Split, hash_split
-from orchestrator.finetune.tasks.instruction_task import LEARNING_RATES, InstructionTask, instruction_defaults
+from orchestrator.finetune.tasks.base import Example, Split
+from orchestrator.finetune.tasks.instruction_task import InstructionTask, Row
 
-TRAIN = Table("zwhe99/commonsense_170k", "train", dict.fromkeys(("instruction", "output", "answer"), str))
-HASH_BUCKETS = 50  # one of them, about 3,400 of 170,000 rows, is held out
-INDENT = " " * 16
-PROMPT = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the "
-    f"request. \n\n{INDENT}### Instruction:\n{INDENT}{{instruction}}\n\n{INDENT}### Response:\n{INDENT[1:]}"
-)
+CALCULATOR_ANNOTATION = re.compile("<<.*?>>")
+"""Annotations for a calculator in GSM8K's solutions, which MetaMathQA does not have."""
 PARQUET_REVISION = "refs/convert/parquet"
+"""The hub's own conversion, for datasets with a loading script, which `datasets` no longer runs."""
 
-Row = Mapping[str, Any]
+
+class MetaMathQA(InstructionTask):
+    """Solving grade-school math problems: MetaMathQA to GSM8K.
+
+    One twelfth of the original questions is held out with all rows made from them, since a rephrased question
+    is not a new one. The validation split has one held-out row of type GSM_AnsAug per question: these are
+    GSM8K's training questions in their original words, like the test questions. Rephrased questions were
+    written by a model, backward questions (SV, FOBAR) ask for an x, which GSM8K never does, and MATH is
+    another benchmark.
+    """
+
+    def read_examples(self, split: Split) -> Iterator[Example]:
+        if split == "test":
+            columns: dict[str, CellType] = {"question": str, "answer": str}
+            for row in self.read_rows(self.table("test", columns, self.test_data)):
+                solution, _, number = row["answer"].rpartition("####")
+                solution = CALCULATOR_ANNOTATION.sub("", solution).strip()
+                yield self._example(row["question"], f"{solution}\nThe answer is: {number.strip()}", split)
+            return
+        columns = dict.fromkeys(("type", "query", "original_question", "response"), str)
+        seen: set[str] = set()
+        for training_row in self.training_rows(split, **columns):
+            key = self.split_key(training_row)
+            if split == "train" or (training_row["type"] == "GSM_AnsAug" and key not in seen):
+                seen.add(key)
+                yield self._example(training_row["query"], training_row["response"], split)
+
+    def split_key(self, row: Row) -> str:
+        return str(row["original_question"]).strip()
+
+    def _example(self, question: str, solution: str, split: Split) -> Example:
+        reference = None if split == "train" else solution.rpartition("The answer is:")[2].strip()
+        row = {"query": question, "response": solution}
+        return Example(self.fill(self.prompt, row), self.fill(self.answer, row), reference=reference)
+
+
 ToQuestion = Callable[[Row], tuple[str, str]]
 """Returns the question and the answer of a row."""
 
@@ -116,35 +123,29 @@ TEST_SETS: tuple[tuple[Table, ToQuestion], ...] = (
 
 
 class Commonsense15k(InstructionTask):
-    """Multiple-choice questions: commonsense-15k to eight sets."""
+    """Multiple-choice questions.
 
-    name = "commonsense_15k"
-    title = "commonsense-15k to eight sets"
-    max_new_tokens = 32
-    stop = ("###",)
-    defaults = instruction_defaults(15_000, 400, 1200, 702, learning_rates=LEARNING_RATES[1:])
+    A question ends with its choices and "Answer format: ...", and an answer is "the correct answer is ...".
+    Both are confirmed by outputs shown in repositories. The test split takes rows of the public split with
+    labels of each set in turn, so that all have the same weight; BoolQ is without its passage, as in
+    LLM-Adapters.
+    """
 
     def read_examples(self, split: Split) -> Iterable[Example]:
         if split == "test":
             return chain.from_iterable(zip(*starmap(self._read_test_set, TEST_SETS), strict=False))
-        rows = self.read_rows(TRAIN)
-        kept = [r for r in rows if hash_split(r["instruction"], ("validation",), HASH_BUCKETS) == split]
+        # The file is sorted by kind, so the sample of it is taken after shuffling.
+        kept = [*self.training_rows(split, instruction=str, answer=str)]
         random.Random("commonsense_15k").shuffle(kept)
-        return (_example(row["instruction"], row["answer"], split) for row in kept)
+        return (self._example(row["instruction"], row["answer"], split) for row in kept)
 
     def _read_test_set(self, table: Table, to_question: ToQuestion) -> Iterator[Example]:
         rows = list(self.read_rows(table))
         # Some files are sorted: HellaSwag, as we remember it, has all of ActivityNet before WikiHow.
         random.Random("commonsense_15k").shuffle(rows)
-        return (_example(*to_question(row), "test") for row in rows)
+        return (self._example(*to_question(row), "test") for row in rows)
 
-    def grade(self, example: Example, answer: str) -> float:
-        from orchestrator.finetune.grading import text_answers
-
-        return text_answers.grade_choice(answer, example.reference or "")
-
-
-def _example(question: str, answer: str, split: Split) -> Example:
-    reference = None if split == "train" else answer
-    prompt = PROMPT.format(instruction=question)
-    return Example(prompt, f" the correct answer is {answer}", reference=reference)
+    def _example(self, question: str, answer: str, split: Split) -> Example:
+        row = {"instruction": question, "answer": answer}
+        reference = None if split == "train" else answer
+        return Example(self.fill(self.prompt, row), self.fill(self.answer, row), reference=reference)

@@ -1,1 +1,0 @@
-"""Image classification tasks on datasets of the hub."""
