@@ -19,8 +19,7 @@ _OUT_OF_MEMORY_PATTERN = re.compile(
     # On a MIG slice torch fails to ask NVML how much memory is left, and reports that instead.
     r"NVML_SUCCESS == .*INTERNAL ASSERT FAILED"
 )
-# torch and Triton raise plain RuntimeErrors for errors of the driver, of CUDA's libraries and of compilers. A
-# failed capture of a CUDA graph is included, because it leaves the allocator of the process unusable.
+# torch and Triton raise plain RuntimeErrors for errors of the driver, of CUDA's libraries and of compilers.
 _DEVICE_ERROR_PATTERN = re.compile(
     r"CUDA (driver )?error|CU(BLAS|DNN|SOLVER|SPARSE|RAND)_STATUS|cuFFT error|device-side assert|HIP error|"
     r"Triton Error \[(CUDA|HIP)\]|cudaGetDeviceCount|NVIDIA driver|\bNCCL\b|CUDA ?[Gg]raph|"

@@ -8,7 +8,7 @@
                  /all/<fingerprint>.safetensors   of studies with `--save-adapters all`; nothing removes them
     root/calibration/                             calibrations, from gradients, inputs or an SVD
     root/data/                                    examples and token ids of tasks
-    root/lane_capacity/                           how many lanes fit into memory (lane_capacity.py)
+    root/lane_capacity/                           how many lanes fit into memory
     root/scratch/<host>-<process>-<hex digits>/   files of Ray Tune and Ray Train for a running study
                 /<host>-<process>-<hex digits>.lock    locked while its driver runs
 

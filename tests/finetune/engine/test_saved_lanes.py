@@ -35,9 +35,9 @@ ONE = configuration(steps=12, evaluations=4)
     ("write_seconds", "expected"),
     [
         (0.0, 60.0),  # no write yet
-        (0.1, 60.0),
-        (0.5, 100.0),  # two lanes: 1 s of 100
-        (10.0, 900.0),
+        (0.005, 60.0),  # a small lane on a local disk
+        (0.5, 400.0),  # 58 MiB on EFS; two lanes: 1 s of 400
+        (2.0, 900.0),  # 240 MiB on EFS
     ],
 )
 def test_the_interval_follows_from_the_duration_of_a_write(write_seconds: float, expected: float) -> None:
