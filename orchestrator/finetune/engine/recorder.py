@@ -22,7 +22,7 @@ from orchestrator.util import timeouts
 log = logging.getLogger(__name__)
 
 MAX_WRITE_SHARE = 0.0025
-"""Largest share of a trainer's time that goes into regular checkpoints: network file systems charge for them."""
+"""Largest share of a trainer's time for regular checkpoints: network file systems charge for them."""
 
 
 @dataclass
