@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import traceback
 from collections.abc import Iterable
 
 
@@ -46,3 +47,9 @@ def suggest_nearest(value: str, choices: Iterable[str], otherwise: str = "", cut
     if close:
         return f"Did you mean {by_lower[close[0]]!r}?"
     return otherwise or f"Choose from: {', '.join(choices)}."
+
+
+def describe_error_line(error: BaseException, path: str) -> str:
+    """Return the last line of a file that an error's traceback names, as " (line 3)"; empty if none."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+    return f" (line {lines[-1]})" if lines else ""

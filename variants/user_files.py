@@ -8,7 +8,6 @@ import io
 import os
 import sys
 import tokenize
-import traceback
 from collections.abc import Collection, Sequence
 from importlib.util import find_spec
 from itertools import product
@@ -55,12 +54,6 @@ def execute(path: str, source: str | bytes, content: str) -> ModuleType:
     sys.modules[module.__name__] = module  # dataclasses look up the module of a class
     exec(compile(source, path, "exec"), vars(module))
     return module
-
-
-def describe_error_line(error: BaseException, path: str) -> str:
-    """Return the last line of a file that an error's traceback names, as " (line 3)"; empty if none."""
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
-    return f" (line {lines[-1]})" if lines else ""
 
 
 def hash_code(source: str, path: str, unhashed: Collection[str] = ()) -> str:

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 from variants.api import Variant
-from variants.errors import UnsupportedError
-from variants.user_files import check_own_imports, describe_error_line, execute, find_class, hash_source
+from variants.errors import UnsupportedError, describe_error_line
+from variants.user_files import check_own_imports, execute, find_class, hash_source
 from variants.variant_names import USER_AXIS, entry_points_by_name
 
 

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 
+from variants.errors import describe_error_line
 from variants.errors import suggest_nearest as suggest_nearest
-from variants.user_files import describe_error_line
 
 DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 _ADVICE = {

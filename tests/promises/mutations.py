@@ -93,9 +93,9 @@ MUTATIONS += [
 MUTATIONS += [
     Mutation(
         "a failed lane takes its lane group with it",
-        "orchestrator/finetune/engine/rounds.py",
-        "                    self.recovery.fail(lane, failed)\n",
-        "                    _ = [self.recovery.fail(each, failed) for each, _ in gradients]\n",
+        "orchestrator/finetune/engine/loop.py",
+        "                    self.recovery.fail(lane, outcome)\n",
+        "                    _ = [self.recovery.fail(each, outcome) for each, _ in outcomes]\n",
         "test_03_lanes.py::test_a_lane_that_fails_is_a_result",
     ),
     Mutation(

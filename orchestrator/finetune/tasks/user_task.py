@@ -181,5 +181,7 @@ def _find_problems(task: Task) -> Iterator[str]:
 
 def _find_broken_rules(owner: object, rules: Mapping[str, Hyperparameter]) -> Iterator[str]:
     for name, hyperparameter in rules.items():
-        if rule := hyperparameter.find_violation(getattr(owner, name)):
-            yield f"{name} is {getattr(owner, name)!r}; {rule}"
+        value = getattr(owner, name)
+        if rule := hyperparameter.find_violation(value):
+            near = suggest_nearest(str(value), hyperparameter.choices, " ") if hyperparameter.choices else ""
+            yield f"{name} is {value!r}; {rule}. {near}".rstrip(" .")

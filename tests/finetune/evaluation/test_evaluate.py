@@ -163,8 +163,6 @@ def test_grading_that_ends_the_process_fails_the_lane_with_its_traceback() -> No
             raise SystemExit(7)
 
     split = EvaluationSplit([Example("a", "b")], [], max_row_length=8, pad_token_id=0)
-    with pytest.raises(WorkerError, match="SystemExit: 7") as caught:
-        SINGLE_PROCESS_GROUP.run_on_all(
-            lambda: _grade_generated(Ends(), split, [[("b",)]], SINGLE_PROCESS_GROUP)
-        )
-    assert "in grade" in caught.value.traceback_text
+    with pytest.raises(RuntimeError, match="SystemExit: 7") as caught:
+        _grade_generated(Ends(), split, [[("b",)]], SINGLE_PROCESS_GROUP)
+    assert "in grade" in WorkerError.from_exception(caught.value).traceback_text
