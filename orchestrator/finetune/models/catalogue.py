@@ -78,7 +78,10 @@ def find_content(name: str, root: Path) -> str | None:
         weight_files.check_weight_files(Path(name), name)  # before all files are read for the hash
         return base_store.content_hash(Path(name))
     if base_store.is_hub_name(name):
-        return base_store.pinned_commit(name, root)
+        commit = base_store.pinned_commit(name, root)
+        if commit is not None and (cached := base_store.cached_snapshot(name, commit)) is not None:
+            weight_files.check_weight_files(cached, name, complete=False)
+        return commit
     raise UsageError(
         f"Unknown model {name!r}: no such folder, nor a name known here. "
         f"{suggest_nearest(name, built_in_names())} A hub model is written organisation/model."

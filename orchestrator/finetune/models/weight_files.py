@@ -30,14 +30,16 @@ HAS_ADAPTER_MESSAGE = (
     "the adapter's files"
 )
 REMEDY = "put the whole file there, or save the model again with save_pretrained"
+CACHE_REMEDY = "remove it from the cache, with the blob that it links to: it is downloaded again"
 
 
-def check_weight_files(folder: Path, name: str) -> None:
+def check_weight_files(folder: Path, name: str, complete: bool = True) -> None:
     """Check that the weights of a model can be loaded.
 
     Args:
         folder: The model's folder. A folder without config.json is not checked.
         name: The model's name.
+        complete: True if all files must exist; False for a hub's cache, whose missing files are downloaded.
 
     Raises:
         UsageError: There are no weights, a weight file is missing, damaged, or of another format, or the
@@ -48,18 +50,23 @@ def check_weight_files(folder: Path, name: str) -> None:
     if (folder / ADAPTER_CONFIG_FILE).exists():
         raise UsageError(f"Model {name!r} in {folder}: {HAS_ADAPTER_MESSAGE}.")
     path = next((folder / each for each in WEIGHT_FILE_NAMES if (folder / each).is_file()), None)
-    if path is None:
+    if path is None and complete:
         names = f"{WEIGHT_FILE_NAMES[0]} or {WEIGHT_FILE_NAMES[2]}, or shards with an index"
         raise UsageError(
             f"Model {name!r}: {folder} has no weights ({names}); give a folder made by save_pretrained."
         )
+    if path is None:
+        return
     try:
         files = _read_shard_index(path) if path.suffix == ".json" else [path]
         for path in files:
-            _open_weight_file(path)
+            if complete or path.exists():
+                _open_weight_file(path)
     except Exception as error:  # json, zipfile, pickle, safetensors and torch raise many types
         reason = format_error(error).partition(". ")[0]
-        raise UsageError(f"Model {name!r}: {path} does not load ({reason}); {REMEDY}.") from error
+        raise UsageError(
+            f"Model {name!r}: {path} does not load ({reason}); {REMEDY if complete else CACHE_REMEDY}."
+        ) from error
 
 
 def _read_shard_index(path: Path) -> list[Path]:

@@ -123,7 +123,11 @@ def resolve_options(options: StudyOptions, task_name: str, bases: Path) -> Resol
             f"--head-learning-rate {options.head_learning_rate}: task {task.name!r} has no head; take same."
         )
     options = fill_accumulation(options, task)
-    model = options.model or default_model(task)
+    model = options.model or getattr(task, "default_model", None)
+    if model is None:  # the task of a user's file
+        raise UsageError(
+            f"Task {task.name!r} has no default_model; add one to the task, or choose a --model."
+        )
     model_catalogue.find_content(model, bases)  # raises UsageError for an unknown model
     typed_rates = options.learning_rates
     learning_rates = grids.parse_learning_rates(typed_rates) if typed_rates else task.defaults.learning_rates
@@ -199,19 +203,6 @@ def _try_variant(name: str, options: StudyOptions) -> None:
             f"--variants: {variant.source_path or name!r} fails in its first step on a small layer: {fault}; "
             "correct it there (variants.testing.check_laws tests what a variant must satisfy)."
         )
-
-
-def default_model(task: Task) -> str:
-    """Return the name of the task's default base model.
-
-    Raises:
-        UsageError: The task of a user's file names none.
-    """
-    if not hasattr(task, "default_model"):
-        raise UsageError(
-            f"Task {task.name!r} has no default_model; add one to the task, or choose a --model."
-        )
-    return task.default_model
 
 
 def fill_accumulation(options: StudyOptions, task: Task) -> StudyOptions:

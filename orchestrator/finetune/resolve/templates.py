@@ -71,7 +71,7 @@ def build_configuration_templates(
     options = fill_accumulation(options, task)
     model = ModelChoice(resolved.model, base_content, options.dtype or defaults.dtype)
     if isinstance(task, DataTask):
-        check_inputs(model, task, bases)  # before a user's data are read
+        _check_inputs(model, task, bases)  # before a user's data are read
     batch_size, accumulation = options.batch_size or defaults.batch_size, options.accumulation or 1
     options.check_batch_size(batch_size)
     head_rate = None if options.head_learning_rate == "same" else float(options.head_learning_rate)
@@ -105,7 +105,7 @@ def build_configuration_templates(
     templates = [apply_values(t, _applicable_values(t.variant.name, resolved.fixed)) for t in templates]
     templates = [apply_values(t, {"steps": _count_steps(t, options.epochs)}) for t in templates]
     _check_sizes(templates, options, task)
-    check_fit(templates, options, resolved, bases)
+    _check_fit(templates, options, resolved, bases)
     return templates
 
 
@@ -155,7 +155,7 @@ def _max_length(options: StudyOptions, task: Task, model: ModelChoice, bases: Pa
     return options.max_length
 
 
-def check_fit(
+def _check_fit(
     templates: Sequence[Configuration], options: StudyOptions, resolved: ResolvedOptions, bases: Path
 ) -> None:
     """Check that variants accept their settings, and that they fit the base model, as far as it is available.
@@ -163,15 +163,6 @@ def check_fit(
     The check imports torch and builds the model without weights, which takes seconds. A check that succeeds
     is therefore cached. It is not cached if its result depends on code from outside this project or on the
     machine.
-
-    Args:
-        templates: Configurations of one task, from `build_configuration_templates`.
-        options: The options of the command line.
-        resolved: The values that the names in the options stand for.
-        bases: The store's folder of base models.
-
-    Raises:
-        UsageError: A setting is impossible for a variant, the model or the task.
     """
     to_check = list(templates)
     if resolved.space is not None:
@@ -197,9 +188,9 @@ def check_fit(
 def _check_models(
     configurations: Sequence[Configuration], options: StudyOptions, task: Task, bases: Path
 ) -> None:
-    """Do what `check_fit` does for configurations, except for their schedules."""
+    """Do what `_check_fit` does for configurations, except for their schedules."""
     for model in {each.model for each in configurations}:
-        check_inputs(model, task, bases)
+        _check_inputs(model, task, bases)
     for configuration in configurations:
         if (error := find_settings_error(configuration)) is not None:
             raise UsageError(error)
@@ -337,13 +328,8 @@ def check_attach(configurations: Sequence[Configuration], task: Task, bases: Pat
             raise UsageError(f"{configuration.model.name} with {variant.name}: {reason}") from None
 
 
-def check_inputs(model: ModelChoice, task: Task, bases: Path) -> None:
+def _check_inputs(model: ModelChoice, task: Task, bases: Path) -> None:
     """Check that a base model can read a task's inputs, as far as that is known without its weights.
-
-    Args:
-        model: The base model, which may be unprepared.
-        task: The task.
-        bases: The store's folder of base models.
 
     Raises:
         UsageError: The model reads images and the task has texts, or the reverse; or the model is the small

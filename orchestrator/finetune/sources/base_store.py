@@ -186,6 +186,14 @@ def pin(name: str, root: Path, progress: Callable[[str], None]) -> str:
     return base_entries(root).write_entry(_pin_key(name), {"name": name, "commit": commit}, "commit")
 
 
+def cached_snapshot(name: str, commit: str) -> Path | None:
+    """Return the local cache's folder with the files of a commit, None if it has no config.json."""
+    from huggingface_hub import try_to_load_from_cache
+
+    path = try_to_load_from_cache(repo_id(name), "config.json", revision=commit)
+    return Path(path).parent if isinstance(path, str) else None
+
+
 def find_commit(repository: str, repo_type: str, revision: str | None) -> tuple[str, Path | None]:
     """Return the commit of a revision, and where to read it if the hub cannot be reached.
 

@@ -261,3 +261,5 @@ def test_a_cached_hub_model_is_pinned_to_its_commit_and_loads(folder: Path, root
     with pytest.raises(UsageError, match="remove a damaged file from the hub's cache") as refused:
         loading.load_base_model(ModelChoice(name, commit), root, "cpu", Letters(QUICK))
     assert "\n" not in str(refused.value)
+    with pytest.raises(UsageError, match="with the blob that it links to"):  # before Ray is started
+        model_catalogue.find_content(name, root)

@@ -248,3 +248,14 @@ def test_an_adapter_beside_the_model_is_refused(folder: Path) -> None:
     )
     with pytest.raises(UsageError, match="merge_and_unload"):
         weight_files.check_weight_files(folder, "m")
+
+
+def test_missing_files_in_a_hub_cache_are_accepted(folder: Path) -> None:
+    split_into_shards(folder).unlink()
+    weight_files.check_weight_files(folder, "m", complete=False)
+    truncate(folder / "model-00001-of-00002.safetensors")
+    with pytest.raises(UsageError, match=r"model-00001-of-00002.*remove it from the cache, with the blob"):
+        weight_files.check_weight_files(folder, "m", complete=False)
+    for path in folder.glob("model*"):
+        path.unlink()
+    weight_files.check_weight_files(folder, "m", complete=False)
