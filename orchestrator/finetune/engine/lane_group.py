@@ -23,9 +23,8 @@ from orchestrator.finetune.device_copy import copy_without_waiting
 from orchestrator.finetune.engine.lane import BackwardResult, Lane
 from orchestrator.finetune.evaluation.baseline_scores import BaselineScores, Scores
 from orchestrator.finetune.evaluation.evaluate import EvaluationResult, EvaluationSplit, evaluate
-from orchestrator.finetune.evaluation.evaluated_lanes import EvaluatedLanes
 from orchestrator.finetune.evaluation.forward import compute_objective
-from orchestrator.finetune.evaluation.generate import count_lanes_together
+from orchestrator.finetune.evaluation.generate import EvaluatedLanes, count_lanes_together
 from orchestrator.finetune.models.base_model import BaseModel
 from orchestrator.finetune.process_group import ProcessGroup
 from orchestrator.finetune.tasks.base import Task
@@ -90,7 +89,7 @@ class TaskData:
             for s in HELD_OUT_SPLITS
         }
 
-        baseline = BaselineScores.of(folder, configuration, task)
+        baseline = BaselineScores(folder, configuration)
         data = cls(task, prepared.rows["train"], splits, baseline)
         has_answers = task.output == "generation"
         at_once = ("validation",) if has_answers else HELD_OUT_SPLITS
@@ -302,15 +301,6 @@ class LaneGroup:
         task = self.data.task
         return task.output == "generation" and (task.grade_at == "every_evaluation" or lane.is_at_last_step)
 
-    def count_lanes_generated_together(self, split: str) -> int:
-        """Return how many lanes generate their answers together; equal on all workers."""
-        scored = self.data.splits[split]
-        if not scored.prompt_lengths:
-            return 1
-        return count_lanes_together(
-            self.base_model, self.data.task, scored.prompt_lengths, scored.max_row_length
-        )
-
     def evaluate(self, lanes: Sequence[Lane], split: str) -> list[EvaluationResult]:
         """Score the lanes on a split, in the order of `lanes`.
 
@@ -322,19 +312,22 @@ class LaneGroup:
             split: "validation" or "test".
         """
         found: dict[str, EvaluationResult] = {}
+        task, scored_split = self.data.task, self.data.splits[split]
         for generates in (False, True):
             due = [lane for lane in lanes if self.generates_answers(lane) == generates]
             max_together = max(1, len(due))
             if generates and due:
-                max_together = self.count_lanes_generated_together(split)
+                max_together = count_lanes_together(
+                    self.base_model, task, scored_split.prompt_lengths, scored_split.max_row_length
+                )
             for first in range(0, len(due), max_together):
                 together = due[first : first + max_together]
                 names = [lane.fingerprint for lane in together]
                 scored = evaluate(
                     self.base_model,
-                    self.data.task,
-                    self.data.splits[split],
-                    EvaluatedLanes.of(self.adapters, names, [lane.configuration.seed for lane in together]),
+                    task,
+                    scored_split,
+                    EvaluatedLanes(self.adapters, names, [lane.configuration.seed for lane in together]),
                     self.process_group,
                     generates,
                     self.on_batch,
@@ -344,7 +337,7 @@ class LaneGroup:
 
     def score_base_model(self, splits: Sequence[str], predict_with_generate: bool) -> Scores:
         """Return the scores of the base model without lanes on some splits; see `evaluate`."""
-        lanes = EvaluatedLanes.without_adapters(self.adapters)
+        lanes = EvaluatedLanes(self.adapters)
         return {
             split: evaluate(
                 self.base_model,

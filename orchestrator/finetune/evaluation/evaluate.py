@@ -14,9 +14,8 @@ from torch import Tensor
 
 from orchestrator.finetune.data.batches import Batch, DeviceBatch, Row, pad_rows, plan_batches
 from orchestrator.finetune.evaluation import metrics
-from orchestrator.finetune.evaluation.evaluated_lanes import EvaluatedLanes
 from orchestrator.finetune.evaluation.forward import predict
-from orchestrator.finetune.evaluation.generate import generate_answers
+from orchestrator.finetune.evaluation.generate import EvaluatedLanes, generate_answers
 from orchestrator.finetune.models.base_model import BaseModel
 from orchestrator.finetune.process_group import SINGLE_PROCESS_GROUP, ProcessGroup
 from orchestrator.finetune.tasks.base import IGNORE_INDEX, INVERSE_PERPLEXITY, Example, Task

@@ -11,11 +11,11 @@ from three_lanes import three_lanes
 from torch import Tensor
 
 from orchestrator.finetune.data.batches import bucket_length
-from orchestrator.finetune.evaluation.evaluated_lanes import EvaluatedLanes
 from orchestrator.finetune.evaluation.generate import (
     GPU_LIMITS,
     MIN_ROWS,
     CachedForward,
+    EvaluatedLanes,
     generate_answers,
     plan_generation_batches,
 )
@@ -69,7 +69,7 @@ def test_a_batch_that_runs_out_of_memory_is_generated_in_halves(monkeypatch: pyt
 
     monkeypatch.setattr(CachedForward, "append", limited)
     with three_lanes(base_model) as adapters:
-        lanes = EvaluatedLanes.of(adapters, ["y"], [0])
+        lanes = EvaluatedLanes(adapters, ["y"], [0])
 
         def generate() -> list[list[tuple[str, ...]]]:
             rows.clear()

@@ -15,8 +15,8 @@ from three_lanes import NAMES, three_lanes
 from orchestrator.finetune.engine.lane_group import LaneGroup, TaskData
 from orchestrator.finetune.evaluation import generate
 from orchestrator.finetune.evaluation.evaluate import evaluate
-from orchestrator.finetune.evaluation.evaluated_lanes import EvaluatedLanes
 from orchestrator.finetune.evaluation.generate import (
+    EvaluatedLanes,
     draw_uniforms,
     generate_answers,
     sample_tokens,
@@ -77,12 +77,12 @@ def test_samples_do_not_depend_on_the_lane_group() -> None:
     base_model, task = make_base_model(), sampled()
     split = split_of(task, base_model)
     with three_lanes(base_model) as adapters:
-        together = evaluate(base_model, task, split, EvaluatedLanes.of(adapters, NAMES, SEEDS))
+        together = evaluate(base_model, task, split, EvaluatedLanes(adapters, NAMES, SEEDS))
         for name, seed, one in zip(NAMES, SEEDS, together, strict=True):
-            alone = evaluate(base_model, task, split, EvaluatedLanes.of(adapters, [name], [seed]))
+            alone = evaluate(base_model, task, split, EvaluatedLanes(adapters, [name], [seed]))
             assert alone == [one]
         # With the second lane's seed, the first lane's answers differ from the answers of both lanes.
-        other = evaluate(base_model, task, split, EvaluatedLanes.of(adapters, [NAMES[0]], [1]))[0]
+        other = evaluate(base_model, task, split, EvaluatedLanes(adapters, [NAMES[0]], [1]))[0]
     assert other.items.answers != together[0].items.answers
     assert other.items.answers != together[1].items.answers
 
@@ -99,7 +99,7 @@ def test_samples_do_not_depend_on_the_order_or_on_other_prompts() -> None:
                 task,
                 some_prompts,
                 split.max_row_length,
-                EvaluatedLanes.of(adapters, ["x"], [5]),
+                EvaluatedLanes(adapters, ["x"], [5]),
                 SINGLE_PROCESS_GROUP,
             )
             return {number: texts for (number, _), texts in zip(some_prompts, generated[0], strict=True)}
@@ -116,7 +116,7 @@ def test_a_score_is_the_mean_grade_of_the_samples() -> None:
     base_model, task = make_base_model(), sampled(samples=4, temperature=2.0)
     split = split_of(task, base_model)
     with three_lanes(base_model) as adapters:
-        lanes = EvaluatedLanes.of(adapters, ["y"], [3])
+        lanes = EvaluatedLanes(adapters, ["y"], [3])
         found = evaluate(base_model, task, split, lanes)[0]
         prompts = [(number, row.prompt) for number, row in enumerate(split.rows)]
         generated = generate_answers(
@@ -135,7 +135,7 @@ def test_samples_at_temperature_zero_equal_the_greedy_answer() -> None:
     base_model = make_base_model()
     split = split_of(sampled(), base_model)
     with three_lanes(base_model) as adapters:
-        lanes = EvaluatedLanes.of(adapters, NAMES, SEEDS)
+        lanes = EvaluatedLanes(adapters, NAMES, SEEDS)
         cold = evaluate(base_model, sampled(samples=1, temperature=1e-6), split, lanes)
         greedy = evaluate(base_model, sampled(samples=1, temperature=0.0), split, lanes)
     assert cold == greedy
@@ -150,7 +150,7 @@ def test_an_answer_ends_before_its_first_stop_string(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(generate, "STOP_CHECK_INTERVAL", 2)
     with three_lanes(base_model) as adapters:
         prompts = [(number, row.prompt) for number, row in enumerate(split.rows)]
-        lanes = EvaluatedLanes.of(adapters, ["x"], [0])
+        lanes = EvaluatedLanes(adapters, ["x"], [0])
         whole = generate_answers(
             base_model, plain, prompts, split.max_row_length, lanes, SINGLE_PROCESS_GROUP
         )[0]
