@@ -6,7 +6,7 @@ others train meanwhile. A trainer waits for them only when it writes the record 
 are in the store.
 
     <folder>/letters-3f9c0a1b2c3d4e5f.untrained.json
-        {"key": the hash in the file name, "scores": {split: {score: number}}}
+        {split: {score: number}}; the file name has a hash of all that decides the scores
     <folder>/letters-3f9c0a1b2c3d4e5f.untrained-loss.json      the same, without scores of generated answers
     <folder>/.letters-3f9c0a1b2c3d4e5f.untrained.lock          held by the trainer that generates the answers
 """
@@ -27,7 +27,6 @@ from filelock import FileLock, Timeout
 from orchestrator.finetune.process_group import ProcessGroup
 from orchestrator.study.configuration import Configuration
 from orchestrator.util import atomic_files, timeouts
-from orchestrator.util.atomic_files import canonical_json
 
 Scores = Mapping[str, Mapping[str, float]]
 """The scores of each split, by name."""
@@ -50,8 +49,8 @@ class BaselineScores:
             "loop": configuration.loop_numerics,
         }
         self._folder = folder
-        self._key = hashlib.sha256(canonical_json(key_fields)).hexdigest()[:16]
-        self._stem = f"{choice.content or choice.name}-{self._key}.untrained"
+        key = hashlib.sha256(atomic_files.canonical_json(key_fields)).hexdigest()[:16]
+        self._stem = f"{choice.content or choice.name}-{key}.untrained"
         self.scores: Scores = {}
         """The known scores: at least the validation loss once `load_or_compute_loss` has returned."""
         self.is_complete = False
@@ -108,14 +107,12 @@ class BaselineScores:
         return self._folder / f"{self._stem}{kind}.json"
 
     def _read(self, kind: str) -> Scores | None:
-        # A file that is absent, damaged or of another key is computed again.
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            contents = json.loads(atomic_files.verify_checksum(self._path(kind).read_bytes()))
-            return contents["scores"] if contents["key"] == self._key else None
+        with suppress(OSError, ValueError):  # a file that is absent or damaged is computed again
+            scores: Scores = json.loads(atomic_files.verify_checksum(self._path(kind).read_bytes()))
+            return scores
         return None
 
     def _store(self, kind: str, scores: Scores) -> Scores:
         """Write scores to their file, and return them."""
-        sealed = atomic_files.add_checksum(json.dumps({"key": self._key, "scores": scores}))
-        atomic_files.write_atomically(self._path(kind), sealed)
+        atomic_files.write_atomically(self._path(kind), atomic_files.add_checksum(json.dumps(scores)))
         return scores
