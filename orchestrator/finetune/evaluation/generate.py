@@ -134,16 +134,16 @@ def generate_answers(
         process_group.world_size,
     )
     generator = _Generator(base_model, task, lanes.seeds, on_batch)
-    own_answers: dict[tuple[int, int], str] = {}  # by lane and entry
+    own_answers: dict[int, tuple[str, ...]] = {}  # entry -> the answer of each lane
     with lanes.activate():
         for length, batch in plan[process_group.rank :: process_group.world_size]:
-            for lane, texts in enumerate(generator.generate([entries[e] for e in batch], length)):
-                own_answers.update({(lane, entry): text for entry, text in zip(batch, texts, strict=True)})
+            by_lane = generator.generate([entries[e] for e in batch], length)
+            own_answers.update(zip(batch, zip(*by_lane, strict=True), strict=True))
             on_batch()
     all_answers = dict(ChainMap(*process_group.all_gather(own_answers)))
     return [
         [
-            tuple(all_answers[lane, first + sample] for sample in range(task.samples))
+            tuple(all_answers[first + sample][lane] for sample in range(task.samples))
             for first in range(0, len(entries), task.samples)
         ]
         for lane in range(len(lanes.seeds))
