@@ -12,7 +12,7 @@ from orchestrator.finetune.evaluation.evaluate import EvaluationSplit, _grade_ge
 from orchestrator.finetune.evaluation.forward import accepts_logits_to_keep
 from orchestrator.finetune.evaluation.generate import EvaluatedLanes
 from orchestrator.finetune.models.base_model import BaseModel
-from orchestrator.finetune.process_group import SINGLE_PROCESS_GROUP, WorkerError, result_or_error
+from orchestrator.finetune.process_group import SINGLE_PROCESS_GROUP, WorkerError
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.finetune.tasks.base import IGNORE_INDEX, Example, Task
 from orchestrator.study.configuration import ModelChoice
@@ -155,7 +155,6 @@ def test_grading_that_ends_the_process_fails_the_lane_with_its_traceback() -> No
             raise SystemExit(7)
 
     split = EvaluationSplit([Example("a", "b")], [], max_row_length=8, pad_token_id=0)
-    found = result_or_error(lambda: _grade_generated(Ends(), split, [[("b",)]], SINGLE_PROCESS_GROUP))
-    assert isinstance(found, WorkerError)
-    assert "SystemExit: 7" in found.reason
-    assert "in grade" in found.traceback_text
+    with pytest.raises(RuntimeError, match="SystemExit: 7") as caught:
+        _grade_generated(Ends(), split, [[("b",)]], SINGLE_PROCESS_GROUP)
+    assert "in grade" in WorkerError.from_exception(caught.value).traceback_text
