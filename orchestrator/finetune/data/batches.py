@@ -6,6 +6,12 @@ is decoded when its batch is computed (`image_processor`).
 
 Rows are padded on the right. A causal model needs no attention mask: its tokens do not attend to the padding
 after them, and padding does not count in the loss. Other models get a mask in `evaluation.forward`.
+
+The rows of an optimizer step are sorted by length before they are cut into micro-batches, so that there is
+little padding. Micro-batches of long rows have fewer rows, so that all take about the same memory and time.
+The loss of a step is divided by the number of targets in all its rows, so the objective does not depend on
+these numbers. The micro-batches depend only on the lane's seed, the step, the batch sizes and the training
+rows, not on the lane group, the workers or earlier calls.
 """
 
 from __future__ import annotations
@@ -13,7 +19,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +28,7 @@ from torch import Tensor
 
 from orchestrator.finetune.device_copy import copy_without_waiting
 from orchestrator.finetune.tasks.base import IGNORE_INDEX, EncodedExample, Example, Image, Task
+from orchestrator.study.configuration import BatchConfig
 from orchestrator.util.errors import UsageError, format_error, quote_value
 
 MAX_BATCH_ROWS = 64
@@ -29,6 +37,8 @@ MAX_BATCH_TOKENS = 4096
 """The largest number of tokens in an evaluation batch, unless 8 items have more."""
 TOKENIZER_BATCH_SIZE = 1024
 """The number of examples that are tokenized in one call."""
+SAMPLED_ROWS = 1024
+"""Approximate number of training rows whose lengths decide the sizes of micro-batches."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +66,8 @@ class PaddedRows:
     """Token ids, (rows, length) int64; (rows, 0) for images."""
     lengths: Tensor
     """The length of each row without padding, (rows,) int64."""
-    second_segment_starts: Tensor | None = None
-    """The index at which each row's second text begins, or the row's length without one, (rows,) int64; None
-    if no row has a second text."""
+    second_segment_starts: Tensor
+    """The index at which each row's second text begins, or the row's length without one, (rows,) int64."""
     images: tuple[Image, ...] = ()
     """One image per row for an image task, else none."""
 
@@ -73,13 +82,8 @@ class PaddedRows:
         return torch.arange(self.length, device=self.lengths.device) < self.lengths.unsqueeze(1)
 
     @property
-    def token_type_ids(self) -> Tensor | None:
-        """Token types: 1 in the second text, 0 elsewhere, (rows, length) int64.
-
-        None if no row has a second text.
-        """
-        if self.second_segment_starts is None:
-            return None
+    def token_type_ids(self) -> Tensor:
+        """Token types: 1 in the second text, 0 elsewhere, (rows, length) int64."""
         columns = torch.arange(self.length, device=self.lengths.device)
         return (self.attention_mask & (columns >= self.second_segment_starts.unsqueeze(1))).long()
 
@@ -94,15 +98,11 @@ class Batch(PaddedRows):
     @classmethod
     def concatenate(cls, batches: Sequence[Batch]) -> Batch:
         """Return the rows of batches of equal length as one batch."""
-        if len(batches) == 1:
-            return batches[0]
-        starts = [b.lengths if b.second_segment_starts is None else b.second_segment_starts for b in batches]
-        has_pairs = any(b.second_segment_starts is not None for b in batches)
         return cls(
             ids=torch.cat([b.ids for b in batches]),
             targets=torch.cat([b.targets for b in batches]),
             lengths=torch.cat([b.lengths for b in batches]),
-            second_segment_starts=torch.cat(starts) if has_pairs else None,
+            second_segment_starts=torch.cat([b.second_segment_starts for b in batches]),
             images=tuple(image for b in batches for image in b.images),
         )
 
@@ -158,16 +158,15 @@ class DeviceBatch(PaddedRows):
         if weights is None:
             weights = [1 / max(1, sum(counts))] * len(counts)
         positions = joined.target_positions
-        parts = [joined.ids, joined.lengths, positions, joined.targets.flatten()[positions]]
+        parts = [joined.ids, joined.lengths, joined.second_segment_starts]
+        parts += [positions, joined.targets.flatten()[positions]]
         parts += [torch.tensor(weights, dtype=torch.float64).repeat_interleave(torch.tensor(counts))]
-        if joined.second_segment_starts is not None:
-            parts.append(joined.second_segment_starts)
-        ids, lengths, moved_positions, labels, moved_weights, *starts = _move_together(parts, device)
+        ids, lengths, starts, moved_positions, labels, moved_weights = _move_together(parts, device)
         columns = positions % max(1, joined.length)
         return cls(
             ids=ids,
             lengths=lengths,
-            second_segment_starts=starts[0] if starts else None,
+            second_segment_starts=starts,
             images=joined.images,
             target_positions=moved_positions,
             labels=labels,
@@ -296,11 +295,10 @@ def encode_block(
                     f"Task {task.name!r}: {format_error(one)}, where example {number}, {text}, is encoded; "
                     "correct the task or the example, or take a --model whose tokenizer knows its words."
                 ) from one
-        if isinstance(error, SystemExit):
-            raise UsageError(
-                f"Task {task.name!r}: {format_error(error)}, where its examples are encoded."
-            ) from error
-        raise error
+        raise UsageError(
+            f"Task {task.name!r}: {format_error(error)}, where its examples are encoded together; "
+            "correct the task."
+        ) from error
 
 
 def to_image_row(example: Example, task: Task, number: int) -> Row:
@@ -350,16 +348,13 @@ def pad_rows(rows: Sequence[Row], length: int, pad_token_id: int) -> Batch:
     for number, row in enumerate(rows):
         ids[number, : len(row.ids)] = row.ids
         targets[number, : len(row.targets)] = row.targets
-    lengths = [len(r.ids) for r in rows]
     segment_starts = [len(r.ids) if (n := r.second_segment_start) is None else n for r in rows]
-    second_segment_starts = torch.tensor(segment_starts) if segment_starts != lengths else None
-    images = tuple(r.image for r in rows if r.image is not None)
     return Batch(
         ids=torch.from_numpy(ids),
         targets=torch.from_numpy(targets),
-        lengths=torch.tensor(lengths),
-        second_segment_starts=second_segment_starts,
-        images=images,
+        lengths=torch.tensor([len(r.ids) for r in rows]),
+        second_segment_starts=torch.tensor(segment_starts),
+        images=tuple(r.image for r in rows if r.image is not None),
     )
 
 
@@ -397,6 +392,136 @@ def shuffled_indices(seed: int, size: int, start: int, count: int) -> list[int]:
 def _permutation(seed: int, size: int, epoch: int) -> np.ndarray:
     # RandomState, because numpy promises that its streams never change; torch does not.
     return np.random.RandomState([seed % 2**32, seed // 2**32, epoch]).permutation(size)
+
+
+class Share(NamedTuple):
+    """The rows of a micro-batch that a worker computes."""
+
+    micro_batch: int
+    """The number of the micro-batch within its step."""
+    first_row: int
+    last_row: int
+    """The row after the last one of the share."""
+    row_count: int
+    """The number of rows of the whole micro-batch."""
+
+
+def plan_row_counts(lengths: Sequence[int], batches: BatchConfig) -> tuple[int, ...]:
+    """Return the number of rows in each micro-batch of a step, the micro-batch with the longest rows first.
+
+    The numbers are the same for all steps and lanes, so that lanes can be computed together. They minimize
+    the tokens of the largest micro-batch, padding included, in a step whose sorted rows have quantiles of
+    `lengths` as their lengths.
+
+    Args:
+        lengths: Padded lengths of training rows, at least one.
+        batches: The number of micro-batches, and their mean number of rows.
+    """
+    count, total = batches.accumulation, batches.accumulation * batches.batch_size
+    descending = sorted((max(1, length) for length in lengths), reverse=True)
+    expected = [descending[(2 * i + 1) * len(descending) // (2 * total)] for i in range(total)]
+    for limit in sorted({length * rows for length in set(expected) for rows in range(1, total + 1)}):
+        counts: list[int] = []
+        for left in range(count, 0, -1):  # micro-batches that are still to be filled
+            first = sum(counts)
+            # Each later micro-batch needs a row.
+            counts.append(min(max(1, limit // expected[min(first, total - 1)]), total - first - (left - 1)))
+        firsts = [0, *accumulate(counts)]
+        if firsts.pop() == total and all(
+            n * expected[first] <= limit for n, first in zip(counts, firsts, strict=True)
+        ):
+            return tuple(counts)
+    raise AssertionError("the largest limit allows all rows of a step in one micro-batch")
+
+
+def assign_rows(counts: Sequence[int], rank: int, world_size: int) -> list[Share]:
+    """Return the shares of a worker in every step.
+
+    Worker r gets the whole micro-batches r, r + W, .... The rows of a micro-batch are split only if there are
+    fewer micro-batches than workers, because a pass over few rows takes nearly as long as one over many. The
+    workers' numbers of rows then differ by one at most.
+
+    Args:
+        counts: The number of rows of each micro-batch.
+        rank: The worker.
+        world_size: W, the number of workers; at most the number of rows in a step.
+    """
+    if len(counts) >= world_size:
+        return [
+            Share(number, 0, counts[number], counts[number])
+            for number in range(rank, len(counts), world_size)
+        ]
+    total = sum(counts)
+    first, last = total * rank // world_size, total * (rank + 1) // world_size
+    shares, start = [], 0
+    for number, rows in enumerate(counts):
+        own = range(max(first, start) - start, min(last, start + rows) - start)
+        if own:
+            shares.append(Share(number, own.start, own.stop, rows))
+        start += rows
+    return shares
+
+
+class StepBatches(NamedTuple):
+    """A worker's part of the rows of one optimizer step of a lane."""
+
+    batches: list[Batch]
+    """One batch for each of the worker's shares, padded to the bucket of the micro-batch's longest row."""
+    target_count: int
+    """The number of targets of the step on all workers."""
+
+
+class StepBatchLoader:
+    """A loader of a worker's batches of optimizer steps.
+
+    Args:
+        rows: The training rows.
+        sizes: The number of micro-batches of a step, and their mean number of rows.
+        max_row_length: The largest padded length, as `compute_max_row_length` returns it.
+        pad_token_id: The id of the padding token.
+        rank: The rank of this worker in its trainer.
+        world_size: The number of workers.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        sizes: BatchConfig,
+        max_row_length: int,
+        pad_token_id: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        sampled = (rows[number] for number in range(0, len(rows), -(-len(rows) // SAMPLED_ROWS)))
+        self._row_counts = plan_row_counts(
+            [bucket_length(len(r.ids), max_row_length) for r in sampled], sizes
+        )
+        self.shares = assign_rows(self._row_counts, rank, world_size)
+        self._rows, self._max_row_length, self._pad_token_id = rows, max_row_length, pad_token_id
+        self._loaded: dict[tuple[int, int], StepBatches] = {}
+
+    def load(self, steps: Sequence[tuple[int, int]]) -> list[StepBatches]:
+        """Return the batches of steps, and keep them until the next call, which may ask for them again.
+
+        Args:
+            steps: The seed of each lane, and the number of steps that it has taken before this one.
+        """
+        self._loaded = {step: self._loaded.get(step) or self._make(*step) for step in set(steps)}
+        return [self._loaded[step] for step in steps]
+
+    def _make(self, seed: int, step: int) -> StepBatches:
+        count = sum(self._row_counts)
+        numbers = shuffled_indices(seed, len(self._rows), step * count, count)
+        # The longest first: a step that does not fit the memory then fails in its first micro-batch.
+        drawn = sorted((self._rows[number] for number in numbers), key=lambda row: -len(row.ids))
+        starts = [0, *accumulate(self._row_counts)]
+        batches = []
+        for share in self.shares:
+            start = starts[share.micro_batch]
+            length = bucket_length(len(drawn[start].ids), self._max_row_length)
+            own = drawn[start + share.first_row : start + share.last_row]
+            batches.append(pad_rows(own, length, self._pad_token_id))
+        return StepBatches(batches, sum(len(r.targets) - r.targets.count(IGNORE_INDEX) for r in drawn))
 
 
 def plan_batches(lengths: Sequence[int], max_row_length: int) -> list[tuple[int, list[int]]]:

@@ -13,22 +13,23 @@ from orchestrator.finetune.data.batches import (
     Batch,
     DeviceBatch,
     Row,
+    Share,
+    StepBatches,
+    StepBatchLoader,
     compute_max_row_length,
     make_training_batch,
 )
-from orchestrator.finetune.data.step_batches import Share, StepBatches, StepBatchLoader, StepKey
 from orchestrator.finetune.device_copy import copy_without_waiting
 from orchestrator.finetune.engine.lane import BackwardResult, Lane
 from orchestrator.finetune.evaluation.baseline_scores import BaselineScores, Scores
 from orchestrator.finetune.evaluation.evaluate import EvaluationResult, EvaluationSplit, evaluate
-from orchestrator.finetune.evaluation.evaluated_lanes import EvaluatedLanes
 from orchestrator.finetune.evaluation.forward import compute_objective
-from orchestrator.finetune.evaluation.generate import count_lanes_together
+from orchestrator.finetune.evaluation.generate import EvaluatedLanes, count_lanes_together
 from orchestrator.finetune.models.base_model import BaseModel
 from orchestrator.finetune.process_group import ProcessGroup
 from orchestrator.finetune.tasks.base import Task
 from orchestrator.finetune.tasks.examples import HELD_OUT_SPLITS
-from orchestrator.study.configuration import BatchConfig, Configuration
+from orchestrator.study.configuration import Configuration
 from variants.attach import Adapters
 
 SAMPLED_ROWS = 256
@@ -88,7 +89,7 @@ class TaskData:
             for s in HELD_OUT_SPLITS
         }
 
-        baseline = BaselineScores.of(folder, configuration, task)
+        baseline = BaselineScores(folder, configuration)
         data = cls(task, prepared.rows["train"], splits, baseline)
         has_answers = task.output == "generation"
         at_once = ("validation",) if has_answers else HELD_OUT_SPLITS
@@ -146,8 +147,7 @@ class LaneGroup:
         losses_by_lane: list[list[Tensor]] = [[] for _ in lanes]
         for lane in lanes:
             lane.optimizer.zero_grad(set_to_none=True)
-        sizes = lanes[0].configuration.batches  # equal for all lanes of a group
-        for number, share in enumerate(self._step_loader(sizes).shares(sizes)):
+        for number, share in enumerate(self._get_loader(lanes).shares):
             # Only lanes whose micro-batches have the same padded length are computed together: otherwise the
             # padding of a lane's rows, and so its result, would depend on the other lanes.
             groups: dict[int, list[int]] = {}
@@ -162,8 +162,8 @@ class LaneGroup:
                 )
                 for index, part in zip(group, parts, strict=True):
                     losses_by_lane[index].append(part)
-        # A GPU computes meanwhile what is queued so far.
-        self._step_loader(sizes).prepare(_next_step_keys(lanes))
+        # The next call finds these batches made. A GPU computes meanwhile what is queued so far.
+        self._get_loader(lanes).load(_next_steps(lanes))
         flat = torch.stack([torch.stack(of).sum() for of in losses_by_lane])
         if self.process_group.world_size > 1:
             # Allocated here, not in `reduce_gradients`: an out-of-memory error must come before the
@@ -240,21 +240,24 @@ class LaneGroup:
 
     def _load_batches(self, lanes: Sequence[Lane]) -> list[StepBatches]:
         """Return this worker's batches of the lanes' next step."""
-        loader = self._step_loader(lanes[0].configuration.batches)
-        steps = loader.load([_step_key(lane, lane.step) for lane in lanes])
+        loader = self._get_loader(lanes)
+        steps = loader.load([(lane.configuration.seed, lane.step) for lane in lanes])
         if self.data.task.inputs == "image":
-            both = [*steps, *loader.prepare(_next_step_keys(lanes))]
+            both = [*steps, *loader.load(_next_steps(lanes))]
             self.base_model.processor.prefetch(i for s in both for b in s.batches for i in b.images)
         return steps
 
-    def _step_loader(self, batches: BatchConfig) -> StepBatchLoader:
-        """Return the loader of the batches of steps, made at the first call."""
+    def _get_loader(self, lanes: Sequence[Lane]) -> StepBatchLoader:
+        """Return the loader of the group's batches, whose sizes are equal for all lanes of a group."""
         if self._loader is None:
+            sizes = lanes[0].configuration.batches
             self._loader = StepBatchLoader(
                 self.data.train,
-                compute_max_row_length(self.data.task, batches.max_length),
+                sizes,
+                compute_max_row_length(self.data.task, sizes.max_length),
                 self.base_model.processor.pad_token_id,
-                (self.process_group.rank, self.process_group.world_size),
+                self.process_group.rank,
+                self.process_group.world_size,
             )
         return self._loader
 
@@ -298,15 +301,6 @@ class LaneGroup:
         task = self.data.task
         return task.output == "generation" and (task.grade_at == "every_evaluation" or lane.is_at_last_step)
 
-    def count_lanes_generated_together(self, split: str) -> int:
-        """Return how many lanes generate their answers together; equal on all workers."""
-        scored = self.data.splits[split]
-        if not scored.prompt_lengths:
-            return 1
-        return count_lanes_together(
-            self.base_model, self.data.task, scored.prompt_lengths, scored.max_row_length
-        )
-
     def evaluate(self, lanes: Sequence[Lane], split: str) -> list[EvaluationResult]:
         """Score the lanes on a split, in the order of `lanes`.
 
@@ -318,19 +312,22 @@ class LaneGroup:
             split: "validation" or "test".
         """
         found: dict[str, EvaluationResult] = {}
+        task, scored_split = self.data.task, self.data.splits[split]
         for generates in (False, True):
             due = [lane for lane in lanes if self.generates_answers(lane) == generates]
             max_together = max(1, len(due))
             if generates and due:
-                max_together = self.count_lanes_generated_together(split)
+                max_together = count_lanes_together(
+                    self.base_model, task, scored_split.prompt_lengths, scored_split.max_row_length
+                )
             for first in range(0, len(due), max_together):
                 together = due[first : first + max_together]
                 names = [lane.fingerprint for lane in together]
                 scored = evaluate(
                     self.base_model,
-                    self.data.task,
-                    self.data.splits[split],
-                    EvaluatedLanes.of(self.adapters, names, [lane.configuration.seed for lane in together]),
+                    task,
+                    scored_split,
+                    EvaluatedLanes(self.adapters, names, [lane.configuration.seed for lane in together]),
                     self.process_group,
                     generates,
                     self.on_batch,
@@ -340,7 +337,7 @@ class LaneGroup:
 
     def score_base_model(self, splits: Sequence[str], predict_with_generate: bool) -> Scores:
         """Return the scores of the base model without lanes on some splits; see `evaluate`."""
-        lanes = EvaluatedLanes.without_adapters(self.adapters)
+        lanes = EvaluatedLanes(self.adapters)
         return {
             split: evaluate(
                 self.base_model,
@@ -355,14 +352,10 @@ class LaneGroup:
         }
 
 
-def _step_key(lane: Lane, step: int) -> StepKey:
-    return StepKey(lane.configuration.seed, step, lane.configuration.batches)
-
-
-def _next_step_keys(lanes: Sequence[Lane]) -> list[StepKey]:
-    """Return the steps after the present ones, of the lanes that have not reached their last."""
+def _next_steps(lanes: Sequence[Lane]) -> list[tuple[int, int]]:
+    """Return seed and number of the steps after the present ones, of lanes not yet at their last step."""
     return [
-        _step_key(lane, lane.step + 1)
+        (lane.configuration.seed, lane.step + 1)
         for lane in lanes
         if lane.step + 1 < lane.configuration.lr_schedule.steps
     ]

@@ -6,7 +6,7 @@ others train meanwhile. A trainer waits for them only when it writes the record 
 are in the store.
 
     <folder>/letters-3f9c0a1b2c3d4e5f.untrained.json
-        {"key": the hash in the file name, "scores": {split: {score: number}}}
+        {split: {score: number}}; the file name has a hash of all that decides the scores
     <folder>/letters-3f9c0a1b2c3d4e5f.untrained-loss.json      the same, without scores of generated answers
     <folder>/.letters-3f9c0a1b2c3d4e5f.untrained.lock          held by the trainer that generates the answers
 """
@@ -18,51 +18,43 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from orchestrator.finetune.process_group import ProcessGroup
-from orchestrator.finetune.tasks.base import Task
 from orchestrator.study.configuration import Configuration
 from orchestrator.util import atomic_files, timeouts
-from orchestrator.util.atomic_files import canonical_json
 
 Scores = Mapping[str, Mapping[str, float]]
 """The scores of each split, by name."""
 
 
-@dataclass
 class BaselineScores:
-    """The scores of one base model on one task.
+    """The scores of a configuration's base model on its task, none of which are known at first.
 
     Args:
         folder: The cache folder.
-        name: The first part of the file names.
-        key: The hash of all that decides the scores.
+        configuration: The configuration, which names the model and the data.
     """
 
-    folder: Path
-    name: str
-    key: str
-    scores: Scores = field(default_factory=dict)
-    """The known scores. They have at least the validation loss once `load_or_compute_loss` has returned."""
-    is_complete: bool = False
-    """True if the scores of generated answers are known, too, or the task has none. On rank 0 only."""
-
-    @classmethod
-    def of(cls, folder: Path, configuration: Configuration, task: Task) -> BaselineScores:
-        """Return the scores of a configuration's base model and task, with nothing known yet.
-
-        Args:
-            folder: The cache folder.
-            configuration: The configuration, which names the model and the data.
-            task: The configuration's task.
-        """
-        name = configuration.task.content or configuration.task.name
-        return cls(folder, name, _cache_key_hash(configuration))
+    def __init__(self, folder: Path, configuration: Configuration) -> None:
+        choice = configuration.task
+        key_fields: dict[str, Any] = {
+            "task": asdict(replace(choice, name="" if choice.content else choice.name)),
+            "model": [configuration.model.content, configuration.model.dtype],
+            "length": configuration.batches.max_length,
+            "loop": configuration.loop_numerics,
+        }
+        self._folder = folder
+        key = hashlib.sha256(atomic_files.canonical_json(key_fields)).hexdigest()[:16]
+        self._stem = f"{choice.content or choice.name}-{key}.untrained"
+        self.scores: Scores = {}
+        """The known scores: at least the validation loss once `load_or_compute_loss` has returned."""
+        self.is_complete = False
+        """True if the scores of generated answers are known, too, or the task has none. On rank 0 only."""
 
     def load_or_compute_loss(
         self, compute: Callable[[], Scores], has_answers: bool, process_group: ProcessGroup
@@ -74,8 +66,8 @@ class BaselineScores:
             has_answers: Whether the task has further scores, of generated answers.
             process_group: The workers, all of which call this method. Rank 0 decides and stores.
         """
-        kind = "untrained-loss" if has_answers else "untrained"
-        all_scores, found = process_group.all_gather((self._read("untrained"), self._read(kind)))[0]
+        kind = "-loss" if has_answers else ""
+        all_scores, found = process_group.all_gather((self._read(""), self._read(kind)))[0]
         self.is_complete = all_scores is not None or not has_answers
         found = all_scores or found
         if found is None:
@@ -95,14 +87,14 @@ class BaselineScores:
             on_wait: Called again and again during such a wait.
         """
         while not self.is_complete:
-            found = self._read("untrained")
+            found = self._read("")
             if found is None:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                lock = FileLock(self.folder / f".{self.name}-{self.key}.untrained.lock", timeout=0)
+                self._folder.mkdir(parents=True, exist_ok=True)
+                lock = FileLock(self._folder / f".{self._stem}.lock", timeout=0)
                 try:
                     with lock:
                         # The trainer that held the lock before may have stored them.
-                        found = self._read("untrained") or self._store("untrained", compute())
+                        found = self._read("") or self._store("", compute())
                 except Timeout:
                     if not wait:
                         return
@@ -112,29 +104,15 @@ class BaselineScores:
             self.scores, self.is_complete = found, True
 
     def _path(self, kind: str) -> Path:
-        return self.folder / f"{self.name}-{self.key}.{kind}.json"
+        return self._folder / f"{self._stem}{kind}.json"
 
     def _read(self, kind: str) -> Scores | None:
-        # A file that is absent, damaged or of another key is computed again.
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            contents = json.loads(atomic_files.verify_checksum(self._path(kind).read_bytes()))
-            return contents["scores"] if contents["key"] == self.key else None
+        with suppress(OSError, ValueError):  # a file that is absent or damaged is computed again
+            scores: Scores = json.loads(atomic_files.verify_checksum(self._path(kind).read_bytes()))
+            return scores
         return None
 
     def _store(self, kind: str, scores: Scores) -> Scores:
         """Write scores to their file, and return them."""
-        sealed = atomic_files.add_checksum(json.dumps({"key": self.key, "scores": scores}))
-        atomic_files.write_atomically(self._path(kind), sealed)
+        atomic_files.write_atomically(self._path(kind), atomic_files.add_checksum(json.dumps(scores)))
         return scores
-
-
-def _cache_key_hash(configuration: Configuration) -> str:
-    """Return a hash of all that decides the scores."""
-    choice = configuration.task
-    key_fields: dict[str, Any] = {
-        "task": asdict(replace(choice, name="" if choice.content else choice.name)),
-        "model": [configuration.model.content, configuration.model.dtype],
-        "length": configuration.batches.max_length,
-        "loop": configuration.loop_numerics,
-    }
-    return hashlib.sha256(canonical_json(key_fields)).hexdigest()[:16]

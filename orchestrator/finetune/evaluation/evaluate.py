@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from time import monotonic
 
@@ -14,9 +14,8 @@ from torch import Tensor
 
 from orchestrator.finetune.data.batches import Batch, DeviceBatch, Row, pad_rows, plan_batches
 from orchestrator.finetune.evaluation import metrics
-from orchestrator.finetune.evaluation.evaluated_lanes import EvaluatedLanes
 from orchestrator.finetune.evaluation.forward import predict
-from orchestrator.finetune.evaluation.generate import generate_answers
+from orchestrator.finetune.evaluation.generate import EvaluatedLanes, generate_answers
 from orchestrator.finetune.models.base_model import BaseModel
 from orchestrator.finetune.process_group import SINGLE_PROCESS_GROUP, ProcessGroup
 from orchestrator.finetune.tasks.base import IGNORE_INDEX, INVERSE_PERPLEXITY, Example, Task
@@ -146,10 +145,7 @@ def evaluate(
     if split.batch_plan:
         values = _predict_targets(base_model, task, split, lanes, process_group, on_batch)
         results = [_score_predictions(task, split, *lane) for lane in zip(*values, strict=True)]
-    if task.output != "generation":
-        return results
-    results = [replace(result, items=replace(result.items, correct=())) for result in results]
-    if not (predict_with_generate and split.graded_items):
+    if task.output != "generation" or not (predict_with_generate and split.graded_items):
         return results
     started = monotonic()
     prompts, length = [(i, split.rows[i].prompt) for i in split.graded_items], split.max_row_length
@@ -218,8 +214,8 @@ def _score_predictions(
         scores[task.metric] = metrics.get_metric(task)(predictions, targets)
     elif task.output == "teacher_forced":
         scores[task.metric] = float(correct.mean())
-    items = ItemResults(tuple(correct.tolist()), tuple(item_losses.tolist()), answers)
-    return EvaluationResult(scores, items)
+    item_grades = () if task.output == "generation" else tuple(correct.tolist())
+    return EvaluationResult(scores, ItemResults(item_grades, tuple(item_losses.tolist()), answers))
 
 
 def _grade_generated(

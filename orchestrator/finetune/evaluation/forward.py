@@ -138,8 +138,8 @@ def _compute_head_logits(base_model: BaseModel, batch: DeviceBatch) -> Tensor:
     plain only where transformers combines it with a sliding window, or where a convolution needs it as well.
     """
     model_inputs: dict[str, Any] = {"input_ids": batch.ids}
-    if base_model.has_token_types and (types := batch.token_type_ids) is not None:
-        model_inputs["token_type_ids"] = types
+    if base_model.has_token_types:
+        model_inputs["token_type_ids"] = batch.token_type_ids
     if base_model.is_causal:
         model_inputs["use_cache"] = False
     else:

@@ -15,8 +15,9 @@ import inspect
 import logging
 from collections import ChainMap
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -25,11 +26,13 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from orchestrator.finetune.data.batches import bucket_length
-from orchestrator.finetune.evaluation.evaluated_lanes import EvaluatedLanes
 from orchestrator.finetune.failures import Fault, classify_error, free_memory
 from orchestrator.finetune.models.base_model import BaseModel
 from orchestrator.finetune.process_group import ProcessGroup
 from orchestrator.finetune.tasks.base import Task
+
+if TYPE_CHECKING:
+    from variants.attach import Adapters
 
 log = logging.getLogger(__name__)
 
@@ -81,17 +84,20 @@ GPU_LIMITS = RowLimits(rows=512, prompt_tokens=2**15, tokens=2**17)
 
 
 @dataclass(frozen=True)
-class DecodingRules:
-    """The rules by which the tokens of an answer are chosen and by which it ends."""
+class EvaluatedLanes:
+    """Lanes that are evaluated together, or the base model without adapters as a single lane."""
 
-    max_new_tokens: int
-    """The longest answer in tokens."""
-    stop: Sequence[str] = ()
-    """Texts that end an answer."""
-    temperature: float = 0.0
-    """0 for greedy decoding, else the temperature of sampling."""
-    top_p: float = 1.0
-    """The probability of the nucleus to sample from."""
+    adapters: Adapters
+    names: Sequence[str] | None = None
+    """The names of the lanes; None for the base model."""
+    seeds: Sequence[int] = (0,)
+    """The seed of each lane, which decides what is sampled for its answers."""
+
+    def activate(self) -> AbstractContextManager[Any]:
+        """Return a context in which the model's rows are those of the lanes, with equal numbers, in order."""
+        if self.names is None:
+            return self.adapters.disable_adapters()
+        return self.adapters.activate_lanes(self.names, None)
 
 
 @torch.no_grad()
@@ -128,16 +134,16 @@ def generate_answers(
         process_group.world_size,
     )
     generator = _Generator(base_model, task, lanes.seeds, on_batch)
-    own_answers: dict[tuple[int, int], str] = {}  # by lane and entry
+    own_answers: dict[int, tuple[str, ...]] = {}  # entry -> the answer of each lane
     with lanes.activate():
         for length, batch in plan[process_group.rank :: process_group.world_size]:
-            for lane, texts in enumerate(generator.generate([entries[e] for e in batch], length)):
-                own_answers.update({(lane, entry): text for entry, text in zip(batch, texts, strict=True)})
+            by_lane = generator.generate([entries[e] for e in batch], length)
+            own_answers.update(zip(batch, zip(*by_lane, strict=True), strict=True))
             on_batch()
     all_answers = dict(ChainMap(*process_group.all_gather(own_answers)))
     return [
         [
-            tuple(all_answers[lane, first + sample] for sample in range(task.samples))
+            tuple(all_answers[first + sample][lane] for sample in range(task.samples))
             for first in range(0, len(entries), task.samples)
         ]
         for lane in range(len(lanes.seeds))
@@ -158,7 +164,7 @@ def count_lanes_together(
     lengths = [length for length in prompt_lengths for _ in range(task.samples)]
     on_gpu = base_model.device.type == "cuda"
     plan = plan_generation_batches(lengths, max_row_length, task.max_new_tokens, on_gpu)
-    largest = max((length + task.max_new_tokens) * len(batch) for length, batch in plan)
+    largest = max(((length + task.max_new_tokens) * len(batch) for length, batch in plan), default=1)
     return max(1, MAX_TOGETHER_TOKENS // largest)
 
 
@@ -256,7 +262,7 @@ class _Generator:
             uniforms = draw_uniform_table(self.seeds, item_samples, task.max_new_tokens).to(device)
         answers = decode_answers(
             self.base_model,
-            DecodingRules(task.max_new_tokens, task.stop, task.temperature, task.top_p),
+            task,
             ids.repeat(lanes, 1).to(device),
             mask.repeat(lanes, 1).to(device),
             lanes,
@@ -280,7 +286,7 @@ def _decode_answer(ids: list[int], tokenizer: Any) -> str:
 @torch.no_grad()
 def decode_answers(
     base_model: BaseModel,
-    rules: DecodingRules,
+    task: Task,
     prompts: Tensor,
     prompt_mask: Tensor,
     lanes: int,
@@ -291,7 +297,7 @@ def decode_answers(
 
     Args:
         base_model: The base model, inside a context that activates the lanes.
-        rules: The choice of tokens and the ends of answers.
+        task: The task, which decides the sampling, the stop strings and the length of answers.
         prompts: Token ids, padded on the left, (lanes * rows, length) on the device.
         prompt_mask: 0 at padding, else 1, of the same shape.
         lanes: The number of lanes, whose rows come one lane after another.
@@ -304,19 +310,19 @@ def decode_answers(
         check that finds a stop string.
     """
     tokenizer, row_count = base_model.tokenizer, len(prompts)
-    answers = prompts.new_full((row_count, rules.max_new_tokens), tokenizer.pad_token_id)
+    answers = prompts.new_full((row_count, task.max_new_tokens), tokenizer.pad_token_id)
     rows = torch.arange(row_count, device=prompts.device)  # the rows of `answers` that are still computed
     ended = torch.zeros(row_count, dtype=torch.bool, device=prompts.device)
     forward = CachedForward(base_model, prompt_mask)
     logits = forward.append(prompts)
-    for count in range(1, rules.max_new_tokens + 1):
-        tokens = _choose_tokens(logits, rules, None if uniforms is None else uniforms[rows, count - 1])
+    for count in range(1, task.max_new_tokens + 1):
+        tokens = _choose_tokens(logits, task, None if uniforms is None else uniforms[rows, count - 1])
         tokens = tokens.masked_fill(ended, tokenizer.pad_token_id)
         answers[rows, count - 1] = tokens
         ended |= tokens == tokenizer.eos_token_id
-        if rules.stop and count % STOP_CHECK_INTERVAL == 0:
-            ended |= _have_stop_string(answers[rows, :count], tokenizer, rules.stop)
-        if count == rules.max_new_tokens or bool(ended.all()):
+        if task.stop and count % STOP_CHECK_INTERVAL == 0:
+            ended |= _have_stop_string(answers[rows, :count], tokenizer, task.stop)
+        if count == task.max_new_tokens or bool(ended.all()):
             break
         if count % COMPACTION_INTERVAL == 0:
             on_progress()
@@ -351,12 +357,12 @@ def _select_remaining_rows(ended: Tensor, lanes: int) -> Tensor | None:
     return (kept + first_rows[:, None]).flatten()
 
 
-def _choose_tokens(logits: Tensor, rules: DecodingRules, uniforms: Tensor | None) -> Tensor:
+def _choose_tokens(logits: Tensor, task: Task, uniforms: Tensor | None) -> Tensor:
     """Return the next token of each row, (rows,), from logits, (rows, vocabulary)."""
     if uniforms is None:
         return logits.argmax(dim=-1)
     parts = zip(logits.split(SAMPLED_ROWS), uniforms.split(SAMPLED_ROWS), strict=True)
-    return torch.cat([sample_tokens(part, of, rules.temperature, rules.top_p) for part, of in parts])
+    return torch.cat([sample_tokens(part, of, task.temperature, task.top_p) for part, of in parts])
 
 
 def _have_stop_string(answers: Tensor, tokenizer: Any, stops: Sequence[str]) -> Tensor:

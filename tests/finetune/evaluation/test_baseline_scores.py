@@ -17,7 +17,6 @@ from orchestrator.finetune.engine.lane_group import LaneGroup
 from orchestrator.finetune.engine.lane_source import Directive, Report
 from orchestrator.finetune.evaluation.baseline_scores import BaselineScores, Scores
 from orchestrator.finetune.process_group import SINGLE_PROCESS_GROUP
-from orchestrator.finetune.tasks import catalogue
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration
 from orchestrator.util import timeouts
@@ -35,7 +34,7 @@ def load_and_count(folder: Path, wanted: Configuration) -> tuple[Scores, int]:
         calls.append(1)
         return SCORES
 
-    baseline = BaselineScores.of(folder, wanted, catalogue.get(wanted.task.name))
+    baseline = BaselineScores(folder, wanted)
     baseline.load_or_compute_loss(compute, False, SINGLE_PROCESS_GROUP)
     assert baseline.is_complete
     return baseline.scores, len(calls)

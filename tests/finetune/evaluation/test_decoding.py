@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -29,12 +28,12 @@ from transformers import (
 from orchestrator.finetune.evaluation import generate
 from orchestrator.finetune.evaluation.generate import (
     CachedForward,
-    DecodingRules,
     decode_answers,
     draw_uniform_table,
     sample_tokens,
 )
 from orchestrator.finetune.models.base_model import BaseModel
+from orchestrator.finetune.tasks.base import Task
 from orchestrator.finetune.tasks.local.letters import VOCABULARY, tokenizer
 
 SIZES = {
@@ -59,7 +58,15 @@ CONFIGS = {
     "gpt2": GPT2Config(**SIZES, n_positions=128),
 }
 ROWS, LENGTH, SEEDS = 20, 12, (0, 1, 2)
-RULES = DecodingRules(max_new_tokens=70, temperature=1.5, top_p=0.95)
+
+
+class Sampled(Task):
+    """A task whose answers are sampled from a nucleus."""
+
+    max_new_tokens, temperature, top_p = 70, 1.5, 0.95
+
+
+TASK = Sampled()
 
 
 @cache
@@ -82,18 +89,18 @@ def make_prompts(lanes: int = len(NAMES)) -> tuple[Tensor, Tensor]:
 
 
 def make_uniforms(seeds: Sequence[int] = SEEDS) -> Tensor:
-    return draw_uniform_table(seeds, [(row, 0) for row in range(ROWS)], RULES.max_new_tokens)
+    return draw_uniform_table(seeds, [(row, 0) for row in range(ROWS)], TASK.max_new_tokens)
 
 
 class Sampler(LogitsProcessor):
     """A logits processor that leaves only the sampled token of each row, for greedy decoding to select."""
 
-    def __init__(self, uniforms: Tensor, rules: DecodingRules) -> None:
-        self.uniforms, self.rules = uniforms, rules
+    def __init__(self, uniforms: Tensor, task: Task) -> None:
+        self.uniforms, self.task = uniforms, task
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         numbers = self.uniforms[:, input_ids.shape[1] - LENGTH]
-        tokens = sample_tokens(scores, numbers, self.rules.temperature, self.rules.top_p)
+        tokens = sample_tokens(scores, numbers, self.task.temperature, self.task.top_p)
         return torch.full_like(scores, -torch.inf).scatter_(1, tokens[:, None], 0.0)
 
 
@@ -112,19 +119,19 @@ class StopStrings(StoppingCriteria):
 
 
 def generate_with_transformers(
-    base_model: BaseModel, rules: DecodingRules, ids: Tensor, mask: Tensor, uniforms: Tensor | None
+    base_model: BaseModel, task: Task, ids: Tensor, mask: Tensor, uniforms: Tensor | None
 ) -> Tensor:
     model, pad = base_model.model, base_model.tokenizer.pad_token_id
     model.generation_config = GenerationConfig(
-        max_new_tokens=rules.max_new_tokens, eos_token_id=base_model.tokenizer.eos_token_id, pad_token_id=pad
+        max_new_tokens=task.max_new_tokens, eos_token_id=base_model.tokenizer.eos_token_id, pad_token_id=pad
     )
     answers: Tensor = model.generate(
         input_ids=ids,
         attention_mask=mask,
-        logits_processor=LogitsProcessorList([] if uniforms is None else [Sampler(uniforms, rules)]),
-        stopping_criteria=StoppingCriteriaList([StopStrings(rules.stop)] if rules.stop else []),
+        logits_processor=LogitsProcessorList([] if uniforms is None else [Sampler(uniforms, task)]),
+        stopping_criteria=StoppingCriteriaList([StopStrings(task.stop)] if task.stop else []),
     )[:, LENGTH:]
-    return torch.nn.functional.pad(answers, (0, rules.max_new_tokens - answers.shape[1]), value=pad)
+    return torch.nn.functional.pad(answers, (0, task.max_new_tokens - answers.shape[1]), value=pad)
 
 
 def count_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -162,13 +169,14 @@ def combinations() -> list[Any]:
 def test_the_tokens_equal_those_of_transformers(
     family: str, sampled: bool, stop: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base_model, rules = make_base_model(family), replace(RULES, stop=stop)
+    base_model, task = make_base_model(family), Sampled()
+    task.stop = stop
     ids, mask = make_prompts()
     uniforms = make_uniforms() if sampled else None
     with three_lanes(base_model) as adapters, adapters.activate_lanes(NAMES, None):
-        expected = generate_with_transformers(base_model, rules, ids, mask, uniforms)
+        expected = generate_with_transformers(base_model, task, ids, mask, uniforms)
         rows = count_rows(monkeypatch)
-        found = decode_answers(base_model, rules, ids, mask, len(NAMES), uniforms)
+        found = decode_answers(base_model, task, ids, mask, len(NAMES), uniforms)
     assert torch.equal(found, expected)
     if sampled:
         assert rows[0] == len(ids) > rows[-1]  # rows have left
@@ -179,8 +187,8 @@ def test_a_lanes_tokens_do_not_depend_on_the_lanes_beside_it() -> None:
     base_model = make_base_model("llama")
     with three_lanes(base_model) as adapters:
         with adapters.activate_lanes(NAMES, None):
-            together = decode_answers(base_model, RULES, *make_prompts(), len(NAMES), make_uniforms())
+            together = decode_answers(base_model, TASK, *make_prompts(), len(NAMES), make_uniforms())
         for name, seed, expected in zip(NAMES, SEEDS, together.chunk(len(NAMES)), strict=True):
             with adapters.activate_lanes([name], None):
-                alone = decode_answers(base_model, RULES, *make_prompts(1), 1, make_uniforms([seed]))
+                alone = decode_answers(base_model, TASK, *make_prompts(1), 1, make_uniforms([seed]))
             assert torch.equal(alone, expected)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import pytest
 import torch
 from scripted import WORDS_TASK, tiny_base_model
@@ -12,8 +9,8 @@ from three_lanes import NAMES, compute_logits, three_lanes, tokenized_split
 from torch.nn.functional import cross_entropy
 
 from orchestrator.finetune.evaluation.evaluate import EvaluationSplit, _grade_generated, evaluate
-from orchestrator.finetune.evaluation.evaluated_lanes import EvaluatedLanes
 from orchestrator.finetune.evaluation.forward import accepts_logits_to_keep
+from orchestrator.finetune.evaluation.generate import EvaluatedLanes
 from orchestrator.finetune.models.base_model import BaseModel
 from orchestrator.finetune.process_group import SINGLE_PROCESS_GROUP, WorkerError
 from orchestrator.finetune.tasks import catalogue as tasks
@@ -38,8 +35,8 @@ def test_a_lanes_scores_do_not_depend_on_other_lanes(name: str) -> None:
     base_model, task = make_base_model(), tasks.get(name)
     split = split_of(task, base_model)
     with three_lanes(base_model) as adapters:
-        together = evaluate(base_model, task, split, EvaluatedLanes.of(adapters, NAMES, [0, 0, 0]))
-        alone = [evaluate(base_model, task, split, EvaluatedLanes.of(adapters, [n], [0]))[0] for n in NAMES]
+        together = evaluate(base_model, task, split, EvaluatedLanes(adapters, NAMES, [0, 0, 0]))
+        alone = [evaluate(base_model, task, split, EvaluatedLanes(adapters, [n], [0]))[0] for n in NAMES]
     assert together == alone
     assert len({one.scores["loss"] for one in alone}) == 3
 
@@ -57,7 +54,7 @@ def test_a_grade_outside_0_to_1_is_named(bad_grade: float, monkeypatch: pytest.M
             base_model,
             task,
             split_of(task, base_model),
-            EvaluatedLanes.of(adapters, ["y"], [0]),
+            EvaluatedLanes(adapters, ["y"], [0]),
         )
 
 
@@ -65,7 +62,7 @@ def test_scores_equal_those_of_plain_forward_passes() -> None:
     base_model, task = make_base_model(), tasks.get(WORDS_TASK)
     split = split_of(task, base_model)
     with three_lanes(base_model) as adapters, torch.no_grad():
-        found = evaluate(base_model, task, split, EvaluatedLanes.of(adapters, ["y"], [0]))[0]
+        found = evaluate(base_model, task, split, EvaluatedLanes(adapters, ["y"], [0]))[0]
         losses, hits, answers = [], [], []
         for row in split.rows:  # one row at a time, without padding
             with adapters.activate_lanes(["y"], None):
@@ -108,8 +105,7 @@ def test_generation_and_teacher_forcing_agree_for_exact_match() -> None:
             optimizer.step()
             optimizer.zero_grad()
     one, other = (
-        evaluate(base_model, t, split, EvaluatedLanes.of(adapters, ["x"], [0]))[0]
-        for t in (generated, forced)
+        evaluate(base_model, t, split, EvaluatedLanes(adapters, ["x"], [0]))[0] for t in (generated, forced)
     )
     assert one.items.correct == other.items.correct
     assert one.scores == other.scores
@@ -121,13 +117,9 @@ def test_disabled_adapters_give_the_scores_of_the_bare_model() -> None:
     base_model, task = make_base_model(), tasks.get("letters")
     split = split_of(task, base_model)
     with three_lanes(base_model) as adapters:
-        off = evaluate(base_model, task, split, EvaluatedLanes.without_adapters(adapters))[0]
-
-    @contextmanager
-    def bare() -> Iterator[None]:
-        yield
-
-    assert evaluate(base_model, task, split, EvaluatedLanes([0], bare))[0] == off
+        off = evaluate(base_model, task, split, EvaluatedLanes(adapters))[0]
+    # The adapters are detached here.
+    assert evaluate(base_model, task, split, EvaluatedLanes(adapters))[0] == off
 
 
 def test_leaving_out_columns_without_labels_changes_no_logits() -> None:
@@ -146,10 +138,10 @@ def test_the_models_generation_settings_are_ignored_and_restored() -> None:
     base_model, task = make_base_model(), tasks.get(WORDS_TASK)
     split = split_of(task, base_model)
     with three_lanes(base_model) as adapters:
-        plain = evaluate(base_model, task, split, EvaluatedLanes.of(adapters, ["z"], [0]))[0]
+        plain = evaluate(base_model, task, split, EvaluatedLanes(adapters, ["z"], [0]))[0]
         own = base_model.model.generation_config
         own.do_sample, own.temperature, own.repetition_penalty = True, 5.0, 3.0
-        again = evaluate(base_model, task, split, EvaluatedLanes.of(adapters, ["z"], [0]))[0]
+        again = evaluate(base_model, task, split, EvaluatedLanes(adapters, ["z"], [0]))[0]
     assert again == plain
     assert base_model.model.generation_config is own
     assert (own.do_sample, own.temperature) == (True, 5.0)

@@ -195,14 +195,12 @@ def test_lanes_learn_and_a_lane_in_a_group_equals_the_lane_alone(
 def test_token_types_reach_only_models_that_have_them_and_are_0_at_padding(folders: dict[str, Path]) -> None:
     base_model = load(folders["bert"])
     batch = batch_of(base_model)
-    assert batch.token_type_ids is not None
     assert not batch.token_type_ids[~batch.attention_mask].any()
     for example, types, length in zip(
         Same().examples("train", 16), batch.token_type_ids, batch.lengths.tolist(), strict=True
     ):
         assert types[:length].tolist() == base_model.tokenizer(example.prompt, example.pair)["token_type_ids"]
-    both = Batch.concatenate([batch, replace(batch, second_segment_starts=None)])
-    assert both.token_type_ids is not None
+    both = Batch.concatenate([batch, replace(batch, second_segment_starts=batch.lengths)])
     assert torch.equal(both.token_type_ids[:16], batch.token_type_ids)
     assert not both.token_type_ids[16:].any()
     for kind in ("bert", "electra", "deberta", "distilbert"):
@@ -210,7 +208,9 @@ def test_token_types_reach_only_models_that_have_them_and_are_0_at_padding(folde
         batch = batch_of(base_model)
         with three_lanes(base_model, 0.3) as adapters, adapters.activate_lanes(["y"], None), torch.no_grad():
             given, _ = compute_logits(base_model, Same(), batch)
-            without, _ = compute_logits(base_model, Same(), replace(batch, second_segment_starts=None))
+            without, _ = compute_logits(
+                base_model, Same(), replace(batch, second_segment_starts=batch.lengths)
+            )
         assert torch.equal(given, without) == (kind not in TYPED)
 
 

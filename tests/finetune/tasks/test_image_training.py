@@ -19,7 +19,7 @@ from tiny_images import MAKE, choice, load
 from transformers import AutoModel
 
 from orchestrator.finetune.evaluation.evaluate import EvaluationResult, evaluate
-from orchestrator.finetune.evaluation.evaluated_lanes import EvaluatedLanes
+from orchestrator.finetune.evaluation.generate import EvaluatedLanes
 from orchestrator.finetune.models import loading
 from orchestrator.finetune.models.base_model import BaseModel
 from orchestrator.finetune.process_group import SINGLE_PROCESS_GROUP, ProcessGroup
@@ -64,7 +64,7 @@ def test_only_the_image_tower_is_loaded_and_it_gets_a_head_of_zeros(image_folder
         "blocks",
         base_model.head_names,
     )
-    found = evaluate(base_model, task, split, EvaluatedLanes.without_adapters(adapters))[0]
+    found = evaluate(base_model, task, split, EvaluatedLanes(adapters))[0]
     assert found.scores == {"loss": pytest.approx(math.log(5)), "accuracy": task.floor}
 
 
@@ -148,7 +148,7 @@ def _on_two(process_group: ProcessGroup, where: Path, image_folder: Path) -> lis
         "blocks",
         base_model.head_names,
     )
-    return evaluate(base_model, task, split, EvaluatedLanes.without_adapters(adapters), process_group)
+    return evaluate(base_model, task, split, EvaluatedLanes(adapters), process_group)
 
 
 def test_two_workers_split_images_like_texts(

@@ -25,7 +25,7 @@ from transformers import (
 
 from orchestrator.finetune.data.batches import compute_max_row_length, encode_examples, pad_rows
 from orchestrator.finetune.evaluation.evaluate import EvaluationResult, EvaluationSplit, evaluate
-from orchestrator.finetune.evaluation.evaluated_lanes import EvaluatedLanes
+from orchestrator.finetune.evaluation.generate import EvaluatedLanes
 from orchestrator.finetune.models import loading
 from orchestrator.finetune.models.base_model import BaseModel
 from orchestrator.finetune.process_group import SINGLE_PROCESS_GROUP, ProcessGroup
@@ -133,9 +133,7 @@ def test_a_head_starts_with_zeros_so_that_the_base_model_guesses(folder: Path) -
         ("score",) if base_model.is_causal else ("classifier", "bert.pooler.dense")
     )
     with three_lanes(base_model) as adapters:
-        found = evaluate(
-            base_model, task, make_split(task, base_model), EvaluatedLanes.without_adapters(adapters)
-        )[0]
+        found = evaluate(base_model, task, make_split(task, base_model), EvaluatedLanes(adapters))[0]
     assert found.scores == {"loss": pytest.approx(math.log(8)), "accuracy": task.floor}
     assert set(found.items.answers) == {task.labels[0]}
 
@@ -196,8 +194,8 @@ def test_scores_of_a_lane_do_not_depend_on_other_lanes(folder: Path, task: Task)
     base_model = load(folder, task)
     split = make_split(task, base_model)
     with three_lanes(base_model) as adapters:
-        together = evaluate(base_model, task, split, EvaluatedLanes.of(adapters, NAMES, [0, 0, 0]))
-        alone = [evaluate(base_model, task, split, EvaluatedLanes.of(adapters, [n], [0]))[0] for n in NAMES]
+        together = evaluate(base_model, task, split, EvaluatedLanes(adapters, NAMES, [0, 0, 0]))
+        alone = [evaluate(base_model, task, split, EvaluatedLanes(adapters, [n], [0]))[0] for n in NAMES]
     assert together == alone
     assert len({one.scores["loss"] for one in alone}) == 3
 
@@ -208,7 +206,7 @@ def test_scores_equal_those_computed_with_the_model_itself(folder: Path, task: T
     split = make_split(task, base_model, 24)
     # With larger updates this random model multiplies rounding errors by a thousand.
     with three_lanes(base_model, deviation=0.1) as adapters, torch.no_grad():
-        found = evaluate(base_model, task, split, EvaluatedLanes.of(adapters, ["y"], [0]))[0]
+        found = evaluate(base_model, task, split, EvaluatedLanes(adapters, ["y"], [0]))[0]
         with adapters.activate_lanes(["y"], None):
             logits = [base_model.model(input_ids=torch.tensor([row.ids])).logits[0] for row in split.rows]
     if task.output == "classification":
@@ -247,7 +245,7 @@ def _shared(process_group: ProcessGroup, _: Path, bert: Path) -> list[Evaluation
         for size in (90, 9):
             split = make_split(task, base_model, size)
             with three_lanes(base_model) as adapters:
-                lanes = EvaluatedLanes.of(adapters, NAMES, (0, 1, 2))
+                lanes = EvaluatedLanes(adapters, NAMES, (0, 1, 2))
                 found += evaluate(base_model, task, split, lanes, process_group)
     return found
 

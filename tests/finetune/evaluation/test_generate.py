@@ -1,4 +1,4 @@
-"""Sampled answers have the right distribution and do not depend on the lane group or the batch.
+"""Generated answers: how they are sampled, where they end, and the batches in which they are made.
 
 `test_task_heads.py` checks that two workers sample the same answers as one.
 """
@@ -7,18 +7,26 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from scripted import WORDS_TASK, tiny_base_model
 from scripted import configuration as configured
 from test_evaluate import split_of
 from three_lanes import NAMES, three_lanes
+from torch import Tensor
 
+from orchestrator.finetune.data.batches import bucket_length
 from orchestrator.finetune.engine.lane_group import LaneGroup, TaskData
 from orchestrator.finetune.evaluation import generate
 from orchestrator.finetune.evaluation.evaluate import evaluate
-from orchestrator.finetune.evaluation.evaluated_lanes import EvaluatedLanes
 from orchestrator.finetune.evaluation.generate import (
+    GPU_LIMITS,
+    MIN_ROWS,
+    CachedForward,
+    EvaluatedLanes,
     draw_uniforms,
     generate_answers,
+    plan_generation_batches,
     sample_tokens,
     truncate_at_stop,
 )
@@ -77,12 +85,12 @@ def test_samples_do_not_depend_on_the_lane_group() -> None:
     base_model, task = make_base_model(), sampled()
     split = split_of(task, base_model)
     with three_lanes(base_model) as adapters:
-        together = evaluate(base_model, task, split, EvaluatedLanes.of(adapters, NAMES, SEEDS))
+        together = evaluate(base_model, task, split, EvaluatedLanes(adapters, NAMES, SEEDS))
         for name, seed, one in zip(NAMES, SEEDS, together, strict=True):
-            alone = evaluate(base_model, task, split, EvaluatedLanes.of(adapters, [name], [seed]))
+            alone = evaluate(base_model, task, split, EvaluatedLanes(adapters, [name], [seed]))
             assert alone == [one]
         # With the second lane's seed, the first lane's answers differ from the answers of both lanes.
-        other = evaluate(base_model, task, split, EvaluatedLanes.of(adapters, [NAMES[0]], [1]))[0]
+        other = evaluate(base_model, task, split, EvaluatedLanes(adapters, [NAMES[0]], [1]))[0]
     assert other.items.answers != together[0].items.answers
     assert other.items.answers != together[1].items.answers
 
@@ -99,7 +107,7 @@ def test_samples_do_not_depend_on_the_order_or_on_other_prompts() -> None:
                 task,
                 some_prompts,
                 split.max_row_length,
-                EvaluatedLanes.of(adapters, ["x"], [5]),
+                EvaluatedLanes(adapters, ["x"], [5]),
                 SINGLE_PROCESS_GROUP,
             )
             return {number: texts for (number, _), texts in zip(some_prompts, generated[0], strict=True)}
@@ -116,7 +124,7 @@ def test_a_score_is_the_mean_grade_of_the_samples() -> None:
     base_model, task = make_base_model(), sampled(samples=4, temperature=2.0)
     split = split_of(task, base_model)
     with three_lanes(base_model) as adapters:
-        lanes = EvaluatedLanes.of(adapters, ["y"], [3])
+        lanes = EvaluatedLanes(adapters, ["y"], [3])
         found = evaluate(base_model, task, split, lanes)[0]
         prompts = [(number, row.prompt) for number, row in enumerate(split.rows)]
         generated = generate_answers(
@@ -135,7 +143,7 @@ def test_samples_at_temperature_zero_equal_the_greedy_answer() -> None:
     base_model = make_base_model()
     split = split_of(sampled(), base_model)
     with three_lanes(base_model) as adapters:
-        lanes = EvaluatedLanes.of(adapters, NAMES, SEEDS)
+        lanes = EvaluatedLanes(adapters, NAMES, SEEDS)
         cold = evaluate(base_model, sampled(samples=1, temperature=1e-6), split, lanes)
         greedy = evaluate(base_model, sampled(samples=1, temperature=0.0), split, lanes)
     assert cold == greedy
@@ -150,7 +158,7 @@ def test_an_answer_ends_before_its_first_stop_string(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(generate, "STOP_CHECK_INTERVAL", 2)
     with three_lanes(base_model) as adapters:
         prompts = [(number, row.prompt) for number, row in enumerate(split.rows)]
-        lanes = EvaluatedLanes.of(adapters, ["x"], [0])
+        lanes = EvaluatedLanes(adapters, ["x"], [0])
         whole = generate_answers(
             base_model, plain, prompts, split.max_row_length, lanes, SINGLE_PROCESS_GROUP
         )[0]
@@ -187,3 +195,66 @@ def test_answers_may_be_graded_at_the_last_evaluation_only() -> None:
     for name in NAMES:
         assert found[name].scores["loss"] == every[name].scores["loss"]
         assert len(every[name].items.answers) == len(split.rows)
+
+
+# -- batches -------------------------------------------------------------------------------------------------
+
+LENGTHS = st.lists(st.integers(1, 300), min_size=1, max_size=300)
+
+
+@given(LENGTHS, st.integers(1, 300), st.integers(1, 600))
+def test_on_a_cpu_prompts_of_one_length_share_batches_of_near_equal_size(
+    lengths: list[int], longest: int, max_new_tokens: int
+) -> None:
+    plan = plan_generation_batches(lengths, longest, max_new_tokens, on_gpu=False)
+    assert sorted(item for _, items in plan for item in items) == list(range(len(lengths)))
+    sizes: dict[int, list[int]] = {}
+    for length, items in plan:
+        assert {bucket_length(lengths[item], longest) for item in items} == {length}
+        sizes.setdefault(length, []).append(len(items))
+    for length, counts in sizes.items():
+        assert max(counts) <= min(64, max(8, 4096 // length), max(8, 32768 // (length + max_new_tokens)))
+        assert max(counts) - min(counts) <= 1
+
+
+@given(LENGTHS, st.integers(1, 600), st.integers(1, 4))
+def test_on_a_gpu_prompts_of_several_lengths_share_a_batch(
+    lengths: list[int], max_new_tokens: int, workers: int
+) -> None:
+    plan = plan_generation_batches(lengths, 300, max_new_tokens, True, workers)
+    assert sorted(item for _, items in plan for item in items) == list(range(len(lengths)))
+    fair_share = max(MIN_ROWS, -(-len(lengths) // workers))
+    for number, (length, items) in enumerate(plan):
+        assert length == max(bucket_length(lengths[item], 300) for item in items)
+        if number < len(plan) - 1:
+            assert len(items) == min(fair_share, GPU_LIMITS.max_rows(length, max_new_tokens))
+    assert [length for length, _ in plan] == sorted((length for length, _ in plan), reverse=True)
+
+
+def test_a_batch_that_runs_out_of_memory_is_generated_in_halves(monkeypatch: pytest.MonkeyPatch) -> None:
+    base_model, task = tiny_base_model(ModelChoice("tiny", "0" * 64)), tasks.get(WORDS_TASK)
+    prompts = [(item, [4 + item % 8] * 20) for item in range(64)]
+    rows, most = [], 64
+    append = CachedForward.append
+
+    def limited(self: CachedForward, tokens: Tensor) -> Tensor:
+        rows.append(len(tokens))
+        if len(tokens) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return append(self, tokens)
+
+    monkeypatch.setattr(CachedForward, "append", limited)
+    with three_lanes(base_model) as adapters:
+        lanes = EvaluatedLanes(adapters, ["y"], [0])
+
+        def answer() -> list[list[tuple[str, ...]]]:
+            rows.clear()
+            return generate_answers(base_model, task, prompts, 20, lanes, SINGLE_PROCESS_GROUP)
+
+        answers = answer()
+        assert rows[0] == 64
+        most = 32
+        assert answer() == answers
+        assert rows[:2] == [64, 32]
+        assert answer() == answers
+        assert max(rows) == 32, "later batches begin with the number that fits"
