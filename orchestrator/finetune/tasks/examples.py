@@ -1,4 +1,4 @@
-"""Examples of a task, and the splits that they belong to."""
+"""Examples of a task as texts, images and token ids, and the splits that they belong to."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 HELD_OUT_SPLITS: tuple[Split, ...] = ("validation", "test")
 
 CountsIn = Literal["both", "loss", "metric"]
+IGNORE_INDEX = -100
+"""The label of a position that carries no loss (`ignore_index` in PyTorch)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +60,24 @@ class Example:
     reference: str | None = None
     counts_in: CountsIn = "both"
     image: Image | None = None
+
+
+@dataclass(frozen=True)
+class EncodedExample:
+    """The token ids of an example.
+
+    Args:
+        ids: The token ids.
+        labels: A label per token: its id, or IGNORE_INDEX. They are not shifted yet (see `data/batches.py`).
+        prompt_length: The number of ids of the prompt, after which generation starts.
+        second_segment_start: The index of the first token of a pair's second text, if the tokenizer gives its
+            tokens the type 1; None if it does not.
+    """
+
+    ids: tuple[int, ...]
+    labels: tuple[int, ...]
+    prompt_length: int
+    second_segment_start: int | None = None
 
 
 def check_examples(examples: Sequence[object], count: int, task: str, split: Split) -> list[Example]:
