@@ -45,6 +45,7 @@ Output = Literal["teacher_forced", "generation", "classification", "regression"]
 INVERSE_PERPLEXITY = "inverse_perplexity"
 """A metric of teacher-forced answers and of classes: exp(-loss), from 0 to 1. It takes the place of the loss,
 which cannot be a metric: a higher score must be better, and a task must have a lowest score, its floor."""
+Grader = Literal["exact", "math", "choice", "token_f1"]
 GradeAt = Literal["every_evaluation", "last_evaluation"]
 """The evaluations in which answers are generated and graded. With "last_evaluation" the earlier ones compute
 the loss only, which takes a small part of the time and is all that early stopping needs."""
@@ -126,6 +127,8 @@ class Task:
     """Sampling is limited to the most probable tokens that together have this probability."""
     stop: tuple[str, ...] = ()
     """Texts before the first of which a generated answer ends."""
+    grader: Grader = "exact"
+    """How `grade` compares an answer with the right one: by equality, or by a function of `grading/`."""
     grade_at: GradeAt = "every_evaluation"
     publishes_best_evaluation: bool = False
     """True if the published survey reports, of each run, the best of its evaluations on the test split."""
@@ -165,10 +168,22 @@ class Task:
         """Return the grade of a generated answer, from 0 to 1.
 
         Args:
-            example: The example.
+            example: The example. Its `reference`, if it has one, is the right answer for other graders than
+                "exact".
             answer: The generated text.
         """
-        return float(answer.strip() == example.answer.strip())
+        if self.grader == "exact":
+            return float(answer.strip() == example.answer.strip())
+        from orchestrator.finetune.grading import math as math_answers
+        from orchestrator.finetune.grading import text_answers
+
+        graders = {
+            "math": math_answers.grade,
+            "choice": text_answers.grade_choice,
+            "token_f1": text_answers.grade_token_f1,
+        }
+        right = example.answer if example.reference is None else example.reference
+        return graders[self.grader](answer, right)
 
     def grade_all(self, examples: Sequence[Example], answers: Sequence[str]) -> list[float]:
         """Return the grades of many answers; overridden where grading in parallel is faster.

@@ -1,4 +1,4 @@
-"""Tasks by name: each file in a folder beside this module, entry points of packages, and users' files."""
+"""Tasks by name: entries of `tasks.toml`, entry points of packages, and users' files."""
 
 from __future__ import annotations
 

@@ -129,6 +129,7 @@ class DataTask(Task):
             inputs="image" if spec.form == "image" else "text",
             labels=spec.labels,
             max_new_tokens=spec.max_new_tokens,
+            grader="token_f1" if spec.metric == "token_f1" else "math",
             defaults=spec.defaults,
         )
 
@@ -148,20 +149,16 @@ class DataTask(Task):
         """Return the task in a JSON object, without its rows.
 
         Args:
-            data: What `to_json` returned, on any machine.
+            data: What `DataSpec.to_json` returned, on any machine.
 
         Raises:
             UsageError: The object is no description of a task.
         """
         return DataTask.from_spec(DataSpec.from_json(data))
 
-    def to_json(self) -> dict[str, Any]:
-        """Return what another machine needs to make this task without the rows."""
-        return self.spec.to_json()
-
     def entry(self) -> dict[str, str]:
         """Return the fields from which any machine can make the task again; see `Task.entry`."""
-        return {"path": self.source, "spec": json.dumps(self.to_json())}
+        return {"path": self.source, "spec": json.dumps(self.spec.to_json())}
 
     def describe(self) -> str:
         """Return a line that describes the data as they were read.
@@ -229,27 +226,8 @@ class DataTask(Task):
                 f"Task {self.name!r}: the configuration was made with data {choice.revision}, here are "
                 f"{self.revision()}."
             )
-        sizes: dict[Split, int] = {
-            "train": choice.train_size,
-            "validation": choice.validation_size,
-            "test": choice.test_size,
-        }
-        return {split: self._load_split(split, size) for split, size in sizes.items()}
-
-    def grade(self, example: Example, answer: str) -> float:
-        """Return the grade of a generated answer by the metric of the task.
-
-        Args:
-            example: The example, whose answer is the right one.
-            answer: The generated text.
-        """
-        if self.metric == "token_f1":
-            from orchestrator.finetune.grading import text_answers
-
-            return text_answers.grade_token_f1(answer, example.answer)
-        from orchestrator.finetune.grading import math
-
-        return math.grade(answer, example.answer)
+        sizes = choice.train_size, choice.validation_size, choice.test_size
+        return {s: self._load_split(s, size) for s, size in zip(SPLITS, sizes, strict=True)}
 
 
 class ChatDataTask(DataTask):

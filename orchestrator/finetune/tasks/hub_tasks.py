@@ -13,7 +13,7 @@ from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 from string import Formatter
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from orchestrator.finetune.sources.data_files import find_cell_problem
 from orchestrator.finetune.sources.hub_data import DATA_FOLDER_VARIABLE, CellType, Table, load_table
@@ -253,8 +253,6 @@ class InstructionTask(HubTask):
     key: str = ""
     """A template: rows with equal keys belong to one split. Default: the prompt."""
     validation_buckets: int = 20
-    grader: Literal["exact", "math", "choice", "token_f1"] = "exact"
-    """The function of `grading/` that compares an answer with the right one."""
 
     def examples(self, split: Split, count: int) -> list[Example]:
         """Return the first examples of a split; see `Task.examples`."""
@@ -323,21 +321,6 @@ class InstructionTask(HubTask):
             raise UsageError(
                 f"Task {self.name!r}: row {number}: template {template!r}: {format_error(error)}."
             ) from None
-
-    def grade(self, example: Example, answer: str) -> float:
-        """Return the grade of a generated answer by the task's grader."""
-        if self.grader == "exact":
-            return super().grade(example, answer)
-        from orchestrator.finetune.grading import math, text_answers
-
-        graders = {
-            "math": math.grade,
-            "choice": text_answers.grade_choice,
-            "token_f1": text_answers.grade_token_f1,
-        }
-        return graders[self.grader](
-            answer, example.answer if example.reference is None else example.reference
-        )
 
 
 class _Cells(Formatter):

@@ -14,7 +14,7 @@ from typing import Any, get_args, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 
 from orchestrator.finetune.tasks import SHARED, read_tasks
-from orchestrator.finetune.tasks.base import SPLITS, GradeAt, Output, Task, TaskDefaults
+from orchestrator.finetune.tasks.base import SPLITS, GradeAt, Grader, Output, Task, TaskDefaults
 from orchestrator.finetune.tasks.hub_tasks import HubTask, ImageTask, InstructionTask, TextLabelTask
 from orchestrator.study.configuration import HYPERPARAMETERS, Dtype, Hyperparameter
 from orchestrator.study.grids import MAX_POINTS
@@ -34,6 +34,7 @@ TASK_RULES = {
     "floor": Hyperparameter(value_type=float),
     "output": Hyperparameter(choices=get_args(Output)),
     "inputs": Hyperparameter(choices=("text", "image")),
+    "grader": Hyperparameter(choices=get_args(Grader)),
     "grade_at": Hyperparameter(choices=get_args(GradeAt)),
     "numerics": COUNT,
     "samples": COUNT,
