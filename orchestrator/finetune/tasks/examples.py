@@ -151,27 +151,24 @@ def find_overlaps(examples: Mapping[Split, Sequence[Example]], name: str) -> lis
     Raises:
         UsageError: All test rows, with their answers, are training rows.
     """
-    inputs = {split: [_input(each) for each in own] for split, own in examples.items()}
-    found = []
+    rows = {split: [(_input(each), each.answer) for each in own] for split, own in examples.items()}
+    if set(rows["test"]) <= set(rows["train"]):
+        raise UsageError(
+            f"{name}: all {len(rows['test'])} test rows are training rows, so that their scores would "
+            "measure memorization; give other test rows."
+        )
     pairs: Mapping[tuple[Split, Split], str] = {
         ("test", "train"): "their scores measure memorization",
         ("validation", "train"): "their scores measure memorization",
         ("test", "validation"): "the learning rate is chosen by their scores",
     }
+    found = []
     for (split, other), effect in pairs.items():
-        known = set(inputs[other])
-        shared = sum(each in known for each in inputs[split])
-        if shared == len(inputs[split]) and (split, other) == ("test", "train"):
-            trained = {(_input(each), each.answer) for each in examples["train"]}
-            if all((_input(each), each.answer) in trained for each in examples["test"]):
-                raise UsageError(
-                    f"{name}: all {shared} test rows are training rows, so that their scores would measure "
-                    "memorization; give other test rows."
-                )
-        if shared:
+        known = {each for each, _ in rows[other]}
+        if shared := sum(each in known for each, _ in rows[split]):
             of = "training" if other == "train" else other
             found.append(
-                f"{shared:,} of {len(inputs[split]):,} {split} rows have the input of a {of} row; {effect}"
+                f"{shared:,} of {len(rows[split]):,} {split} rows have the input of a {of} row; {effect}"
             )
     return found
 
