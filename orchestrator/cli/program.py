@@ -109,10 +109,10 @@ def run_command(name: str, words: Sequence[str], program: str) -> int:
 
 def _known_names() -> str:
     """Return the names of variants and tasks in two paragraphs, for `--help`."""
-    from orchestrator.finetune.tasks import task_names
+    from orchestrator.finetune.tasks import entry_points_by_name, names
     from variants import catalogue
 
-    tasks = {*task_names.names(), *task_names.entry_points_by_name()}
+    tasks = {*names(), *entry_points_by_name()}
     return f"Variants: {' '.join(catalogue.names())}\n\nTasks: {' '.join(sorted(tasks))}"
 
 

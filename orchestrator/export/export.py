@@ -261,7 +261,7 @@ def _write_files(store: Store, chosen: ChosenLane, lane: _Lane, form: Form, fold
 def _input_form(lane: _Lane) -> InputForm:
     """Return the form of the lane's inputs, for the example code on the model card."""
     from orchestrator.finetune.tasks.data_task import DataTask
-    from orchestrator.finetune.tasks.text_label_task import TextLabelTask
+    from orchestrator.finetune.tasks.hub_tasks import TextLabelTask
 
     task = lane.task
     form = task.spec.form if isinstance(task, DataTask) else ""

@@ -10,7 +10,7 @@ from typing import Any
 from hub_folder import write
 
 from orchestrator.finetune.tasks import catalogue
-from orchestrator.finetune.tasks.text_label_task import TextLabelTask
+from orchestrator.finetune.tasks.hub_tasks import TextLabelTask
 
 NAMES = ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli")
 

@@ -10,7 +10,7 @@ import datasets
 import numpy as np
 import PIL.Image
 
-from orchestrator.finetune.tasks.image_task import ImageTask
+from orchestrator.finetune.tasks.hub_tasks import ImageTask
 
 CLASSES = {"cars": 196, "dtd": 47, "eurosat": 10, "gtsrb": 43, "resisc45": 45, "sun397": 397, "svhn": 10}
 SHOWN = 3  # classes of the images in the folder, one color each

@@ -13,7 +13,7 @@ import tiny_images
 from configurations import shipped
 
 from orchestrator.finetune.tasks import catalogue
-from orchestrator.finetune.tasks.image_task import ImageTask
+from orchestrator.finetune.tasks.hub_tasks import ImageTask
 
 SIZES = {
     "metamathqa": (100, 4, 6),

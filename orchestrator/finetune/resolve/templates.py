@@ -21,7 +21,7 @@ from orchestrator.finetune.resolve.option_names import (
     fill_accumulation,
     variant_hyperparameters,
 )
-from orchestrator.finetune.tasks import task_names
+from orchestrator.finetune.tasks import names as task_names
 from orchestrator.finetune.tasks.base import Task
 from orchestrator.finetune.tasks.data_task import DataTask
 from orchestrator.finetune.tasks.pretraining import PretrainedTask
@@ -174,7 +174,7 @@ def _check_fit(
         _check_models(to_check, options, resolved.task, bases)
         return True
 
-    own_task = isinstance(resolved.task, DataTask) or resolved.task.name in task_names.names()
+    own_task = isinstance(resolved.task, DataTask) or resolved.task.name in task_names()
     own_variants = {c.variant.name for c in to_check} <= set(catalogue.built_in_names())
     if not own_task or not own_variants or options.kernels == "liger":
         check()

@@ -17,7 +17,9 @@ from typing import Any, Literal
 
 from orchestrator.finetune.sources.hub_data import DATA_FOLDER_VARIABLE
 from orchestrator.finetune.tasks.examples import (
+    IGNORE_INDEX,
     SPLITS,
+    EncodedExample,
     Example,
     Image,
     Split,
@@ -26,7 +28,6 @@ from orchestrator.finetune.tasks.examples import (
     hash_examples,
     hash_split,
 )
-from orchestrator.finetune.tasks.text_encoder import IGNORE_INDEX, EncodedExample, TextEncoder
 from orchestrator.study.configuration import Dtype, LRScheduleName, TaskChoice
 from orchestrator.util.errors import UsageError, suggest_nearest
 
@@ -44,6 +45,7 @@ Output = Literal["teacher_forced", "generation", "classification", "regression"]
 INVERSE_PERPLEXITY = "inverse_perplexity"
 """A metric of teacher-forced answers and of classes: exp(-loss), from 0 to 1. It takes the place of the loss,
 which cannot be a metric: a higher score must be better, and a task must have a lowest score, its floor."""
+Grader = Literal["exact", "math", "choice", "token_f1"]
 GradeAt = Literal["every_evaluation", "last_evaluation"]
 """The evaluations in which answers are generated and graded. With "last_evaluation" the earlier ones compute
 the loss only, which takes a small part of the time and is all that early stopping needs."""
@@ -86,7 +88,7 @@ class TaskDefaults:
     accumulation: int = 1
 
 
-class Task(TextEncoder):
+class Task:
     """A dataset with splits, the encoding and the form of its answers, a metric and its floor.
 
     A subclass sets `title`, `floor`, `default_model` and `defaults`, and overrides `examples`.
@@ -125,6 +127,8 @@ class Task(TextEncoder):
     """Sampling is limited to the most probable tokens that together have this probability."""
     stop: tuple[str, ...] = ()
     """Texts before the first of which a generated answer ends."""
+    grader: Grader = "exact"
+    """How `grade` compares an answer with the right one: by equality, or by a function of `grading/`."""
     grade_at: GradeAt = "every_evaluation"
     publishes_best_evaluation: bool = False
     """True if the published survey reports, of each run, the best of its evaluations on the test split."""
@@ -146,14 +150,40 @@ class Task(TextEncoder):
         """
         raise NotImplementedError
 
+    def encode(self, example: Example, tokenizer: Any) -> EncodedExample:
+        """Encode an example.
+
+        For a task without a head the ids are the prompt without loss, then the answer and the end token with
+        loss. Prompt and answer are encoded separately, so that the prompt has the same ids in training and in
+        generation. The prompt starts with the BOS token if the tokenizer adds one to every text. For a task
+        with a head the ids are the prompt with the special tokens of the model.
+
+        Args:
+            example: The example to encode.
+            tokenizer: A tokenizer of transformers.
+        """
+        return self._encode_default([example], tokenizer)[0]
+
     def grade(self, example: Example, answer: str) -> float:
         """Return the grade of a generated answer, from 0 to 1.
 
         Args:
-            example: The example.
+            example: The example. Its `reference`, if it has one, is the right answer for other graders than
+                "exact".
             answer: The generated text.
         """
-        return float(answer.strip() == example.answer.strip())
+        if self.grader == "exact":
+            return float(answer.strip() == example.answer.strip())
+        from orchestrator.finetune.grading import math as math_answers
+        from orchestrator.finetune.grading import text_answers
+
+        graders = {
+            "math": math_answers.grade,
+            "choice": text_answers.grade_choice,
+            "token_f1": text_answers.grade_token_f1,
+        }
+        right = example.answer if example.reference is None else example.reference
+        return graders[self.grader](answer, right)
 
     def grade_all(self, examples: Sequence[Example], answers: Sequence[str]) -> list[float]:
         """Return the grades of many answers; overridden where grading in parallel is faster.
@@ -231,6 +261,33 @@ class Task(TextEncoder):
             )
         return value
 
+    def encode_all(self, examples: Sequence[Example], tokenizer: Any) -> list[EncodedExample]:
+        """Encode many examples, together if `encode` is not overridden: a fast tokenizer then uses all cores.
+
+        Args:
+            examples: The examples to encode.
+            tokenizer: A tokenizer of transformers.
+        """
+        if type(self).encode is not Task.encode:
+            return [self.encode(example, tokenizer) for example in examples]
+        return self._encode_default(examples, tokenizer) if examples else []
+
+    def encode_truncated(self, example: Example, tokenizer: Any, max_length: int) -> EncodedExample:
+        """Encode a pair of texts that is longer than a limit.
+
+        The longer text loses its end until both are equally long, then both lose tokens in turn, as in GLUE's
+        reference code; the special tokens are kept. If `encode` is overridden, its result is returned
+        unchanged, and the caller truncates it like a single text.
+
+        Args:
+            example: The example to encode.
+            tokenizer: A tokenizer of transformers.
+            max_length: The limit in tokens.
+        """
+        if type(self).encode is not Task.encode:
+            return self.encode(example, tokenizer)
+        return self._encode_texts([example], tokenizer, truncation="longest_first", max_length=max_length)[0]
+
     def revision(self) -> str:
         """Return a hash of the data: of the examples at the default sizes and of the names of the classes.
 
@@ -287,3 +344,53 @@ class Task(TextEncoder):
     def _default_sizes(self) -> dict[Split, int]:
         sizes = self.defaults.train_size, self.defaults.validation_size, self.defaults.test_size
         return dict(zip(SPLITS, sizes, strict=True))
+
+    def _encode_default(self, examples: Sequence[Example], tokenizer: Any) -> list[EncodedExample]:
+        if self.has_head:
+            if len({example.pair is None for example in examples}) > 1:  # a tokenizer takes texts or pairs
+                return [self._encode_default([example], tokenizer)[0] for example in examples]
+            return self._encode_texts(examples, tokenizer)
+        prompts, answers = (
+            tokenizer(texts, add_special_tokens=False)["input_ids"]
+            for texts in ([example.prompt for example in examples], [example.answer for example in examples])
+        )
+        encoded = []
+        bos_ids = _bos_ids(tokenizer)
+        for prompt_ids, answer_ids in zip(prompts, answers, strict=True):
+            prompt = [*bos_ids, *prompt_ids]
+            answer = [*answer_ids, tokenizer.eos_token_id]
+            labels = (*[IGNORE_INDEX] * len(prompt), *answer)
+            encoded.append(EncodedExample((*prompt, *answer), labels, len(prompt)))
+        return encoded
+
+    def _encode_texts(
+        self, examples: Sequence[Example], tokenizer: Any, **tokenizer_options: Any
+    ) -> list[EncodedExample]:
+        """Encode texts, or pairs of texts, with the special tokens of the model."""
+        pairs = None if examples[0].pair is None else [example.pair for example in examples]
+        encoding = tokenizer([example.prompt for example in examples], pairs, **tokenizer_options)
+        types = encoding.get("token_type_ids") if pairs is not None else None
+        encoded = []
+        for number, ids in enumerate(map(tuple, encoding["input_ids"])):
+            start = None
+            if types is not None and any(types[number]):
+                start = types[number].index(1)
+                if list(types[number]) != [0] * start + [1] * (len(ids) - start):
+                    kind = type(tokenizer).__name__
+                    raise UsageError(
+                        f"Task {self.name!r}: the token types of {kind} for two texts are not 0 for the "
+                        "first and 1 for the second; take another model."
+                    )
+            encoded.append(EncodedExample(ids, (IGNORE_INDEX,) * len(ids), len(ids), start))
+        return encoded
+
+
+def _bos_ids(tokenizer: Any) -> list[int]:
+    """Return the BOS token in a list if the tokenizer starts every text with it, else an empty list."""
+
+    def first_id(add_special_tokens: bool) -> list[int]:
+        # Not of an empty text: its first token may be an appended end token with the same id as BOS.
+        return list(tokenizer("a", add_special_tokens=add_special_tokens)["input_ids"])[:1]
+
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and first_id(True) == [bos] != first_id(False) else []

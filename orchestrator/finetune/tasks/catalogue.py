@@ -1,4 +1,4 @@
-"""Tasks by name: each file in a folder beside this module, entry points of packages, and users' files."""
+"""Tasks by name: entries of `tasks.toml`, entry points of packages, and users' files."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ from pathlib import Path
 from types import ModuleType
 
 from orchestrator.finetune.sources import own_files
-from orchestrator.finetune.tasks import user_task
+from orchestrator.finetune.tasks import entry_points_by_name as entry_points_by_name
+from orchestrator.finetune.tasks import names as names
+from orchestrator.finetune.tasks import read_tasks, user_task
 from orchestrator.finetune.tasks.base import Task
 from orchestrator.finetune.tasks.data_task import DataTask
-from orchestrator.finetune.tasks.task_names import entry_points_by_name as entry_points_by_name
-from orchestrator.finetune.tasks.task_names import names as names
-from orchestrator.finetune.tasks.task_names import read_tasks
 from orchestrator.study.configuration import TaskChoice
 from orchestrator.util.errors import UsageError, report_user_errors, suggest_nearest
 from variants.errors import UnsupportedError

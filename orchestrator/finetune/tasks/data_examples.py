@@ -14,8 +14,7 @@ from typing import Any
 from orchestrator.finetune.sources.data_files import abbreviate
 from orchestrator.finetune.sources.user_data import SPLIT_NAMES, DataRow
 from orchestrator.finetune.tasks.data_columns import ColumnMap, fill_template, parse_template
-from orchestrator.finetune.tasks.examples import SPLITS, Example, Image, Split
-from orchestrator.finetune.tasks.text_encoder import IGNORE_INDEX
+from orchestrator.finetune.tasks.examples import IGNORE_INDEX, SPLITS, Example, Image, Split
 from orchestrator.util.errors import UsageError, suggest_nearest
 
 CHAT_ROLES = ("system", "developer", "user", "assistant", "tool")

@@ -15,15 +15,18 @@ from pydantic import TypeAdapter, ValidationError
 from orchestrator.finetune.tasks.base import SPLITS, Example, Output, Split, Task, TaskDefaults
 from orchestrator.finetune.tasks.data_columns import Form
 from orchestrator.finetune.tasks.data_examples import PlacedExample
-from orchestrator.finetune.tasks.text_encoder import EncodedExample, encode_chat, plain_chat
+from orchestrator.finetune.tasks.examples import IGNORE_INDEX, EncodedExample
 from orchestrator.study.configuration import TaskChoice
 from orchestrator.util.atomic_files import canonical_json
-from orchestrator.util.errors import UsageError
+from orchestrator.util.errors import UsageError, format_error
 
 Splits = Mapping[Split, Sequence[PlacedExample]]
 
 CONTENT_VERSION = 1
 """Raised by hand when other examples are made of the same rows."""
+_PLACEHOLDER = "orchestrator:answer"
+"""Stands for the answer where the end of its turn is looked up. Short answers, such as "d", also occur in
+end markers, such as "<|im_end|>"."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,7 @@ class DataTask(Task):
             inputs="image" if spec.form == "image" else "text",
             labels=spec.labels,
             max_new_tokens=spec.max_new_tokens,
+            grader="token_f1" if spec.metric == "token_f1" else "math",
             defaults=spec.defaults,
         )
 
@@ -145,20 +149,16 @@ class DataTask(Task):
         """Return the task in a JSON object, without its rows.
 
         Args:
-            data: What `to_json` returned, on any machine.
+            data: What `DataSpec.to_json` returned, on any machine.
 
         Raises:
             UsageError: The object is no description of a task.
         """
         return DataTask.from_spec(DataSpec.from_json(data))
 
-    def to_json(self) -> dict[str, Any]:
-        """Return what another machine needs to make this task without the rows."""
-        return self.spec.to_json()
-
     def entry(self) -> dict[str, str]:
         """Return the fields from which any machine can make the task again; see `Task.entry`."""
-        return {"path": self.source, "spec": json.dumps(self.to_json())}
+        return {"path": self.source, "spec": json.dumps(self.spec.to_json())}
 
     def describe(self) -> str:
         """Return a line that describes the data as they were read.
@@ -226,27 +226,8 @@ class DataTask(Task):
                 f"Task {self.name!r}: the configuration was made with data {choice.revision}, here are "
                 f"{self.revision()}."
             )
-        sizes: dict[Split, int] = {
-            "train": choice.train_size,
-            "validation": choice.validation_size,
-            "test": choice.test_size,
-        }
-        return {split: self._load_split(split, size) for split, size in sizes.items()}
-
-    def grade(self, example: Example, answer: str) -> float:
-        """Return the grade of a generated answer by the metric of the task.
-
-        Args:
-            example: The example, whose answer is the right one.
-            answer: The generated text.
-        """
-        if self.metric == "token_f1":
-            from orchestrator.finetune.grading import text_answers
-
-            return text_answers.grade_token_f1(answer, example.answer)
-        from orchestrator.finetune.grading import math
-
-        return math.grade(answer, example.answer)
+        sizes = choice.train_size, choice.validation_size, choice.test_size
+        return {s: self._load_split(s, size) for s, size in zip(SPLITS, sizes, strict=True)}
 
 
 class ChatDataTask(DataTask):
@@ -256,11 +237,58 @@ class ChatDataTask(DataTask):
         """Encode a chat with the model's chat template, or without one as lines of text, `role: content`.
 
         Args:
-            example: The chat, as `encode_chat` takes it.
+            example: The chat, as `_encode_chat` takes it.
             tokenizer: A tokenizer of transformers.
 
         Raises:
             UsageError: The chat template refuses the messages.
         """
-        encoded = encode_chat(example, tokenizer, self.name)
-        return encoded or self._encode_default([plain_chat(example)], tokenizer)[0]
+        encoded = _encode_chat(example, tokenizer, self.name)
+        return encoded or super().encode(_plain_chat(example), tokenizer)
+
+
+def _encode_chat(example: Example, tokenizer: Any, task: str) -> EncodedExample | None:
+    """Encode a chat, whose last message is the answer.
+
+    The prompt is what the template makes of the earlier messages, with the beginning of the assistant's turn;
+    the template writes BOS where the model has one. The answer is the text of the last message, the end of
+    the turn as the template writes it ("<|im_end|>"), and the end token if that is another one.
+
+    Args:
+        example: Its prompt has the earlier messages as JSON, its answer is the text of the last one.
+        tokenizer: A tokenizer of transformers.
+        task: The name of the task, for error messages.
+
+    Returns:
+        The encoded example, None if the tokenizer has no chat template.
+
+    Raises:
+        UsageError: The template refuses the messages, for instance because it knows no system message.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    messages = json.loads(example.prompt)
+    chat = [*messages, {"role": "assistant", "content": _PLACEHOLDER}]
+    try:
+        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(chat, tokenize=False)
+    except Exception as error:  # jinja2's, which templates also raise on purpose
+        raise UsageError(
+            f"Task {task!r}: the model's chat template refuses a row: {format_error(error)}."
+        ) from error
+    answer = example.answer.strip()  # as some templates do
+    _, found, rest = text.rpartition(_PLACEHOLDER)
+    end_of_turn = rest.rstrip() if found else ""
+    prompt_ids, answer_ids = (
+        tokenizer(part, add_special_tokens=False)["input_ids"] for part in (prompt, answer + end_of_turn)
+    )
+    if answer_ids[-1:] != [tokenizer.eos_token_id]:
+        answer_ids = [*answer_ids, tokenizer.eos_token_id]
+    labels = (*[IGNORE_INDEX] * len(prompt_ids), *answer_ids)
+    return EncodedExample((*prompt_ids, *answer_ids), labels, len(prompt_ids))
+
+
+def _plain_chat(example: Example) -> Example:
+    """Return a chat as a prompt and an answer in plain text, for a model without a chat template."""
+    lines = [f"{each['role']}: {each['content']}" for each in json.loads(example.prompt)]
+    return Example("\n".join([*lines, "assistant:"]), f" {example.answer}")

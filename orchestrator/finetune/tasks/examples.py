@@ -1,4 +1,4 @@
-"""Examples of a task, and the splits that they belong to."""
+"""Examples of a task as texts, images and token ids, and the splits that they belong to."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 HELD_OUT_SPLITS: tuple[Split, ...] = ("validation", "test")
 
 CountsIn = Literal["both", "loss", "metric"]
+IGNORE_INDEX = -100
+"""The label of a position that carries no loss (`ignore_index` in PyTorch)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +60,24 @@ class Example:
     reference: str | None = None
     counts_in: CountsIn = "both"
     image: Image | None = None
+
+
+@dataclass(frozen=True)
+class EncodedExample:
+    """The token ids of an example.
+
+    Args:
+        ids: The token ids.
+        labels: A label per token: its id, or IGNORE_INDEX. They are not shifted yet (see `data/batches.py`).
+        prompt_length: The number of ids of the prompt, after which generation starts.
+        second_segment_start: The index of the first token of a pair's second text, if the tokenizer gives its
+            tokens the type 1; None if it does not.
+    """
+
+    ids: tuple[int, ...]
+    labels: tuple[int, ...]
+    prompt_length: int
+    second_segment_start: int | None = None
 
 
 def check_examples(examples: Sequence[object], count: int, task: str, split: Split) -> list[Example]:
@@ -131,27 +151,24 @@ def find_overlaps(examples: Mapping[Split, Sequence[Example]], name: str) -> lis
     Raises:
         UsageError: All test rows, with their answers, are training rows.
     """
-    inputs = {split: [_input(each) for each in own] for split, own in examples.items()}
-    found = []
+    rows = {split: [(_input(each), each.answer) for each in own] for split, own in examples.items()}
+    if set(rows["test"]) <= set(rows["train"]):
+        raise UsageError(
+            f"{name}: all {len(rows['test'])} test rows are training rows, so that their scores would "
+            "measure memorization; give other test rows."
+        )
     pairs: Mapping[tuple[Split, Split], str] = {
         ("test", "train"): "their scores measure memorization",
         ("validation", "train"): "their scores measure memorization",
         ("test", "validation"): "the learning rate is chosen by their scores",
     }
+    found = []
     for (split, other), effect in pairs.items():
-        known = set(inputs[other])
-        shared = sum(each in known for each in inputs[split])
-        if shared == len(inputs[split]) and (split, other) == ("test", "train"):
-            trained = {(_input(each), each.answer) for each in examples["train"]}
-            if all((_input(each), each.answer) in trained for each in examples["test"]):
-                raise UsageError(
-                    f"{name}: all {shared} test rows are training rows, so that their scores would measure "
-                    "memorization; give other test rows."
-                )
-        if shared:
+        known = {each for each, _ in rows[other]}
+        if shared := sum(each in known for each, _ in rows[split]):
             of = "training" if other == "train" else other
             found.append(
-                f"{shared:,} of {len(inputs[split]):,} {split} rows have the input of a {of} row; {effect}"
+                f"{shared:,} of {len(rows[split]):,} {split} rows have the input of a {of} row; {effect}"
             )
     return found
 

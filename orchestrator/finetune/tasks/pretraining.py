@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -65,28 +64,6 @@ class Recipe:
         return 0.5 * (1 + math.cos(math.pi * min(fraction, 1.0)))
 
 
-@contextmanager
-def deterministic(seed: int) -> Iterator[None]:
-    """Seed torch and limit it to one thread inside the context.
-
-    With several threads the order of summation varies, which would change the last bits of the weights and so
-    the content hash of the base model.
-
-    Args:
-        seed: The seed of torch's default generator.
-    """
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 class PretrainedTask(Task):
     """A task that pretrains its own base model, which is small enough for two cores.
 
@@ -121,9 +98,21 @@ class PretrainedTask(Task):
         return hashlib.sha256(data.encode()).hexdigest()[:16]
 
     def pretrain(self, folder: Path, progress: Callable[[str], None]) -> None:
-        """Train the base model and save it with its processor; see `Task.pretrain`."""
-        with deterministic(self.recipe.seed):
-            model = self.train_base(progress)
+        """Train the base model and save it with its processor; see `Task.pretrain`.
+
+        Training uses one thread. With several the order of summation varies, which would change the last bits
+        of the weights and so the content hash of the base model.
+        """
+        import torch
+
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self.recipe.seed)
+                model = self.train_base(progress)
+        finally:
+            torch.set_num_threads(threads)
         model.save_pretrained(folder)
         self.processor().save_pretrained(folder)
 

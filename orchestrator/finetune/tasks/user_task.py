@@ -5,33 +5,42 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import MISSING, fields, replace
 from fractions import Fraction
 from functools import cache
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
-from orchestrator.finetune.tasks import task_names
-from orchestrator.finetune.tasks.base import SPLITS, GradeAt, Output, Task, TaskDefaults
-from orchestrator.finetune.tasks.hub_task import HubTask
+from orchestrator.finetune.tasks import SHARED, read_tasks
+from orchestrator.finetune.tasks.base import SPLITS, GradeAt, Grader, Output, Task, TaskDefaults
+from orchestrator.finetune.tasks.hub_tasks import HubTask, ImageTask, InstructionTask, TextLabelTask
 from orchestrator.study.configuration import HYPERPARAMETERS, Dtype, Hyperparameter
 from orchestrator.study.grids import MAX_POINTS
 from orchestrator.study.option import broken_rule
 from orchestrator.util.errors import UsageError, suggest_nearest
 
+KINDS: Mapping[str, type[HubTask]] = {
+    "text_labels": TextLabelTask,
+    "images": ImageTask,
+    "instruction": InstructionTask,
+}
+UNHASHED_SETTINGS = {"title", "default_model", *(field.name for field in fields(TaskDefaults))}
+"""Settings of an entry that do not change what a configuration computes."""
 COUNT = Hyperparameter(value_type=int, ge=1, le=1_000_000_000)
 TOKENS = replace(COUNT, le=10_000_000)
 TASK_RULES = {
     "floor": Hyperparameter(value_type=float),
     "output": Hyperparameter(choices=get_args(Output)),
     "inputs": Hyperparameter(choices=("text", "image")),
+    "grader": Hyperparameter(choices=get_args(Grader)),
     "grade_at": Hyperparameter(choices=get_args(GradeAt)),
     "numerics": COUNT,
     "samples": COUNT,
     "temperature": Hyperparameter(value_type=float, ge=0),
     "top_p": Hyperparameter(value_type=float, gt=0, le=1),
+    "max_new_tokens": TOKENS,  # of generated answers
 }
 DEFAULT_RULES = {
     **dict.fromkeys(("train_size", "validation_size", "test_size"), COUNT),
@@ -40,15 +49,7 @@ DEFAULT_RULES = {
     "accumulation": HYPERPARAMETERS["batch_size"],
     "dtype": Hyperparameter(choices=get_args(Dtype)),
     "base_dropout": Hyperparameter(choices=("on", "off")),
-}
-
-
-UNHASHED_SETTINGS = {"title", "default_model", *(field.name for field in fields(TaskDefaults))}
-"""Settings of an entry that do not change what a configuration computes."""
-KINDS = {
-    "text_labels": "text_label_task:TextLabelTask",
-    "images": "image_task:ImageTask",
-    "instruction": "instruction_task:InstructionTask",
+    "max_length": TOKENS,  # of texts
 }
 
 
@@ -64,34 +65,34 @@ def make_task(name: str, entry: Mapping[str, Any]) -> Task:
         UsageError: A key is unknown or missing, or a value has another type.
     """
     settings = share_settings(name, entry)
-    kind = settings.pop("kind", None)
-    if kind not in KINDS and "class" not in settings:
+    kind, path = settings.pop("kind", None), settings.pop("class", "")
+    task_class: Any = KINDS.get(str(kind))
+    if path:
+        module, _, class_name = path.partition(":")
+        task_class = getattr(importlib.import_module(f"{__package__}.{module}"), class_name)
+    if task_class is None:
         raise UsageError(f"Task {name!r}: kind is {kind!r}; {suggest_nearest(str(kind), list(KINDS))}")
-    module, _, class_name = settings.pop("class", KINDS.get(kind)).partition(":")
-    task_class = getattr(importlib.import_module(f"{__package__}.{module}"), class_name)
     if not issubclass(task_class, HubTask):  # a local task, with its settings in Python
-        return task_class()
-    types, default_types = _types(task_class), _types(TaskDefaults)
-    types = {key: types[key] for key in task_class.keys} | default_types | {"floor": float | str}
-    found = {key: _parse_value(name, key, value, types) for key, value in settings.items()}
+        local_task: Task = task_class()
+        return local_task
+    found = {key: _parse_value(name, key, value, task_class) for key, value in settings.items()}
     required = [key for key in task_class.keys if not hasattr(task_class, key) and key != "floor"]
     required += [field.name for field in fields(TaskDefaults) if field.default is MISSING]
     if task_class.inputs == "text":
         required.append("floor")
     if missing := [key for key in required if key not in found]:
         raise UsageError(f"Task {name!r}: the entry has no {missing[0]}; add {missing[0]} = ...")
-    found["defaults"] = TaskDefaults(**{key: found.pop(key) for key in default_types if key in found})
+    names = {field.name for field in fields(TaskDefaults)}
+    found["defaults"] = TaskDefaults(**{key: found.pop(key) for key in names & found.keys()})
     return task_class(name, found)
 
 
 @cache
-def _types(owner: type) -> dict[str, Any]:
-    return get_type_hints(owner)
-
-
-@cache
-def _adapter(annotation: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(annotation)
+def _adapters(task_class: Any) -> dict[str, tuple[Any, TypeAdapter[Any]]]:
+    """Return the type and the parser of each key that an entry may have."""
+    own = get_type_hints(task_class)
+    types = {key: own[key] for key in task_class.keys} | get_type_hints(TaskDefaults)
+    return {key: (each, TypeAdapter(each)) for key, each in (types | {"floor": float | str}).items()}
 
 
 def share_settings(name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -104,7 +105,7 @@ def share_settings(name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         UsageError: There are no shared settings of that name.
     """
-    shared = task_names.read_tasks()[task_names.SHARED]
+    shared = read_tasks()[SHARED]
     settings = dict(entry)
     group = settings.pop("defaults", None)
     if group is not None and group not in shared:
@@ -112,22 +113,21 @@ def share_settings(name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
     return {**shared.get(group, {}), **settings}
 
 
-def _parse_value(name: str, key: str, value: Any, types: Mapping[str, Any]) -> Any:
-    if key not in types:
-        raise UsageError(f"Task {name!r}: unknown key {key!r}. {suggest_nearest(key, sorted(types))}")
+def _parse_value(name: str, key: str, value: Any, task_class: Any) -> Any:
+    adapters = _adapters(task_class)
+    if key not in adapters:
+        raise UsageError(f"Task {name!r}: unknown key {key!r}. {suggest_nearest(key, sorted(adapters))}")
+    annotation, adapter = adapters[key]
     try:
-        found = _adapter(types[key]).validate_json(json.dumps(value, default=str), strict=True)
+        found = adapter.validate_json(json.dumps(value, default=str), strict=True)
         return float(Fraction(found)) if key == "floor" and isinstance(found, str) else found
     except ValidationError as error:
-        if get_origin(types[key]) is Literal:
-            raise UsageError(
-                f"Task {name!r}: {key} is {value!r}; {suggest_nearest(str(value), get_args(types[key]))}"
-            ) from None
-        raise UsageError(f"Task {name!r}: {key} is {value!r}; {broken_rule(error.errors()[0])}") from None
+        problem = error.errors()[0]
+        is_choice = problem["type"] == "literal_error"
+        rule = suggest_nearest(str(value), get_args(annotation)) if is_choice else broken_rule(problem)
     except (ValueError, ZeroDivisionError):
-        raise UsageError(
-            f'Task {name!r}: floor is {value!r}; must be a number or a fraction, "1/3"'
-        ) from None
+        rule = 'must be a number or a fraction, "1/3"'
+    raise UsageError(f"Task {name!r}: {key} is {value!r}; {rule}")
 
 
 def hash_entry(name: str, entry: Mapping[str, Any]) -> str:
@@ -160,8 +160,9 @@ def _find_problems(task: Task) -> Iterator[str]:
         yield f"metric is {task.metric!r}; must be a name other than loss; inverse_perplexity is exp(-loss)"
     if task.output == "classification" and len(set(task.labels)) < 2:
         yield f"labels is {task.labels!r}; must name two classes or more"
-    rules = TASK_RULES | ({"max_new_tokens": TOKENS} if task.output == "generation" else {})
-    yield from _find_broken_rules(task, rules)
+    unused = set() if task.output == "generation" else {"max_new_tokens"}
+    unused |= set() if task.inputs == "text" else {"max_length"}
+    yield from _find_broken_rules(task, TASK_RULES, unused)
     if isinstance(task.stop, str) or not all(isinstance(text, str) and text for text in task.stop):
         yield f"stop is {task.stop!r}; must be a tuple of texts that are not empty"
     defaults = getattr(task, "defaults", None)
@@ -170,8 +171,7 @@ def _find_problems(task: Task) -> Iterator[str]:
         names = ", ".join(f"{name}=..." for name in ("train_size", "validation_size", "test_size", "steps"))
         yield f"{problem}; add defaults = TaskDefaults({names}, ...)"
         return
-    rules = DEFAULT_RULES | ({"max_length": TOKENS} if task.inputs == "text" else {})
-    yield from _find_broken_rules(defaults, rules)
+    yield from _find_broken_rules(defaults, DEFAULT_RULES, unused)
     if not 1 <= len(defaults.learning_rates) <= MAX_POINTS:
         yield f"learning_rates has {len(defaults.learning_rates)} rates; must have 1 to {MAX_POINTS}"
     for rate in defaults.learning_rates:
@@ -179,9 +179,11 @@ def _find_problems(task: Task) -> Iterator[str]:
             yield f"learning_rates has {rate!r}; {rule}"
 
 
-def _find_broken_rules(owner: object, rules: Mapping[str, Hyperparameter]) -> Iterator[str]:
+def _find_broken_rules(
+    owner: object, rules: Mapping[str, Hyperparameter], unused: Container[str]
+) -> Iterator[str]:
     for name, hyperparameter in rules.items():
         value = getattr(owner, name)
-        if rule := hyperparameter.find_violation(value):
+        if name not in unused and (rule := hyperparameter.find_violation(value)):
             near = suggest_nearest(str(value), hyperparameter.choices, " ") if hyperparameter.choices else ""
             yield f"{name} is {value!r}; {rule}. {near}".rstrip(" .")

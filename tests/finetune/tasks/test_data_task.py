@@ -20,7 +20,7 @@ from orchestrator.finetune.resolve.data_preparation import prepare_datasets, wri
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.finetune.tasks.base import SPLITS
 from orchestrator.finetune.tasks.data_task import DataTask
-from orchestrator.finetune.tasks.text_encoder import IGNORE_INDEX
+from orchestrator.finetune.tasks.examples import IGNORE_INDEX
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration
 from orchestrator.study.options import StudyOptions

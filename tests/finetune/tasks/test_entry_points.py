@@ -11,8 +11,7 @@ import pytest
 from orchestrator.finetune.models.catalogue import UNPREPARED
 from orchestrator.finetune.resolve.option_names import resolve_options
 from orchestrator.finetune.resolve.templates import build_configuration_templates
-from orchestrator.finetune.tasks import catalogue
-from orchestrator.finetune.tasks.task_names import ENTRY_POINT_GROUP
+from orchestrator.finetune.tasks import ENTRY_POINT_GROUP, catalogue
 from orchestrator.study.options import StudyOptions
 from orchestrator.util.errors import UsageError
 

@@ -18,7 +18,7 @@ from huggingface_hub import constants
 from orchestrator.finetune.sources import hub_data
 from orchestrator.finetune.tasks import catalogue
 from orchestrator.finetune.tasks.base import Task
-from orchestrator.finetune.tasks.instruct.programs import cut_after_first_block
+from orchestrator.finetune.tasks.instruct import cut_after_first_block
 from orchestrator.util.errors import UsageError
 
 NAMES = ("metamathqa", "codefeedback", "commonsense_15k", "alpaca")

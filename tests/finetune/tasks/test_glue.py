@@ -17,7 +17,7 @@ from scripted import Script, leases, train
 
 from orchestrator.finetune.models import loading
 from orchestrator.finetune.sources import hub_data
-from orchestrator.finetune.tasks import text_label_task
+from orchestrator.finetune.tasks import hub_tasks
 from orchestrator.finetune.tasks.base import SPLITS
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import BatchConfig, LRSchedule, OptimizerConfig
@@ -35,9 +35,9 @@ def hub_data_folder(hub: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
     monkeypatch.setenv(hub_data.DATA_FOLDER_VARIABLE, str(hub))
     for name in NAMES:
         small(task_of(name), monkeypatch, train=TRAIN - VALIDATION - 4, validation=VALIDATION, test=DEV)
-    text_label_task._load_splits.cache_clear()
+    hub_tasks._load_splits.cache_clear()
     yield hub
-    text_label_task._load_splits.cache_clear()
+    hub_tasks._load_splits.cache_clear()
 
 
 @pytest.fixture(scope="module")

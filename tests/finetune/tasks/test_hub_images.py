@@ -20,7 +20,7 @@ from tiny_images import MAKE, load
 from orchestrator.finetune.sources.hub_data import DATA_FOLDER_VARIABLE
 from orchestrator.finetune.tasks import catalogue
 from orchestrator.finetune.tasks.base import SPLITS
-from orchestrator.finetune.tasks.image_task import ImageTask, _all_examples
+from orchestrator.finetune.tasks.hub_tasks import ImageTask, _all_examples
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import BatchConfig, LRSchedule, OptimizerConfig
 from orchestrator.util.errors import UsageError

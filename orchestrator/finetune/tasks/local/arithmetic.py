@@ -82,6 +82,7 @@ class GsmSymbolic(Task):
     floor = 0.0
     default_model = "smollm2-135m"
     max_new_tokens = 90
+    grader = "math"
     grade_at = "last_evaluation"
     defaults = TaskDefaults(
         1200,
@@ -96,11 +97,6 @@ class GsmSymbolic(Task):
 
     def examples(self, split: Split, count: int) -> list[Example]:
         return _problems()[split][:count]
-
-    def grade(self, example: Example, answer: str) -> float:
-        from orchestrator.finetune.grading import math
-
-        return math.grade(answer, example.answer)
 
 
 @lru_cache(maxsize=1)

@@ -51,35 +51,21 @@ RECIPE = Recipe(steps=1000, batch_size=64, learning_rate=1e-3)
 
 @dataclass(frozen=True)
 class Review:
-    """A review with the properties that questions ask for.
+    """A review.
 
     Args:
-        words: Its words.
-        topics: The topics of the two clauses.
-        moods: Their moods.
-        conjunction: The conjunction between them.
+        text: Its words.
+        answers: The answers to QUESTIONS, in their order.
     """
 
-    words: tuple[str, ...]
-    topics: tuple[str, str]
-    moods: tuple[str, str]
-    conjunction: str
-
-    @property
-    def text(self) -> str:
-        """The words as one text."""
-        return " ".join(self.words)
+    text: str
+    answers: tuple[str, ...]
 
     @property
     def label(self) -> str:
         """The class: topic and mood of the decisive clause."""
-        clause = CONJUNCTIONS.index(self.conjunction)
-        return f"{self.topics[clause]} {self.moods[clause]}"
-
-    @property
-    def question_answers(self) -> tuple[str, ...]:
-        """The answers to QUESTIONS, in their order."""
-        return (*self.topics, *self.moods, self.conjunction)
+        *topics_and_moods, conjunction = self.answers
+        return " ".join(topics_and_moods[CONJUNCTIONS.index(conjunction) :: len(CONJUNCTIONS)])
 
 
 class Reviews(PretrainedTask):
@@ -161,7 +147,7 @@ def draw_review(generator: random.Random) -> Review:
         words.append(generator.choice(ADJECTIVES[mood]))
         topics.append(topic)
         moods.append({"good": "bad", "bad": "good"}[mood] if negated else mood)
-    return Review(tuple(words), (topics[0], topics[1]), (moods[0], moods[1]), conjunction)
+    return Review(" ".join(words), (*topics, *moods, conjunction))
 
 
 def tokenizer() -> Any:
@@ -191,7 +177,7 @@ def _batches(recipe: Recipe) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
             number = generator.randrange(len(QUESTIONS))
             # In one of six samples `unk` replaces the question.
             shown = "unk" if generator.randrange(len(QUESTIONS) + 1) == 0 else QUESTIONS[number]
-            ids = [token_ids[word] for word in (shown, *review.words)]
+            ids = [token_ids[word] for word in (shown, *review.text.split())]
             rows.append([*ids, *[token_ids["<pad>"]] * (16 - len(ids))])
-            answers.append(PRETRAINING_LABELS.index(review.question_answers[number]))
+            answers.append(PRETRAINING_LABELS.index(review.answers[number]))
         yield torch.tensor(rows), torch.tensor(answers)
