@@ -225,8 +225,8 @@ MUTATIONS += [
     Mutation(
         "rows of every split are trained on",
         "orchestrator/finetune/tasks/data_splits.py",
-        'splits[each.split or "train"].append(each)',
-        'splits["train"].append(each)',
+        "numbers = np.maximum(file.split_numbers, 0)",
+        "numbers = np.zeros_like(file.split_numbers)",
         "test_06_own_things.py::test_the_plan_of_data_shows_their_columns_splits_and_classes[mails.csv]",
     ),
 ]

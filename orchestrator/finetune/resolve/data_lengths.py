@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from orchestrator.finetune.models import loading
 from orchestrator.finetune.models.base_model import max_learned_positions
 from orchestrator.finetune.models.catalogue import UNPREPARED
-from orchestrator.finetune.tasks.base import Split, Task
+from orchestrator.finetune.tasks.base import SPLITS, Task
+from orchestrator.finetune.tasks.data_splits import BLOCK_SIZE
 from orchestrator.finetune.tasks.data_task import DataTask
 from orchestrator.study.configuration import ModelChoice
 from orchestrator.util.errors import UsageError
 
 MAX_LENGTH = 2_048
 """The longest row, in tokens, that is trained on without a --max-length."""
-BLOCK_SIZE = 1_024
-"""The number of rows that are encoded at once."""
 
 
 def measure_max_length(task: Task, model: ModelChoice, bases: Path) -> int:
@@ -39,18 +40,18 @@ def measure_max_length(task: Task, model: ModelChoice, bases: Path) -> int:
     if not has_rows or model.content == UNPREPARED:
         return task.defaults.max_length
     assert isinstance(task, DataTask)
-    lengths = _row_lengths(task, loading.load_processor(model, bases, task))
+    lengths, longest_row = _row_lengths(task, loading.load_processor(model, bases, task))
     positions = max_learned_positions(loading.build_meta_model(model, bases, task)[0])
     limit = MAX_LENGTH if positions is None else min(MAX_LENGTH, positions)
-    longest, where = max(lengths, key=itemgetter(0))
+    longest = int(lengths.max())
     if longest > limit:
-        count = sum(length > limit for length, _ in lengths)
+        count = int((lengths > limit).sum())
         rows = f"{count} of {len(lengths)} rows are" if count > 1 else "this row alone is"
         effect = "the end of its text" if task.has_head else "the end of its answer, or all of it"
         why = f"{model.name} has {positions} positions" if limit == positions else "it needs much memory"
         raise UsageError(
-            f"{where} has {longest} tokens, and {rows} longer than {limit} ({why}): shorten them, or add "
-            f"--max-length {limit}, with which a longer row loses {effect}."
+            f"{longest_row} has {longest} tokens, and {rows} longer than {limit} ({why}): shorten them, or "
+            f"add --max-length {limit}, with which a longer row loses {effect}."
         )
     return min(-(-longest // 8) * 8, limit)
 
@@ -68,32 +69,32 @@ def report_truncation(
     """
     if task.splits is None or task.inputs != "text":
         return
-    lengths = _row_lengths(task, tokenizer)
-    num_longer = sum(length > max_length for length, _ in lengths)
-    if num_longer:
-        longest, where = max(lengths, key=itemgetter(0))
-        effect = (
-            "lose the end of their text" if task.has_head else "lose the end of their answer, or all of it"
-        )
+    lengths, longest_row = _row_lengths(task, tokenizer)
+    if num_longer := int((lengths > max_length).sum()):
+        what = "text" if task.has_head else "answer, or all of it"
         progress(
-            f"{task.name}: {num_longer} of {len(lengths)} rows have more than {max_length} tokens and "
-            f"{effect} ({where} has {longest})"
+            f"{task.name}: {num_longer} of {len(lengths)} rows have more than {max_length} tokens and lose "
+            f"the end of their {what} ({longest_row} has {lengths.max()})"
         )
 
 
-def _row_lengths(task: DataTask, tokenizer: Any) -> list[tuple[int, str]]:
-    """Return the number of tokens and the position of each row that is subject to --max-length.
+def _row_lengths(task: DataTask, tokenizer: Any) -> tuple[np.ndarray[Any, Any], str]:
+    """Return the number of tokens of each row that is subject to --max-length, and where the longest row is.
 
     Held-out rows are subject to it only if the task has a head: an answer is scored in full.
     """
     from orchestrator.finetune.data.batches import encode_block  # imports torch
 
     assert task.splits is not None
-    splits: tuple[Split, ...] = ("train", "validation", "test") if task.has_head else ("train",)
-    placed = [each for split in splits for each in task.splits[split]]
-    lengths = []
-    for start in range(0, len(placed), BLOCK_SIZE):
-        block = placed[start : start + BLOCK_SIZE]
-        encoded = encode_block([each.example for each in block], task, tokenizer, start)
-        lengths += [(len(e.ids), each.where) for e, each in zip(encoded, block, strict=True)]
-    return lengths
+    lengths = array("i")
+    longest_row, longest = "", -1
+    for split in SPLITS if task.has_head else SPLITS[:1]:
+        examples = task.splits[split]
+        for start in range(0, len(examples), BLOCK_SIZE):
+            block = list(examples[start : start + BLOCK_SIZE])
+            own = [len(encoded.ids) for encoded in encode_block(block, task, tokenizer, len(lengths))]
+            lengths.extend(own)
+            if max(own) > longest:
+                longest = max(own)
+                longest_row = examples.where(start + own.index(longest))
+    return np.array(lengths), longest_row

@@ -1,7 +1,7 @@
 """The rows of a user's data: a file, a folder of files, a folder of images by class, or a dataset of the hub.
 
-A source is read completely, with all columns, and each row keeps its position for error messages. Images stay
-in their files until they are needed.
+Rows are read one at a time, with all columns, and each keeps its position for error messages. Images stay in
+their files until they are needed.
 """
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,23 +57,20 @@ class DataRow:
 
 @dataclass(frozen=True)
 class SourceRows:
-    """All rows of a source: of a file, a folder or a dataset of the hub.
+    """The rows of a source: of a file, a folder or a dataset of the hub.
 
     Args:
-        rows: The rows of all splits.
-        ignored: What was not read, for messages: data files of a folder, kinds of files in a folder of
+        read: Reads the rows of all splits one after another, from the first one in each call. It raises a
+            UsageError about a row that cannot be read.
+        ignored: What is not read, for messages: data files of a folder, kinds of files in a folder of
             images, splits of a dataset of the hub.
-        names: Split -> names of the files, folders or splits of the hub from which its rows were read.
+        names: Split -> names of the files, folders or splits of the hub that its rows are read from. Empty
+            if the source has no splits.
     """
 
-    rows: Sequence[DataRow]
+    read: Callable[[], Iterator[DataRow]]
     ignored: Sequence[str] = ()
     names: Mapping[str, Sequence[str]] = field(default_factory=dict)
-
-    @property
-    def columns(self) -> list[str]:
-        """The columns of all rows: in JSON lines a row may lack some."""
-        return list(dict.fromkeys(column for row in self.rows for column in row.cells))
 
 
 def display_name(source: str) -> str:
@@ -85,8 +83,8 @@ def display_name(source: str) -> str:
     return re.sub("[:@/]", "-", name)
 
 
-def read_source(source: str, option: str = "--data") -> SourceRows:
-    """Read all rows of a source.
+def open_source(source: str, option: str = "--data") -> SourceRows:
+    """Find the rows of a source, which are read later.
 
     Args:
         source: A path, or the name of a dataset of the hub.
@@ -95,21 +93,33 @@ def read_source(source: str, option: str = "--data") -> SourceRows:
     Raises:
         UsageError: It does not exist, cannot be read or has no rows. The message is one line.
     """
+    if os.path.exists(source):
+        with _source_errors(source, option):
+            path = Path(source)
+            folder_or_file = _open_folder if path.is_dir() else _open_file
+            found = folder_or_file(path, option)
+
+        def read() -> Iterator[DataRow]:
+            with _source_errors(source, option):
+                yield from found.read()
+
+        return replace(found, read=read)
+    if data_files.is_data_file(Path(source)) or not _HUB_NAME.fullmatch(source):
+        raise _missing_error(source, option)
     try:
-        if os.path.isdir(source):
-            return _read_folder(Path(source), needs_train=option == "--data")
-        if os.path.exists(source):
-            return SourceRows(list(_read_file(Path(source), None)))
+        return _open_hub(source)
+    except UsageError as error:
+        raise UsageError(f"{option} {source}: no such file or folder here, and on the hub: {error}") from None
+
+
+@contextmanager
+def _source_errors(source: str, option: str) -> Iterator[None]:
+    try:
+        yield
     except MalformedDataError as error:
         raise UsageError(f"{option} {error}.") from None
     except OSError as error:  # of listing a folder
         raise UsageError(f"{option} {source}: cannot be read ({error.strerror}).") from None
-    if data_files.is_data_file(Path(source)) or not _HUB_NAME.fullmatch(source):
-        raise _missing_error(source, option)
-    try:
-        return _read_hub(source)
-    except UsageError as error:
-        raise UsageError(f"{option} {source}: no such file or folder here, and on the hub: {error}") from None
 
 
 def _missing_error(source: str, option: str) -> UsageError:
@@ -123,6 +133,10 @@ def _missing_error(source: str, option: str) -> UsageError:
     return UsageError(f"{option} {source}: {problem}. {hint}".rstrip())
 
 
+def _open_file(path: Path, option: str) -> SourceRows:
+    return SourceRows(partial(_read_file, path, None))
+
+
 def _read_file(path: Path, split: str | None) -> Iterator[DataRow]:
     try:
         for position, cells in data_files.iter_rows(path):
@@ -131,14 +145,15 @@ def _read_file(path: Path, split: str | None) -> Iterator[DataRow]:
         raise MalformedDataError(f"{path.name}: {error}") from None
 
 
-def _read_folder(folder: Path, needs_train: bool) -> SourceRows:
-    """Read train.csv, test.csv, ..., or images by class, in subfolders for the splits if there are any."""
+def _open_folder(folder: Path, option: str) -> SourceRows:
+    """Open train.csv, test.csv, ..., or images by class, in subfolders for the splits if there are any."""
     files = _files_with_splits(folder)
-    if "train" in files.values() or (any(files.values()) and not needs_train):
+    if "train" in files.values() or (any(files.values()) and option != "--data"):
         _check_one_file_per_split(folder, files)
-        rows = [row for each, split in files.items() if split for row in _read_file(each, split)]
         ignored = [each.name for each, split in files.items() if split is None]
-        return SourceRows(rows, ignored, _names_by_split({each.name: s for each, s in files.items()}))
+        split_names = _names_by_split({each.name: split for each, split in files.items()})
+        parts = [partial(_read_file, each, split) for each, split in files.items() if split]
+        return SourceRows(lambda: chain.from_iterable(part() for part in parts), ignored, split_names)
     if files:
         names, suffix = ", ".join(each.name for each in list(files)[:3]), next(iter(files)).suffix
         raise MalformedDataError(
@@ -150,18 +165,17 @@ def _read_folder(folder: Path, needs_train: bool) -> SourceRows:
         if other := next((each.name for each, split in splits.items() if split is None), None):
             rule = "its other subfolders must be called validation or test"
             raise MalformedDataError(f"{folder.name}: has a train subfolder; {rule}; move {other} away")
-        class_parents = list(splits)
-        rows = [row for each, split in splits.items() for row in _read_classes(folder, each, split)]
     else:
-        class_parents = [folder]
-        rows = list(_read_classes(folder, folder, None))
+        splits = {}
+    class_parents: Mapping[Path, str | None] = splits or {folder: None}
+    rows = [row for each, split in class_parents.items() for row in _read_classes(folder, each, split)]
     if not rows:
         raise MalformedDataError(
             f"{folder.name}: has neither train.jsonl (.csv, .parquet, ...) nor one subfolder of images "
             f"({', '.join(IMAGE_SUFFIXES[:3])}, ...) per class"
         )
-    found = _names_by_split({f"{each.name}/": split for each, split in splits.items()})
-    return SourceRows(rows, _list_other_files(folder, class_parents), found if "train" in found else {})
+    split_names = _names_by_split({f"{each.name}/": split for each, split in splits.items()})
+    return SourceRows(lambda: iter(rows), _list_other_files(folder, class_parents), split_names)
 
 
 def _names_by_split(splits: Mapping[str, str | None]) -> dict[str, list[str]]:
@@ -173,7 +187,7 @@ def _names_by_split(splits: Mapping[str, str | None]) -> dict[str, list[str]]:
     return found
 
 
-def _list_other_files(folder: Path, class_parents: Sequence[Path]) -> list[str]:
+def _list_other_files(folder: Path, class_parents: Iterable[Path]) -> list[str]:
     """Return what is not read in a folder of images: kinds of other files ("*.txt"), images without a class.
 
     Args:
@@ -251,28 +265,31 @@ def _read_classes(root: Path, folder: Path, split: str | None) -> Iterator[DataR
                 yield DataRow(where, {"image": file.name, "label": class_folder.name}, file.parent, split)
 
 
-def _read_hub(source: str) -> SourceRows:
-    """Read the splits of a dataset of the hub that have usual names and labels."""
+def _open_hub(source: str) -> SourceRows:
+    """Open the splits of a dataset of the hub that have usual names and labels."""
     found = _HUB_NAME.fullmatch(source)
     assert found is not None
     parts = found["repository"], found["subset"], found["revision"]
     splits = hub_data.load_splits(*parts, source)
-    rows: list[DataRow] = []
     ignored = []
-    read: dict[str, str | None] = {}
+    read: dict[str, str] = {}
     for name, data in splits.items():
         split = SPLIT_NAMES.get(name.lower())
         if split is None:
             ignored.append(name)
         elif split != "train" and _has_hidden_labels(data):
             ignored.append(f"{name} (its labels are hidden)")
-        else:
-            rows += _read_hub_split(source, name, data, split)
+        elif len(data):
             read[name] = split
-    if not rows:
+    if not read:
         names = ", ".join(splits) or "none"
         raise UsageError(f"its splits are {names}; must have rows in one called train.")
-    return SourceRows(rows, ignored, _names_by_split(read))
+
+    def read_rows() -> Iterator[DataRow]:
+        for name, split in read.items():
+            yield from _read_hub_split(source, name, splits[name], split)
+
+    return SourceRows(read_rows, ignored, _names_by_split(read))
 
 
 def _has_hidden_labels(data: Dataset) -> bool:
@@ -300,10 +317,8 @@ def _read_hub_split(source: str, name: str, data: Dataset, split: str) -> Iterat
     files = {
         column: data.select_columns(column).cast_column(column, Image(decode=False)) for column in images
     }
-    for number in range(len(data)):
-        cells = (dict(texts[number]) if texts.column_names else {}) | {
-            c: partial(_read_cell, files[c], number, c) for c in images
-        }
+    for number, row in enumerate(texts if texts.column_names else repeat({}, len(data))):
+        cells = dict(row) | {c: partial(_read_cell, files[c], number, c) for c in images}
         for column, feature in classes.items():
             is_missing = cells[column] in (None, -1)
             cells[column] = None if is_missing else feature.int2str(cells[column])

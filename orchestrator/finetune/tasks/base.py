@@ -136,7 +136,7 @@ class Task:
 
     # -- overridden by tasks ---------------------------------------------------------------------------
 
-    def examples(self, split: Split, count: int) -> list[Example]:
+    def examples(self, split: Split, count: int) -> Sequence[Example]:
         """Return the first `count` examples of a split, or all of them if it has fewer.
 
         Every call returns the same examples, and no example is in two splits, whatever the counts.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -45,7 +45,7 @@ class PlacedExample:
         return json.dumps([self.example.prompt, self.example.pair])
 
 
-def make_examples(rows: Sequence[DataRow], columns: ColumnMap, is_number: bool) -> Iterator[PlacedExample]:
+def make_examples(rows: Iterable[DataRow], columns: ColumnMap, is_number: bool) -> Iterator[PlacedExample]:
     """Yield the example of each row.
 
     Args:

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import os
-import statistics
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
+
+import numpy as np
 
 from orchestrator.finetune.sources import user_data
-from orchestrator.finetune.sources.user_data import SourceRows
+from orchestrator.finetune.sources.user_data import DataRow, SourceRows
 from orchestrator.finetune.tasks.base import INVERSE_PERPLEXITY, Output, Split, TaskDefaults
 from orchestrator.finetune.tasks.data_columns import ColumnMap, Form, find_columns, parse_columns
-from orchestrator.finetune.tasks.data_examples import PlacedExample, make_examples
-from orchestrator.finetune.tasks.data_splits import find_labels, make_splits
+from orchestrator.finetune.tasks.data_examples import make_examples
+from orchestrator.finetune.tasks.data_splits import (
+    ExampleFile,
+    Examples,
+    count_answers,
+    count_contradictions,
+    find_labels,
+    make_splits,
+)
 from orchestrator.finetune.tasks.data_task import DataSpec, DataTask
-from orchestrator.finetune.tasks.examples import SPLITS, find_overlaps, hash_examples
+from orchestrator.finetune.tasks.examples import HELD_OUT_SPLITS, SPLITS, find_overlaps, hash_examples
 from orchestrator.study.options import StudyOptions
 from orchestrator.util.errors import UsageError
 
@@ -36,6 +44,8 @@ ANSWER_MODEL, LABEL_MODEL, IMAGE_MODEL = "smollm2-135m", "minilm-l6", "openai/cl
 ANSWER_RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 LABEL_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 IMAGE_RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
+FIRST_ROWS = 1_000
+"""The number of rows in which the columns of a source are looked for."""
 BATCH_SIZE = 16
 EPOCHS, MIN_STEPS, MAX_STEPS = 3, 60, 1_000
 EVALUATIONS = 4
@@ -75,13 +85,24 @@ def load_task(request: DataRequest, name: str | None = None) -> DataTask:
             the data. The message is one line that names the file and, where there is one, the row.
     """
     options, name = request.options, name or request.name
-    source = user_data.read_source(request.source)
-    columns = _find_columns(source, options, name)
+    source = user_data.open_source(request.source)
+    named = parse_columns(options.columns)
+    if source.names and "split" in named:
+        raise UsageError(f"--columns split={named['split']}: {name} has splits already; leave the role out.")
+    file = ExampleFile()
+
+    def find_own_columns(present: Sequence[str]) -> ColumnMap:
+        found = find_columns(present, named, options.template, name)
+        roles = {role: c for role, c in found.columns.items() if role != "split" or not source.names}
+        return replace(found, columns=roles)
+
+    columns = _read_examples(source, find_own_columns, options, name, file)
     output = _find_output(columns, options, name)
-    examples = list(make_examples(source.rows, columns, is_number=output == "regression"))
     origins = _split_origins(source)
-    ignored = [*source.ignored, *_add_held_out_data(examples, request, columns, output, origins)]
-    splits = make_splits(examples, name)
+    ignored = [*source.ignored, *_add_held_out_data(file, request, columns, name, origins)]
+    is_given = bool(file.named_splits())
+    file.finish()
+    splits = make_splits(file, name)
     labels = find_labels(splits, name) if output == "classification" else ()
     if options.metric == "numeric":
         _check_numeric(splits)
@@ -96,7 +117,7 @@ def load_task(request: DataRequest, name: str | None = None) -> DataTask:
         max_new_tokens=_max_new_tokens(splits, options) if output == "generation" else 0,
         default_model=_default_model(columns.form),
         defaults=_defaults(splits, columns.form, output),
-        revision=hash_examples({s: [each.example for each in splits[s]] for s in SPLITS}, labels),
+        revision=hash_examples(splits, labels),
         columns=columns.columns,
         template=columns.template,
     )
@@ -104,10 +125,44 @@ def load_task(request: DataRequest, name: str | None = None) -> DataTask:
     task = DataTask.from_spec(spec, splits, request.source if is_hub else os.path.abspath(request.source))
     task.ignored_sources = tuple(ignored)
     task.split_origins = {"train": request.name, **origins} if origins else {}
-    is_given = any(each.split for each in examples)  # splits made by hashing the inputs share none
-    overlaps = find_overlaps(task.used_examples(), name) if is_given else ()
-    task.warnings = [*overlaps, *task.find_contradictions()]
+    # Splits made by hashing the inputs share none.
+    overlaps = find_overlaps(task.default_examples(), name) if is_given else []
+    task.warnings = list(overlaps)
+    if labels and (count := count_contradictions(splits)):
+        text = f"{count:,} rows have the same {task.inputs} as another row with a different label"
+        task.warnings.append(text)
     return task
+
+
+def _read_examples(
+    source: SourceRows,
+    find_own_columns: Callable[[Sequence[str]], ColumnMap],
+    options: StudyOptions,
+    name: str,
+    file: ExampleFile,
+) -> ColumnMap:
+    """Append the examples of a source to a file, and return the columns by their role.
+
+    The columns are found in the first rows. In JSON lines later rows may have more columns: if these change
+    a role, the source is read once more.
+    """
+    seen = dict.fromkeys(column for row in islice(source.read(), FIRST_ROWS) for column in row.cells)
+    start = len(file)
+    while True:
+        columns = find_own_columns(list(seen))
+
+        def read() -> Iterator[DataRow]:
+            for row in source.read():
+                if not row.cells.keys() <= seen.keys():
+                    seen.update(dict.fromkeys(row.cells))
+                yield row
+
+        is_number = _find_output(columns, options, name) == "regression"
+        for placed in make_examples(read(), columns, is_number):
+            file.append(placed)
+        if find_own_columns(list(seen)) == columns:
+            return columns
+        file.truncate(start)
 
 
 def _split_origins(source: SourceRows) -> dict[Split, str]:
@@ -116,33 +171,18 @@ def _split_origins(source: SourceRows) -> dict[Split, str]:
     return {split: own[0] + (f" and {len(own) - 1} more" if own[1:] else "") for split, own in names.items()}
 
 
-def _find_columns(source: SourceRows, options: StudyOptions, name: str) -> ColumnMap:
-    """Return the columns by their role. A split column does not count if the source itself has splits."""
-    named = parse_columns(options.columns)
-    has_splits = source.rows[0].split is not None  # all rows or none have one
-    if has_splits and "split" in named:
-        raise UsageError(f"--columns split={named['split']}: {name} has splits already; leave the role out.")
-    found = find_columns(source.columns, named, options.template, name)
-    roles = {role: c for role, c in found.columns.items() if role != "split" or not has_splits}
-    return replace(found, columns=roles)
-
-
 def _add_held_out_data(
-    examples: list[PlacedExample],
-    request: DataRequest,
-    columns: ColumnMap,
-    output: Output,
-    origins: dict[Split, str],
+    file: ExampleFile, request: DataRequest, columns: ColumnMap, name: str, origins: dict[Split, str]
 ) -> list[str]:
     """Append the examples of --validation-data and --test-data to their split.
 
-    If a source has rows in that split, only these are appended. Otherwise all of its rows are.
+    If a source has rows in that split, only these belong to it. Otherwise all of its rows do.
 
     Args:
-        examples: The examples of --data.
+        file: The examples of --data.
         request: What the options say.
         columns: The columns of --data.
-        output: The form of the model's output.
+        name: The name of the task.
         origins: The result of `_split_origins`, to which the splits are added.
 
     Returns:
@@ -152,11 +192,16 @@ def _add_held_out_data(
         UsageError: A source cannot be read, a row is not as required, a split is given twice, or two splits
             would have the same rows.
     """
+
+    def find_own_columns(present: Sequence[str]) -> ColumnMap:
+        roles = {"split": "split", **columns.columns}
+        return replace(columns, columns={r: c for r, c in roles.items() if r != "split" or c in present})
+
     given: list[tuple[str, Split, str | None]] = [
         ("--validation-data", "validation", request.options.validation_data),
         ("--test-data", "test", request.options.test_data),
     ]
-    present = {each.split for each in examples if each.split}
+    present = file.named_splits()
     if any(path for _, _, path in given):  # with them the plan says where each split comes from
         origins.update({each: request.name for each in present if each not in origins})
     ignored: list[str] = []
@@ -167,17 +212,14 @@ def _add_held_out_data(
         if split in present:
             problem = f"{request.name} has a {split} split already"
             raise UsageError(f"{option} {path}: {problem}; leave the option out.")
-        source = user_data.read_source(path, option)
-        roles = {"split": "split", **columns.columns}
-        if roles["split"] not in source.columns:
-            del roles["split"]
-        own = list(make_examples(source.rows, replace(columns, columns=roles), output == "regression"))
-        chosen = [each for each in own if each.split == split] or own
+        source, start = user_data.open_source(path, option), len(file)
+        _read_examples(source, find_own_columns, request.options, name, file)
+        has_split = split in file.named_splits(start)
+        file.keep_split(start, split)
         place = os.path.realpath(path)
-        if chosen is own and place in used:
+        if not has_split and place in used:
             raise UsageError(f"{option} {path}: has the rows of {used[place]}; give a file of its own.")
         used[place], origins[split] = f"{option} {path}", user_data.display_name(path)
-        examples += [replace(each, split=split) for each in chosen]
         ignored += source.ignored
     return ignored
 
@@ -196,42 +238,43 @@ def _find_output(columns: ColumnMap, options: StudyOptions, name: str) -> Output
     return metrics[metric]
 
 
-def _default_metric(output: Output, splits: Mapping[Split, Sequence[PlacedExample]]) -> str:
+def _default_metric(output: Output, splits: Mapping[Split, Examples]) -> str:
     """Return accuracy for classes, exact_match for short answers, and loss for answers of free text."""
+    from pyarrow import compute
+
     if output == "classification":
         return "accuracy"
-    lengths = [len(each.example.answer) for own in splits.values() for each in own]
-    return "exact_match" if statistics.median(lengths) <= MAX_EXACT_LENGTH else "loss"
+    lengths = [compute.utf8_length(own.texts("answer")).to_numpy() for own in splits.values()]
+    return "exact_match" if np.median(np.concatenate(lengths)) <= MAX_EXACT_LENGTH else "loss"
 
 
-def _check_numeric(splits: Mapping[Split, Sequence[PlacedExample]]) -> None:
+def _check_numeric(splits: Mapping[Split, Examples]) -> None:
     from orchestrator.finetune.grading import math
 
-    for split in ("validation", "test"):
-        for each in splits[split]:
-            if not math.extract_answer(each.example.answer):
+    for split in HELD_OUT_SPLITS:
+        for number, example in enumerate(splits[split]):
+            if not math.extract_answer(example.answer):
                 rule = "its answer has no number or formula for --metric numeric"
-                raise UsageError(f"{each.where}: {rule}; take exact_match or token_f1.")
+                raise UsageError(f"{splits[split].where(number)}: {rule}; take exact_match or token_f1.")
 
 
-def _floor(metric: str, splits: Mapping[Split, Sequence[PlacedExample]]) -> float:
+def _floor(metric: str, splits: Mapping[Split, Examples]) -> float:
     """Return the accuracy on the test split if every answer is the most frequent class of the training split.
 
     Other metrics have the floor 0.
     """
     if metric != "accuracy":
         return 0.0
-    frequent = Counter(each.example.answer for each in splits["train"]).most_common()
+    frequent = count_answers(splits["train"]).most_common()
     label = min(label for label, count in frequent if count == frequent[0][1])
-    test = splits["test"]
-    return round(sum(each.example.answer == label for each in test) / len(test), 4)
+    return round(count_answers(splits["test"])[label] / len(splits["test"]), 4)
 
 
-def _max_new_tokens(splits: Mapping[Split, Sequence[PlacedExample]], options: StudyOptions) -> int:
+def _max_new_tokens(splits: Mapping[Split, Examples], options: StudyOptions) -> int:
     """Return --max-new-tokens. By default it is the bytes of the longest answer, divided by two."""
     if options.max_new_tokens is not None:
         return options.max_new_tokens
-    longest = max(len(each.example.answer.encode()) for own in splits.values() for each in own)
+    longest = max(int(own.num_bytes("answer").max()) for own in splits.values())
     return min(_round_up(longest // 2 + 8), MAX_DEFAULT_NEW_TOKENS)
 
 
@@ -241,7 +284,7 @@ def _default_model(form: Form) -> str:
     return ANSWER_MODEL if form in ("chat", "generation") else LABEL_MODEL
 
 
-def _defaults(splits: Mapping[Split, Sequence[PlacedExample]], form: Form, output: Output) -> TaskDefaults:
+def _defaults(splits: Mapping[Split, Examples], form: Form, output: Output) -> TaskDefaults:
     """Return the settings that suit the number and the length of the rows."""
     train_size = len(splits["train"])
     batch_size = min(BATCH_SIZE, train_size)
@@ -260,10 +303,9 @@ def _defaults(splits: Mapping[Split, Sequence[PlacedExample]], form: Form, outpu
     )
 
 
-def _estimate_length(train: Sequence[PlacedExample]) -> int:
+def _estimate_length(train: Examples) -> int:
     """Estimate the tokens of the longest row, for a plan before the model's tokenizer is there."""
-    texts = [f"{e.example.prompt}{e.example.pair or ''}{e.example.answer}" for e in train]
-    longest = max(len(text.encode()) for text in texts)
+    longest = int(sum(map(train.num_bytes, ("prompt", "pair", "answer")), np.zeros(1, int)).max())
     return min(_round_up(longest // BYTES_PER_TOKEN + 8), MAX_ESTIMATED_LENGTH)
 
 

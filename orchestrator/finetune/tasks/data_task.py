@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,13 +13,13 @@ from pydantic import TypeAdapter, ValidationError
 
 from orchestrator.finetune.tasks.base import SPLITS, Example, Output, Split, Task, TaskDefaults
 from orchestrator.finetune.tasks.data_columns import Form
-from orchestrator.finetune.tasks.data_examples import PlacedExample
-from orchestrator.finetune.tasks.examples import IGNORE_INDEX, EncodedExample
+from orchestrator.finetune.tasks.data_splits import Examples, count_answers
+from orchestrator.finetune.tasks.examples import IGNORE_INDEX, EncodedExample, check_count
 from orchestrator.study.configuration import TaskChoice
 from orchestrator.util.atomic_files import canonical_json
 from orchestrator.util.errors import UsageError, format_error
 
-Splits = Mapping[Split, Sequence[PlacedExample]]
+Splits = Mapping[Split, Examples]
 
 CONTENT_VERSION = 1
 """Raised by hand when other examples are made of the same rows."""
@@ -178,27 +177,16 @@ class DataTask(Task):
         return f"{columns}; {rows}{classes}; {self.metric}{ignored}"
 
     def _describe_classes(self) -> str:
-        rows = Counter(each.example.answer for own in (self.splits or {}).values() for each in own)
+        rows = count_answers(*(self.splits or {}).values())
         sizes = sorted({min(rows.values()), max(rows.values())}) if rows else []
         each = f", {' to '.join(f'{size:,}' for size in sizes)} rows each" if sizes else ""
         return f", {len(self.labels)} classes{each}"
-
-    def find_contradictions(self) -> list[str]:
-        """Return a line that counts rows with equal inputs and different labels, if there are any."""
-        if not self.labels or self.splits is None:
-            return []
-        labels: dict[str, list[str]] = {}
-        for each in (each for own in self.splits.values() for each in own):
-            labels.setdefault(each.key, []).append(each.example.answer)
-        count = sum(len(own) for own in labels.values() if len(set(own)) > 1)
-        form = self.inputs
-        return [f"{count:,} rows have the same {form} as another row with a different label"] if count else []
 
     def revision(self) -> str:
         """Return the hash of all examples."""
         return self.spec.revision
 
-    def examples(self, split: Split, count: int) -> list[Example]:
+    def examples(self, split: Split, count: int) -> Sequence[Example]:
         """Return the first `count` examples of a split; see `Task.examples`.
 
         Raises:
@@ -209,9 +197,9 @@ class DataTask(Task):
                 f"Task {self.name!r}: its rows are neither in the store's prepared data nor on this machine; "
                 "run the command with --data again."
             )
-        return [each.example for each in self.splits[split][:count]]
+        return self.splits[split][:count]
 
-    def used_examples(self) -> dict[Split, list[Example]]:
+    def default_examples(self) -> dict[Split, Sequence[Example]]:
         """Return the examples of each split that are used by default."""
         return {split: self.examples(split, size) for split, size in self._default_sizes().items()}
 
@@ -219,15 +207,19 @@ class DataTask(Task):
         """Return the examples of the three splits; see `Task.load`.
 
         Raises:
-            UsageError: The configuration was made with other data, or the rows are not on this machine.
+            UsageError: The configuration was made with other data, the rows are not on this machine, or a
+                split has fewer than are needed.
         """
         if choice.revision != self.revision():
             raise UsageError(
                 f"Task {self.name!r}: the configuration was made with data {choice.revision}, here are "
                 f"{self.revision()}."
             )
-        sizes = choice.train_size, choice.validation_size, choice.test_size
-        return {s: self._load_split(s, size) for s, size in zip(SPLITS, sizes, strict=True)}
+        sizes = dict(zip(SPLITS, (choice.train_size, choice.validation_size, choice.test_size), strict=True))
+        examples = {split: self.examples(split, size) for split, size in sizes.items()}
+        for split, size in sizes.items():
+            check_count(examples[split], size, self.name, split)
+        return examples
 
 
 class ChatDataTask(DataTask):

@@ -104,9 +104,14 @@ def check_examples(examples: Sequence[object], count: int, task: str, split: Spl
                 f"must be one of {', '.join(get_args(CountsIn))}."
             )
         checked.append(example)
-    if len(checked) < count:
-        raise UsageError(f"Task {task!r} has {len(checked)} {split} examples, {count} are needed.")
+    check_count(checked, count, task, split)
     return checked[:count]
+
+
+def check_count(examples: Sequence[object], count: int, task: str, split: Split) -> None:
+    """Raise a UsageError if a split has fewer than `count` examples."""
+    if len(examples) < count:
+        raise UsageError(f"Task {task!r} has {len(examples)} {split} examples, {count} are needed.")
 
 
 def hash_text(text: str) -> bytes:
@@ -151,7 +156,8 @@ def find_overlaps(examples: Mapping[Split, Sequence[Example]], name: str) -> lis
     Raises:
         UsageError: All test rows, with their answers, are training rows.
     """
-    rows = {split: [(_input(each), each.answer) for each in own] for split, own in examples.items()}
+    # Hashes of 64 bits take the place of the texts, of which there may be a million.
+    rows = {s: [(hash(_input(each)), hash(each.answer)) for each in own] for s, own in examples.items()}
     if set(rows["test"]) <= set(rows["train"]):
         raise UsageError(
             f"{name}: all {len(rows['test'])} test rows are training rows, so that their scores would "
@@ -180,7 +186,7 @@ def _input(example: Example) -> tuple[str | None, ...]:
     return (example.prompt, example.pair) if example.prompt or example.pair else (None, None, example.answer)
 
 
-def hash_examples(examples: Mapping[Split, Sequence[Example]], labels: Sequence[str]) -> str:
+def hash_examples(examples: Mapping[Split, Iterable[Example]], labels: Sequence[str]) -> str:
     """Return the revision of a task's data: 16 hexadecimal digits of a SHA-256.
 
     The hash is over a JSON text, which is written in pieces to save memory.

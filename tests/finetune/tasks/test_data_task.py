@@ -105,7 +105,7 @@ def test_splits_of_the_hub_with_other_names_or_hidden_labels_are_named(
 
 def inputs(task: DataTask) -> dict[str, set[str]]:
     assert task.splits is not None
-    return {split: {each.example.prompt for each in own} for split, own in task.splits.items()}
+    return {split: {example.prompt for example in own} for split, own in task.splits.items()}
 
 
 def test_splits_by_hash_are_disjoint_and_keep_their_rows_when_the_data_grow(tmp_path: Path) -> None:
