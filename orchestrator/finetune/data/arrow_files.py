@@ -1,13 +1,10 @@
-"""Arrow files that are written once and verified on every opening.
+"""Arrow files that are written once, and their rows as sequences.
 
     <folder>/letters-3f9c0a1b2c3d4e5f.examples.arrow
 
 The file name contains a hash of the cache key, which holds all that decides the content. The metadata of the
-schema contains the key itself. The metadata of each record batch contains its SHA-256 digest, and the last
-batch also states the number of batches. A file that is cut, damaged or of another key is made again.
-
-The digest of a batch does not cover image files. Each image has a digest of its own, which is verified when
-the image is read, so opening a file reads everything except image files.
+schema contains the key itself. A file gets its name when it is complete and on disk. One that is nevertheless
+cut or has another key is made again.
 
 Files use Arrow's IPC format, which is opened without running code. They are memory-mapped, so all workers on
 a node share one copy of them in the page cache.
@@ -22,9 +19,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, overload
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from pyarrow import ipc
 
 from orchestrator.util import atomic_files
@@ -41,7 +39,6 @@ RECORD_BATCH_ROWS = 4096
 IMAGE_RECORD_BATCH_ROWS = 128
 """The number of rows in a record batch with image files, of up to a megabyte, which it keeps in memory."""
 
-_DIGEST_KEY, _BATCH_COUNT_KEY = b"sha256", b"batches"
 _CONVERSION_ERRORS = (pa.ArrowInvalid, pa.ArrowTypeError, UnicodeError, OverflowError)
 
 
@@ -75,9 +72,13 @@ class ArrowFile(Generic[T]):
         return self.folder / f"{self.cache_key['task']}-{key_hash}.{self.suffix}.arrow"
 
     def read(self) -> Sequence[T] | None:
-        """Return the values, None if the file does not exist or is not what was written."""
-        table = read_verified_table(self.path, self.schema)
-        return None if table is None else self.make_view(table)
+        """Return the values, None if the file does not exist, is cut, or was written for another key."""
+        try:
+            table = ipc.open_file(pa.memory_map(str(self.path))).read_all()
+            table.validate(full=True)  # lengths, and that text is UTF-8
+        except (OSError, pa.ArrowException):
+            return None
+        return self.make_view(table) if table.schema.equals(self.schema, check_metadata=True) else None
 
     def read_or_create(self, make_rows: Callable[[], Iterable[Mapping[str, Any]]]) -> Sequence[T]:
         """Return the values of the file, which is created first if necessary.
@@ -108,31 +109,17 @@ class ArrowFile(Generic[T]):
     def _write_temporary_file(self, rows: Iterable[Mapping[str, Any]]) -> Iterator[Path]:
         """Yield a synced file with the rows, and remove it afterwards."""
         temporary_file = atomic_files.temporary_path(self.path)
+        size = IMAGE_RECORD_BATCH_ROWS if BYTES in self.columns.values() else RECORD_BATCH_ROWS
+        remaining, first_index = iter(rows), 0
         try:
             with temporary_file.open("xb") as file, ipc.new_file(file, self.schema) as writer:
-                self._write_batches(writer, iter(rows))
+                while chunk := list(islice(remaining, size)):
+                    writer.write_batch(self._to_record_batch(chunk, first_index))
+                    first_index += len(chunk)
             atomic_files.sync_file(temporary_file)
             yield temporary_file
         finally:
             temporary_file.unlink(missing_ok=True)
-
-    def _write_batches(self, writer: Any, rows: Iterator[Mapping[str, Any]]) -> None:
-        """Write rows as Arrow record batches.
-
-        The metadata of each batch has the batch's digest. The metadata of the last one also has the number of
-        batches, which shows a reader that the file is complete.
-        """
-        size = IMAGE_RECORD_BATCH_ROWS if BYTES in self.columns.values() else RECORD_BATCH_ROWS
-        first_index, count = 0, 0
-        chunk = list(islice(rows, size))
-        while chunk or count == 0:
-            batch, next_chunk = self._to_record_batch(chunk, first_index), list(islice(rows, size))
-            count += 1
-            metadata = {_DIGEST_KEY: _digest(batch)}
-            if not next_chunk:
-                metadata[_BATCH_COUNT_KEY] = str(count).encode()
-            writer.write_batch(batch, custom_metadata=metadata)
-            first_index, chunk = first_index + len(chunk), next_chunk
 
     def _to_record_batch(self, chunk: list[Mapping[str, Any]], first_index: int) -> pa.RecordBatch:
         """Return rows as a record batch; raise a UsageError about the first one that cannot be stored."""
@@ -148,35 +135,46 @@ class ArrowFile(Generic[T]):
             raise UsageError(f"Task {self.cache_key['task']!r}: {what}: {reason}") from None
 
 
-def read_verified_table(path: Path, schema: pa.Schema) -> pa.Table | None:
-    """Return the table in a file, memory-mapped.
+class ArrowSequence(Sequence[T]):
+    """The rows of a table, each built on every access from memory that is mapped from a file.
+
+    Columns hold text, bytes, numbers, or lists of numbers, which become tuples; every value may be None.
 
     Args:
-        path: The file.
-        schema: The schema, metadata included, that the file must have.
-
-    Returns:
-        The table, or None if the file does not exist, has another schema, or is cut or damaged. Image files
-        are not verified here.
+        table: The table.
+        factory: Builds a row from the values of its columns, in the order of the table's columns.
     """
-    try:
-        file = ipc.open_file(pa.memory_map(str(path)))
-        if not file.schema.equals(schema, check_metadata=True):
-            return None
-        batches, count = [], None
-        for number in range(file.num_record_batches):
-            batch, metadata = file.get_batch_with_custom_metadata(number)
-            batch.validate(full=True)  # lengths, and that text is UTF-8
-            if metadata is None or metadata.get(_DIGEST_KEY) != _digest(batch):
-                return None
-            batches.append(batch)
-            count = metadata.get(_BATCH_COUNT_KEY)
-    except (OSError, pa.ArrowException):
-        return None
-    return pa.Table.from_batches(batches, schema) if count == str(len(batches)).encode() else None
+
+    def __init__(self, table: pa.Table, factory: Callable[..., T]) -> None:
+        self._table, self._columns, self._factory = table, table.columns, factory
+
+    def __len__(self) -> int:
+        return int(self._table.num_rows)
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[T]: ...
+
+    def __getitem__(self, index: int | slice) -> T | Sequence[T]:
+        found = range(len(self))[index]
+        return self._build(found) if isinstance(found, int) else [self._build(row) for row in found]
+
+    def _build(self, row: int) -> T:
+        return self._factory(*(_to_python(column[row]) for column in self._columns))
+
+    def max_value(self, column: str) -> int:
+        """Return the largest number in the lists of a column, -1 if all lists are empty."""
+        largest = pc.max(pc.list_flatten(self._table[column])).as_py()
+        return -1 if largest is None else largest
+
+    def max_list_length(self, column: str) -> int:
+        """Return the length of the longest list of a column, 0 if there is no list."""
+        return pc.max(pc.list_value_length(self._table[column])).as_py() or 0
 
 
-def _digest(batch: Any) -> bytes:
-    """Return the SHA-256 (hex) of a batch's IPC message without image files, equal for equal batches."""
-    small = batch.select([field.name for field in batch.schema if field.type != BYTES])
-    return hashlib.sha256(small.serialize()).hexdigest().encode()
+def _to_python(value: Any) -> Any:
+    if isinstance(value, pa.LargeListScalar) and value.is_valid:
+        return tuple(value.values.to_numpy().tolist())  # much faster than `as_py`
+    return value.as_py()

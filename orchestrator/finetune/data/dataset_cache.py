@@ -18,11 +18,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from orchestrator.finetune.data.arrow_files import BYTES, FLOAT_LIST, INTEGER, INTEGER_LIST, TEXT, ArrowFile
-from orchestrator.finetune.data.arrow_images import read_image_examples, serialize_image_examples
-from orchestrator.finetune.data.arrow_rows import ArrowSequence
-from orchestrator.finetune.data.batches import Row, compute_max_row_length, iter_encoded_examples
-from orchestrator.finetune.tasks.base import SPLITS, Example, Split, Task
+from orchestrator.finetune.data.arrow_files import (
+    BYTES,
+    FLOAT_LIST,
+    INTEGER,
+    INTEGER_LIST,
+    TEXT,
+    ArrowFile,
+    ArrowSequence,
+)
+from orchestrator.finetune.data.batches import (
+    Row,
+    compute_max_row_length,
+    iter_encoded_examples,
+    to_image_row,
+)
+from orchestrator.finetune.tasks.base import SPLITS, Example, Image, Split, Task
 from orchestrator.finetune.tasks.examples import HELD_OUT_SPLITS
 from orchestrator.study.configuration import Configuration, TaskChoice
 from orchestrator.util import timeouts
@@ -31,7 +42,7 @@ from orchestrator.util.errors import UsageError, report_user_errors
 
 EXAMPLE_COLUMNS = {"prompt": TEXT, "answer": TEXT, "pair": TEXT, "reference": TEXT, "counts_in": TEXT}
 """The fields of `Example` except its image, in their order."""
-IMAGE_COLUMNS = {"answer": TEXT, "name": TEXT, "file": BYTES, "digest": TEXT}
+IMAGE_COLUMNS = {"answer": TEXT, "name": TEXT, "file": BYTES}
 ROW_COLUMNS = {"ids": INTEGER_LIST, "targets": INTEGER_LIST, "prompt": INTEGER_LIST, "second": INTEGER}
 """The columns of `Row`, except its image. Targets of regression tasks are a FLOAT_LIST."""
 
@@ -154,7 +165,7 @@ def load_examples(
             with report_user_errors(task.source, "gives no examples"):
                 loaded.update(task.load(choice))
         if task.inputs == "image":
-            return serialize_image_examples(loaded[split], task)
+            return _serialize_image_examples(loaded[split], task)
         return map(_serialize_example, loaded[split])
 
     return {
@@ -187,7 +198,7 @@ def _check_counts_in(examples_by_split: Mapping[Split, Sequence[Example]], task:
 def _example_file(folder: Path, choice: TaskChoice, task: Task, split: Split) -> ArrowFile[Example]:
     cache_key = _example_cache_key(choice, task, split)
     if task.inputs == "image":
-        return ArrowFile(folder, "examples", cache_key, IMAGE_COLUMNS, read_image_examples)
+        return ArrowFile(folder, "examples", cache_key, IMAGE_COLUMNS, _read_image_examples)
     make_view = partial(ArrowSequence, factory=Example)
     return ArrowFile(folder, "examples", cache_key, EXAMPLE_COLUMNS, make_view)
 
@@ -195,6 +206,32 @@ def _example_file(folder: Path, choice: TaskChoice, task: Task, split: Split) ->
 def _serialize_example(example: Example) -> dict[str, Any]:
     """Return the values of an example's columns."""
     return {name: getattr(example, name) for name in EXAMPLE_COLUMNS}
+
+
+def _serialize_image_examples(examples: Iterable[Example], task: Task) -> Iterator[dict[str, Any]]:
+    """Read the image files of examples, one at a time, and yield the values of each example's columns.
+
+    Raises:
+        UsageError: An example has no image.
+    """
+    for number, example in enumerate(examples):
+        image = to_image_row(example, task, number).image
+        assert image is not None
+        yield {"answer": example.answer, "name": image.name, "file": image.read()}
+
+
+def _read_image_examples(table: Any) -> Sequence[Example]:
+    """Return the examples of a table with the columns of `_serialize_image_examples`.
+
+    Each example is built once, since caches of decoded images use its `Image` object as their key. The bytes
+    of an image file stay on disk until `Image.read` is called.
+    """
+    files = ArrowSequence(table.select(["file"]), bytes)
+    labels = zip(table["answer"].to_pylist(), table["name"].to_pylist(), strict=True)
+    return [
+        Example("", answer, image=Image(name, partial(files.__getitem__, index)))
+        for index, (answer, name) in enumerate(labels)
+    ]
 
 
 def _example_cache_key(choice: TaskChoice, task: Task, split: Split) -> dict[str, Any]:

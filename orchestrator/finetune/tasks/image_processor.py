@@ -20,7 +20,6 @@ from torch import Tensor
 
 from orchestrator.finetune.device_copy import copy_without_waiting
 from orchestrator.finetune.tasks.base import Image
-from orchestrator.util.atomic_files import DamagedFileError
 from orchestrator.util.errors import UsageError
 
 CACHE_SIZE = 2048  # images; 300 MB for three channels of 224 x 224 pixels
@@ -121,10 +120,7 @@ class ImageProcessor:
     def _decode(self, image: Image) -> Tensor:
         import PIL.Image
 
-        try:
-            data = image.read()
-        except DamagedFileError as error:
-            raise UsageError(f"{error}; remove the task's *.examples.arrow there.") from None
+        data = image.read()
         try:
             opened = PIL.Image.open(io.BytesIO(data)).convert("RGB")
         except PIL.UnidentifiedImageError:  # its message contains an address in memory
