@@ -1,9 +1,4 @@
-"""Rows of a data file in JSON lines, JSON, CSV, TSV or Parquet, checked cell by cell.
-
-A user's task reads its file in one line:
-
-    rows = data_files.read(Path(__file__).with_name("mail.jsonl"), {"text": str, "label": str}, self.name)
-"""
+"""Rows of a data file in JSON lines, JSON, CSV, TSV or Parquet, each with its position."""
 
 from __future__ import annotations
 
@@ -11,17 +6,13 @@ import csv
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
-
-from orchestrator.util.errors import UsageError
 
 CellType = type | range | None
 """The required type of a cell: str, int or float; a range for the index of a class (`range(2)`: 0 or 1);
 `object` for anything but null; None for anything."""
-
-_Columns = Mapping[str, CellType] | None
 
 _ENCODING = "utf-8-sig"
 """UTF-8, with or without the byte order mark that programs on Windows write."""
@@ -32,48 +23,9 @@ class MalformedDataError(Exception):
     """A data file is not as required; the message names the row if there is one."""
 
 
-def read(path: Path | str, columns: Mapping[str, CellType], task: str) -> list[dict[str, Any]]:
-    """Read the rows of a data file.
-
-    Args:
-        path: The file; its suffix decides the format.
-        columns: The columns to read, with the type of their cells.
-        task: The name of the task, for error messages.
-
-    Returns:
-        One dictionary per row, with these columns only.
-
-    Raises:
-        UsageError: The file does not exist or does not parse, or a cell has another type. The message is one
-            line that names file and row.
-    """
-    path = Path(path)
-    try:
-        return [{name: row[name] for name in columns} for row in _read_checked(path, columns)]
-    except MalformedDataError as error:
-        raise UsageError(f"Task {task!r}: {path}: {error}.") from None
-
-
 def is_data_file(path: Path) -> bool:
     """Return whether the suffix of a file is that of a format that can be read here."""
     return path.suffix.lower() in _READERS
-
-
-def find_file_problem(path: Path, columns: Mapping[str, CellType]) -> str | None:
-    """Return what is wrong with a file, None if nothing is or its format cannot be read here.
-
-    Args:
-        path: The file; its suffix decides the format.
-        columns: The required columns, with the type of their cells.
-    """
-    if not is_data_file(path):
-        return None
-    try:
-        for _ in _read_checked(path, columns):
-            pass
-    except MalformedDataError as error:
-        return str(error)
-    return None
 
 
 def find_cell_problem(value: Any, cell_type: CellType) -> str | None:
@@ -97,26 +49,11 @@ def find_cell_problem(value: Any, cell_type: CellType) -> str | None:
     return None if is_valid and value is not None else f"must be {expected}, it is {abbreviate(value)}"
 
 
-def _read_checked(path: Path, columns: Mapping[str, CellType]) -> Iterator[dict[str, Any]]:
-    for position, cells in iter_rows(path, columns):
-        for name, kind in columns.items():
-            if name not in cells and kind is not None:
-                present = ", ".join(map(str, cells)) or "nothing"
-                raise MalformedDataError(f"{position} has no {name!r}; it has {present}")
-            if (problem := find_cell_problem(cells.get(name), kind)) is not None:
-                raise MalformedDataError(f"{position}: {name!r} {problem}")
-        yield {name: cells.get(name) for name in columns}
-
-
-def iter_rows(
-    path: Path, columns: Mapping[str, CellType] | None = None
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the rows of a data file, without checking their cells.
+def iter_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the rows of a data file, with the cells of CSV and TSV as text.
 
     Args:
         path: The file; its suffix decides the format.
-        columns: The columns that are needed, with the type of their cells; None for all columns, with the
-            cells of CSV and TSV as text.
 
     Yields:
         The position of each row ("row 3 (line 4)"), and its cells by column.
@@ -131,11 +68,10 @@ def iter_rows(
         raise MalformedDataError("is no file that can be read twice; name a regular file")
     row = 0
     try:
-        for row, (line_number, cells) in enumerate(reader(path, columns), 1):
+        for row, (line_number, cells) in enumerate(reader(path), 1):
             position = f"row {row}" + (f" (line {line_number})" if line_number not in (None, row) else "")
             if not isinstance(cells, dict):
-                rule = f"must be an object with {', '.join(columns)}" if columns else "must be an object"
-                raise MalformedDataError(f"{position} {rule}, it is {abbreviate(cells)}")
+                raise MalformedDataError(f"{position} must be an object, it is {abbreviate(cells)}")
             yield position, cells
     except OSError as error:  # pyarrow's error for a truncated Parquet file is one, too
         reason = error.strerror or first_line(error)
@@ -148,7 +84,7 @@ def iter_rows(
         raise MalformedDataError("has no rows")
 
 
-def _read_json_lines(path: Path, columns: _Columns) -> Iterator[tuple[int | None, Any]]:
+def _read_json_lines(path: Path) -> Iterator[tuple[int | None, Any]]:
     with path.open(encoding=_ENCODING) as file:
         row = 0
         for line, text in enumerate(file, 1):
@@ -165,7 +101,7 @@ def _read_json_lines(path: Path, columns: _Columns) -> Iterator[tuple[int | None
                 raise MalformedDataError(f"row {row}{at} {problem}") from None
 
 
-def _read_json(path: Path, columns: _Columns) -> Iterator[tuple[int | None, Any]]:
+def _read_json(path: Path) -> Iterator[tuple[int | None, Any]]:
     """Yield the objects of a JSON list, or of JSON lines if the text does not begin with a bracket."""
     with path.open(encoding=_ENCODING) as file:
         while (first := file.read(1)).isspace():
@@ -174,12 +110,10 @@ def _read_json(path: Path, columns: _Columns) -> Iterator[tuple[int | None, Any]
             file.seek(0)
             yield from ((None, row) for row in json.load(file))
             return
-    yield from _read_json_lines(path, columns)
+    yield from _read_json_lines(path)
 
 
-def _read_csv(path: Path, columns: _Columns) -> Iterator[tuple[int | None, Any]]:
-    """Yield rows of text, with numbers in columns of numbers; an empty cell is null unless it may be text."""
-    types = columns or {}
+def _read_csv(path: Path) -> Iterator[tuple[int | None, Any]]:
     with path.open(encoding=_ENCODING, newline="") as file:
         csv.field_size_limit(2**31 - 1)  # Python's default of 128 KiB is less than a long e-mail
         if path.suffix.lower() == ".tsv":
@@ -194,7 +128,7 @@ def _read_csv(path: Path, columns: _Columns) -> Iterator[tuple[int | None, Any]]
             if None in cells or None in cells.values():
                 problem = f"has {'more' if None in cells else 'fewer'} cells than there are columns"
                 raise MalformedDataError(f"row {row} (line {reader.line_num}) {problem}")
-            yield reader.line_num, {n: _parse_number(text, types.get(n)) for n, text in cells.items()}
+            yield reader.line_num, cells
 
 
 def _check_distinct(names: Sequence[str]) -> None:
@@ -203,26 +137,12 @@ def _check_distinct(names: Sequence[str]) -> None:
         raise MalformedDataError(f"has {names.count(repeated)} columns {repeated!r}; rename one of them")
 
 
-def _parse_number(text: str, cell_type: CellType) -> Any:
-    if cell_type in (str, None):
-        return text
-    for number in (int, float):
-        if cell_type is not float or number is float:
-            try:
-                return number(text)
-            except ValueError:
-                continue
-    return text or None
-
-
-def _read_parquet(path: Path, columns: _Columns) -> Iterator[tuple[int | None, Any]]:
+def _read_parquet(path: Path) -> Iterator[tuple[int | None, Any]]:
     from pyarrow import parquet
 
     file = parquet.ParquetFile(path)
-    names = file.schema_arrow.names
-    _check_distinct(names)
-    present = names if columns is None else [name for name in columns if name in names]
-    for batch in file.iter_batches(batch_size=1024, columns=present):
+    _check_distinct(file.schema_arrow.names)
+    for batch in file.iter_batches(batch_size=1024):
         yield from ((None, row) for row in batch.to_pylist())
 
 

@@ -14,19 +14,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.finetune.sources.base_store import base_entries, find_commit
-from orchestrator.finetune.sources.data_files import (
-    CellType,
-    find_cell_problem,
-    find_file_problem,
-    first_line,
-)
+from orchestrator.finetune.sources.data_files import CellType, find_cell_problem
 from orchestrator.util.errors import UsageError
 
 if TYPE_CHECKING:
@@ -94,8 +90,7 @@ def load_table(table: Table, task: str) -> Dataset:
         )
     found = found.select_columns(list(table.columns))
     if (cell_problem := _find_cell_problem(found, table)) is not None:
-        problem = _find_file_problem(table, source, revision) or f"{table} in {source}: {cell_problem}"
-        raise UsageError(f"Task {task!r}: {problem}.")
+        raise UsageError(f"Task {task!r}: {table} in {source}: {cell_problem}.")
     return found
 
 
@@ -131,11 +126,10 @@ def _load(table: Table, task: str, source: str, revision: str | None) -> Any:
     except Exception as error:  # readers raise many classes, such as StopIteration for an empty file
         if revision is not None and _is_hub_error(error):
             raise _unreachable_error(table, task, error) from None
+        text = str(error.__cause__ or error) or type(error).__name__
         # Without the list of 200 file extensions that `datasets` adds.
-        reason = first_line(error.__cause__ or error).partition(" with any supported extension")[0]
-        problem = _find_file_problem(table, source, revision)
-        problem = problem or f"{table} in {source} does not load ({reason})"
-        raise UsageError(f"Task {task!r}: {problem}.") from None
+        reason = shorten(text.partition(" with any supported extension")[0], 200)
+        raise UsageError(f"Task {task!r}: {table} in {source} does not load ({reason}).") from None
 
 
 def _cache_folder(folder: Path) -> str:
@@ -168,35 +162,6 @@ def _find_cell_problem(dataset: Dataset, table: Table) -> str | None:
             if (problem := find_cell_problem(value, cell_type)) is not None:
                 return f"row {row}: {name!r} {problem}"
     return None
-
-
-def _find_file_problem(table: Table, source: str, revision: str | None) -> str | None:
-    """Return the first problem in the table's files, with file and row, None if none is found.
-
-    The files are read one by one, which is done only after loading has failed.
-    """
-    for name, path in _list_files(table, source, revision):
-        if (problem := find_file_problem(path, table.columns)) is not None:
-            return f"{name}: {problem}"
-    return None
-
-
-def _list_files(table: Table, source: str, revision: str | None) -> Iterator[tuple[str, Path]]:
-    """Yield name and local path of each file of the split; files of the hub are taken from its cache."""
-    from datasets import load_dataset_builder
-    from huggingface_hub import hf_hub_download
-
-    try:
-        listed = load_dataset_builder(source, table.subset, revision=revision).config.data_files or {}
-        for name in listed.get(table.split or "", ()):
-            if revision is None:
-                yield name, Path(name)
-            else:
-                inside = str(name).partition(f"@{revision}/")[2]
-                found = hf_hub_download(source, inside, repo_type="dataset", revision=revision)
-                yield f"{source} {inside}", Path(found)
-    except Exception:  # the table did not load either, which is the error that the user sees
-        return
 
 
 def _resolve_source(table: Table, task: str) -> tuple[str, str | None]:
