@@ -150,7 +150,7 @@ def _next_call_key(name: str, context: ForwardContext) -> str:
     elif context.mask_draws.get(name, 0) > 1:
         raise RuntimeError(
             f"{name} was called {context.mask_draws[name]} times; it is unknown which call is recomputed: "
-            "use orchestrator.finetune.models.block_options and no other gradient checkpointing"
+            "use orchestrator.finetune.models.changes and no other gradient checkpointing"
         )
     else:
         draws = {}

@@ -32,7 +32,7 @@ from measuring import choose_device, describe_machine, make_parser, synchronize,
 from synthetic_task import SHAPES, StepSize, build_model, draw_rows, free_device_memory, make_lanes, take_step
 
 from orchestrator.finetune.failures import Fault, classify_error
-from orchestrator.finetune.models import block_options
+from orchestrator.finetune.models import changes
 from orchestrator.util.command import main
 from variants import catalogue
 from variants.api import Batching
@@ -61,9 +61,9 @@ class Benchmark:
         # bfloat16 is slow on CPUs, which only rehearse the measurement.
         self.model = build_model(self.name, self.device, torch.bfloat16 if is_gpu else torch.float32)
         if options.liger:
-            block_options.apply_liger(self.model, self.name)
+            changes.apply_liger(self.model, self.name)
         if options.checkpointing:
-            block_options.enable_activation_checkpointing(self.model)
+            changes.enable_activation_checkpointing(self.model)
 
     def add(self, section: str, **values: Any) -> None:
         """Print a measurement, and write all of them to the result file."""

@@ -133,12 +133,12 @@ def load_base_model(
         model: The base model.
         task: The task that the model is trained on.
     """
-    from orchestrator.finetune.models import block_options, loading
-    from orchestrator.finetune.models.block_options import enable_activation_checkpointing
+    from orchestrator.finetune.models import changes, loading
+    from orchestrator.finetune.models.changes import enable_activation_checkpointing
 
     base_model = loading.load_base_model(model, bases, device, task)
     if settings.options.kernels == "liger":
-        base_model = replace(base_model, kernels=block_options.apply_liger(base_model.model, model.name))
+        base_model = replace(base_model, kernels=changes.apply_liger(base_model.model, model.name))
     if settings.options.gradient_checkpointing:
         enable_activation_checkpointing(base_model.model)
     fraction = min(1.0, settings.gpus_per_worker)

@@ -402,7 +402,7 @@ MUTATIONS += [
     ),
     Mutation(
         name="a pickle that runs code is taken for weights",
-        file="orchestrator/finetune/models/weight_files.py",
+        file="orchestrator/finetune/models/catalogue.py",
         old="weights_only=True",
         new="weights_only=False",
         test="test_12_security.py::test_a_model_with_a_pickle_that_runs_code_is_refused",

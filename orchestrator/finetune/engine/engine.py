@@ -16,11 +16,10 @@ from orchestrator.finetune.engine.lane import Lane, variant_settings
 from orchestrator.finetune.engine.lane_group import LaneGroup, TaskData
 from orchestrator.finetune.engine.lane_source import Lease
 from orchestrator.finetune.engine.tensor_files import read_checkpoint
-from orchestrator.finetune.evaluation.baseline_scores import Scores
-from orchestrator.finetune.evaluation.evaluate import EvaluationResult
-from orchestrator.finetune.models import attention
+from orchestrator.finetune.evaluation.evaluate import EvaluationResult, Scores
+from orchestrator.finetune.models import changes
 from orchestrator.finetune.models.base_model import BaseModel
-from orchestrator.finetune.models.block_options import CHECKPOINTING_ATTRIBUTE
+from orchestrator.finetune.models.changes import CHECKPOINTING_ATTRIBUTE
 from orchestrator.finetune.process_group import (
     SINGLE_PROCESS_GROUP,
     ProcessGroup,
@@ -185,14 +184,14 @@ class Engine:
         base_model = self._load_base_model(configuration.model, task)
         has_base_dropout = configuration.base_dropout == "on"
         if has_base_dropout:
-            attention.check_dropout_supported(base_model.model, configuration.model.name)
+            changes.check_dropout_supported(base_model.model, configuration.model.name)
         settings, heads = variant_settings(configuration), base_model.head_names
         adapters = attach(base_model.model, variant, settings, choice.targets, heads, has_base_dropout)
         key = (configuration.model, configuration.task, configuration.batches.max_length)
         workers = self.process_group
         try:
             if has_base_dropout:
-                attention.enable_lane_dropout(base_model.model)
+                changes.enable_lane_dropout(base_model.model)
             if key not in self._data_by_key:
                 self._data_by_key[key] = TaskData.load(
                     configuration, task, base_model, adapters, workers, self._data_folder, self._on_batch
@@ -299,7 +298,7 @@ class Engine:
             adapters, self._lane_group = self._lane_group.adapters, None
         if adapters is not None:
             if self._base_model is not None:
-                attention.disable_lane_dropout(self._base_model[1].model)
+                changes.disable_lane_dropout(self._base_model[1].model)
             adapters.detach()
 
 

@@ -21,8 +21,13 @@ from orchestrator.finetune.data.batches import (
 )
 from orchestrator.finetune.device_copy import copy_without_waiting
 from orchestrator.finetune.engine.lane import BackwardResult, Lane
-from orchestrator.finetune.evaluation.baseline_scores import BaselineScores, Scores
-from orchestrator.finetune.evaluation.evaluate import EvaluationResult, EvaluationSplit, evaluate
+from orchestrator.finetune.evaluation.evaluate import (
+    BaselineScores,
+    EvaluationResult,
+    EvaluationSplit,
+    Scores,
+    evaluate,
+)
 from orchestrator.finetune.evaluation.forward import compute_objective
 from orchestrator.finetune.evaluation.generate import EvaluatedLanes, count_lanes_together
 from orchestrator.finetune.models.base_model import BaseModel

@@ -1,5 +1,8 @@
 """Base models and their processors, loaded with transformers and checked.
 
+If the files of a model lack weights, or have weights of another shape, transformers draws random ones and
+only warns. The checks after loading refuse such models.
+
 `root` is the store's folder `bases`, which holds the prepared models (`catalogue`).
 """
 
@@ -11,9 +14,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from orchestrator.finetune.failures import Fault, classify_error
 from orchestrator.finetune.models import base_model as architecture
-from orchestrator.finetune.models import weight_files
 from orchestrator.finetune.models.base_model import BaseModel
-from orchestrator.finetune.models.catalogue import PACKAGED_MODELS, UNPREPARED, locate_pretrained, task_bases
+from orchestrator.finetune.models.catalogue import (
+    HAS_ADAPTER_MESSAGE,
+    PACKAGED_MODELS,
+    UNPREPARED,
+    locate_pretrained,
+    task_bases,
+)
 from orchestrator.finetune.sources import base_store
 from orchestrator.finetune.tasks.base import Task
 from orchestrator.study.configuration import ModelChoice
@@ -53,14 +61,14 @@ def load_base_model(choice: ModelChoice, root: Path, device: str | torch.device,
 
     processor = load_processor(choice, root, task)
     model, loading_info = _load_model(choice, root, task)
-    weight_files.check_weights(model, choice.name, loading_info, task.has_head)
+    check_weights(model, choice.name, loading_info, task.has_head)
     if model.config.model_type.startswith("deberta"):
-        from orchestrator.finetune.models import attention
+        from orchestrator.finetune.models import changes
 
-        attention.patch_deberta_attention(model)
+        changes.patch_deberta_attention(model)
     head_names: tuple[str, ...] = ()
     if task.has_head:
-        head_names = weight_files.find_head_names(model, choice.name, set(loading_info["missing_keys"]))
+        head_names = find_head_names(model, choice.name, set(loading_info["missing_keys"]))
     else:
         architecture.check_causal(model, choice.name)
     device = torch.device(device)
@@ -75,7 +83,7 @@ def load_base_model(choice: ModelChoice, root: Path, device: str | torch.device,
         # The head of a causal model reads the last token before padding.
         model.config.get_text_config().pad_token_id = processor.pad_token_id
     _initialize_heads(model, head_names)
-    weight_files.check_finite(model, choice.name)
+    check_finite(model, choice.name)
     return base_model
 
 
@@ -101,8 +109,125 @@ def _load_model(choice: ModelChoice, root: Path, task: Task) -> tuple[Any, Mappi
             raise
         raise _loading_error(choice, source, revision, error) from error
     if getattr(model, "_hf_peft_config_loaded", False):
-        raise UsageError(f"Model {choice.name!r}: {weight_files.HAS_ADAPTER_MESSAGE}.")
+        raise UsageError(f"Model {choice.name!r}: {HAS_ADAPTER_MESSAGE}.")
     return model, loading_info
+
+
+def check_weights(model: Any, name: str, loading_info: Mapping[str, Any], has_head: bool) -> None:
+    """Refuse a model with random weights, or without some weights of its files.
+
+    Args:
+        model: The loaded transformers model.
+        name: The model's name, for the error.
+        loading_info: transformers' loading info: "mismatched_keys", "unexpected_keys" and "missing_keys".
+        has_head: True if the model has a head. Weights of a head in the files are then not used, and
+            `find_head_names` checks for missing weights.
+
+    Raises:
+        UsageError: There are such weights.
+    """
+    base = _base_modules(model)
+    for key, file_shape, model_shape in sorted(loading_info["mismatched_keys"]):
+        if not has_head or key.partition(".")[0] in base:
+            sizes = f"of size {list(file_shape)}, and its config.json asks for {list(model_shape)}"
+            raise _wrong_weights_error(name, f"{key} {sizes}")
+    _check_block_count(model, name, loading_info["unexpected_keys"])
+    lacking = [] if has_head else sorted(loading_info["missing_keys"])
+    if lacking:
+        more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+        raise _wrong_weights_error(name, f"no weights for {lacking[0]}{more}")
+
+
+def _wrong_weights_error(name: str, found: str) -> UsageError:
+    remedy = "put config.json and weights of one model there"
+    return UsageError(f"Model {name!r}: its files hold {found}; {remedy}.")
+
+
+def _base_modules(model: Any) -> set[str]:
+    """Return the names of the model's children that belong to the base model and not to a head.
+
+    They are found by their class, because CLIP's image tower has another name than `base_model_prefix`.
+    """
+    from transformers import PreTrainedModel
+
+    return {child for child, module in model.named_children() if isinstance(module, PreTrainedModel)}
+
+
+def _check_block_count(model: Any, name: str, unexpected_keys: Iterable[str]) -> None:
+    """Refuse weights of more blocks than the configuration has, which transformers leaves out.
+
+    Args:
+        model: The loaded transformers model.
+        name: The model's name, for the error.
+        unexpected_keys: The keys of weights that are in the files but not in the model.
+
+    Raises:
+        UsageError: One of the weights belongs to a block.
+    """
+    from torch.nn import ModuleList
+
+    for module_name, module in model.named_modules():
+        if isinstance(module, ModuleList):
+            for key in sorted(unexpected_keys):
+                number = key.removeprefix(f"{module_name}.").partition(".")[0]
+                if key.startswith(f"{module_name}.") and number.isdecimal() and int(number) >= len(module):
+                    blocks = f"{len(module)} blocks in {module_name}"
+                    raise _wrong_weights_error(name, f"{key}, and its config.json asks for {blocks}")
+
+
+def check_finite(model: Any, name: str) -> None:
+    """Refuse a model with a weight that is not finite: every lane on it would be recorded as diverged.
+
+    Args:
+        model: A transformers model with weights.
+        name: The model's name, for the error.
+
+    Raises:
+        UsageError: There is such a weight.
+    """
+    for key, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise UsageError(
+                f"Model {name!r}: {key} holds a number that is not finite as {tensor.dtype}; put the model's "
+                "own weights there, or use another --dtype."
+            )
+
+
+def find_head_names(model: Any, name: str, missing_keys: set[str]) -> tuple[str, ...]:
+    """Find the modules of a model that are its head.
+
+    These are the modules beside the base model, and linear layers after its blocks that its checkpoint has no
+    weights for (often the pooler of BERT).
+
+    Args:
+        model: A transformers model with a head, with or without weights.
+        name: The model's name, for the error.
+        missing_keys: The keys of weights that the files lack.
+
+    Returns:
+        The names of the modules.
+
+    Raises:
+        UsageError: The model is an encoder-decoder, or its files lack weights of the base model.
+    """
+    from torch.nn import ModuleList
+
+    if model.config.is_encoder_decoder:
+        raise UsageError(f"Model {name!r} is an encoder with a decoder; a head needs one or the other.")
+    base = _base_modules(model)
+    beside_base = [(child, module) for child, module in model.named_children() if child not in base]
+    head_children = [child for child, module in beside_base if next(module.parameters(), None) is not None]
+    block_lists = [path for path, module in model.named_modules() if isinstance(module, ModuleList)]
+    block_prefixes = tuple(f"{path}." for path in block_lists)
+    uninitialized = {key.rpartition(".")[0] for key in missing_keys if key.partition(".")[0] in base}
+    for module_name in sorted(uninitialized):
+        module = model.get_submodule(module_name)
+        all_missing = all(f"{module_name}.{key}" in missing_keys for key, _ in module.named_parameters())
+        kind = type(module).__name__
+        # A layer inside a block belongs to the base model: its weights are missing because the file is cut.
+        if kind != "Linear" or not all_missing or module_name.startswith(block_prefixes):
+            raise _wrong_weights_error(name, f"no weights for {module_name} ({kind})")
+    return (*head_children, *sorted(uninitialized))
 
 
 def _move_to_device(model: Any, choice: ModelChoice, device: torch.device) -> Any:
@@ -242,7 +367,7 @@ def build_meta_model(choice: ModelChoice, root: Path, task: Task) -> tuple[Any, 
     if not task.has_head:
         architecture.check_causal(model, choice.name)
         return model, ()
-    head_names = weight_files.find_head_names(model, choice.name, set())
+    head_names = find_head_names(model, choice.name, set())
     if task.inputs == "text":
         architecture.check_head_pooling(model, choice.name)
     return model, head_names

@@ -196,10 +196,10 @@ def _check_models(
             raise UsageError(error)
     if configurations and has_layer_shapes(configurations[0].model):
         if options.kernels == "liger":
-            from orchestrator.finetune.models import block_options  # imports torch
+            from orchestrator.finetune.models import changes  # imports torch
 
             model = configurations[0].model
-            block_options.check_liger(loading.read_config(model, bases).model_type, model.name)
+            changes.check_liger(loading.read_config(model, bases).model_type, model.name)
         # Building a model without weights takes seconds, so each adapter shape is checked once.
         distinct = {(c.variant.name, c.variant.rank, str(c.variant.extra)): c for c in configurations}
         check_attach(list(distinct.values()), task, bases)
@@ -308,7 +308,7 @@ def check_attach(configurations: Sequence[Configuration], task: Task, bases: Pat
     """
     from orchestrator.finetune.data.batches import compute_max_row_length
     from orchestrator.finetune.engine.lane import variant_settings
-    from orchestrator.finetune.models import attention
+    from orchestrator.finetune.models import changes
     from variants.attach import attach
 
     models: dict[ModelChoice, tuple[Any, tuple[str, ...]]] = {}
@@ -321,7 +321,7 @@ def check_attach(configurations: Sequence[Configuration], task: Task, bases: Pat
         check_positions(model, configuration.model.name, longest, task)
         try:
             if configuration.base_dropout == "on":
-                attention.check_dropout_supported(model, configuration.model.name)
+                changes.check_dropout_supported(model, configuration.model.name)
             attach(model, catalogue.get(variant.name), settings, variant.targets, heads).detach()
         except ValueError as error:
             reason = " ".join(str(error).split())  # PEFT's and transformers' errors may have many lines

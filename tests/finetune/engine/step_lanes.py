@@ -13,7 +13,7 @@ from orchestrator.finetune.engine.lane import Lane
 from orchestrator.finetune.engine.lane_group import LaneGroup, TaskData
 from orchestrator.finetune.engine.lane_source import Lease
 from orchestrator.finetune.models.base_model import BaseModel
-from orchestrator.finetune.models.block_options import enable_activation_checkpointing
+from orchestrator.finetune.models.changes import enable_activation_checkpointing
 from orchestrator.finetune.process_group import SINGLE_PROCESS_GROUP
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.finetune.tasks.local.letters import VOCABULARY, tokenizer

@@ -15,7 +15,7 @@ from scripted import WORDS_TASK, Script, configuration, leases, train
 
 from orchestrator.finetune.engine.lane_group import LaneGroup
 from orchestrator.finetune.engine.lane_source import Directive, Report
-from orchestrator.finetune.evaluation.baseline_scores import BaselineScores, Scores
+from orchestrator.finetune.evaluation.evaluate import BaselineScores, Scores
 from orchestrator.finetune.process_group import SINGLE_PROCESS_GROUP
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration

@@ -25,7 +25,7 @@ import transformers
 from torch import Tensor, nn
 
 from orchestrator.finetune.evaluation import forward
-from orchestrator.finetune.models import block_options
+from orchestrator.finetune.models import changes
 from variants import catalogue
 from variants.api import VariantSettings
 from variants.attach import attach
@@ -118,7 +118,7 @@ def main(device: str, kind: str, *variants: str) -> None:
         return
     model = build(kind, device)
     plain = {variant: compute(model, variant) for variant in variants}
-    block_options.replace_modules(model)
+    changes.replace_modules(model)
     assert re.search(
         r"LigerRMSNorm.*Liger(SwiGLU|GEGLU)MLP|Liger\w+MLP.*LigerRMSNorm", repr(model), re.DOTALL
     )

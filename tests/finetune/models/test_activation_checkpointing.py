@@ -17,9 +17,8 @@ from transformers import (
     DebertaV2ForSequenceClassification,
 )
 
-from orchestrator.finetune.models.attention import patch_deberta_attention
 from orchestrator.finetune.models.base_model import BaseModel
-from orchestrator.finetune.models.block_options import enable_activation_checkpointing
+from orchestrator.finetune.models.changes import enable_activation_checkpointing, patch_deberta_attention
 from orchestrator.finetune.tasks.base import Task
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import ModelChoice

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
-from orchestrator.finetune.models import attention
+from orchestrator.finetune.models import changes
 from orchestrator.finetune.sources import base_store
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
@@ -50,20 +50,20 @@ def model_of(kind: str, folder: Path) -> Any:
     with base_store.suppress_transformers_logging(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
-    attention.patch_deberta_attention(model)
+    changes.patch_deberta_attention(model)
     return model.eval().requires_grad_(False)
 
 
 @contextmanager
 def lane_with_dropout(model: Any) -> Iterator[Adapters]:
-    attention.check_dropout_supported(model, "it")
+    changes.check_dropout_supported(model, "it")
     adapters = attach(model, catalogue.get("lora"), SETTINGS, base_dropout=True)
-    attention.enable_lane_dropout(model)
+    changes.enable_lane_dropout(model)
     adapters.add_lane("lane", SETTINGS, seed=3)
     for number, parameter in enumerate(adapters.trainable("lane").values()):
         parameter.data.normal_(std=0.1, generator=torch.Generator().manual_seed(number))
     yield adapters
-    attention.disable_lane_dropout(model)
+    changes.disable_lane_dropout(model)
     adapters.detach()
 
 

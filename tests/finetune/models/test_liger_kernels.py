@@ -16,7 +16,7 @@ import torch
 from scripted import Script, configuration, leases, tiny_base_model, train
 
 from orchestrator.finetune.failures import Fault, classify_error
-from orchestrator.finetune.models import block_options
+from orchestrator.finetune.models import changes
 from orchestrator.finetune.models.base_model import BaseModel
 from orchestrator.finetune.tasks.base import Task
 from orchestrator.record.store import Store
@@ -50,7 +50,7 @@ def test_a_kernel_that_cannot_be_launched_is_the_machines_fault() -> None:
     with pytest.raises(
         UsageError, match=r"no kernel can be launched \(.*install gcc and python3-dev"
     ) as raised:
-        block_options.launch_kernel("cpu")
+        changes.launch_kernel("cpu")
     assert "\n" not in str(raised.value)
     assert classify_error(raised.value) is Fault.DEVICE
 
@@ -70,14 +70,12 @@ def test_a_record_names_the_kernels_of_its_base_model(store: Store) -> None:
 def test_liger_has_the_families_and_arguments_that_are_used() -> None:
     from liger_kernel.transformers import monkey_patch
 
-    functions = {
-        family: monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN[family] for family in block_options.FAMILIES
-    }
-    used = {**block_options.KERNELS, **block_options.LOSSES}
+    functions = {family: monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN[family] for family in changes.FAMILIES}
+    used = {**changes.KERNELS, **changes.LOSSES}
     for family, function in functions.items():
         arguments = inspect.signature(function).parameters.keys()
         activation = "geglu" if "gemma" in family else "swiglu"
-        assert {"rope", "rms_norm", activation, *block_options.LOSSES} <= arguments, family
+        assert {"rope", "rms_norm", activation, *changes.LOSSES} <= arguments, family
         assert arguments <= used.keys() | {"model"}, f"{family} has a kernel that is not chosen"
 
 

@@ -22,7 +22,7 @@ from transformers.utils import (
 from untrained_base import base
 
 from orchestrator.finetune.models import catalogue as model_catalogue
-from orchestrator.finetune.models import loading, weight_files
+from orchestrator.finetune.models import loading
 from orchestrator.finetune.sources.base_store import content_hash, suppress_transformers_logging
 from orchestrator.finetune.tasks import catalogue
 from orchestrator.finetune.tasks.local.letters import RECIPE, Letters
@@ -132,7 +132,7 @@ def load_with_transformers(folder: Path) -> Any:
 def test_what_transformers_loads_is_accepted(case: str, folder: Path) -> None:
     expected = load_file(weight_file(folder))
     GOOD[case](folder)
-    weight_files.check_weight_files(folder, "m")
+    model_catalogue.check_weight_files(folder, "m")
     found = load_with_transformers(folder).state_dict()
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
@@ -146,7 +146,7 @@ def test_what_transformers_cannot_load_is_one_line(
     monkeypatch.chdir(tmp_path)
     BAD[case](folder)
     with pytest.raises(UsageError) as refused:
-        weight_files.check_weight_files(folder, "m")
+        model_catalogue.check_weight_files(folder, "m")
     text = str(refused.value)
     assert str(folder) in text
     assert "save_pretrained" in text
@@ -247,15 +247,15 @@ def test_an_adapter_beside_the_model_is_refused(folder: Path) -> None:
         '{"base_model_name_or_path": "elsewhere", "peft_type": "LORA"}'
     )
     with pytest.raises(UsageError, match="merge_and_unload"):
-        weight_files.check_weight_files(folder, "m")
+        model_catalogue.check_weight_files(folder, "m")
 
 
 def test_missing_files_in_a_hub_cache_are_accepted(folder: Path) -> None:
     split_into_shards(folder).unlink()
-    weight_files.check_weight_files(folder, "m", complete=False)
+    model_catalogue.check_weight_files(folder, "m", complete=False)
     truncate(folder / "model-00001-of-00002.safetensors")
     with pytest.raises(UsageError, match=r"model-00001-of-00002.*remove it from the cache, with the blob"):
-        weight_files.check_weight_files(folder, "m", complete=False)
+        model_catalogue.check_weight_files(folder, "m", complete=False)
     for path in folder.glob("model*"):
         path.unlink()
-    weight_files.check_weight_files(folder, "m", complete=False)
+    model_catalogue.check_weight_files(folder, "m", complete=False)
