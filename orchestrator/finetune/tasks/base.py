@@ -314,7 +314,7 @@ class Task:
         return TaskChoice(self.name, revision, *sizes, self.metric, self.floor, self.numerics, self.content)
 
     def entry(self) -> dict[str, str]:
-        """Return the fields from which any machine can make a user's task again (see `own_files`)."""
+        """Return the fields from which any machine can make a user's task again (see `catalogue`)."""
         return {"path": self.source, "source": self.code}
 
     def load(self, choice: TaskChoice) -> dict[Split, Sequence[Example]]:
