@@ -110,12 +110,11 @@ def _find_code(configuration: Configuration, store: Store) -> tuple[Task, Varian
         UsageError: One is missing, or its version is not that of the configuration.
     """
     from orchestrator.finetune.engine.engine import check_versions
-    from orchestrator.finetune.sources import own_files
     from orchestrator.finetune.tasks import catalogue as tasks
 
     task = tasks.find(configuration.task, store.data)
     try:
-        variant = own_files.find_variant(configuration.variant, store.data)
+        variant = tasks.find_variant(configuration.variant, store.data)
         check_versions(configuration, variant, task)
     except (ValueError, RuntimeError) as error:
         raise UsageError(

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from orchestrator.finetune.tasks.local.letters import Letters
+from orchestrator.finetune.tasks.letters import Letters
 
 MOMENT = struct.Struct("d")  # seconds since the epoch
 SLOW = "slow"

@@ -21,7 +21,7 @@ from weakref import WeakKeyDictionary
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from orchestrator.finetune.tasks.local.letters import Letters
+from orchestrator.finetune.tasks.letters import Letters
 
 HERE = Path(__file__).parent
 HELD, RELEASED = HERE / "held", HERE / "released"

@@ -23,7 +23,7 @@ from typing import Any
 
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from orchestrator.finetune.tasks.local.letters import Letters
+from orchestrator.finetune.tasks.letters import Letters
 
 
 def trip(optimizer: Any, args: Any, kwargs: Any) -> None:

@@ -14,7 +14,7 @@ import pytest
 from in_process import SWEEP, Run
 from untrained_base import base
 
-from orchestrator.finetune.tasks.local.letters import Letters
+from orchestrator.finetune.tasks.letters import Letters
 from orchestrator.util.atomic_files import add_checksum
 
 __all__ = ["base"]

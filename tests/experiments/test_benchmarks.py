@@ -23,7 +23,7 @@ from synthetic_task import draw_rows
 
 from orchestrator.finetune.data.batches import encode_examples, shuffled_indices
 from orchestrator.finetune.tasks import catalogue as tasks
-from orchestrator.finetune.tasks.local.letters import tokenizer
+from orchestrator.finetune.tasks.letters import tokenizer
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile
 from orchestrator.study.configuration import ModelChoice

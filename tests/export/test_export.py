@@ -15,7 +15,7 @@ from trained_study import STUDY, Trained, run_card
 from orchestrator.export import export as export_module
 from orchestrator.export.lane_choice import LaneQuery
 from orchestrator.finetune.models import loading
-from orchestrator.finetune.sources import own_files
+from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.launch.reporting import export_words
 from orchestrator.record.study_file import StudyFile
 from orchestrator.study.configuration import LRSchedule
@@ -96,7 +96,7 @@ def test_a_users_variant_loads_from_the_export(
     lora = trained.record("lora")
     choice = replace(lora.configuration.variant, name="mine.py", revision=mine.revision)
     own = replace(lora.configuration, variant=choice, lr_schedule=LRSchedule(4))
-    own_files.write_variant(choice, store.data)
+    tasks.write_variant(choice, store.data)
     train(
         Script(leases([own])),
         store,

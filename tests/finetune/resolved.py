@@ -9,9 +9,9 @@ import pytest
 from orchestrator.finetune.models.catalogue import prepare_base_model
 from orchestrator.finetune.resolve.option_names import ResolvedOptions, resolve_tasks
 from orchestrator.finetune.resolve.templates import build_configuration_templates
-from orchestrator.finetune.tasks.local.letters import Letters
-from orchestrator.finetune.tasks.local.reviews import Reviews
+from orchestrator.finetune.tasks.letters import Letters
 from orchestrator.finetune.tasks.pretraining import Recipe
+from orchestrator.finetune.tasks.reviews import Reviews
 from orchestrator.study.configuration import Configuration
 from orchestrator.study.options import StudyOptions
 

@@ -21,10 +21,9 @@ from orchestrator.finetune.engine.lane_source import Directive, Lease, LeaseGran
 from orchestrator.finetune.engine.slots import LaneSlots
 from orchestrator.finetune.engine.tensor_files import find_newest, read_checkpoint
 from orchestrator.finetune.models.base_model import BaseModel
-from orchestrator.finetune.tasks import catalogue
+from orchestrator.finetune.tasks import catalogue, reviews
 from orchestrator.finetune.tasks.base import Task
-from orchestrator.finetune.tasks.local import reviews
-from orchestrator.finetune.tasks.local.letters import VOCABULARY, tokenizer
+from orchestrator.finetune.tasks.letters import VOCABULARY, tokenizer
 from orchestrator.record.schema import TIME_FIELDS, Provenance, Record
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import (
@@ -42,7 +41,7 @@ from variants import catalogue as variants
 WORDS_TASK = str(Path(__file__).with_name("words_task.py"))
 
 POISONED = '''
-from orchestrator.finetune.tasks.local import letters
+from orchestrator.finetune.tasks import letters
 from orchestrator.finetune.tasks.base import EncodedExample, Example, Task
 
 

@@ -24,10 +24,10 @@ from orchestrator.finetune.models.base_model import max_learned_positions
 from orchestrator.finetune.resolve.data_preparation import prepare_datasets
 from orchestrator.finetune.sources.base_store import suppress_transformers_logging
 from orchestrator.finetune.tasks import catalogue as tasks
+from orchestrator.finetune.tasks import letters
 from orchestrator.finetune.tasks.base import Example
 from orchestrator.finetune.tasks.examples import Image, find_overlaps
-from orchestrator.finetune.tasks.local import letters
-from orchestrator.finetune.tasks.local.reviews import Reviews
+from orchestrator.finetune.tasks.reviews import Reviews
 from orchestrator.study.configuration import BatchConfig, Configuration, ModelChoice
 from orchestrator.study.options import StudyOptions
 from orchestrator.util.errors import UsageError

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.finetune.sources.base_store import suppress_transformers_logging
-from orchestrator.finetune.tasks.local.letters import RECIPE, Letters
+from orchestrator.finetune.tasks.letters import RECIPE, Letters
 
 
 @pytest.fixture(scope="module")

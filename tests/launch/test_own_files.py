@@ -13,7 +13,6 @@ from untrained_base import base
 
 from orchestrator.finetune.models.catalogue import locate_pretrained
 from orchestrator.finetune.resolve.data_preparation import write_own_files
-from orchestrator.finetune.sources import own_files
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.finetune.tasks.catalogue import hash_task_code as hash_code
 from orchestrator.launch.study import Study, resolve_study
@@ -275,7 +274,7 @@ def test_a_worker_finds_the_code_in_the_store_where_the_files_are_missing(
     monkeypatch.setattr(catalogue, "_loaded_files", {})
     found = tasks.find(template.task, study.store.data)
     assert (found.name, found.content, found.metric) == ("copy_task.py", template.task.content, "exact_match")
-    variant = own_files.find_variant(template.variant, study.store.data)
+    variant = tasks.find_variant(template.variant, study.store.data)
     assert (variant.name, variant.revision) == ("scaled.py", template.variant.revision)
     with pytest.raises(UsageError, match=r"'copy_task\.py' with content 0{16} is not in"):
         tasks.find(replace(template.task, content="0" * 16), study.store.data)
@@ -325,11 +324,11 @@ def test_the_code_of_the_store_is_compared_before_it_is_executed(
     monkeypatch.setattr(tasks, "_own_tasks", {})
     monkeypatch.setattr(catalogue, "_loaded_files", {})
     for kind, content in (("task", template.task.content), ("variant", template.variant.revision)):
-        own_files.write_entry(folder, kind, content, {"path": "/x.py", "source": "raise SystemExit"})  # type: ignore[arg-type]
+        tasks._write_entry(folder, kind, content, {"path": "/x.py", "source": "raise SystemExit"})  # type: ignore[arg-type]
     with pytest.raises(UsageError, match=r"task 'copy_task\.py' .* holds other code"):
         tasks.find(template.task, folder)
     with pytest.raises(UsageError, match=r"variant 'scaled\.py' .* holds other code"):
-        own_files.find_variant(template.variant, folder)
+        tasks.find_variant(template.variant, folder)
 
 
 def test_a_variant_file_with_other_line_ends_is_found_in_the_store(
@@ -340,4 +339,4 @@ def test_a_variant_file_with_other_line_ends_is_found_in_the_store(
     choice = study.templates[1].variant
     write_own_files(study.templates, study.store.data)
     monkeypatch.setattr(catalogue, "_loaded_files", {})
-    assert own_files.find_variant(choice, study.store.data).revision == choice.revision
+    assert tasks.find_variant(choice, study.store.data).revision == choice.revision

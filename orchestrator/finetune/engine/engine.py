@@ -27,7 +27,6 @@ from orchestrator.finetune.process_group import (
     on_all_workers,
     result_or_error,
 )
-from orchestrator.finetune.sources import own_files
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.finetune.tasks.base import Task
 from orchestrator.finetune.tasks.examples import HELD_OUT_SPLITS, Split
@@ -178,7 +177,7 @@ class Engine:
             return
         self._detach()
         choice = configuration.variant
-        variant = own_files.find_variant(choice, self._data_folder)
+        variant = tasks.find_variant(choice, self._data_folder)
         task = tasks.find(configuration.task, self._data_folder)
         check_versions(configuration, variant, task)
         base_model = self._load_base_model(configuration.model, task)

@@ -8,7 +8,6 @@ from pathlib import Path
 from orchestrator.finetune.models import loading
 from orchestrator.finetune.resolve.data_lengths import report_truncation
 from orchestrator.finetune.resolve.templates import check_positions, check_token_ids
-from orchestrator.finetune.sources import own_files
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.finetune.tasks.data_task import DataTask
 from orchestrator.study.configuration import Configuration
@@ -84,6 +83,6 @@ def write_own_files(configurations: Sequence[Configuration], folder: Path) -> No
         folder: The store's folder of prepared data.
     """
     for variant in {c.variant.revision: c.variant for c in configurations}.values():
-        own_files.write_variant(variant, folder)
+        tasks.write_variant(variant, folder)
     for task in {c.task.content: c.task for c in configurations}.values():
         tasks.write_entry(tasks.get(task.name), folder)

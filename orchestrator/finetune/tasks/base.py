@@ -1,7 +1,7 @@
 """A task: its examples, what the model has to produce, its metric, and the defaults of a fine-tuning run.
 
 A task on a dataset of the hub is an entry in `tasks.toml`. Any other task is a subclass of `Task`; short ones
-to start from are in `local/arithmetic.py` (answers in text) and `local/reviews.py` (classes). A file with a
+to start from are in `arithmetic.py` (answers in text) and `reviews.py` (classes). A file with a
 task imports heavy libraries inside functions only, since a plan reads it.
 """
 
@@ -314,7 +314,7 @@ class Task:
         return TaskChoice(self.name, revision, *sizes, self.metric, self.floor, self.numerics, self.content)
 
     def entry(self) -> dict[str, str]:
-        """Return the fields from which any machine can make a user's task again (see `own_files`)."""
+        """Return the fields from which any machine can make a user's task again (see `catalogue`)."""
         return {"path": self.source, "source": self.code}
 
     def load(self, choice: TaskChoice) -> dict[Split, Sequence[Example]]:

@@ -1,4 +1,13 @@
-"""Tasks by name: entries of `tasks.toml`, entry points of packages, and users' files."""
+"""Tasks by name, and users' tasks and variants in the store.
+
+A name is that of an entry of `tasks.toml`, of an entry point of a package, or of a user's file.
+
+The name of an entry of the store contains a hash of the user's file, which is part of the configuration. A
+worker on another machine therefore finds the code of a task or a variant, or the description of a user's
+data, without the file. A study writes the entries before it trains:
+
+    <store>/data/task-3f9c0a1b2c3d4e5f.json       <store>/data/variant-77aa10c9b2e4d5f6.json
+"""
 
 from __future__ import annotations
 
@@ -11,18 +20,26 @@ from collections.abc import Mapping
 from functools import lru_cache, partial
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING, Literal
 
-from orchestrator.finetune.sources import own_files
 from orchestrator.finetune.tasks import entry_points_by_name as entry_points_by_name
 from orchestrator.finetune.tasks import names as names
 from orchestrator.finetune.tasks import read_tasks, user_task
 from orchestrator.finetune.tasks.base import Task
 from orchestrator.finetune.tasks.data_task import DataTask
-from orchestrator.study.configuration import TaskChoice
+from orchestrator.study.configuration import TaskChoice, VariantChoice
 from orchestrator.util.errors import UsageError, report_user_errors, suggest_nearest
+from orchestrator.util.keyed_folder import KeyedFolder
+from variants import catalogue as variants
 from variants.errors import UnsupportedError
-from variants.user_files import check_own_imports, execute, find_class, hash_code
+from variants.user_files import check_own_imports, execute, find_class, hash_code, hash_source
 from variants.variant_names import FILE_SUFFIX
+
+if TYPE_CHECKING:
+    from variants.api import Variant
+
+Kind = Literal["task", "data", "variant"]
+"""What an entry of the store describes: code of a task, a task of a user's data, or code of a variant."""
 
 UNHASHED_ATTRIBUTES = {"title", "defaults", "default_model"}
 """Attributes of a task that do not change what a configuration computes."""
@@ -31,6 +48,8 @@ hash_task_code = partial(hash_code, unhashed=UNHASHED_ATTRIBUTES)
 
 ENTRY_SUFFIX = ".toml"
 """End of the path of a file with a task as an entry."""
+_BYTES_AS_TEXT = "latin-1"
+"""An encoding that turns any bytes into text and back: a file may have any encoding and line ends."""
 
 
 def load(name: str) -> Task:
@@ -78,7 +97,7 @@ def register(task: Task) -> Task:
     return task
 
 
-def find(choice: TaskChoice, folder: Path, entry: Mapping[str, str] | None = None) -> Task:
+def find(choice: TaskChoice, folder: Path) -> Task:
     """Return the task of a configuration.
 
     A user's file need not exist on this machine: it is made of its entry in the store. A package with the
@@ -87,7 +106,6 @@ def find(choice: TaskChoice, folder: Path, entry: Mapping[str, str] | None = Non
     Args:
         choice: The task of a configuration.
         folder: The store's folder of prepared data.
-        entry: The task's `entry()`; None to read it from the store.
 
     Raises:
         UsageError: There is no such task, the store has no entry of its content, or the installed package has
@@ -104,9 +122,8 @@ def find(choice: TaskChoice, folder: Path, entry: Mapping[str, str] | None = Non
                 "was started; install one version of its package on all machines."
             )
         return installed
-    if entry is None:
-        kind: own_files.Kind = "data" if own_files.has_entry(folder, "data", choice.content) else "task"
-        entry = own_files.require_entry(folder, kind, choice.name, choice.content)
+    data = _entries(folder, "data").read_fields(f"data-{choice.content}")
+    entry = data or _read_entry(folder, "task", choice.name, choice.content)
     if "spec" in entry:
         task: Task = DataTask.from_json(json.loads(entry["spec"]))
     else:
@@ -126,8 +143,62 @@ def write_entry(task: Task, folder: Path) -> None:
         folder: The store's folder of prepared data.
     """
     if task.content and task.name not in entry_points_by_name():
-        kind: own_files.Kind = "data" if isinstance(task, DataTask) else "task"
-        own_files.write_entry(folder, kind, task.content, task.entry())
+        kind: Kind = "data" if isinstance(task, DataTask) else "task"
+        _write_entry(folder, kind, task.content, task.entry())
+
+
+def find_variant(choice: VariantChoice, folder: Path) -> Variant:
+    """Return the variant of a configuration. The user's file of a variant need not be on this machine.
+
+    Args:
+        choice: The variant of a configuration.
+        folder: The store's folder of prepared data.
+
+    Raises:
+        UsageError: The store has no entry of the variant's content.
+        ValueError: There is no such variant, or it cannot be imported.
+    """
+    if not choice.name.endswith(FILE_SUFFIX) or variants.loaded_revision(choice.name) == choice.revision:
+        return variants.get(choice.name)
+    entry = _read_entry(folder, "variant", choice.name, choice.revision)
+    source = entry["source"].encode(_BYTES_AS_TEXT)
+    if hash_source(source) != choice.revision:  # before anything is executed
+        raise UsageError(f"The entry of variant {choice.name!r} in {folder} holds other code; remove it.")
+    return variants.load(str(Path(entry["path"]).with_name(choice.name)), source)
+
+
+def write_variant(choice: VariantChoice, folder: Path) -> None:
+    """Write the variant of a configuration to the store, where `find_variant` reads it on any machine.
+
+    Args:
+        choice: The variant; nothing is written unless it is a user's file that this process has loaded.
+        folder: The store's folder of prepared data.
+    """
+    if choice.name.endswith(FILE_SUFFIX):
+        variant = variants.get(choice.name)
+        data = {"path": variant.source_path, "source": variant.source_code.decode(_BYTES_AS_TEXT)}
+        _write_entry(folder, "variant", choice.revision, data)
+
+
+def _write_entry(folder: Path, kind: Kind, content: str, data: Mapping[str, str]) -> None:
+    """Write an entry, also in place of another one: task files that differ in comments have one content."""
+    entries, key = _entries(folder, kind), f"{kind}-{content}"
+    if entries.read_fields(key) != data:
+        entries.write_entry(key, data, "path", replace=True)
+
+
+def _read_entry(folder: Path, kind: Kind, name: str, content: str) -> dict[str, str]:
+    entry = _entries(folder, kind).read_fields(f"{kind}-{content}")
+    if entry is None:
+        raise UsageError(
+            f"The {kind} {name!r} with content {content} is not in {folder}: run the study's command on a "
+            "machine that has the file."
+        )
+    return entry
+
+
+def _entries(folder: Path, kind: Kind) -> KeyedFolder:
+    return KeyedFolder(folder, f"a {kind}'s file", "remove it: the study's command writes it again")
 
 
 _own_tasks: dict[str, Task] = {}

@@ -105,7 +105,7 @@ def test_an_appended_end_token_that_is_also_bos_does_not_precede_the_prompt() ->
 
 
 def test_without_a_bos_token_the_prompt_comes_first() -> None:
-    from orchestrator.finetune.tasks.local.letters import tokenizer
+    from orchestrator.finetune.tasks.letters import tokenizer
 
     words = tokenizer()
     assert words.bos_token_id is None

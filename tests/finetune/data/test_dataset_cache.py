@@ -22,9 +22,9 @@ from orchestrator.finetune.data.batches import (
 )
 from orchestrator.finetune.tasks import catalogue
 from orchestrator.finetune.tasks.base import SPLITS, EncodedExample, Example, Task, TaskDefaults
-from orchestrator.finetune.tasks.local.letters import Letters, tokenizer
-from orchestrator.finetune.tasks.local.reviews import Reviews
-from orchestrator.finetune.tasks.local.reviews import tokenizer as reviews_tokenizer
+from orchestrator.finetune.tasks.letters import Letters, tokenizer
+from orchestrator.finetune.tasks.reviews import Reviews
+from orchestrator.finetune.tasks.reviews import tokenizer as reviews_tokenizer
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration
 from orchestrator.util.errors import UsageError

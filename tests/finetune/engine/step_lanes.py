@@ -16,7 +16,7 @@ from orchestrator.finetune.models.base_model import BaseModel
 from orchestrator.finetune.models.changes import enable_activation_checkpointing
 from orchestrator.finetune.process_group import SINGLE_PROCESS_GROUP
 from orchestrator.finetune.tasks import catalogue as tasks
-from orchestrator.finetune.tasks.local.letters import VOCABULARY, tokenizer
+from orchestrator.finetune.tasks.letters import VOCABULARY, tokenizer
 from variants import catalogue
 from variants.api import VariantSettings
 from variants.attach import attach

@@ -85,7 +85,7 @@ def test_an_error_is_classified_by_its_cause(error: Exception | str, fault: Faul
 BROKEN = '''
 import torch
 
-from orchestrator.finetune.tasks.local import letters
+from orchestrator.finetune.tasks import letters
 
 
 class Broken(letters.Letters):

@@ -34,7 +34,7 @@ from orchestrator.finetune.evaluation.generate import (
 )
 from orchestrator.finetune.models.base_model import BaseModel
 from orchestrator.finetune.tasks.base import Task
-from orchestrator.finetune.tasks.local.letters import VOCABULARY, tokenizer
+from orchestrator.finetune.tasks.letters import VOCABULARY, tokenizer
 
 SIZES = {
     "vocab_size": len(VOCABULARY),

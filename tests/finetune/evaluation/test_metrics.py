@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.finetune.evaluation import metrics
-from orchestrator.finetune.tasks.local.letters import Letters
-from orchestrator.finetune.tasks.local.reviews import Reviews
+from orchestrator.finetune.tasks.letters import Letters
+from orchestrator.finetune.tasks.reviews import Reviews
 from orchestrator.util.errors import UsageError
 
 CLASSES = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=60)

@@ -18,8 +18,8 @@ from orchestrator.finetune.data.batches import Batch, DeviceBatch, Row, pad_rows
 from orchestrator.finetune.evaluation import forward
 from orchestrator.finetune.models.base_model import BaseModel
 from orchestrator.finetune.tasks import catalogue as tasks
+from orchestrator.finetune.tasks import letters
 from orchestrator.finetune.tasks.base import IGNORE_INDEX
-from orchestrator.finetune.tasks.local import letters
 from variants import catalogue as variants
 from variants.api import VariantSettings
 from variants.attach import attach

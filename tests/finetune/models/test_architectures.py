@@ -20,8 +20,7 @@ from scripted import WORDS_TASK, Script, configuration, leases, numbers_of, trai
 from orchestrator.finetune.models import catalogue as model_catalogue
 from orchestrator.finetune.models import loading
 from orchestrator.finetune.sources import base_store
-from orchestrator.finetune.tasks import catalogue
-from orchestrator.finetune.tasks.local import letters, reviews
+from orchestrator.finetune.tasks import catalogue, letters, reviews
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import ModelChoice

@@ -19,7 +19,7 @@ from orchestrator.finetune.models import catalogue as model_catalogue
 from orchestrator.finetune.models import loading
 from orchestrator.finetune.sources import base_store
 from orchestrator.finetune.tasks import catalogue
-from orchestrator.finetune.tasks.local.letters import RECIPE, Letters, tokenizer
+from orchestrator.finetune.tasks.letters import RECIPE, Letters, tokenizer
 from orchestrator.study.configuration import ModelChoice
 from orchestrator.util.errors import UsageError
 

@@ -19,7 +19,7 @@ from orchestrator.finetune.resolve.templates import build_configuration_template
 from orchestrator.finetune.sources import base_store
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.finetune.tasks.base import Task
-from orchestrator.finetune.tasks.local.letters import VOCABULARY, tokenizer
+from orchestrator.finetune.tasks.letters import VOCABULARY, tokenizer
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration, ModelChoice
 from orchestrator.study.options import StudyOptions

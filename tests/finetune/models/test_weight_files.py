@@ -25,7 +25,7 @@ from orchestrator.finetune.models import catalogue as model_catalogue
 from orchestrator.finetune.models import loading
 from orchestrator.finetune.sources.base_store import content_hash, suppress_transformers_logging
 from orchestrator.finetune.tasks import catalogue
-from orchestrator.finetune.tasks.local.letters import RECIPE, Letters
+from orchestrator.finetune.tasks.letters import RECIPE, Letters
 from orchestrator.study.configuration import ModelChoice
 from orchestrator.util.errors import UsageError
 

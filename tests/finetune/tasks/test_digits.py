@@ -17,7 +17,7 @@ from orchestrator.finetune.models import catalogue as model_catalogue
 from orchestrator.finetune.models import loading
 from orchestrator.finetune.sources import base_store
 from orchestrator.finetune.tasks.base import SPLITS
-from orchestrator.finetune.tasks.local.digits import (
+from orchestrator.finetune.tasks.digits import (
     FINE_TUNING_DIGITS,
     NOISE_STD,
     PRETRAINING_DIGITS,

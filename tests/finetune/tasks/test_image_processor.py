@@ -20,8 +20,8 @@ from orchestrator.finetune.data.batches import (
     plan_batches,
 )
 from orchestrator.finetune.tasks.base import Image
+from orchestrator.finetune.tasks.digits import Digits
 from orchestrator.finetune.tasks.image_processor import ImageProcessor
-from orchestrator.finetune.tasks.local.digits import Digits
 
 
 def photo(seed: int, width: int = 50, height: int = 37, mode: str = "RGB") -> Image:

@@ -25,7 +25,7 @@ from orchestrator.finetune.models.base_model import BaseModel
 from orchestrator.finetune.process_group import SINGLE_PROCESS_GROUP, ProcessGroup
 from orchestrator.finetune.sources import base_store
 from orchestrator.finetune.tasks.base import Task
-from orchestrator.finetune.tasks.local.digits import Digits
+from orchestrator.finetune.tasks.digits import Digits
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration, ModelChoice
 from variants import catalogue as variants

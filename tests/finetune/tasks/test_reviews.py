@@ -13,7 +13,7 @@ from orchestrator.finetune.models import catalogue as model_catalogue
 from orchestrator.finetune.models import loading
 from orchestrator.finetune.sources import base_store
 from orchestrator.finetune.tasks.base import SPLITS
-from orchestrator.finetune.tasks.local.reviews import (
+from orchestrator.finetune.tasks.reviews import (
     ADJECTIVES,
     NOUNS,
     PRETRAINING_LABELS,

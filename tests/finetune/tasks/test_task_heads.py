@@ -33,7 +33,7 @@ from orchestrator.finetune.sources import base_store
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.finetune.tasks.base import IGNORE_INDEX, Example, Task
 from orchestrator.finetune.tasks.base import Split as SplitName
-from orchestrator.finetune.tasks.local.reviews import VOCABULARY, Reviews, tokenizer
+from orchestrator.finetune.tasks.reviews import VOCABULARY, Reviews, tokenizer
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration, ModelChoice, OptimizerConfig
 from variants import catalogue as variants

@@ -16,14 +16,13 @@ import pytest
 
 from orchestrator.finetune.evaluation import metrics
 from orchestrator.finetune.sources.base_store import suppress_transformers_logging
-from orchestrator.finetune.tasks import catalogue
+from orchestrator.finetune.tasks import arithmetic, catalogue
+from orchestrator.finetune.tasks.arithmetic import ChainSum, GsmSymbolic, canonical_expression
 from orchestrator.finetune.tasks.base import IGNORE_INDEX, SPLITS, Example, Task, hash_split
-from orchestrator.finetune.tasks.local import arithmetic
-from orchestrator.finetune.tasks.local.arithmetic import ChainSum, GsmSymbolic, canonical_expression
-from orchestrator.finetune.tasks.local.digits import Digits
-from orchestrator.finetune.tasks.local.letters import LENGTH, LETTERS, RECIPE, Letters, _batches, tokenizer
-from orchestrator.finetune.tasks.local.reviews import Reviews
+from orchestrator.finetune.tasks.digits import Digits
+from orchestrator.finetune.tasks.letters import LENGTH, LETTERS, RECIPE, Letters, _batches, tokenizer
 from orchestrator.finetune.tasks.pretraining import Recipe
+from orchestrator.finetune.tasks.reviews import Reviews
 from orchestrator.util.errors import UsageError
 
 needs_reasoning_gym = pytest.mark.skipif(

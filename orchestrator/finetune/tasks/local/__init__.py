@@ -1,1 +1,0 @@
-"""Tasks whose data are made on this machine or come in packages."""
