@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import shlex
 import string
 from collections.abc import Mapping, Sequence
@@ -165,9 +164,7 @@ def _describe_misfit(
         needs = "prompt and completion, messages, text and label, text1, text2 and label, or image and label"
     text, label = [*map(shlex.quote, present), "COLUMN", "COLUMN"][:2]
     hint = f"name them, for example --columns text={text} label={label}"
-    if misspelled := _describe_misspelled(present, forms, found):
-        hint = misspelled
-    elif not forms:
+    if not forms:
         hint = "no form has all of the named roles; take one of them away"
     else:
         needed = [ROLES_OF_FORM[form] for form in forms if len(ROLES_OF_FORM[form]) > 1]
@@ -175,25 +172,6 @@ def _describe_misfit(
         if last := [f"{roles[0]}=COLUMN" for roles in missing if len(roles) == 1]:
             hint = f"add --columns {' or '.join(last)}"
     return f"{source} has {shown}{also}; needs {needs}: {hint}."
-
-
-def _describe_misspelled(present: Sequence[str], forms: Sequence[Form], found: Mapping[str, str]) -> str:
-    """Return a question about the first column whose name is nearly a usual one, empty if there is none.
-
-    Args:
-        present: The columns of the data.
-        forms: The forms that have all named roles.
-        found: The columns by their role, named or found.
-    """
-    usual = {name: role for role, names in USUAL_NAMES.items() for name in names}
-    for column in present:
-        near = difflib.get_close_matches(column.lower(), usual, n=1, cutoff=0.75)
-        if near and column.lower() not in usual:
-            role = usual[near[0]]
-            roles: Sequence[str] = next((ROLES_OF_FORM[f] for f in forms if role in ROLES_OF_FORM[f]), ())
-            also = "".join(f" {each}=COLUMN" for each in roles if each != role and each not in found)
-            return f"is {column!r} the {role}? Then add --columns {shlex.quote(f'{role}={column}')}{also}"
-    return ""
 
 
 def parse_columns(words: Sequence[str]) -> Mapping[str, str]:
