@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from orchestrator.finetune.sources.hub_data import DATA_FOLDER_VARIABLE
 from orchestrator.finetune.tasks.examples import (
+    HELD_OUT_SPLITS,
     IGNORE_INDEX,
     SPLITS,
     EncodedExample,
@@ -304,8 +305,23 @@ class Task:
                     self.target(example)
             if self.content:  # the splits of this project's tasks are known
                 self.warnings = find_overlaps(examples, self.name)
+                self._check_grader(examples)
             cached[key] = hash_examples(examples, self.labels)
         return cached[key]
+
+    def _check_grader(self, examples: Mapping[Split, Sequence[Example]]) -> None:
+        """Refuse a grader that cannot read a right answer, with which every score would be 0."""
+        if self.output != "generation" or type(self).grade is not Task.grade:
+            return
+        for split in HELD_OUT_SPLITS:
+            for number, example in enumerate(examples[split]):
+                right = example.answer if example.reference is None else example.reference
+                if not self.grade(example, right):
+                    raise UsageError(
+                        f"Task {self.name!r}: the grader {self.grader!r} finds no answer in the right one of "
+                        f"{split} example {number}, {right!r}; docs/grading.md says what it reads, 'exact' "
+                        "compares whole texts."
+                    )
 
     def choice(self) -> TaskChoice:
         """Return the task at its default sizes as a part of a configuration."""

@@ -50,6 +50,12 @@ def changed(file: Path, old: str, new: str) -> Task:
     return catalogue.load(str(file))
 
 
+def test_a_grader_that_cannot_read_the_right_answers_is_refused(file: Path) -> None:
+    rule = r"the grader 'choice' finds no answer in the right one of validation example 0, ' \d+'"
+    with pytest.raises(UsageError, match=rule):
+        changed(file, '"math"', '"choice"').revision()
+
+
 def test_an_entry_is_trained_and_graded(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     task = catalogue.load(str(file))
     (first, *_) = task.examples("test", 6)
