@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from orchestrator.finetune.tasks.data_loading import DataRequest, load_task
+from orchestrator.finetune.tasks.data_loading import load_task
 from orchestrator.finetune.tasks.data_task import DataTask
 from orchestrator.study.options import StudyOptions
 
@@ -58,4 +58,4 @@ def write(path: Path, rows: Rows) -> Path:
 
 def task_of(source: Path | str, **options: Any) -> DataTask:
     """Return the task that `--data source` makes, with further options on data such as `metric`."""
-    return load_task(DataRequest(str(source), StudyOptions(data=(str(source),), **options)))
+    return load_task(str(source), StudyOptions(data=(str(source),), **options))

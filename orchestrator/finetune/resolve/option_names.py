@@ -9,7 +9,7 @@ from pathlib import Path
 
 from orchestrator.finetune.evaluation import metrics
 from orchestrator.finetune.models import catalogue as model_catalogue
-from orchestrator.finetune.sources import hub_data
+from orchestrator.finetune.sources import hub_data, user_data
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.finetune.tasks import data_loading
 from orchestrator.finetune.tasks.base import Task
@@ -80,14 +80,13 @@ def load_data_tasks(options: StudyOptions) -> list[str]:
     sources: dict[str, str] = {}
     other_tasks = (*tasks.names(), *tasks.entry_points_by_name())
     for source in options.data or ():
-        request = data_loading.DataRequest(source, options)
-        name = request.name
+        name = user_data.display_name(source)
         # A folder or a dataset of the hub may be called like another task, or like a task file.
         if name in other_tasks or name.endswith(FILE_SUFFIX):
             name += "-data"
         if name not in sources:
             sources[name] = source
-            tasks.register(data_loading.load_task(request, name))
+            tasks.register(data_loading.load_task(source, options, name))
         elif _full_path(sources[name]) != _full_path(source):
             raise UsageError(
                 f"--data: {sources[name]!r} and {source!r} have the same name; rename one of them."

@@ -6,7 +6,6 @@ import io
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,30 +22,10 @@ CHECK_SIDE = 64
 """The approximate side, in pixels, at which JPEG images are decoded for the check, to save time."""
 
 
-@dataclass(frozen=True)
-class PlacedExample:
-    """An example, and where it comes from.
-
-    Args:
-        where: File and row.
-        split: The split that the data put it in, None if they name no splits.
-        example: The example.
-    """
-
-    where: str
-    split: Split | None
-    example: Example
-
-    @property
-    def key(self) -> str:
-        """The content of the input, which decides the split: rows with equal inputs are in the same one."""
-        if self.example.image is not None:
-            return self.example.image.digest
-        return json.dumps([self.example.prompt, self.example.pair])
-
-
-def make_examples(rows: Iterable[DataRow], columns: ColumnMap, is_number: bool) -> Iterator[PlacedExample]:
-    """Yield the example of each row.
+def make_examples(
+    rows: Iterable[DataRow], columns: ColumnMap, is_number: bool
+) -> Iterator[tuple[DataRow, Split | None, Example]]:
+    """Yield each row with its example, and the split that the data put it in: None if they name no splits.
 
     Args:
         rows: The rows.
@@ -61,7 +40,7 @@ def make_examples(rows: Iterable[DataRow], columns: ColumnMap, is_number: bool) 
         example = _MAKERS[columns.form](row, columns)
         if is_number:
             example = Example(example.prompt, _number(row, columns), example.pair, image=example.image)
-        yield PlacedExample(row.where, _split(row, columns), example)
+        yield row, _split(row, columns), example
 
 
 def _split(row: DataRow, columns: ColumnMap) -> Split | None:

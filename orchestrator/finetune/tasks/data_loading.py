@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
 
 import numpy as np
@@ -60,32 +60,21 @@ BYTES_PER_TOKEN = 3
 """A low estimate: a token of English has about 4 bytes, one of digits or of other languages has fewer."""
 
 
-@dataclass(frozen=True)
-class DataRequest:
-    """What the options of a study say about one task of a user's data."""
-
-    source: str
-    options: StudyOptions
-
-    @property
-    def name(self) -> str:
-        """The name of the task, for readers."""
-        return user_data.display_name(self.source)
-
-
-def load_task(request: DataRequest, name: str | None = None) -> DataTask:
+def load_task(path: str, options: StudyOptions, name: str | None = None) -> DataTask:
     """Read the data and return their task.
 
     Args:
-        request: What the options say.
+        path: The path of the data, or their name on the hub.
+        options: What the study says about its data.
         name: The name of the task. Default: that of the data.
 
     Raises:
         UsageError: The data cannot be read, a row or a split is not as required, or an option does not fit
             the data. The message is one line that names the file and, where there is one, the row.
     """
-    options, name = request.options, name or request.name
-    source = user_data.open_source(request.source)
+    data_name = user_data.display_name(path)
+    name = name or data_name
+    source = user_data.open_source(path)
     named = parse_columns(options.columns)
     if source.names and "split" in named:
         raise UsageError(f"--columns split={named['split']}: {name} has splits already; leave the role out.")
@@ -99,7 +88,7 @@ def load_task(request: DataRequest, name: str | None = None) -> DataTask:
     columns = _read_examples(source, find_own_columns, options, name, file)
     output = _find_output(columns, options, name)
     origins = _split_origins(source)
-    ignored = [*source.ignored, *_add_held_out_data(file, request, columns, name, origins)]
+    ignored = [*source.ignored, *_add_held_out_data(file, path, options, columns, name, origins)]
     is_given = bool(file.named_splits())
     file.finish()
     splits = make_splits(file, name)
@@ -121,10 +110,10 @@ def load_task(request: DataRequest, name: str | None = None) -> DataTask:
         columns=columns.columns,
         template=columns.template,
     )
-    is_hub = not os.path.exists(request.source)
-    task = DataTask.from_spec(spec, splits, request.source if is_hub else os.path.abspath(request.source))
+    is_hub = not os.path.exists(path)
+    task = DataTask.from_spec(spec, splits, path if is_hub else os.path.abspath(path))
     task.ignored_sources = tuple(ignored)
-    task.split_origins = {"train": request.name, **origins} if origins else {}
+    task.split_origins = {"train": data_name, **origins} if origins else {}
     # Splits made by hashing the inputs share none.
     overlaps = find_overlaps(task.default_examples(), name) if is_given else []
     task.warnings = list(overlaps)
@@ -158,8 +147,8 @@ def _read_examples(
                 yield row
 
         is_number = _find_output(columns, options, name) == "regression"
-        for placed in make_examples(read(), columns, is_number):
-            file.append(placed)
+        for row, split, example in make_examples(read(), columns, is_number):
+            file.append(row.where, split, example)
         if find_own_columns(list(seen)) == columns:
             return columns
         file.truncate(start)
@@ -172,7 +161,12 @@ def _split_origins(source: SourceRows) -> dict[Split, str]:
 
 
 def _add_held_out_data(
-    file: ExampleFile, request: DataRequest, columns: ColumnMap, name: str, origins: dict[Split, str]
+    file: ExampleFile,
+    data: str,
+    options: StudyOptions,
+    columns: ColumnMap,
+    name: str,
+    origins: dict[Split, str],
 ) -> list[str]:
     """Append the examples of --validation-data and --test-data to their split.
 
@@ -180,7 +174,8 @@ def _add_held_out_data(
 
     Args:
         file: The examples of --data.
-        request: What the options say.
+        data: The path of --data, or its name on the hub.
+        options: What the study says about its data.
         columns: The columns of --data.
         name: The name of the task.
         origins: The result of `_split_origins`, to which the splits are added.
@@ -198,22 +193,22 @@ def _add_held_out_data(
         return replace(columns, columns={r: c for r, c in roles.items() if r != "split" or c in present})
 
     given: list[tuple[str, Split, str | None]] = [
-        ("--validation-data", "validation", request.options.validation_data),
-        ("--test-data", "test", request.options.test_data),
+        ("--validation-data", "validation", options.validation_data),
+        ("--test-data", "test", options.test_data),
     ]
-    present = file.named_splits()
+    present, data_name = file.named_splits(), user_data.display_name(data)
     if any(path for _, _, path in given):  # with them the plan says where each split comes from
-        origins.update({each: request.name for each in present if each not in origins})
+        origins.update({each: data_name for each in present if each not in origins})
     ignored: list[str] = []
-    used = {os.path.realpath(request.source): f"--data {request.source}"}
+    used = {os.path.realpath(data): f"--data {data}"}
     for option, split, path in given:
         if path is None:
             continue
         if split in present:
-            problem = f"{request.name} has a {split} split already"
+            problem = f"{data_name} has a {split} split already"
             raise UsageError(f"{option} {path}: {problem}; leave the option out.")
         source, start = user_data.open_source(path, option), len(file)
-        _read_examples(source, find_own_columns, request.options, name, file)
+        _read_examples(source, find_own_columns, options, name, file)
         has_split = split in file.named_splits(start)
         file.keep_split(start, split)
         place = os.path.realpath(path)

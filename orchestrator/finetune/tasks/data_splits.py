@@ -6,6 +6,7 @@ their order is three numbers for each row.
 
 from __future__ import annotations
 
+import json
 import math
 import mmap
 import tempfile
@@ -16,7 +17,6 @@ from typing import Any, overload
 
 import numpy as np
 
-from orchestrator.finetune.tasks.data_examples import PlacedExample
 from orchestrator.finetune.tasks.examples import HELD_OUT_SPLITS, SPLITS, Example, Image, Split, hash_text
 from orchestrator.util.errors import UsageError
 
@@ -82,17 +82,24 @@ class ExampleFile:
     def __len__(self) -> int:
         return len(self._splits)
 
-    def append(self, placed: PlacedExample) -> None:
-        """Add an example."""
-        example, key = placed.example, placed.key
-        texts = (placed.where, example.prompt, example.answer, example.pair or "")
+    def append(self, where: str, split: Split | None, example: Example) -> None:
+        """Add an example.
+
+        Args:
+            where: File and row, for error messages.
+            split: The split that the data put it in, None if they name no splits.
+            example: The example.
+        """
+        texts = (where, example.prompt, example.answer, example.pair or "")
         for column, text in zip(self._texts.values(), texts, strict=True):
             column.append(text)
+        # The content of the input decides the split: rows with equal inputs are in the same one.
+        key = example.image.digest if example.image else json.dumps([example.prompt, example.pair])
         # The order has a salt, since the hash of the key alone selects the split.
         order = hash_text(f"order/{key}/{example.answer}")
         numbers = (hash_text(key)[:8], order[:8], order[8:16])
         self._numbers.extend(int.from_bytes(each, "big") for each in numbers)
-        self._splits.append(-1 if placed.split is None else SPLITS.index(placed.split))
+        self._splits.append(-1 if split is None else SPLITS.index(split))
         self.has_pairs = example.pair is not None
         if example.image is not None:
             self.images.append(example.image)
