@@ -1,6 +1,6 @@
 """The fine-tuning loop of a trainer: it leases lanes, trains them and writes their records.
 
-Each round leases lanes for the free slots (`leasing.py`), applies the directives of the source, takes one
+Each round leases lanes for the free slots, applies the directives of the source, takes one
 optimizer step with every lane in training, and evaluates the lanes for which that is due. Lanes join and
 leave at any round and do not influence each other.
 
@@ -19,14 +19,13 @@ from pathlib import Path
 
 import psutil
 
-from orchestrator.finetune.engine.active_lanes import NEVER, ActiveLanes
+from orchestrator.finetune.engine import tensor_files
 from orchestrator.finetune.engine.engine import Engine
 from orchestrator.finetune.engine.lane import Lane, LaneState
-from orchestrator.finetune.engine.lane_source import Directive, LaneSource
-from orchestrator.finetune.engine.leasing import LaneLeasing
+from orchestrator.finetune.engine.lane_source import Directive, LaneSource, Lease
+from orchestrator.finetune.engine.leasing import NEVER, ActiveLanes, LaneSlots
 from orchestrator.finetune.engine.recorder import LaneRecorder
 from orchestrator.finetune.engine.recovery import FailureRecovery
-from orchestrator.finetune.engine.slots import LaneSlots
 from orchestrator.finetune.failures import (
     BrokenKind,
     Fault,
@@ -101,14 +100,12 @@ def run(
 
 def _run_until_idle(active: ActiveLanes) -> None:
     """Run rounds until the source is closed, or no lane has been held for IDLE_TRAINER_SECONDS."""
-    recovery = FailureRecovery(active)
-    leasing = LaneLeasing(active, recovery)
-    rounds = TrainingRounds(active, recovery)
+    rounds = TrainingRounds(active, FailureRecovery(active))
     while True:
-        leasing.lease_lanes()
+        rounds.lease_lanes()
         if active.lanes:
             rounds.run()
-        elif leasing.closed or time.monotonic() - rounds.busy_at > timeouts.IDLE_TRAINER_SECONDS:
+        elif active.closed or time.monotonic() - rounds.busy_at > timeouts.IDLE_TRAINER_SECONDS:
             return
         else:
             time.sleep(timeouts.SOURCE_POLL_SECONDS)
@@ -178,6 +175,44 @@ class TrainingRounds:
             self._evaluate(evaluating)
         if active.lanes and not busy:
             time.sleep(timeouts.SOURCE_POLL_SECONDS)
+
+    # -- leases -----------------------------------------------------------------------------------------
+
+    def lease_lanes(self) -> None:
+        """Lease lanes if there is room: at once after a lane has left, else at the poll interval."""
+        active, again = self.active, True
+        while again:
+            free = active.count_free_slots()  # the first lane may change it
+            active.source.note_max_lanes(free + len(active.lanes))
+            if free <= 0 and not active.slots.parked_at:
+                return
+            to_start, again = active.request_leases()
+            for lease in to_start:
+                if active.count_free_slots() > 0:
+                    self._start_lane(lease)
+                else:  # a lane before this one ran out of memory, and the group was halved
+                    active.source.return_lease(lease.configuration.fingerprint, lease.attempt)
+            again = again and bool(active.lanes)
+
+    def _start_lane(self, lease: Lease) -> None:
+        """Put a leased lane on the model, resumed from its newest checkpoint if there is one."""
+        active, lane = self.active, Lane(lease)
+        active.lanes[lane.fingerprint] = lane
+        checkpoints = active.recorder.store.checkpoints / lane.fingerprint
+        checkpoint = tensor_files.find_newest(checkpoints, active.recorder.warn, lane.fingerprint)
+
+        def add_lane(fingerprints: Sequence[str]) -> Sequence[None]:
+            group_key = lane.configuration.group_key
+            if group_key != active.group_key:  # that of the first lane
+                raise RuntimeError(f"leased a lane of group key {group_key} into a lane group of another one")
+            active.engine.add_lane(lane, checkpoint)
+            if checkpoint is not None:
+                active.recorder.mark_saved(lane)
+            return [None]
+
+        if self.recovery.run_isolating_failures([lane], add_lane):
+            lane.enter_next_state()
+            self.recovery.read_limits(lane.configuration)
 
     # -- directives -------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""The storage of lanes' checkpoints, adapters and records, and of the number of lanes that memory holds."""
+"""The storage of lanes' checkpoints, adapters and records."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from safetensors import SafetensorError
 from orchestrator.finetune.engine import tensor_files
 from orchestrator.finetune.engine.engine import Engine
 from orchestrator.finetune.engine.lane import Lane, LaneState
-from orchestrator.finetune.engine.slots import StoredLimits, Work
 from orchestrator.finetune.failures import Fault, StoreFullError, classify_error
 from orchestrator.record.schema import FINAL_STATES, Record, RecordState, current_provenance
 from orchestrator.record.store import Store, adapter_file_name
@@ -148,41 +147,6 @@ class LaneRecorder:
             return None
         self.store.discard_checkpoints(fingerprint)
         return record.state
-
-    def write_limit(self, work: Work, group_key: str, limit: int, failed_lanes: int) -> None:
-        """Write to the store how many lanes fit into memory, and show it.
-
-        Args:
-            work: What ran out of memory.
-            group_key: The lanes' group key.
-            limit: Lanes at once from now on.
-            failed_lanes: Lanes that ran out of memory.
-        """
-        stored = StoredLimits(self.store.lane_capacity, group_key, self.engine.device_key)
-        try:
-            stored.write(work, limit)
-        except OSError as error:
-            outcome = f"not remembered: {error}"
-        else:
-            outcome = f"remembered in {stored.path}"
-        what = "" if work == "training" else f"{work}: "
-        self.warn(f"{what}out of memory with {failed_lanes} lanes, now {limit} at once; {outcome}")
-
-    def read_limits(self, group_key: str, requested: int) -> dict[Work, int]:
-        """Return the numbers of lanes that fit into memory, as far as a trainer has found a limit.
-
-        Args:
-            group_key: The lanes' group key.
-            requested: The number of lanes to train; a warning says if fewer fit.
-        """
-        stored = StoredLimits(self.store.lane_capacity, group_key, self.engine.device_key)
-        limits = stored.read()
-        if limits.get("training", requested) < requested:
-            self.warn(
-                f"at most {limits['training']} lanes at once: more ran out of memory before "
-                f"(remove {stored.path} to try)"
-            )
-        return limits
 
     def wait_for_space(self, reason: object) -> None:
         """Sleep for a moment because the disk is full.
