@@ -66,14 +66,8 @@ class Engine:
         self._lane_group: LaneGroup | None = None
         self.lanes: dict[str, Lane] = {}
         """Fingerprint -> lane, in the order in which they were leased."""
-        self.variant: Variant
 
     # -- what rank 0 asks -------------------------------------------------------------------------------
-
-    @property
-    def has_lane_group(self) -> bool:
-        """Whether adapters are attached."""
-        return self._lane_group is not None
 
     @property
     def lane_group(self) -> LaneGroup:
@@ -89,7 +83,7 @@ class Engine:
     @property
     def untrained_scores(self) -> Scores:
         """The scores of the base model without a lane; empty without a lane group."""
-        return self._lane_group.data.untrained if self._lane_group is not None else {}
+        return self._lane_group.data.baseline.scores if self._lane_group is not None else {}
 
     @property
     def device_name(self) -> str:
@@ -173,7 +167,7 @@ class Engine:
             Exception: See `add_lane`.
         """
         same = configuration.group_key == self._group_key and self._lane_group is not None
-        if same and self.variant.batching is not Batching.EXCLUSIVE:
+        if same and self.lane_group.adapters.variant.batching is not Batching.EXCLUSIVE:
             return
         self._detach()
         choice = configuration.variant
@@ -198,9 +192,8 @@ class Engine:
         except BaseException:
             self._detach(adapters)
             raise
-        data = self._data_by_key[key]
+        self._group_key, data = configuration.group_key, self._data_by_key[key]
         self._lane_group = LaneGroup(base_model, adapters, data, workers, self._on_batch)
-        self._group_key, self.variant = configuration.group_key, variant
 
     @on_all_workers
     def score_base_model(self, splits: Sequence[str]) -> Scores:

@@ -50,7 +50,7 @@ class TaskData:
     splits: Mapping[str, EvaluationSplit]
     """Validation and test."""
     baseline: BaselineScores
-    """The scores of the base model without a lane."""
+    """The scores of the base model without a lane, at least the validation loss."""
 
     @classmethod
     def load(
@@ -103,11 +103,6 @@ class TaskData:
             lambda: group.score_base_model(at_once, False), has_answers, process_group
         )
         return data
-
-    @property
-    def untrained(self) -> Scores:
-        """The scores of the base model without a lane that are known so far, at least the validation loss."""
-        return self.baseline.scores
 
 
 class LaneGroup:
@@ -301,11 +296,6 @@ class LaneGroup:
         weighted = losses * batch.weights.to(losses.dtype)
         return [part.sum() for part in weighted.split(batch.lane_target_counts)]
 
-    def generates_answers(self, lane: Lane) -> bool:
-        """Return whether an evaluation of the lane at its present step generates answers."""
-        task = self.data.task
-        return task.output == "generation" and (task.grade_at == "every_evaluation" or lane.is_at_last_step)
-
     def evaluate(self, lanes: Sequence[Lane], split: str) -> list[EvaluationResult]:
         """Score the lanes on a split, in the order of `lanes`.
 
@@ -318,8 +308,11 @@ class LaneGroup:
         """
         found: dict[str, EvaluationResult] = {}
         task, scored_split = self.data.task, self.data.splits[split]
+        answering: Sequence[Lane] = lanes if task.output == "generation" else ()
+        if task.grade_at != "every_evaluation":
+            answering = [lane for lane in answering if lane.is_at_last_step]
         for generates in (False, True):
-            due = [lane for lane in lanes if self.generates_answers(lane) == generates]
+            due = [lane for lane in lanes if (lane in answering) == generates]
             max_together = max(1, len(due))
             if generates and due:
                 max_together = count_lanes_together(
@@ -328,33 +321,19 @@ class LaneGroup:
             for first in range(0, len(due), max_together):
                 together = due[first : first + max_together]
                 names = [lane.fingerprint for lane in together]
-                scored = evaluate(
-                    self.base_model,
-                    task,
-                    scored_split,
-                    EvaluatedLanes(self.adapters, names, [lane.configuration.seed for lane in together]),
-                    self.process_group,
-                    generates,
-                    self.on_batch,
-                )
+                seeds = [lane.configuration.seed for lane in together]
+                scored = self._evaluate(split, EvaluatedLanes(self.adapters, names, seeds), generates)
                 found.update(zip(names, scored, strict=True))
         return [found[lane.fingerprint] for lane in lanes]
 
     def score_base_model(self, splits: Sequence[str], predict_with_generate: bool) -> Scores:
         """Return the scores of the base model without lanes on some splits; see `evaluate`."""
         lanes = EvaluatedLanes(self.adapters)
-        return {
-            split: evaluate(
-                self.base_model,
-                self.data.task,
-                self.data.splits[split],
-                lanes,
-                self.process_group,
-                predict_with_generate,
-                self.on_batch,
-            )[0].scores
-            for split in splits
-        }
+        return {split: self._evaluate(split, lanes, predict_with_generate)[0].scores for split in splits}
+
+    def _evaluate(self, split: str, lanes: EvaluatedLanes, generates: bool) -> list[EvaluationResult]:
+        of, workers = self.data.splits[split], self.process_group
+        return evaluate(self.base_model, self.data.task, of, lanes, workers, generates, self.on_batch)
 
 
 def _next_steps(lanes: Sequence[Lane]) -> list[tuple[int, int]]:

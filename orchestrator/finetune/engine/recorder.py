@@ -85,7 +85,10 @@ class LaneRecorder:
         Raises:
             Exception: Neither the disk nor a lack of memory is the cause of an error.
         """
-        _drop_last_scores(lane)
+        if lane.is_at_last_step:
+            # A record needs the results per item with these scores, and a checkpoint does not hold them. The
+            # lane is evaluated again when it resumes.
+            lane.evaluations = [e for e in lane.evaluations if e.step < lane.step]
         progress = (lane.step, len(lane.evaluations))
         if self.saved_progress.get(lane.fingerprint) == progress or lane.state is LaneState.LEASED:
             return
@@ -240,13 +243,3 @@ class LaneRecorder:
             stopping_settings=lane.lease.scheduler if state == "stopped" else "",
             stopped_at=lane.last_reported_step if state == "stopped" else None,
         )
-
-
-def _drop_last_scores(lane: Lane) -> None:
-    """Drop the last step's scores of a lane that is saved at its last step.
-
-    A record needs the results per item with these scores, and a checkpoint does not hold them. The lane is
-    evaluated again when it resumes.
-    """
-    if lane.is_at_last_step:
-        lane.evaluations = [e for e in lane.evaluations if e.step < lane.step]

@@ -113,8 +113,6 @@ class FailureRecovery:
             return self._run_in_turn(lanes, at_once, work, kind)
         try:
             results = work([lane.fingerprint for lane in lanes])
-        except WorkerError as error:
-            failed = error.without_traceback()
         except Exception as error:
             failed = WorkerError.from_exception(error)
         else:

@@ -228,8 +228,14 @@ class _Generator:
             fitting = _fitting_tokens.get(model, remaining * tokens_per_entry)
             rows = min(remaining, max(MIN_ROWS, fitting // tokens_per_entry))
             count = -(-remaining // -(-remaining // rows))  # parts of nearly equal size
-            answers = self._generate_if_memory_suffices(entries[done : done + count], length)
-            if answers is None:
+            try:
+                answers = self._generate_at_once(entries[done : done + count], length)
+            except Exception as error:
+                # Each of two parts needs MIN_ROWS.
+                if classify_error(error) is not Fault.MEMORY or count < 2 * MIN_ROWS:
+                    raise
+                answers = None
+            if answers is None:  # outside of the except block, whose error keeps tensors alive
                 free_memory()
                 _fitting_tokens[model] = -(-count // 2) * tokens_per_entry
                 log.warning("out of memory with %d rows of generated answers, now half as many", count)
@@ -238,15 +244,6 @@ class _Generator:
             for texts, more in zip(by_lane, answers, strict=True):
                 texts += more
         return by_lane
-
-    def _generate_if_memory_suffices(self, entries: Sequence[Entry], length: int) -> list[list[str]] | None:
-        """Return the answers, or None if memory has run out and there are enough rows for two parts."""
-        try:
-            return self._generate_at_once(entries, length)
-        except Exception as error:
-            if classify_error(error) is not Fault.MEMORY or len(entries) < 2 * MIN_ROWS:
-                raise
-            return None  # the error, whose traceback keeps the tensors of the batch alive, ends here
 
     def _generate_at_once(self, entries: Sequence[Entry], length: int) -> list[list[str]]:
         """Return the answers to a batch by lane and entry, with all rows computed together."""
