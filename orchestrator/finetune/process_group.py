@@ -12,7 +12,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
-from functools import wraps
+from functools import partial, wraps
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from orchestrator.finetune.failures import Fault, classify_error, free_memory
@@ -175,16 +175,12 @@ class TorchProcessGroup(ProcessGroup):
             if received[0] is None:
                 return
             name, arguments = received[0]
-            fault = self._carry_out(getattr(type(target), name).__wrapped__, target, arguments)
+            fault = None
+            try:
+                self.run(partial(getattr(type(target), name).__wrapped__, target, *arguments))
+            except WorkerError as error:  # rank 0 handles it
+                if error.fault is Fault.DEVICE:
+                    raise
+                fault = error.fault
             if fault is Fault.MEMORY:  # outside of the except block, whose error keeps tensors alive
                 free_memory()
-
-    def _carry_out(self, method: Callable[..., Any], target: object, arguments: Any) -> Fault | None:
-        """Carry out a command; return the cause of its error, which rank 0 handles."""
-        try:
-            self.run(lambda: method(target, *arguments))
-        except WorkerError as error:
-            if error.fault is Fault.DEVICE:
-                raise
-            return error.fault
-        return None

@@ -119,7 +119,10 @@ class Engine:
         words = [self.device_name]
         if self._base_model is not None:
             base_model = self._base_model[1]
-            words.append(f"{round(_total_memory(base_model.device) / 2**30)} GiB")
+            total = psutil.virtual_memory().total
+            if base_model.device.type == "cuda":
+                total = torch.cuda.get_device_properties(base_model.device).total_memory
+            words.append(f"{round(total / 2**30)} GiB")
             if base_model.memory_fraction < 1:
                 words.append(f"share {base_model.memory_fraction:g}")
             if getattr(base_model.model, CHECKPOINTING_ATTRIBUTE, False):
@@ -292,13 +295,6 @@ class Engine:
             if self._base_model is not None:
                 changes.disable_lane_dropout(self._base_model[1].model)
             adapters.detach()
-
-
-def _total_memory(device: torch.device) -> int:
-    """Return the bytes of memory of a GPU or, for the CPU, of the machine."""
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    return int(psutil.virtual_memory().total)
 
 
 def check_versions(configuration: Configuration, variant: Variant, task: Task) -> None:

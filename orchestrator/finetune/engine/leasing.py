@@ -63,14 +63,6 @@ class LaneSlots:
         enough = max(MIN_USEFUL_LANES, SATURATING_TOKENS // max(1, tokens))
         return min(self.count, enough) if self.is_automatic else self.count
 
-    def list_long_parked(self, now: float) -> list[str]:
-        """Return the fingerprints of the lanes parked for more than SPILL_SECONDS, the longest first.
-
-        Args:
-            now: The time of `time.monotonic`, in seconds.
-        """
-        return [name for name, since in self.parked_at.items() if now - since > timeouts.SPILL_SECONDS]
-
 
 @dataclass(frozen=True)
 class GroupOccupancy:
@@ -162,13 +154,9 @@ class ActiveLanes:
             The leases to start; and True if the next request is due at once, because the first lane sets the
             group key.
         """
-        now = time.monotonic()
-        occupancy = GroupOccupancy(
-            tuple(self.lanes),
-            self.group_key,
-            self.count_free_slots(),
-            tuple(self.slots.list_long_parked(now)),
-        )
+        now, parked = time.monotonic(), self.slots.parked_at
+        long_parked = tuple(name for name, since in parked.items() if now - since > timeouts.SPILL_SECONDS)
+        occupancy = GroupOccupancy(tuple(self.lanes), self.group_key, self.count_free_slots(), long_parked)
         if occupancy.capacity <= 0 or not self.is_request_due(self.leased_at, now):
             return (), False
         is_any_group_key = not occupancy.fingerprints

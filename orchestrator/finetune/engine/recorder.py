@@ -131,7 +131,32 @@ class LaneRecorder:
         """
         if state == "stopped":
             self.save_checkpoint(lane)
-        record = self._build_record(lane, state, reason, traceback_text)
+        provenance = current_provenance(
+            self.engine.device_name,
+            kernels=self.engine.kernels,
+            lane_group_size=lane.peak_group_size,
+            workers=self.engine.process_group.world_size,
+            attempt=lane.lease.attempt,
+            resumed_from=lane.resumed_from,
+            started=lane.started,
+            ended=time.time(),
+        )
+        record = Record(
+            fingerprint=lane.fingerprint,
+            configuration=lane.configuration,
+            state=state,
+            steps=lane.step,
+            reason=reason,
+            traceback=traceback_text,
+            curve=tuple(lane.curve),
+            evaluations=tuple(lane.evaluations),
+            baseline_scores=self.engine.untrained_scores,
+            items=lane.items,
+            cost=lane.cost,
+            provenance=provenance,
+            stopping_settings=lane.lease.scheduler if state == "stopped" else "",
+            stopped_at=lane.last_reported_step if state == "stopped" else None,
+        )
         if not self._put(record, self._write_adapter(record)):
             existing = self.store.get(lane.fingerprint)
             state = existing.state if existing is not None else state
@@ -214,32 +239,3 @@ class LaneRecorder:
                 continue
             self.store_full_since = None
             return is_written
-
-    def _build_record(self, lane: Lane, state: RecordState, reason: str, traceback_text: str) -> Record:
-        """Return the record of a lane that ends; see `write_record`."""
-        provenance = current_provenance(
-            self.engine.device_name,
-            kernels=self.engine.kernels,
-            lane_group_size=lane.peak_group_size,
-            workers=self.engine.process_group.world_size,
-            attempt=lane.lease.attempt,
-            resumed_from=lane.resumed_from,
-            started=lane.started,
-            ended=time.time(),
-        )
-        return Record(
-            fingerprint=lane.fingerprint,
-            configuration=lane.configuration,
-            state=state,
-            steps=lane.step,
-            reason=reason,
-            traceback=traceback_text,
-            curve=tuple(lane.curve),
-            evaluations=tuple(lane.evaluations),
-            baseline_scores=self.engine.untrained_scores,
-            items=lane.items,
-            cost=lane.cost,
-            provenance=provenance,
-            stopping_settings=lane.lease.scheduler if state == "stopped" else "",
-            stopped_at=lane.last_reported_step if state == "stopped" else None,
-        )

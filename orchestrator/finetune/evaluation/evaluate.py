@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -19,7 +19,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from orchestrator.finetune.data.batches import Batch, DeviceBatch, Row, pad_rows, plan_batches
+from orchestrator.finetune.data.batches import Batch, DeviceBatch, Row, bucket_length, pad_rows
 from orchestrator.finetune.evaluation import metrics
 from orchestrator.finetune.evaluation.forward import predict
 from orchestrator.finetune.evaluation.generate import EvaluatedLanes, generate_answers
@@ -31,11 +31,39 @@ from orchestrator.study.configuration import Configuration
 from orchestrator.util import atomic_files, timeouts
 from orchestrator.util.errors import UsageError, format_error, quote_value
 
+MAX_BATCH_ROWS = 64
+"""The largest number of items in an evaluation batch."""
+MAX_BATCH_TOKENS = 4096
+"""The largest number of tokens in an evaluation batch, unless 8 items have more."""
 GRADING_BATCH = 64
 """Answers that a task grades in one call. A program that does not end takes several seconds, so grading all
 answers of several lanes in one call could take longer than a trainer may show no progress."""
 Scores = Mapping[str, Mapping[str, float]]
 """The scores of each split, by name."""
+
+
+def plan_batches(lengths: Sequence[int], max_row_length: int) -> list[tuple[int, list[int]]]:
+    """Group the items of a split into batches.
+
+    Items of one bucket share batches of nearly equal size: for a small last batch the device might select
+    another kernel, whose results differ in the last bits. The plan does not depend on the number of lanes.
+
+    Args:
+        lengths: The length of each item.
+        max_row_length: The largest padded length, except for items that are longer.
+
+    Returns:
+        The padded length and the item numbers of each batch.
+    """
+    by_bucket: dict[int, list[int]] = {}
+    for item, length in enumerate(lengths):
+        by_bucket.setdefault(bucket_length(length, max_row_length), []).append(item)
+    plan = []
+    for length, items in sorted(by_bucket.items()):
+        batch_size = min(MAX_BATCH_ROWS, max(8, MAX_BATCH_TOKENS // max(1, length)))
+        batch_count = -(-len(items) // batch_size)
+        plan += [(length, part.tolist()) for part in np.array_split(items, batch_count)]
+    return plan
 
 
 @dataclass(frozen=True)
@@ -64,11 +92,6 @@ class EvaluationSplit:
         length, items = self.batch_plan[number]
         return pad_rows([self.rows[i] for i in items], length, self.pad_token_id)
 
-    @property
-    def batches(self) -> Iterator[Batch]:
-        """The batches of the plan."""
-        return (self.batch(number) for number in range(len(self.batch_plan)))
-
     @cached_property
     def flat_targets(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The targets that count in the loss, in the order of the batch plan.
@@ -79,7 +102,7 @@ class EvaluationSplit:
         """
         targets: list[Tensor] = []
         counts: list[int] = []
-        for batch in self.batches:
+        for batch in map(self.batch, range(len(self.batch_plan))):
             targets.append(batch.targets[batch.targets != IGNORE_INDEX])
             counts += batch.target_counts
         item_order = np.argsort([item for _, items in self.batch_plan for item in items])
@@ -179,8 +202,8 @@ def _predict_targets(
     lanes: EvaluatedLanes,
     process_group: ProcessGroup,
     on_batch: Callable[[], None],
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return losses and predictions, each (lanes, targets) float64, in the order of the batch plan."""
+) -> np.ndarray:
+    """Return losses and predictions, (2, lanes, targets) float64, in the order of the batch plan."""
     values: list[Tensor] = []  # for each batch of this process: losses and predictions, (2, lanes, targets)
     lane_count = len(lanes.seeds)
     with lanes.activate():
@@ -198,8 +221,7 @@ def _predict_targets(
     gathered = process_group.all_gather(own_batches)
     world_size = process_group.world_size
     in_order = [gathered[i % world_size][i // world_size] for i in range(len(split.batch_plan))]
-    all_losses, all_predictions = np.concatenate(in_order, axis=-1)
-    return all_losses, all_predictions
+    return np.concatenate(in_order, axis=-1)
 
 
 def _score_predictions(

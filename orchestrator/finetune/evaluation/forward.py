@@ -189,10 +189,9 @@ def compute_token_objective(
     Returns:
         The sum, a scalar with a gradient, and the losses in nats, (N,), in float32 or float64.
     """
-    if uses_liger and hidden.dtype != torch.float64:
-        objective, losses = _LigerCrossEntropy.apply(hidden, layer, labels, weights, lane_counts)
-    else:
-        objective, losses = _FrozenCrossEntropy.apply(hidden, layer, labels, weights, lane_counts)
+    has_kernel = uses_liger and hidden.dtype != torch.float64
+    function = _LigerCrossEntropy if has_kernel else _FrozenCrossEntropy
+    objective, losses = function.apply(hidden, layer, labels, weights, lane_counts)
     return objective, losses
 
 

@@ -17,7 +17,7 @@ from collections import ChainMap
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -30,9 +30,7 @@ from orchestrator.finetune.failures import Fault, classify_error, free_memory
 from orchestrator.finetune.models.base_model import BaseModel
 from orchestrator.finetune.process_group import ProcessGroup
 from orchestrator.finetune.tasks.base import Task
-
-if TYPE_CHECKING:
-    from variants.attach import Adapters
+from variants.attach import Adapters
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +46,12 @@ COMPACTION_INTERVAL = 32
 SAMPLED_ROWS = 32
 """Rows sampled at once. A row takes 1.2 MB per float64 copy with a vocabulary of 150,000."""
 
+CPU_LIMITS = 64, 2**12, 2**15
+"""The largest batch of one lane: rows, tokens of the padded prompts, and tokens of prompts and answers. It
+does not depend on the number of lanes."""
+GPU_LIMITS = 512, 2**15, 2**17
+"""The same on a GPU, where a decode step with few rows takes as long as one with many."""
+
 _fitting_tokens: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
 """Model -> the tokens of prompts and answers that fit into memory at once, known after it has run out."""
 
@@ -55,32 +59,6 @@ Entry = tuple[int, Sequence[int], int]
 """The item number, the token ids of the prompt, and the sample number of a row."""
 BatchPlan = list[tuple[int, list[int]]]
 """The padded length of the prompts and the prompt numbers of each batch."""
-
-
-@dataclass(frozen=True)
-class RowLimits:
-    """The largest batch of one lane. It does not depend on the number of lanes."""
-
-    rows: int
-    prompt_tokens: int
-    """Tokens of the padded prompts."""
-    tokens: int
-    """Tokens of the prompts and answers."""
-
-    def max_rows(self, length: int, max_new_tokens: int) -> int:
-        """Return the number of rows in a batch, at least `MIN_ROWS`.
-
-        Args:
-            length: The padded length of the prompts.
-            max_new_tokens: The longest answer in tokens.
-        """
-        by_prompt, by_answer = self.prompt_tokens // max(1, length), self.tokens // (length + max_new_tokens)
-        return max(MIN_ROWS, min(self.rows, by_prompt, by_answer))
-
-
-CPU_LIMITS = RowLimits(rows=64, prompt_tokens=2**12, tokens=2**15)
-GPU_LIMITS = RowLimits(rows=512, prompt_tokens=2**15, tokens=2**17)
-"""On a GPU a decode step with few rows takes as long as one with many."""
 
 
 @dataclass(frozen=True)
@@ -168,6 +146,12 @@ def count_lanes_together(
     return max(1, MAX_TOGETHER_TOKENS // largest)
 
 
+def count_rows(limits: tuple[int, int, int], length: int, max_new_tokens: int) -> int:
+    """Return the number of rows in a batch of prompts of a padded length, at least `MIN_ROWS`."""
+    rows, prompt_tokens, tokens = limits
+    return max(MIN_ROWS, min(rows, prompt_tokens // max(1, length), tokens // (length + max_new_tokens)))
+
+
 def plan_generation_batches(
     lengths: Sequence[int], max_row_length: int, max_new_tokens: int, on_gpu: bool, workers: int = 1
 ) -> BatchPlan:
@@ -187,14 +171,14 @@ def plan_generation_batches(
         fair_share = max(MIN_ROWS, -(-len(lengths) // workers))
         while waiting:
             longest = padded[waiting[0]]
-            rows = min(fair_share, GPU_LIMITS.max_rows(longest, max_new_tokens))
+            rows = min(fair_share, count_rows(GPU_LIMITS, longest, max_new_tokens))
             plan.append((longest, waiting[:rows]))
             waiting = waiting[rows:]
         return plan
     for length in sorted(set(padded)):
         prompts = [prompt for prompt, bucket in enumerate(padded) if bucket == length]
         # Batches of nearly equal size: a small last batch would have fewer than MIN_ROWS rows.
-        batch_count = -(-len(prompts) // CPU_LIMITS.max_rows(length, max_new_tokens))
+        batch_count = -(-len(prompts) // count_rows(CPU_LIMITS, length, max_new_tokens))
         plan += [(length, part.tolist()) for part in np.array_split(prompts, batch_count)]
     return plan
 
