@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -92,6 +92,11 @@ class EvaluationSplit:
         length, items = self.batch_plan[number]
         return pad_rows([self.rows[i] for i in items], length, self.pad_token_id)
 
+    @property
+    def batches(self) -> Iterator[Batch]:
+        """The batches of the plan."""
+        return map(self.batch, range(len(self.batch_plan)))
+
     @cached_property
     def flat_targets(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The targets that count in the loss, in the order of the batch plan.
@@ -102,7 +107,7 @@ class EvaluationSplit:
         """
         targets: list[Tensor] = []
         counts: list[int] = []
-        for batch in map(self.batch, range(len(self.batch_plan))):
+        for batch in self.batches:
             targets.append(batch.targets[batch.targets != IGNORE_INDEX])
             counts += batch.target_counts
         item_order = np.argsort([item for _, items in self.batch_plan for item in items])
