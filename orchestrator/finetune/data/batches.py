@@ -357,13 +357,9 @@ def make_training_batch(
 
 
 def shuffled_indices(seed: int, size: int, start: int, count: int) -> list[int]:
-    """Return indices of the endless training sequence: one permutation of all rows per epoch.
+    """Return `count` indices of the endless training sequence, from position `start` on.
 
-    Args:
-        seed: The lane's seed.
-        size: The number of rows.
-        start: The position of the first index in the sequence.
-        count: The number of indices.
+    The sequence has one permutation of all `size` rows per epoch, which depends on the lane's seed.
     """
     positions = range(start, start + count)
     return [int(_permutation(seed, size, position // size)[position % size]) for position in positions]
@@ -428,10 +424,7 @@ def assign_rows(counts: Sequence[int], rank: int, world_size: int) -> list[Share
         world_size: W, the number of workers; at most the number of rows in a step.
     """
     if len(counts) >= world_size:
-        return [
-            Share(number, 0, counts[number], counts[number])
-            for number in range(rank, len(counts), world_size)
-        ]
+        return [Share(n, 0, counts[n], counts[n]) for n in range(rank, len(counts), world_size)]
     total = sum(counts)
     first, last = total * rank // world_size, total * (rank + 1) // world_size
     shares, start = [], 0
@@ -474,9 +467,8 @@ class StepBatchLoader:
         world_size: int = 1,
     ) -> None:
         sampled = (rows[number] for number in range(0, len(rows), -(-len(rows) // SAMPLED_ROWS)))
-        self._row_counts = plan_row_counts(
-            [bucket_length(len(r.ids), max_row_length) for r in sampled], sizes
-        )
+        lengths = [bucket_length(len(row.ids), max_row_length) for row in sampled]
+        self._row_counts = plan_row_counts(lengths, sizes)
         self.shares = assign_rows(self._row_counts, rank, world_size)
         self._rows, self._max_row_length, self._pad_token_id = rows, max_row_length, pad_token_id
         self._loaded: dict[tuple[int, int], StepBatches] = {}

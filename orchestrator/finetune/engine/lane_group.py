@@ -14,7 +14,6 @@ from orchestrator.finetune.data.batches import (
     DeviceBatch,
     Row,
     Share,
-    StepBatches,
     StepBatchLoader,
     compute_max_row_length,
     make_training_batch,
@@ -142,12 +141,16 @@ class LaneGroup:
             With several workers the tensor continues with one flag for each parameter (1 if it has a gradient
             here) and with all gradients, flattened.
         """
-        steps = self._load_batches(lanes)
+        loader = self._get_loader(lanes)
+        steps = loader.load([(lane.configuration.seed, lane.step) for lane in lanes])
+        if self.data.task.inputs == "image":
+            both = [*steps, *loader.load(_next_steps(lanes))]
+            self.base_model.processor.prefetch(i for s in both for b in s.batches for i in b.images)
         token_counts = [step.target_count for step in steps]
         losses_by_lane: list[list[Tensor]] = [[] for _ in lanes]
         for lane in lanes:
             lane.optimizer.zero_grad(set_to_none=True)
-        for number, share in enumerate(self._get_loader(lanes).shares):
+        for number, share in enumerate(loader.shares):
             # Only lanes whose micro-batches have the same padded length are computed together: otherwise the
             # padding of a lane's rows, and so its result, would depend on the other lanes.
             groups: dict[int, list[int]] = {}
@@ -163,7 +166,7 @@ class LaneGroup:
                 for index, part in zip(group, parts, strict=True):
                     losses_by_lane[index].append(part)
         # The next call finds these batches made. A GPU computes meanwhile what is queued so far.
-        self._get_loader(lanes).load(_next_steps(lanes))
+        loader.load(_next_steps(lanes))
         flat = torch.stack([torch.stack(of).sum() for of in losses_by_lane])
         if self.process_group.world_size > 1:
             # Allocated here, not in `reduce_gradients`: an out-of-memory error must come before the
@@ -217,15 +220,10 @@ class LaneGroup:
             configuration: The configuration.
             number: The number of the batch, counted from the start of training.
         """
-        count = configuration.batches.batch_size
-        batch = make_training_batch(
-            self.data.train,
-            configuration.seed,
-            number * count,
-            count,
-            compute_max_row_length(self.data.task, configuration.batches.max_length),
-            self.base_model.processor.pad_token_id,
-        )
+        rows, count = self.data.train, configuration.batches.batch_size
+        longest = compute_max_row_length(self.data.task, configuration.batches.max_length)
+        pad_token_id = self.base_model.processor.pad_token_id
+        batch = make_training_batch(rows, configuration.seed, number * count, count, longest, pad_token_id)
         return DeviceBatch.copy_to(self.base_model.device, [batch])
 
     def count_tokens(self, configuration: Configuration) -> int:
@@ -238,26 +236,14 @@ class LaneGroup:
         lengths = [min(len(row.ids), batches.max_length) if row.image is None else patches for row in rows]
         return round(sum(lengths) / len(lengths) * batches.batch_size)
 
-    def _load_batches(self, lanes: Sequence[Lane]) -> list[StepBatches]:
-        """Return this worker's batches of the lanes' next step."""
-        loader = self._get_loader(lanes)
-        steps = loader.load([(lane.configuration.seed, lane.step) for lane in lanes])
-        if self.data.task.inputs == "image":
-            both = [*steps, *loader.load(_next_steps(lanes))]
-            self.base_model.processor.prefetch(i for s in both for b in s.batches for i in b.images)
-        return steps
-
     def _get_loader(self, lanes: Sequence[Lane]) -> StepBatchLoader:
         """Return the loader of the group's batches, whose sizes are equal for all lanes of a group."""
         if self._loader is None:
-            sizes = lanes[0].configuration.batches
+            rows, sizes, workers = self.data.train, lanes[0].configuration.batches, self.process_group
+            longest = compute_max_row_length(self.data.task, sizes.max_length)
+            pad_token_id = self.base_model.processor.pad_token_id
             self._loader = StepBatchLoader(
-                self.data.train,
-                sizes,
-                compute_max_row_length(self.data.task, sizes.max_length),
-                self.base_model.processor.pad_token_id,
-                self.process_group.rank,
-                self.process_group.world_size,
+                rows, sizes, longest, pad_token_id, workers.rank, workers.world_size
             )
         return self._loader
 

@@ -123,19 +123,18 @@ class FailureRecovery:
             raise failed
         if failed.fault is Fault.DISK:
             active.recorder.wait_for_space(failed)
-            return self.run_isolating_failures(lanes, work, kind)
-        if failed.fault is Fault.MEMORY and kind == "evaluation" and len(lanes) > 1:
+        elif failed.fault is Fault.MEMORY and kind == "evaluation" and len(lanes) > 1:
             self._set_limit("evaluation", len(lanes))
             free_memory()
-            return self.run_isolating_failures(lanes, work, kind)
-        if failed.fault is Fault.MEMORY and len(active.lanes) > 1:
+        elif failed.fault is Fault.MEMORY and len(active.lanes) > 1:
             self.halve_lane_group()
-            return self.run_isolating_failures(lanes, work, kind)
-        if len(lanes) == 1:
+        elif len(lanes) == 1:
             self.fail(lanes[0], failed)
             return []
-        log.warning("%d lanes together: %s; now one by one", len(lanes), failed.reason)
-        return self._run_in_turn(lanes, 1, work, kind)
+        else:
+            log.warning("%d lanes together: %s; now one by one", len(lanes), failed.reason)
+            return self._run_in_turn(lanes, 1, work, kind)
+        return self.run_isolating_failures(lanes, work, kind)
 
     def _run_in_turn(
         self, lanes: Sequence[Lane], at_once: int, work: Callable[[Sequence[str]], Sequence[T]], kind: Work

@@ -244,8 +244,10 @@ def _score_predictions(
         scores["accuracy"] = float(hits.mean())
         correct = np.logical_and.reduceat(hits, starts)[item_order].astype(float)
     answers: tuple[str, ...] = ()
-    if task.has_head:
-        answers = tuple(_format_prediction(task, value) for value in predictions[item_order])
+    if task.output == "classification":
+        answers = tuple(task.labels[int(value)] for value in predictions[item_order])
+    elif task.has_head:
+        answers = tuple(f"{value:.6g}" for value in predictions[item_order])
     if task.metric == INVERSE_PERPLEXITY:
         scores[task.metric] = math.exp(-scores["loss"])
     elif task.has_head:
@@ -317,10 +319,6 @@ def _closeness(predictions: np.ndarray, targets: np.ndarray) -> np.ndarray:
     spread = (targets.max() - targets.min()) or 1.0
     near = 1.0 - np.abs(predictions - targets) / spread
     return np.where(np.isfinite(near), np.maximum(near, 0.0), 0.0)
-
-
-def _format_prediction(task: Task, prediction: float) -> str:
-    return task.labels[int(prediction)] if task.output == "classification" else f"{prediction:.6g}"
 
 
 class BaselineScores:

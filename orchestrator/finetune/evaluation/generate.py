@@ -104,17 +104,13 @@ def generate_answers(
         first stop string.
     """
     entries = [(item, ids, sample) for item, ids in prompts for sample in range(task.samples)]
-    plan = plan_generation_batches(
-        [len(ids) for _, ids, _ in entries],
-        max_row_length,
-        task.max_new_tokens,
-        base_model.device.type == "cuda",
-        process_group.world_size,
-    )
+    lengths, on_gpu = [len(ids) for _, ids, _ in entries], base_model.device.type == "cuda"
+    workers = process_group.world_size
+    plan = plan_generation_batches(lengths, max_row_length, task.max_new_tokens, on_gpu, workers)
     generator = _Generator(base_model, task, lanes.seeds, on_batch)
     own_answers: dict[int, tuple[str, ...]] = {}  # entry -> the answer of each lane
     with lanes.activate():
-        for length, batch in plan[process_group.rank :: process_group.world_size]:
+        for length, batch in plan[process_group.rank :: workers]:
             by_lane = generator.generate([entries[e] for e in batch], length)
             own_answers.update(zip(batch, zip(*by_lane, strict=True), strict=True))
             on_batch()
@@ -235,21 +231,14 @@ class _Generator:
         device = self.base_model.device
         # Prompts are padded on the left, so that all answers begin in one column.
         prompts = [prompt for _, prompt, _ in entries]
-        ids = torch.tensor([[*[tokenizer.pad_token_id] * (length - len(p)), *p] for p in prompts])
+        padded = torch.tensor([[*[tokenizer.pad_token_id] * (length - len(p)), *p] for p in prompts])
         mask = torch.tensor([[*[0] * (length - len(p)), *[1] * len(p)] for p in prompts])
+        padded, mask = padded.repeat(lanes, 1).to(device), mask.repeat(lanes, 1).to(device)
         uniforms = None
         if task.temperature > 0:
             item_samples = [(item, sample) for item, _, sample in entries]
             uniforms = draw_uniform_table(self.seeds, item_samples, task.max_new_tokens).to(device)
-        answers = decode_answers(
-            self.base_model,
-            task,
-            ids.repeat(lanes, 1).to(device),
-            mask.repeat(lanes, 1).to(device),
-            lanes,
-            uniforms,
-            self.on_progress,
-        )
+        answers = decode_answers(self.base_model, task, padded, mask, lanes, uniforms, self.on_progress)
         texts = [truncate_at_stop(_decode_answer(ids, tokenizer), task.stop) for ids in answers.tolist()]
         return [texts[first : first + len(entries)] for first in range(0, len(texts), len(entries))]
 
