@@ -141,9 +141,9 @@ class SimulatedEngine(Engine):
         curve, group_key = synthetic_curve(lane.configuration), lane.configuration.group_key
         if self._lane_group is None or group_key != self._group_key:
             self._detach()
-            self.variant = catalogue.get(lane.configuration.variant.name)
-            adapters = _SimulatedAdapters(self.variant)
-            group: Any = SimpleNamespace(adapters=adapters, data=SimpleNamespace(untrained=curve.untrained))
+            adapters = _SimulatedAdapters(catalogue.get(lane.configuration.variant.name))
+            data = SimpleNamespace(baseline=SimpleNamespace(scores=curve.untrained))
+            group: Any = SimpleNamespace(adapters=adapters, data=data)
             self._lane_group, self._group_key, self.curves = group, group_key, {}
         self.curves = {**self.curves, lane.fingerprint: curve}
         restored = None if checkpoint is None else read_checkpoint(checkpoint)

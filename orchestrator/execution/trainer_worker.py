@@ -80,7 +80,7 @@ def _run_loop(name: str, settings: TrainerSettings, process_group: ProcessGroup)
     faults = process_group.all_gather(find_device_fault(settings.uses_gpus))
     if fault := next(filter(None, faults), ""):
         raise RuntimeError(fault)
-    from orchestrator.finetune.engine.slots import LaneSlots
+    from orchestrator.finetune.engine.leasing import LaneSlots
     from orchestrator.record.store import Store
 
     device = _set_up_device(settings)

@@ -12,8 +12,8 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
-from functools import wraps
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeVar
+from functools import partial, wraps
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from orchestrator.finetune.failures import Fault, classify_error, free_memory
 from orchestrator.util import timeouts
@@ -42,13 +42,14 @@ class WorkerError(RuntimeError):
     def __str__(self) -> str:
         return self.reason
 
-    def without_traceback(self) -> WorkerError:
-        """Return a copy without `__traceback__`, which keeps the tensors of the failed work alive."""
-        return WorkerError(self.reason, self.traceback_text, self.fault)
-
     @classmethod
     def from_exception(cls, error: BaseException) -> WorkerError:
-        """Return the error as other workers and the record see it: as text without secrets."""
+        """Return the error as other workers and the record see it: as text without secrets.
+
+        The result has no `__traceback__`, which keeps the tensors of the failed work alive.
+        """
+        if isinstance(error, WorkerError):
+            return cls(error.reason, error.traceback_text, error.fault)
         reason, trace = f"{type(error).__name__}: {error}", "".join(traceback.format_exception(error))
         return cls(redact_secrets(reason), redact_secrets(trace), classify_error(error))
 
@@ -102,22 +103,15 @@ class ProcessGroup:
 SINGLE_PROCESS_GROUP = ProcessGroup()
 
 
-class _HasWorkers(Protocol):
-    process_group: ProcessGroup
-
-
-_Target = TypeVar("_Target", bound=_HasWorkers)
-
-
-def on_all_workers(method: Callable[Concatenate[_Target, P], T]) -> Callable[Concatenate[_Target, P], T]:
+def on_all_workers(method: Callable[Concatenate[Any, P], T]) -> Callable[Concatenate[Any, P], T]:
     """Return a method that rank 0 calls, and that then runs on every worker.
 
-    The other workers hold an object of the same class. The arguments are pickled. The method must not call
-    another one that is marked in this way.
+    Its object has an attribute `process_group`; the other workers hold an object of the same class. The
+    arguments are pickled. The method must not call another one that is marked in this way.
     """
 
     @wraps(method)
-    def command(self: _Target, /, *args: P.args, **kwargs: P.kwargs) -> T:
+    def command(self: Any, /, *args: P.args, **kwargs: P.kwargs) -> T:
         assert not kwargs, "arguments are sent by position"
         self.process_group.send_command((method.__name__, args))
         return self.process_group.run(lambda: method(self, *args, **kwargs))
@@ -181,16 +175,12 @@ class TorchProcessGroup(ProcessGroup):
             if received[0] is None:
                 return
             name, arguments = received[0]
-            fault = self._carry_out(getattr(type(target), name).__wrapped__, target, arguments)
+            fault = None
+            try:
+                self.run(partial(getattr(type(target), name).__wrapped__, target, *arguments))
+            except WorkerError as error:  # rank 0 handles it
+                if error.fault is Fault.DEVICE:
+                    raise
+                fault = error.fault
             if fault is Fault.MEMORY:  # outside of the except block, whose error keeps tensors alive
                 free_memory()
-
-    def _carry_out(self, method: Callable[..., Any], target: object, arguments: Any) -> Fault | None:
-        """Carry out a command; return the cause of its error, which rank 0 handles."""
-        try:
-            self.run(lambda: method(target, *arguments))
-        except WorkerError as error:
-            if error.fault is Fault.DEVICE:
-                raise
-            return error.fault
-        return None

@@ -12,7 +12,7 @@ from orchestrator.execution.settings import TrainerSettings
 from orchestrator.execution.trainer_worker import load_base_model
 from orchestrator.finetune.engine import loop
 from orchestrator.finetune.engine.lane_source import Directive, Lease, LeaseGrant, Report
-from orchestrator.finetune.engine.slots import LaneSlots
+from orchestrator.finetune.engine.leasing import LaneSlots
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.record.schema import Record, RecordState
 from orchestrator.record.store import Store

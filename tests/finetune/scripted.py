@@ -15,10 +15,10 @@ import torch
 from prompt_checkpoints import is_at_evaluation, save_promptly
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-from orchestrator.finetune.engine import engine, leasing, loop
+from orchestrator.finetune.engine import engine, loop
 from orchestrator.finetune.engine.lane import Lane, LaneState
 from orchestrator.finetune.engine.lane_source import Directive, Lease, LeaseGrant, Report
-from orchestrator.finetune.engine.slots import LaneSlots
+from orchestrator.finetune.engine.leasing import LaneSlots
 from orchestrator.finetune.engine.tensor_files import find_newest, read_checkpoint
 from orchestrator.finetune.models.base_model import BaseModel
 from orchestrator.finetune.tasks import catalogue, reviews
@@ -339,7 +339,7 @@ def train(
             source.lanes[self.fingerprint] = self
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(leasing, "Lane", Seen)
+        patch.setattr(loop, "Lane", Seen)
         patch.setattr(engine, "Lane", Seen)
         for name, value in seconds.items():
             patch.setattr(timeouts, name.upper(), value)

@@ -68,7 +68,7 @@ MUTATIONS: list[Mutation] = [
 MUTATIONS += [
     Mutation(
         "an interrupted lane is not saved",
-        "orchestrator/finetune/engine/active_lanes.py",
+        "orchestrator/finetune/engine/leasing.py",
         "        self.recorder.save_checkpoint(lane)\n",
         "",
         "test_02_faults.py::test_ctrl_c_once_and_twice",

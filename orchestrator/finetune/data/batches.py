@@ -31,10 +31,6 @@ from orchestrator.finetune.tasks.base import IGNORE_INDEX, EncodedExample, Examp
 from orchestrator.study.configuration import BatchConfig
 from orchestrator.util.errors import UsageError, format_error, quote_value
 
-MAX_BATCH_ROWS = 64
-"""The largest number of items in an evaluation batch."""
-MAX_BATCH_TOKENS = 4096
-"""The largest number of tokens in an evaluation batch, unless 8 items have more."""
 TOKENIZER_BATCH_SIZE = 1024
 """The number of examples that are tokenized in one call."""
 SAMPLED_ROWS = 1024
@@ -268,13 +264,7 @@ def iter_encoded_examples(
 def encode_block(
     examples: Sequence[Example], task: Task, processor: Any, first_index: int
 ) -> list[EncodedExample]:
-    """Tokenize some examples.
-
-    Args:
-        examples: The examples.
-        task: Their task.
-        processor: The model's tokenizer.
-        first_index: The number of the first example, for the error.
+    """Tokenize some examples, of which the first has the number `first_index`.
 
     Raises:
         UsageError: An example cannot be tokenized, for instance because a word-level tokenizer has no token
@@ -302,16 +292,7 @@ def encode_block(
 
 
 def to_image_row(example: Example, task: Task, number: int) -> Row:
-    """Return the row of an image example.
-
-    Args:
-        example: The example.
-        task: Its task.
-        number: The number of the example, for the error.
-
-    Raises:
-        UsageError: The example has no image.
-    """
+    """Return the row of an image example; raise `UsageError` with its number if it has no image."""
     if example.image is None:
         raise UsageError(f"Task {task.name!r} is an image task, but example {number} has no image.")
     return Row((), (task.target(example),), (), image=example.image)
@@ -376,13 +357,9 @@ def make_training_batch(
 
 
 def shuffled_indices(seed: int, size: int, start: int, count: int) -> list[int]:
-    """Return indices of the endless training sequence: one permutation of all rows per epoch.
+    """Return `count` indices of the endless training sequence, from position `start` on.
 
-    Args:
-        seed: The lane's seed.
-        size: The number of rows.
-        start: The position of the first index in the sequence.
-        count: The number of indices.
+    The sequence has one permutation of all `size` rows per epoch, which depends on the lane's seed.
     """
     positions = range(start, start + count)
     return [int(_permutation(seed, size, position // size)[position % size]) for position in positions]
@@ -447,10 +424,7 @@ def assign_rows(counts: Sequence[int], rank: int, world_size: int) -> list[Share
         world_size: W, the number of workers; at most the number of rows in a step.
     """
     if len(counts) >= world_size:
-        return [
-            Share(number, 0, counts[number], counts[number])
-            for number in range(rank, len(counts), world_size)
-        ]
+        return [Share(n, 0, counts[n], counts[n]) for n in range(rank, len(counts), world_size)]
     total = sum(counts)
     first, last = total * rank // world_size, total * (rank + 1) // world_size
     shares, start = [], 0
@@ -493,9 +467,8 @@ class StepBatchLoader:
         world_size: int = 1,
     ) -> None:
         sampled = (rows[number] for number in range(0, len(rows), -(-len(rows) // SAMPLED_ROWS)))
-        self._row_counts = plan_row_counts(
-            [bucket_length(len(r.ids), max_row_length) for r in sampled], sizes
-        )
+        lengths = [bucket_length(len(row.ids), max_row_length) for row in sampled]
+        self._row_counts = plan_row_counts(lengths, sizes)
         self.shares = assign_rows(self._row_counts, rank, world_size)
         self._rows, self._max_row_length, self._pad_token_id = rows, max_row_length, pad_token_id
         self._loaded: dict[tuple[int, int], StepBatches] = {}
@@ -522,27 +495,3 @@ class StepBatchLoader:
             own = drawn[start + share.first_row : start + share.last_row]
             batches.append(pad_rows(own, length, self._pad_token_id))
         return StepBatches(batches, sum(len(r.targets) - r.targets.count(IGNORE_INDEX) for r in drawn))
-
-
-def plan_batches(lengths: Sequence[int], max_row_length: int) -> list[tuple[int, list[int]]]:
-    """Group the items of a split into batches.
-
-    Items of one bucket share batches of nearly equal size: for a small last batch the device might select
-    another kernel, whose results differ in the last bits. The plan does not depend on the number of lanes.
-
-    Args:
-        lengths: The length of each item.
-        max_row_length: The largest padded length, except for items that are longer.
-
-    Returns:
-        The padded length and the item numbers of each batch.
-    """
-    by_bucket: dict[int, list[int]] = {}
-    for item, length in enumerate(lengths):
-        by_bucket.setdefault(bucket_length(length, max_row_length), []).append(item)
-    plan = []
-    for length, items in sorted(by_bucket.items()):
-        batch_size = min(MAX_BATCH_ROWS, max(8, MAX_BATCH_TOKENS // max(1, length)))
-        batch_count = -(-len(items) // batch_size)
-        plan += [(length, part.tolist()) for part in np.array_split(items, batch_count)]
-    return plan

@@ -14,7 +14,6 @@ from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
@@ -22,15 +21,13 @@ from torch import Tensor
 
 from orchestrator.finetune.engine import tensor_files
 from orchestrator.finetune.engine.lane import variant_settings
+from orchestrator.finetune.engine.lane_group import LaneGroup
 from orchestrator.finetune.evaluation.forward import compute_objective
 from orchestrator.study.configuration import Configuration, LRSchedule, OptimizerConfig
 from orchestrator.util.atomic_files import DamagedFileError, canonical_json
 from variants.api import CalibrationStatistic
 from variants.attach import Adapters, CalibrationTensors
 from variants.calibrate import calibrate
-
-if TYPE_CHECKING:
-    from orchestrator.finetune.engine.lane_group import LaneGroup
 
 
 def ensure_calibration(lane_group: LaneGroup, configuration: Configuration, folder: Path) -> Path | None:

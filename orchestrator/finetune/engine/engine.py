@@ -66,14 +66,8 @@ class Engine:
         self._lane_group: LaneGroup | None = None
         self.lanes: dict[str, Lane] = {}
         """Fingerprint -> lane, in the order in which they were leased."""
-        self.variant: Variant
 
     # -- what rank 0 asks -------------------------------------------------------------------------------
-
-    @property
-    def has_lane_group(self) -> bool:
-        """Whether adapters are attached."""
-        return self._lane_group is not None
 
     @property
     def lane_group(self) -> LaneGroup:
@@ -89,7 +83,7 @@ class Engine:
     @property
     def untrained_scores(self) -> Scores:
         """The scores of the base model without a lane; empty without a lane group."""
-        return self._lane_group.data.untrained if self._lane_group is not None else {}
+        return self._lane_group.data.baseline.scores if self._lane_group is not None else {}
 
     @property
     def device_name(self) -> str:
@@ -125,7 +119,10 @@ class Engine:
         words = [self.device_name]
         if self._base_model is not None:
             base_model = self._base_model[1]
-            words.append(f"{round(_total_memory(base_model.device) / 2**30)} GiB")
+            total = psutil.virtual_memory().total
+            if base_model.device.type == "cuda":
+                total = torch.cuda.get_device_properties(base_model.device).total_memory
+            words.append(f"{round(total / 2**30)} GiB")
             if base_model.memory_fraction < 1:
                 words.append(f"share {base_model.memory_fraction:g}")
             if getattr(base_model.model, CHECKPOINTING_ATTRIBUTE, False):
@@ -173,7 +170,7 @@ class Engine:
             Exception: See `add_lane`.
         """
         same = configuration.group_key == self._group_key and self._lane_group is not None
-        if same and self.variant.batching is not Batching.EXCLUSIVE:
+        if same and self.lane_group.adapters.variant.batching is not Batching.EXCLUSIVE:
             return
         self._detach()
         choice = configuration.variant
@@ -198,9 +195,8 @@ class Engine:
         except BaseException:
             self._detach(adapters)
             raise
-        data = self._data_by_key[key]
+        self._group_key, data = configuration.group_key, self._data_by_key[key]
         self._lane_group = LaneGroup(base_model, adapters, data, workers, self._on_batch)
-        self._group_key, self.variant = configuration.group_key, variant
 
     @on_all_workers
     def score_base_model(self, splits: Sequence[str]) -> Scores:
@@ -299,13 +295,6 @@ class Engine:
             if self._base_model is not None:
                 changes.disable_lane_dropout(self._base_model[1].model)
             adapters.detach()
-
-
-def _total_memory(device: torch.device) -> int:
-    """Return the bytes of memory of a GPU or, for the CPU, of the machine."""
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    return int(psutil.virtual_memory().total)
 
 
 def check_versions(configuration: Configuration, variant: Variant, task: Task) -> None:

@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -35,9 +35,7 @@ from orchestrator.study.configuration import (
     warmup_steps,
 )
 from variants.api import VariantSettings
-
-if TYPE_CHECKING:
-    from variants.attach import Adapters, CalibrationTensors
+from variants.attach import Adapters, CalibrationTensors
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STEP_COUNTERS = "step"

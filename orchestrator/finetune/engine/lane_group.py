@@ -14,7 +14,6 @@ from orchestrator.finetune.data.batches import (
     DeviceBatch,
     Row,
     Share,
-    StepBatches,
     StepBatchLoader,
     compute_max_row_length,
     make_training_batch,
@@ -50,7 +49,7 @@ class TaskData:
     splits: Mapping[str, EvaluationSplit]
     """Validation and test."""
     baseline: BaselineScores
-    """The scores of the base model without a lane."""
+    """The scores of the base model without a lane, at least the validation loss."""
 
     @classmethod
     def load(
@@ -104,11 +103,6 @@ class TaskData:
         )
         return data
 
-    @property
-    def untrained(self) -> Scores:
-        """The scores of the base model without a lane that are known so far, at least the validation loss."""
-        return self.baseline.scores
-
 
 class LaneGroup:
     """A group of lanes that computes their losses, gradients and scores. It uses no lane source.
@@ -147,12 +141,16 @@ class LaneGroup:
             With several workers the tensor continues with one flag for each parameter (1 if it has a gradient
             here) and with all gradients, flattened.
         """
-        steps = self._load_batches(lanes)
+        loader = self._get_loader(lanes)
+        steps = loader.load([(lane.configuration.seed, lane.step) for lane in lanes])
+        if self.data.task.inputs == "image":
+            both = [*steps, *loader.load(_next_steps(lanes))]
+            self.base_model.processor.prefetch(i for s in both for b in s.batches for i in b.images)
         token_counts = [step.target_count for step in steps]
         losses_by_lane: list[list[Tensor]] = [[] for _ in lanes]
         for lane in lanes:
             lane.optimizer.zero_grad(set_to_none=True)
-        for number, share in enumerate(self._get_loader(lanes).shares):
+        for number, share in enumerate(loader.shares):
             # Only lanes whose micro-batches have the same padded length are computed together: otherwise the
             # padding of a lane's rows, and so its result, would depend on the other lanes.
             groups: dict[int, list[int]] = {}
@@ -168,7 +166,7 @@ class LaneGroup:
                 for index, part in zip(group, parts, strict=True):
                     losses_by_lane[index].append(part)
         # The next call finds these batches made. A GPU computes meanwhile what is queued so far.
-        self._get_loader(lanes).load(_next_steps(lanes))
+        loader.load(_next_steps(lanes))
         flat = torch.stack([torch.stack(of).sum() for of in losses_by_lane])
         if self.process_group.world_size > 1:
             # Allocated here, not in `reduce_gradients`: an out-of-memory error must come before the
@@ -222,15 +220,10 @@ class LaneGroup:
             configuration: The configuration.
             number: The number of the batch, counted from the start of training.
         """
-        count = configuration.batches.batch_size
-        batch = make_training_batch(
-            self.data.train,
-            configuration.seed,
-            number * count,
-            count,
-            compute_max_row_length(self.data.task, configuration.batches.max_length),
-            self.base_model.processor.pad_token_id,
-        )
+        rows, count = self.data.train, configuration.batches.batch_size
+        longest = compute_max_row_length(self.data.task, configuration.batches.max_length)
+        pad_token_id = self.base_model.processor.pad_token_id
+        batch = make_training_batch(rows, configuration.seed, number * count, count, longest, pad_token_id)
         return DeviceBatch.copy_to(self.base_model.device, [batch])
 
     def count_tokens(self, configuration: Configuration) -> int:
@@ -243,26 +236,14 @@ class LaneGroup:
         lengths = [min(len(row.ids), batches.max_length) if row.image is None else patches for row in rows]
         return round(sum(lengths) / len(lengths) * batches.batch_size)
 
-    def _load_batches(self, lanes: Sequence[Lane]) -> list[StepBatches]:
-        """Return this worker's batches of the lanes' next step."""
-        loader = self._get_loader(lanes)
-        steps = loader.load([(lane.configuration.seed, lane.step) for lane in lanes])
-        if self.data.task.inputs == "image":
-            both = [*steps, *loader.load(_next_steps(lanes))]
-            self.base_model.processor.prefetch(i for s in both for b in s.batches for i in b.images)
-        return steps
-
     def _get_loader(self, lanes: Sequence[Lane]) -> StepBatchLoader:
         """Return the loader of the group's batches, whose sizes are equal for all lanes of a group."""
         if self._loader is None:
-            sizes = lanes[0].configuration.batches
+            rows, sizes, workers = self.data.train, lanes[0].configuration.batches, self.process_group
+            longest = compute_max_row_length(self.data.task, sizes.max_length)
+            pad_token_id = self.base_model.processor.pad_token_id
             self._loader = StepBatchLoader(
-                self.data.train,
-                sizes,
-                compute_max_row_length(self.data.task, sizes.max_length),
-                self.base_model.processor.pad_token_id,
-                self.process_group.rank,
-                self.process_group.world_size,
+                rows, sizes, longest, pad_token_id, workers.rank, workers.world_size
             )
         return self._loader
 
@@ -301,11 +282,6 @@ class LaneGroup:
         weighted = losses * batch.weights.to(losses.dtype)
         return [part.sum() for part in weighted.split(batch.lane_target_counts)]
 
-    def generates_answers(self, lane: Lane) -> bool:
-        """Return whether an evaluation of the lane at its present step generates answers."""
-        task = self.data.task
-        return task.output == "generation" and (task.grade_at == "every_evaluation" or lane.is_at_last_step)
-
     def evaluate(self, lanes: Sequence[Lane], split: str) -> list[EvaluationResult]:
         """Score the lanes on a split, in the order of `lanes`.
 
@@ -318,8 +294,11 @@ class LaneGroup:
         """
         found: dict[str, EvaluationResult] = {}
         task, scored_split = self.data.task, self.data.splits[split]
+        answering: Sequence[Lane] = lanes if task.output == "generation" else ()
+        if task.grade_at != "every_evaluation":
+            answering = [lane for lane in answering if lane.is_at_last_step]
         for generates in (False, True):
-            due = [lane for lane in lanes if self.generates_answers(lane) == generates]
+            due = [lane for lane in lanes if (lane in answering) == generates]
             max_together = max(1, len(due))
             if generates and due:
                 max_together = count_lanes_together(
@@ -328,33 +307,19 @@ class LaneGroup:
             for first in range(0, len(due), max_together):
                 together = due[first : first + max_together]
                 names = [lane.fingerprint for lane in together]
-                scored = evaluate(
-                    self.base_model,
-                    task,
-                    scored_split,
-                    EvaluatedLanes(self.adapters, names, [lane.configuration.seed for lane in together]),
-                    self.process_group,
-                    generates,
-                    self.on_batch,
-                )
+                seeds = [lane.configuration.seed for lane in together]
+                scored = self._evaluate(split, EvaluatedLanes(self.adapters, names, seeds), generates)
                 found.update(zip(names, scored, strict=True))
         return [found[lane.fingerprint] for lane in lanes]
 
     def score_base_model(self, splits: Sequence[str], predict_with_generate: bool) -> Scores:
         """Return the scores of the base model without lanes on some splits; see `evaluate`."""
         lanes = EvaluatedLanes(self.adapters)
-        return {
-            split: evaluate(
-                self.base_model,
-                self.data.task,
-                self.data.splits[split],
-                lanes,
-                self.process_group,
-                predict_with_generate,
-                self.on_batch,
-            )[0].scores
-            for split in splits
-        }
+        return {split: self._evaluate(split, lanes, predict_with_generate)[0].scores for split in splits}
+
+    def _evaluate(self, split: str, lanes: EvaluatedLanes, generates: bool) -> list[EvaluationResult]:
+        of, workers = self.data.splits[split], self.process_group
+        return evaluate(self.base_model, self.data.task, of, lanes, workers, generates, self.on_batch)
 
 
 def _next_steps(lanes: Sequence[Lane]) -> list[tuple[int, int]]:

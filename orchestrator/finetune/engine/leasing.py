@@ -1,18 +1,67 @@
-"""The leasing of lanes from the source, and the choice of parked lanes that make room for them."""
+"""The lanes that a trainer holds: how many there may be, how they are leased and in which ways they leave.
+
+Used on rank 0 only.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
 
-from orchestrator.finetune.engine import tensor_files
-from orchestrator.finetune.engine.active_lanes import NEVER, ActiveLanes
-from orchestrator.finetune.engine.lane import Lane
-from orchestrator.finetune.engine.lane_source import Lease, LeaseGrant
-from orchestrator.finetune.engine.recovery import FailureRecovery
+from orchestrator.finetune.engine.engine import Engine
+from orchestrator.finetune.engine.lane import Lane, LaneState
+from orchestrator.finetune.engine.lane_source import Directive, LaneSource, Lease, LeaseGrant
+from orchestrator.finetune.engine.recorder import LaneRecorder
+from orchestrator.record.schema import RecordState
+from orchestrator.util import timeouts
+
+Work = Literal["training", "evaluation"]
+
+NEVER = -float("inf")
+"""A time before all others, on any clock."""
+LATENCY_FACTOR = 20.0
+"""Smallest ratio of the interval between requests to the latency of the last answer. It limits the share of
+time that a trainer waits for answers: all trainers ask one broker."""
+MAX_SLOWDOWN = 20.0
+"""Largest ratio of the interval between requests to SOURCE_POLL_SECONDS. It limits the delay of a stop."""
+MIN_USEFUL_LANES = 2
+"""Number of lanes that a trainer holds if they fit, however many tokens they have."""
+SATURATING_TOKENS = 9_000
+"""Number of tokens in one forward pass up to which more lanes save time on a GPU, because lanes share the
+time in which the host launches kernels. For Qwen3-0.6B and 2,000 tokens a lane, the default study's steps are
+predicted to take 41.9, 28.2 and 20.8 hours of an H200 with 1, 2 and 4 lanes (24.8, 17.0 and 12.6 with fused
+kernels); 8 lanes save nothing more. The number leaves room for rows that are a little longer."""
+
+
+@dataclass
+class LaneSlots:
+    """The slots of a trainer: the limit of all lanes, the limits of group keys, and the parked lanes."""
+
+    count: int
+    """The largest number of lanes."""
+    is_automatic: bool = False
+    """If true, a group key gets no more lanes than save time; see `SATURATING_TOKENS`."""
+    limits: dict[tuple[Work, str], int] = field(default_factory=dict)
+    """(work, group key) -> lanes of this group key that fit into memory, as far as this trainer knows.
+
+    An evaluation needs other memory than training: answers are generated with a cache of all their tokens."""
+    parked_at: dict[str, float] = field(default_factory=dict)
+    """Fingerprint -> time since which the lane has been parked, in the order of parking."""
+
+    def limit(self, work: Work, group_key: str | None) -> int:
+        """Return how many lanes of this group key may do this work at once."""
+        return min(self.count, self.limits.get((work, group_key or ""), self.count))
+
+    def useful(self, tokens: int) -> int:
+        """Return how many lanes should train at once, if memory holds them.
+
+        Args:
+            tokens: Mean number of tokens in a micro-batch of one lane; read if the number is automatic.
+        """
+        enough = max(MIN_USEFUL_LANES, SATURATING_TOKENS // max(1, tokens))
+        return min(self.count, enough) if self.is_automatic else self.count
 
 
 @dataclass(frozen=True)
@@ -58,102 +107,118 @@ class GroupOccupancy:
 
 
 @dataclass
-class LaneLeasing:
-    """A part of the loop that leases lanes from the source for the free slots of a trainer."""
+class ActiveLanes:
+    """The lanes that this trainer holds, with the objects that act on them."""
 
-    active: ActiveLanes
-    recovery: FailureRecovery
+    source: LaneSource
+    engine: Engine
+    recorder: LaneRecorder
+    slots: LaneSlots
     closed: bool = False
     """If true, the source has said that no lane waits and none will come."""
+    latency: float = 0.0
+    """Seconds that the source took for its last answer."""
+    steps_taken: int = 0
+    """Optimizer steps of all lanes since the loop began."""
+    leased_at: float = NEVER
+    """The time of the last lease request; `NEVER` makes the next request due at once."""
 
-    def lease_lanes(self) -> None:
-        """Lease lanes if there is room: at once after a lane has left, else at the poll interval."""
-        active, again = self.active, True
-        while again:
-            free = active.count_free_slots()  # the first lane may change it
-            active.source.note_max_lanes(free + len(active.lanes))
-            if free <= 0 and not active.slots.parked_at:
-                return
-            to_start, again = self._request_leases()
-            for lease in to_start:
-                if active.count_free_slots() > 0:
-                    self._start_lane(lease)
-                else:  # a lane before this one ran out of memory, and the group was halved
-                    active.return_lease(lease)
-            again = again and bool(active.lanes)
+    @property
+    def lanes(self) -> dict[str, Lane]:
+        """Fingerprint -> lane, in the order in which they were leased."""
+        return self.engine.lanes
 
-    def _request_leases(self) -> tuple[Sequence[Lease], bool]:
-        """Request leases, and give back the leases of the lanes that leave for them.
+    @property
+    def group_key(self) -> str | None:
+        """The group key of the lanes; None when there is no lane."""
+        return next((lane.configuration.group_key for lane in self.lanes.values()), None)
+
+    def count_free_slots(self) -> int:
+        """Return how many more lanes this trainer can hold."""
+        return min(self.slots.limit("training", self.group_key), self.engine.max_lanes) - len(self.lanes)
+
+    def in_state(self, *states: LaneState) -> list[Lane]:
+        """Return the lanes in one of the states, in the order in which they were leased."""
+        return [lane for lane in self.lanes.values() if lane.state in states]
+
+    def is_request_due(self, last_answered_at: float, now: float) -> bool:
+        """Return whether the source may be asked again; times in seconds of `time.monotonic`."""
+        shortest = timeouts.SOURCE_POLL_SECONDS
+        interval = max(shortest, min(LATENCY_FACTOR * self.latency, MAX_SLOWDOWN * shortest))
+        return now - last_answered_at >= interval
+
+    def request_leases(self) -> tuple[Sequence[Lease], bool]:
+        """Ask for leases if that is due, and give back the leases of the lanes that leave for them.
 
         Returns:
             The leases to start; and True if the next request is due at once, because the first lane sets the
             group key.
         """
-        active, now = self.active, time.monotonic()
-        long_parked = tuple(active.slots.list_long_parked(now))
-        occupancy = GroupOccupancy(
-            tuple(active.lanes), active.group_key, active.count_free_slots(), long_parked
-        )
-        if occupancy.capacity <= 0 or not active.is_request_due(active.leased_at, now):
+        now, parked = time.monotonic(), self.slots.parked_at
+        long_parked = tuple(name for name, since in parked.items() if now - since > timeouts.SPILL_SECONDS)
+        occupancy = GroupOccupancy(tuple(self.lanes), self.group_key, self.count_free_slots(), long_parked)
+        if occupancy.capacity <= 0 or not self.is_request_due(self.leased_at, now):
             return (), False
         is_any_group_key = not occupancy.fingerprints
-        grant = active.source.lease(occupancy.group_key, occupancy.capacity, active.steps_taken)
-        active.leased_at = time.monotonic()
-        active.latency = active.leased_at - now
+        grant = self.source.lease(occupancy.group_key, occupancy.capacity, self.steps_taken)
+        self.leased_at = time.monotonic()
+        self.latency = self.leased_at - now
         if occupancy.fingerprints and not grant.leases and occupancy.is_all_parked:
             is_any_group_key = True
-            grant = active.source.lease(None, 1, active.steps_taken)
+            grant = self.source.lease(None, 1, self.steps_taken)
         self.closed = grant.closed
-        final = self._end_final_leases(grant.leases)
-        to_start = [lease for lease in grant.leases if lease.configuration.fingerprint not in final]
+        to_start = [lease for lease in grant.leases if not self._is_final(lease)]
         for name in occupancy.choose_evicted(grant, to_start):
-            active.give_back(active.lanes[name])
+            self.give_back(self.lanes[name])
         lease_again = is_any_group_key and bool(to_start)
         if lease_again:
-            active.leased_at = NEVER
+            self.leased_at = NEVER
         return to_start, lease_again
 
-    def _end_final_leases(self, leases: Sequence[Lease]) -> Collection[str]:
-        """End the leases whose configuration has a final record, and return their fingerprints."""
-        final = set()
-        for lease in leases:
-            fingerprint = lease.configuration.fingerprint
-            if (state := self.active.recorder.find_final_state(fingerprint)) is not None:
-                self.active.source.end_lease(fingerprint, lease.attempt, state)
-                self.active.leased_at = NEVER
-                final.add(fingerprint)
-        return final
+    def _is_final(self, lease: Lease) -> bool:
+        """Return whether the configuration of a lease has a final record, and end the lease if so."""
+        fingerprint = lease.configuration.fingerprint
+        state = self.recorder.find_final_state(fingerprint)
+        if state is not None:
+            self.source.end_lease(fingerprint, lease.attempt, state)
+            self.leased_at = NEVER
+        return state is not None
 
-    def _start_lane(self, lease: Lease) -> None:
-        """Put a leased lane on the model, resumed from its newest checkpoint if there is one."""
-        active, lane = self.active, Lane(lease)
-        group_key = lane.configuration.group_key
-        active.lanes[lane.fingerprint] = lane
-        recorder, slots = active.recorder, active.slots
-        checkpoints = recorder.store.checkpoints / lane.fingerprint
-        checkpoint = tensor_files.find_newest(checkpoints, recorder.warn, lane.fingerprint)
-        if not self.recovery.run_isolating_failures([lane], partial(self._add_lane, checkpoint=checkpoint)):
-            return
-        lane.enter_next_state()
-        if ("training", group_key) not in slots.limits:
-            found = recorder.read_limits(group_key, slots.count)
-            tokens = active.engine.lane_group.count_tokens(lane.configuration) if slots.is_automatic else 0
-            useful = slots.useful(tokens)
-            slots.limits["training", group_key] = min(found.get("training", useful), useful)
-            slots.limits["evaluation", group_key] = found.get("evaluation", slots.count)
-
-    def _add_lane(self, fingerprints: Sequence[str], checkpoint: Path | None) -> Sequence[None]:
-        """Add one lane to the engine; return a list with one None, its result.
+    def end(self, lane: Lane, state: RecordState, reason: str = "", traceback_text: str = "") -> None:
+        """Write the lane's record, report its end to the source, and remove it.
 
         Args:
-            fingerprints: The lane, as a sequence of one.
-            checkpoint: The file of its newest checkpoint; None for a lane that starts.
+            lane: The lane.
+            state: The state of its record.
+            reason: Why it ended, in one line.
+            traceback_text: The traceback of a failed lane.
         """
-        lane = self.active.lanes[fingerprints[0]]
-        group_key = lane.configuration.group_key
-        if any(other.configuration.group_key != group_key for other in self.active.lanes.values()):
-            raise RuntimeError(f"leased a lane of group key {group_key} into a lane group of another one")
-        self.active.engine.add_lane(lane, checkpoint)
-        if checkpoint is not None:
-            self.active.recorder.mark_saved(lane)
-        return [None]
+        state = self.recorder.write_record(lane, state, reason, traceback_text)
+        directives = (
+            [self.source.report(report) for report in lane.pending_reports] if state == "finished" else []
+        )
+        if Directive.DROP not in directives:
+            self.source.end_lease(lane.fingerprint, lane.lease.attempt, state)
+        self.remove(lane)
+
+    def remove(self, lane: Lane) -> None:
+        """Take the lane off the model; its slot can be leased again at once."""
+        lane.transition_to(LaneState.ENDED)
+        self.slots.parked_at.pop(lane.fingerprint, None)
+        self.recorder.saved_progress.pop(lane.fingerprint, None)
+        self.engine.remove_lane(lane.fingerprint)
+        self.leased_at = NEVER
+
+    def give_back(self, lane: Lane, save: bool = True) -> None:
+        """Give the lane's lease back to the source, and remove the lane.
+
+        The next trainer that leases the configuration resumes from its newest checkpoint.
+
+        Args:
+            lane: The lane.
+            save: Whether to save a checkpoint first. If that cannot be written, the one before counts.
+        """
+        if save:
+            self.recorder.save_checkpoint(lane)
+        self.source.return_lease(lane.fingerprint, lane.lease.attempt)
+        self.remove(lane)

@@ -1,6 +1,6 @@
 """The fine-tuning loop of a trainer: it leases lanes, trains them and writes their records.
 
-Each round leases lanes for the free slots (`leasing.py`), applies the directives of the source, takes one
+Each round leases lanes for the free slots, applies the directives of the source, takes one
 optimizer step with every lane in training, and evaluates the lanes for which that is due. Lanes join and
 leave at any round and do not influence each other.
 
@@ -12,21 +12,20 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import psutil
 
-from orchestrator.finetune.engine.active_lanes import NEVER, ActiveLanes
+from orchestrator.finetune.engine import tensor_files
 from orchestrator.finetune.engine.engine import Engine
 from orchestrator.finetune.engine.lane import Lane, LaneState
-from orchestrator.finetune.engine.lane_source import Directive, LaneSource
-from orchestrator.finetune.engine.leasing import LaneLeasing
+from orchestrator.finetune.engine.lane_source import Directive, LaneSource, Lease
+from orchestrator.finetune.engine.leasing import NEVER, ActiveLanes, LaneSlots
 from orchestrator.finetune.engine.recorder import LaneRecorder
 from orchestrator.finetune.engine.recovery import FailureRecovery
-from orchestrator.finetune.engine.slots import LaneSlots
 from orchestrator.finetune.failures import (
     BrokenKind,
     Fault,
@@ -44,9 +43,6 @@ from orchestrator.util import timeouts
 log = logging.getLogger(__name__)
 
 BaseModelLoader = Callable[[ModelChoice, Task], BaseModel]
-EngineFactory = Callable[[BaseModelLoader, Path, Path, ProcessGroup, Callable[[], None]], Engine]
-"""Called with the loader, the folders of calibrations and of prepared data, the process group, and a function
-that the engine calls to show progress, for instance after every batch of an evaluation or calibration."""
 
 
 def run(
@@ -57,7 +53,7 @@ def run(
     *,
     adapters: Path | None = None,
     process_group: ProcessGroup = SINGLE_PROCESS_GROUP,
-    make_engine: EngineFactory = Engine,
+    make_engine: Callable[..., Engine] = Engine,
 ) -> None:
     """Train the lanes that `source` leases until it is closed or idle.
 
@@ -72,7 +68,7 @@ def run(
         slots: How many lanes train at once.
         adapters: The folder in which the adapters of finished lanes are kept; None to keep none.
         process_group: The workers of this trainer.
-        make_engine: Makes the engine, which computes steps and scores.
+        make_engine: Makes the engine, which computes steps and scores, from the arguments of `Engine`.
 
     Raises:
         TrainerBrokenError: This process can train no more lanes.
@@ -101,14 +97,12 @@ def run(
 
 def _run_until_idle(active: ActiveLanes) -> None:
     """Run rounds until the source is closed, or no lane has been held for IDLE_TRAINER_SECONDS."""
-    recovery = FailureRecovery(active)
-    leasing = LaneLeasing(active, recovery)
-    rounds = TrainingRounds(active, recovery)
+    rounds = TrainingRounds(active, FailureRecovery(active))
     while True:
-        leasing.lease_lanes()
+        rounds.lease_lanes()
         if active.lanes:
             rounds.run()
-        elif leasing.closed or time.monotonic() - rounds.busy_at > timeouts.IDLE_TRAINER_SECONDS:
+        elif active.closed or time.monotonic() - rounds.busy_at > timeouts.IDLE_TRAINER_SECONDS:
             return
         else:
             time.sleep(timeouts.SOURCE_POLL_SECONDS)
@@ -117,38 +111,6 @@ def _run_until_idle(active: ActiveLanes) -> None:
 def process_start() -> float:
     """Return the start of this process on the clock of `time.monotonic`."""
     return time.monotonic() - (time.time() - psutil.Process().create_time())
-
-
-@dataclass
-class LaneTimer:
-    """A timer that divides all time since the start of the process, without gaps, among the lanes.
-
-    Attributes:
-        counted_until: The time up to which seconds have been divided, on the monotonic clock.
-        has_started: True once a lane has been worked on.
-    """
-
-    counted_until: float = field(default_factory=process_start)
-    has_started: bool = False
-
-    def add(self, lanes: Sequence[Lane], kind: str) -> None:
-        """Add the seconds since the last call, in equal shares, to the lanes.
-
-        Args:
-            lanes: The lanes that the time was used for. If there is none, the time is added at the next call.
-            kind: A field of `Cost`, such as "train_seconds".
-        """
-        if not lanes:
-            return
-        now = time.monotonic()
-        for lane in lanes:
-            lane.seconds[kind] += (now - self.counted_until) / len(lanes)
-        self.counted_until = now
-
-    def begin_work(self, lanes: Sequence[Lane]) -> None:
-        """Charge the lanes with the time since the last step or evaluation, before the next one begins."""
-        self.add(lanes, "other_seconds" if self.has_started else "start_seconds")
-        self.has_started = self.has_started or bool(lanes)
 
 
 @dataclass
@@ -161,7 +123,10 @@ class TrainingRounds:
     """The time at which the source last answered a request for directives."""
     busy_at: float = field(default_factory=time.monotonic)
     """The time at which the last round began."""
-    lane_timer: LaneTimer = field(default_factory=LaneTimer)
+    counted_until: float = field(default_factory=process_start)
+    """The time up to which all seconds since the start of the process have been divided among lanes."""
+    has_started: bool = False
+    """True once a lane has been worked on."""
 
     def run(self) -> None:
         """Run one round over all lanes."""
@@ -178,6 +143,63 @@ class TrainingRounds:
             self._evaluate(evaluating)
         if active.lanes and not busy:
             time.sleep(timeouts.SOURCE_POLL_SECONDS)
+
+    # -- leases -----------------------------------------------------------------------------------------
+
+    def lease_lanes(self) -> None:
+        """Lease lanes if there is room: at once after a lane has left, else at the poll interval."""
+        active, again = self.active, True
+        while again:
+            free = active.count_free_slots()  # the first lane may change it
+            active.source.note_max_lanes(free + len(active.lanes))
+            if free <= 0 and not active.slots.parked_at:
+                return
+            to_start, again = active.request_leases()
+            for lease in to_start:
+                if active.count_free_slots() > 0:
+                    self._start_lane(lease)
+                else:  # a lane before this one ran out of memory, and the group was halved
+                    active.source.return_lease(lease.configuration.fingerprint, lease.attempt)
+            again = again and bool(active.lanes)
+
+    def _start_lane(self, lease: Lease) -> None:
+        """Put a leased lane on the model, resumed from its newest checkpoint if there is one."""
+        active, lane = self.active, Lane(lease)
+        active.lanes[lane.fingerprint] = lane
+        checkpoints = active.recorder.store.checkpoints / lane.fingerprint
+        checkpoint = tensor_files.find_newest(checkpoints, active.recorder.warn, lane.fingerprint)
+
+        def add_lane(fingerprints: Sequence[str]) -> Sequence[None]:
+            group_key = lane.configuration.group_key
+            if group_key != active.group_key:  # that of the first lane
+                raise RuntimeError(f"leased a lane of group key {group_key} into a lane group of another one")
+            active.engine.add_lane(lane, checkpoint)
+            if checkpoint is not None:
+                active.recorder.mark_saved(lane)
+            return [None]
+
+        if self.recovery.run_isolating_failures([lane], add_lane):
+            lane.enter_next_state()
+            self.recovery.read_limits(lane.configuration)
+
+    # -- time -------------------------------------------------------------------------------------------
+
+    def _charge(self, lanes: Collection[Lane], kind: str) -> None:
+        """Add the seconds since the last call, in equal shares, to the lanes.
+
+        Args:
+            lanes: The lanes that the time was used for; at least one.
+            kind: A field of `Cost`, such as "train_seconds".
+        """
+        now = time.monotonic()
+        for lane in lanes:
+            lane.seconds[kind] += (now - self.counted_until) / len(lanes)
+        self.counted_until = now
+
+    def _charge_waiting(self) -> None:
+        """Charge all lanes with the time since the last step or evaluation, before the next one begins."""
+        self._charge(self.active.lanes.values(), "other_seconds" if self.has_started else "start_seconds")
+        self.has_started = True
 
     # -- directives -------------------------------------------------------------------------------------
 
@@ -223,7 +245,7 @@ class TrainingRounds:
     def _train(self, lanes: Sequence[Lane]) -> None:
         """Take one optimizer step with each lane."""
         active = self.active
-        self.lane_timer.begin_work(list(active.lanes.values()))
+        self._charge_waiting()
         group_size = len(active.lanes)
         outcomes = self.recovery.run_isolating_failures(lanes, active.engine.step)
         self._note_peak_memory()
@@ -245,7 +267,7 @@ class TrainingRounds:
                     lane.transition_to(LaneState.EVALUATING)
         if outcomes:
             self.recovery.last_failure = ""  # a lane has taken a step
-        self.lane_timer.add(lanes, "train_seconds")
+        self._charge(lanes, "train_seconds")
         for lane, reason in diverged:
             active.end(lane, "diverged", reason)
         if mid_step:
@@ -262,15 +284,14 @@ class TrainingRounds:
     def _evaluate(self, lanes: Sequence[Lane]) -> None:
         """Score the lanes on validation, and those with `is_test_due` on test too, and report the scores."""
         active = self.active
-        self.lane_timer.begin_work(list(active.lanes.values()))
+        self._charge_waiting()
         for split in ("validation", "test"):
-            due = [lane for lane in lanes if lane.state is LaneState.EVALUATING]
-            if split == "test":
-                due = [lane for lane in due if lane.is_test_due]
+            scored_here = [lane for lane in lanes if split == "validation" or lane.is_test_due]
+            due = [lane for lane in scored_here if lane.state is LaneState.EVALUATING]
             evaluate = partial(active.engine.evaluate, split)
             for lane, scored in self.recovery.run_isolating_failures(due, evaluate, "evaluation"):
                 lane.record_scores(split, scored)
-        self.lane_timer.add(lanes, "evaluate_seconds")
+        self._charge(lanes, "evaluate_seconds")
         self._note_peak_memory()
         for lane in lanes:
             # Computing the base model's scores for another lane can run out of memory and evict this one.

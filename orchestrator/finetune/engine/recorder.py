@@ -1,4 +1,4 @@
-"""The storage of lanes' checkpoints, adapters and records, and of the number of lanes that memory holds."""
+"""The storage of lanes' checkpoints, adapters and records."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from safetensors import SafetensorError
 from orchestrator.finetune.engine import tensor_files
 from orchestrator.finetune.engine.engine import Engine
 from orchestrator.finetune.engine.lane import Lane, LaneState
-from orchestrator.finetune.engine.slots import StoredLimits, Work
 from orchestrator.finetune.failures import Fault, StoreFullError, classify_error
 from orchestrator.record.schema import FINAL_STATES, Record, RecordState, current_provenance
 from orchestrator.record.store import Store, adapter_file_name
@@ -86,7 +85,10 @@ class LaneRecorder:
         Raises:
             Exception: Neither the disk nor a lack of memory is the cause of an error.
         """
-        _drop_last_scores(lane)
+        if lane.is_at_last_step:
+            # A record needs the results per item with these scores, and a checkpoint does not hold them. The
+            # lane is evaluated again when it resumes.
+            lane.evaluations = [e for e in lane.evaluations if e.step < lane.step]
         progress = (lane.step, len(lane.evaluations))
         if self.saved_progress.get(lane.fingerprint) == progress or lane.state is LaneState.LEASED:
             return
@@ -129,7 +131,32 @@ class LaneRecorder:
         """
         if state == "stopped":
             self.save_checkpoint(lane)
-        record = self._build_record(lane, state, reason, traceback_text)
+        provenance = current_provenance(
+            self.engine.device_name,
+            kernels=self.engine.kernels,
+            lane_group_size=lane.peak_group_size,
+            workers=self.engine.process_group.world_size,
+            attempt=lane.lease.attempt,
+            resumed_from=lane.resumed_from,
+            started=lane.started,
+            ended=time.time(),
+        )
+        record = Record(
+            fingerprint=lane.fingerprint,
+            configuration=lane.configuration,
+            state=state,
+            steps=lane.step,
+            reason=reason,
+            traceback=traceback_text,
+            curve=tuple(lane.curve),
+            evaluations=tuple(lane.evaluations),
+            baseline_scores=self.engine.untrained_scores,
+            items=lane.items,
+            cost=lane.cost,
+            provenance=provenance,
+            stopping_settings=lane.lease.scheduler if state == "stopped" else "",
+            stopped_at=lane.last_reported_step if state == "stopped" else None,
+        )
         if not self._put(record, self._write_adapter(record)):
             existing = self.store.get(lane.fingerprint)
             state = existing.state if existing is not None else state
@@ -148,41 +175,6 @@ class LaneRecorder:
             return None
         self.store.discard_checkpoints(fingerprint)
         return record.state
-
-    def write_limit(self, work: Work, group_key: str, limit: int, failed_lanes: int) -> None:
-        """Write to the store how many lanes fit into memory, and show it.
-
-        Args:
-            work: What ran out of memory.
-            group_key: The lanes' group key.
-            limit: Lanes at once from now on.
-            failed_lanes: Lanes that ran out of memory.
-        """
-        stored = StoredLimits(self.store.lane_capacity, group_key, self.engine.device_key)
-        try:
-            stored.write(work, limit)
-        except OSError as error:
-            outcome = f"not remembered: {error}"
-        else:
-            outcome = f"remembered in {stored.path}"
-        what = "" if work == "training" else f"{work}: "
-        self.warn(f"{what}out of memory with {failed_lanes} lanes, now {limit} at once; {outcome}")
-
-    def read_limits(self, group_key: str, requested: int) -> dict[Work, int]:
-        """Return the numbers of lanes that fit into memory, as far as a trainer has found a limit.
-
-        Args:
-            group_key: The lanes' group key.
-            requested: The number of lanes to train; a warning says if fewer fit.
-        """
-        stored = StoredLimits(self.store.lane_capacity, group_key, self.engine.device_key)
-        limits = stored.read()
-        if limits.get("training", requested) < requested:
-            self.warn(
-                f"at most {limits['training']} lanes at once: more ran out of memory before "
-                f"(remove {stored.path} to try)"
-            )
-        return limits
 
     def wait_for_space(self, reason: object) -> None:
         """Sleep for a moment because the disk is full.
@@ -247,42 +239,3 @@ class LaneRecorder:
                 continue
             self.store_full_since = None
             return is_written
-
-    def _build_record(self, lane: Lane, state: RecordState, reason: str, traceback_text: str) -> Record:
-        """Return the record of a lane that ends; see `write_record`."""
-        provenance = current_provenance(
-            self.engine.device_name,
-            kernels=self.engine.kernels,
-            lane_group_size=lane.peak_group_size,
-            workers=self.engine.process_group.world_size,
-            attempt=lane.lease.attempt,
-            resumed_from=lane.resumed_from,
-            started=lane.started,
-            ended=time.time(),
-        )
-        return Record(
-            fingerprint=lane.fingerprint,
-            configuration=lane.configuration,
-            state=state,
-            steps=lane.step,
-            reason=reason,
-            traceback=traceback_text,
-            curve=tuple(lane.curve),
-            evaluations=tuple(lane.evaluations),
-            baseline_scores=self.engine.untrained_scores,
-            items=lane.items,
-            cost=lane.cost,
-            provenance=provenance,
-            stopping_settings=lane.lease.scheduler if state == "stopped" else "",
-            stopped_at=lane.last_reported_step if state == "stopped" else None,
-        )
-
-
-def _drop_last_scores(lane: Lane) -> None:
-    """Drop the last step's scores of a lane that is saved at its last step.
-
-    A record needs the results per item with these scores, and a checkpoint does not hold them. The lane is
-    evaluated again when it resumes.
-    """
-    if lane.is_at_last_step:
-        lane.evaluations = [e for e in lane.evaluations if e.step < lane.step]

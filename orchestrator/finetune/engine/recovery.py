@@ -1,17 +1,30 @@
-"""What follows from an error: fewer lanes at once, the end of one lane, or the end of the trainer."""
+"""What follows from an error: fewer lanes at once, the end of one lane, or the end of the trainer.
+
+What did not fit into memory is halved. The limits are kept in the store for the next trainer:
+
+    root/lane_capacity/<hash of both keys>.json    {"group_key", "device_key", "training": 4, "evaluation": 2}
+
+The device key has the device, its memory, a trainer's share of the device, and how the trainer uses it. Each
+file has a checksum. After a file or the folder is removed, the next trainer starts without this knowledge.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TypeVar
 
-from orchestrator.finetune.engine.active_lanes import ActiveLanes
-from orchestrator.finetune.engine.lane import Lane
-from orchestrator.finetune.engine.slots import Work
+from orchestrator.finetune.engine.lane import Lane, LaneState
+from orchestrator.finetune.engine.leasing import ActiveLanes, Work
 from orchestrator.finetune.failures import BrokenKind, Fault, TrainerBrokenError, free_memory
 from orchestrator.finetune.process_group import WorkerError
+from orchestrator.study.configuration import Configuration
+from orchestrator.util import atomic_files
 
 log = logging.getLogger(__name__)
 
@@ -20,6 +33,42 @@ T = TypeVar("T")
 MAX_IDENTICAL_FAILURES = 3
 """The number of lanes that fail in a row with the same message before the trainer stops."""
 OUT_OF_MEMORY_ADVICE = "try --gradient-checkpointing, --accumulation, a smaller --batch-size or a larger GPU"
+
+
+class StoredLimits:
+    """The limits of a group key on a device, as the store has them. A damaged file counts as missing.
+
+    Args:
+        folder: The store's folder of limits.
+        group_key: The group key of the lanes.
+        device_key: The key of the device, as described above.
+    """
+
+    def __init__(self, folder: Path, group_key: str, device_key: str) -> None:
+        name = hashlib.sha256(f"{group_key} {device_key}".encode()).hexdigest()[:24]
+        self.path = folder / f"{name}.json"
+        self._keys = {"group_key": group_key, "device_key": device_key}
+
+    def read(self) -> dict[Work, int]:
+        """Return the known limits."""
+        with suppress(OSError, ValueError, TypeError):
+            content = json.loads(atomic_files.verify_checksum(self.path.read_bytes()))
+            works: tuple[Work, ...] = ("training", "evaluation")
+            return {work: int(content[work]) for work in works if work in content}
+        return {}
+
+    def write(self, work: Work, lanes: int) -> None:
+        """Store a limit. A smaller stored one is kept.
+
+        Raises:
+            OSError: The disk is full or cannot be used.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_files.lock_folder(self.path.parent):
+            content = self.read()
+            content[work] = min(content.get(work, lanes), lanes)
+            text = json.dumps({**self._keys, **content}, indent=1)
+            atomic_files.write_atomically(self.path, atomic_files.add_checksum(text))
 
 
 @dataclass
@@ -64,8 +113,6 @@ class FailureRecovery:
             return self._run_in_turn(lanes, at_once, work, kind)
         try:
             results = work([lane.fingerprint for lane in lanes])
-        except WorkerError as error:
-            failed = error.without_traceback()
         except Exception as error:
             failed = WorkerError.from_exception(error)
         else:
@@ -76,19 +123,18 @@ class FailureRecovery:
             raise failed
         if failed.fault is Fault.DISK:
             active.recorder.wait_for_space(failed)
-            return self.run_isolating_failures(lanes, work, kind)
-        if failed.fault is Fault.MEMORY and kind == "evaluation" and len(lanes) > 1:
+        elif failed.fault is Fault.MEMORY and kind == "evaluation" and len(lanes) > 1:
             self._set_limit("evaluation", len(lanes))
             free_memory()
-            return self.run_isolating_failures(lanes, work, kind)
-        if failed.fault is Fault.MEMORY and len(active.lanes) > 1:
+        elif failed.fault is Fault.MEMORY and len(active.lanes) > 1:
             self.halve_lane_group()
-            return self.run_isolating_failures(lanes, work, kind)
-        if len(lanes) == 1:
+        elif len(lanes) == 1:
             self.fail(lanes[0], failed)
             return []
-        log.warning("%d lanes together: %s; now one by one", len(lanes), failed.reason)
-        return self._run_in_turn(lanes, 1, work, kind)
+        else:
+            log.warning("%d lanes together: %s; now one by one", len(lanes), failed.reason)
+            return self._run_in_turn(lanes, 1, work, kind)
+        return self.run_isolating_failures(lanes, work, kind)
 
     def _run_in_turn(
         self, lanes: Sequence[Lane], at_once: int, work: Callable[[Sequence[str]], Sequence[T]], kind: Work
@@ -109,7 +155,10 @@ class FailureRecovery:
         free_memory()
         active = self.active
         self._set_limit("training", len(active.lanes))
-        leaving = active.slots.choose_leaving(active.lanes.values(), mid_step)
+        staying = [lane for lane in active.lanes.values() if lane not in mid_step]
+        # Lanes that have not started leave first, then parked ones, then the ones that were leased last.
+        staying.sort(key=lambda lane: {LaneState.PARKED: 1, LaneState.LEASED: 2}.get(lane.state, 0))
+        leaving = staying[active.slots.limit("training", active.group_key) :]
         for lane in (*mid_step, *leaving):
             active.give_back(lane, save=lane in leaving)
         free_memory()
@@ -118,7 +167,42 @@ class FailureRecovery:
         """Let half as many lanes of this group key do this work from now on, here and in later trainers."""
         group_key, limit = self.active.group_key or "", max(1, failed_lanes // 2)
         self.active.slots.limits[work, group_key] = limit
-        self.active.recorder.write_limit(work, group_key, limit, failed_lanes)
+        stored = self._stored_limits(group_key)
+        try:
+            stored.write(work, limit)
+        except OSError as error:
+            outcome = f"not remembered: {error}"
+        else:
+            outcome = f"remembered in {stored.path}"
+        what = "" if work == "training" else f"{work}: "
+        self.active.recorder.warn(
+            f"{what}out of memory with {failed_lanes} lanes, now {limit} at once; {outcome}"
+        )
+
+    def read_limits(self, configuration: Configuration) -> None:
+        """Set the limits of a configuration's group key, unless they are known, from those in the store.
+
+        Warn if fewer lanes fit than this trainer has slots.
+        """
+        slots, group_key = self.active.slots, configuration.group_key
+        if ("training", group_key) in slots.limits:
+            return
+        stored = self._stored_limits(group_key)
+        found = stored.read()
+        if found.get("training", slots.count) < slots.count:
+            self.active.recorder.warn(
+                f"at most {found['training']} lanes at once: more ran out of memory before "
+                f"(remove {stored.path} to try)"
+            )
+        engine = self.active.engine
+        tokens = engine.lane_group.count_tokens(configuration) if slots.is_automatic else 0
+        useful = slots.useful(tokens)
+        slots.limits["training", group_key] = min(found.get("training", useful), useful)
+        slots.limits["evaluation", group_key] = found.get("evaluation", slots.count)
+
+    def _stored_limits(self, group_key: str) -> StoredLimits:
+        store, device_key = self.active.recorder.store, self.active.engine.device_key
+        return StoredLimits(store.lane_capacity, group_key, device_key)
 
     def fail(self, lane: Lane, failed: WorkerError) -> None:
         """End the lane as `failed`.

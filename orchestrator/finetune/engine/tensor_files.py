@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -178,7 +178,12 @@ def find_newest(folder: Path, warn: Callable[[str], None], fingerprint: str = ""
         The undamaged checkpoint with the most steps over all attempts; if two have equal steps, the one of
         the later attempt. None if there is no undamaged checkpoint.
     """
-    for _, _, path in sorted(_list_checkpoints(folder), reverse=True):
+    paths = [
+        (int(path.stem[5:]), int(path.parent.name), path)
+        for path in folder.glob("*/step-*.safetensors")
+        if path.parent.name.isdigit() and path.stem[5:].isdigit()
+    ]
+    for _, _, path in sorted(paths, reverse=True):
         try:
             found = read_checkpoint(path).fingerprint
             if fingerprint not in ("", found):
@@ -192,13 +197,6 @@ def find_newest(folder: Path, warn: Callable[[str], None], fingerprint: str = ""
 
 def _file_name(step: int) -> str:
     return f"step-{step:08d}.safetensors"
-
-
-def _list_checkpoints(folder: Path) -> Iterator[tuple[int, int, Path]]:
-    """Yield the step, the attempt and the path of each file that is named like a checkpoint."""
-    for path in folder.glob("*/step-*.safetensors"):
-        if path.parent.name.isdigit() and path.stem[5:].isdigit():
-            yield int(path.stem[5:]), int(path.parent.name), path
 
 
 # -- adapters -----------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from orchestrator.finetune.data.batches import Batch, DeviceBatch, Row, pad_rows, plan_batches
+from orchestrator.finetune.data.batches import Batch, DeviceBatch, Row, bucket_length, pad_rows
 from orchestrator.finetune.evaluation import metrics
 from orchestrator.finetune.evaluation.forward import predict
 from orchestrator.finetune.evaluation.generate import EvaluatedLanes, generate_answers
@@ -31,11 +31,39 @@ from orchestrator.study.configuration import Configuration
 from orchestrator.util import atomic_files, timeouts
 from orchestrator.util.errors import UsageError, format_error, quote_value
 
+MAX_BATCH_ROWS = 64
+"""The largest number of items in an evaluation batch."""
+MAX_BATCH_TOKENS = 4096
+"""The largest number of tokens in an evaluation batch, unless 8 items have more."""
 GRADING_BATCH = 64
 """Answers that a task grades in one call. A program that does not end takes several seconds, so grading all
 answers of several lanes in one call could take longer than a trainer may show no progress."""
 Scores = Mapping[str, Mapping[str, float]]
 """The scores of each split, by name."""
+
+
+def plan_batches(lengths: Sequence[int], max_row_length: int) -> list[tuple[int, list[int]]]:
+    """Group the items of a split into batches.
+
+    Items of one bucket share batches of nearly equal size: for a small last batch the device might select
+    another kernel, whose results differ in the last bits. The plan does not depend on the number of lanes.
+
+    Args:
+        lengths: The length of each item.
+        max_row_length: The largest padded length, except for items that are longer.
+
+    Returns:
+        The padded length and the item numbers of each batch.
+    """
+    by_bucket: dict[int, list[int]] = {}
+    for item, length in enumerate(lengths):
+        by_bucket.setdefault(bucket_length(length, max_row_length), []).append(item)
+    plan = []
+    for length, items in sorted(by_bucket.items()):
+        batch_size = min(MAX_BATCH_ROWS, max(8, MAX_BATCH_TOKENS // max(1, length)))
+        batch_count = -(-len(items) // batch_size)
+        plan += [(length, part.tolist()) for part in np.array_split(items, batch_count)]
+    return plan
 
 
 @dataclass(frozen=True)
@@ -67,7 +95,7 @@ class EvaluationSplit:
     @property
     def batches(self) -> Iterator[Batch]:
         """The batches of the plan."""
-        return (self.batch(number) for number in range(len(self.batch_plan)))
+        return map(self.batch, range(len(self.batch_plan)))
 
     @cached_property
     def flat_targets(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -179,8 +207,8 @@ def _predict_targets(
     lanes: EvaluatedLanes,
     process_group: ProcessGroup,
     on_batch: Callable[[], None],
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return losses and predictions, each (lanes, targets) float64, in the order of the batch plan."""
+) -> np.ndarray:
+    """Return losses and predictions, (2, lanes, targets) float64, in the order of the batch plan."""
     values: list[Tensor] = []  # for each batch of this process: losses and predictions, (2, lanes, targets)
     lane_count = len(lanes.seeds)
     with lanes.activate():
@@ -198,8 +226,7 @@ def _predict_targets(
     gathered = process_group.all_gather(own_batches)
     world_size = process_group.world_size
     in_order = [gathered[i % world_size][i // world_size] for i in range(len(split.batch_plan))]
-    all_losses, all_predictions = np.concatenate(in_order, axis=-1)
-    return all_losses, all_predictions
+    return np.concatenate(in_order, axis=-1)
 
 
 def _score_predictions(
@@ -217,8 +244,10 @@ def _score_predictions(
         scores["accuracy"] = float(hits.mean())
         correct = np.logical_and.reduceat(hits, starts)[item_order].astype(float)
     answers: tuple[str, ...] = ()
-    if task.has_head:
-        answers = tuple(_format_prediction(task, value) for value in predictions[item_order])
+    if task.output == "classification":
+        answers = tuple(task.labels[int(value)] for value in predictions[item_order])
+    elif task.has_head:
+        answers = tuple(f"{value:.6g}" for value in predictions[item_order])
     if task.metric == INVERSE_PERPLEXITY:
         scores[task.metric] = math.exp(-scores["loss"])
     elif task.has_head:
@@ -290,10 +319,6 @@ def _closeness(predictions: np.ndarray, targets: np.ndarray) -> np.ndarray:
     spread = (targets.max() - targets.min()) or 1.0
     near = 1.0 - np.abs(predictions - targets) / spread
     return np.where(np.isfinite(near), np.maximum(near, 0.0), 0.0)
-
-
-def _format_prediction(task: Task, prediction: float) -> str:
-    return task.labels[int(prediction)] if task.output == "classification" else f"{prediction:.6g}"
 
 
 class BaselineScores:

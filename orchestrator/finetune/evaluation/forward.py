@@ -76,7 +76,12 @@ def compute_logits(base_model: BaseModel, task: Task, batch: DeviceBatch) -> Ten
     """
     with without_packing_check():
         if batch.images:
-            return _compute_image_logits(base_model, batch)
+            # All have the same number of patches: none is masked.
+            pixels = base_model.processor.pixel_values(
+                batch.images, base_model.device, base_model.model.dtype
+            )
+            logits: Tensor = base_model.model(pixel_values=pixels).logits
+            return logits
         if task.has_head:
             return _compute_head_logits(base_model, batch)
         return _compute_token_logits(base_model, batch)
@@ -153,13 +158,6 @@ def _compute_head_logits(base_model: BaseModel, batch: DeviceBatch) -> Tensor:
     return logits
 
 
-def _compute_image_logits(base_model: BaseModel, batch: DeviceBatch) -> Tensor:
-    """Compute the logits of a head for images, which all have the same number of patches: none is masked."""
-    pixels = base_model.processor.pixel_values(batch.images, base_model.device, base_model.model.dtype)
-    logits: Tensor = base_model.model(pixel_values=pixels).logits
-    return logits
-
-
 @lru_cache
 def accepts_logits_to_keep(forward: Callable[..., Any]) -> bool:
     """Return whether a model's forward method has the parameter `logits_to_keep`."""
@@ -191,10 +189,9 @@ def compute_token_objective(
     Returns:
         The sum, a scalar with a gradient, and the losses in nats, (N,), in float32 or float64.
     """
-    if uses_liger and hidden.dtype != torch.float64:
-        objective, losses = _LigerCrossEntropy.apply(hidden, layer, labels, weights, lane_counts)
-    else:
-        objective, losses = _FrozenCrossEntropy.apply(hidden, layer, labels, weights, lane_counts)
+    has_kernel = uses_liger and hidden.dtype != torch.float64
+    function = _LigerCrossEntropy if has_kernel else _FrozenCrossEntropy
+    objective, losses = function.apply(hidden, layer, labels, weights, lane_counts)
     return objective, losses
 
 
@@ -291,21 +288,11 @@ def _run_liger(logits: Tensor, labels: Tensor, losses: Tensor, has_gradients: bo
     columns = logits.shape[1]
     kernel = liger.liger_cross_entropy_kernel[(len(logits),)]
     strides = {"X_stride": logits.stride(0), "Y_stride": labels.stride(0), "loss_stride": 1}
-    unused = dict.fromkeys(
-        ("weight_ptr", "z_loss_ptr", "token_accuracy_ptr", "predicted_tokens_ptr", "softcap")
-    )
-    flags = dict.fromkeys(
-        (
-            "RETURN_Z_LOSS",
-            "RETURN_TOKEN_ACCURACY",
-            "RETURN_PREDICTED_TOKENS",
-            "HAS_WEIGHT",
-            "HAS_SOFTCAPPING",
-        ),
-        False,
-    )
     kernel(
-        X_ptr=logits, Y_ptr=labels, loss_ptr=losses, **strides, **unused, **flags,
+        X_ptr=logits, Y_ptr=labels, loss_ptr=losses, **strides,
+        weight_ptr=None, z_loss_ptr=None, token_accuracy_ptr=None, predicted_tokens_ptr=None, softcap=None,
+        RETURN_Z_LOSS=False, RETURN_TOKEN_ACCURACY=False, RETURN_PREDICTED_TOKENS=False, HAS_WEIGHT=False,
+        HAS_SOFTCAPPING=False,
         token_accuracy_stride=0, predicted_tokens_stride=0, n_cols=columns, n_non_ignore=1,
         sum_non_ignore_weight=1, weight_sum=0.0, ignore_index=IGNORE_INDEX, lse_square_scale=0.0,
         label_smoothing=0.0, reduction="sum", HAS_GRADIENTS=has_gradients,

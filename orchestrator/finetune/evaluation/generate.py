@@ -17,7 +17,7 @@ from collections import ChainMap
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -30,9 +30,7 @@ from orchestrator.finetune.failures import Fault, classify_error, free_memory
 from orchestrator.finetune.models.base_model import BaseModel
 from orchestrator.finetune.process_group import ProcessGroup
 from orchestrator.finetune.tasks.base import Task
-
-if TYPE_CHECKING:
-    from variants.attach import Adapters
+from variants.attach import Adapters
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +46,12 @@ COMPACTION_INTERVAL = 32
 SAMPLED_ROWS = 32
 """Rows sampled at once. A row takes 1.2 MB per float64 copy with a vocabulary of 150,000."""
 
+CPU_LIMITS = 64, 2**12, 2**15
+"""The largest batch of one lane: rows, tokens of the padded prompts, and tokens of prompts and answers. It
+does not depend on the number of lanes."""
+GPU_LIMITS = 512, 2**15, 2**17
+"""The same on a GPU, where a decode step with few rows takes as long as one with many."""
+
 _fitting_tokens: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
 """Model -> the tokens of prompts and answers that fit into memory at once, known after it has run out."""
 
@@ -55,32 +59,6 @@ Entry = tuple[int, Sequence[int], int]
 """The item number, the token ids of the prompt, and the sample number of a row."""
 BatchPlan = list[tuple[int, list[int]]]
 """The padded length of the prompts and the prompt numbers of each batch."""
-
-
-@dataclass(frozen=True)
-class RowLimits:
-    """The largest batch of one lane. It does not depend on the number of lanes."""
-
-    rows: int
-    prompt_tokens: int
-    """Tokens of the padded prompts."""
-    tokens: int
-    """Tokens of the prompts and answers."""
-
-    def max_rows(self, length: int, max_new_tokens: int) -> int:
-        """Return the number of rows in a batch, at least `MIN_ROWS`.
-
-        Args:
-            length: The padded length of the prompts.
-            max_new_tokens: The longest answer in tokens.
-        """
-        by_prompt, by_answer = self.prompt_tokens // max(1, length), self.tokens // (length + max_new_tokens)
-        return max(MIN_ROWS, min(self.rows, by_prompt, by_answer))
-
-
-CPU_LIMITS = RowLimits(rows=64, prompt_tokens=2**12, tokens=2**15)
-GPU_LIMITS = RowLimits(rows=512, prompt_tokens=2**15, tokens=2**17)
-"""On a GPU a decode step with few rows takes as long as one with many."""
 
 
 @dataclass(frozen=True)
@@ -126,17 +104,13 @@ def generate_answers(
         first stop string.
     """
     entries = [(item, ids, sample) for item, ids in prompts for sample in range(task.samples)]
-    plan = plan_generation_batches(
-        [len(ids) for _, ids, _ in entries],
-        max_row_length,
-        task.max_new_tokens,
-        base_model.device.type == "cuda",
-        process_group.world_size,
-    )
+    lengths, on_gpu = [len(ids) for _, ids, _ in entries], base_model.device.type == "cuda"
+    workers = process_group.world_size
+    plan = plan_generation_batches(lengths, max_row_length, task.max_new_tokens, on_gpu, workers)
     generator = _Generator(base_model, task, lanes.seeds, on_batch)
     own_answers: dict[int, tuple[str, ...]] = {}  # entry -> the answer of each lane
     with lanes.activate():
-        for length, batch in plan[process_group.rank :: process_group.world_size]:
+        for length, batch in plan[process_group.rank :: workers]:
             by_lane = generator.generate([entries[e] for e in batch], length)
             own_answers.update(zip(batch, zip(*by_lane, strict=True), strict=True))
             on_batch()
@@ -168,6 +142,12 @@ def count_lanes_together(
     return max(1, MAX_TOGETHER_TOKENS // largest)
 
 
+def count_rows(limits: tuple[int, int, int], length: int, max_new_tokens: int) -> int:
+    """Return the number of rows in a batch of prompts of a padded length, at least `MIN_ROWS`."""
+    rows, prompt_tokens, tokens = limits
+    return max(MIN_ROWS, min(rows, prompt_tokens // max(1, length), tokens // (length + max_new_tokens)))
+
+
 def plan_generation_batches(
     lengths: Sequence[int], max_row_length: int, max_new_tokens: int, on_gpu: bool, workers: int = 1
 ) -> BatchPlan:
@@ -187,14 +167,14 @@ def plan_generation_batches(
         fair_share = max(MIN_ROWS, -(-len(lengths) // workers))
         while waiting:
             longest = padded[waiting[0]]
-            rows = min(fair_share, GPU_LIMITS.max_rows(longest, max_new_tokens))
+            rows = min(fair_share, count_rows(GPU_LIMITS, longest, max_new_tokens))
             plan.append((longest, waiting[:rows]))
             waiting = waiting[rows:]
         return plan
     for length in sorted(set(padded)):
         prompts = [prompt for prompt, bucket in enumerate(padded) if bucket == length]
         # Batches of nearly equal size: a small last batch would have fewer than MIN_ROWS rows.
-        batch_count = -(-len(prompts) // CPU_LIMITS.max_rows(length, max_new_tokens))
+        batch_count = -(-len(prompts) // count_rows(CPU_LIMITS, length, max_new_tokens))
         plan += [(length, part.tolist()) for part in np.array_split(prompts, batch_count)]
     return plan
 
@@ -228,8 +208,14 @@ class _Generator:
             fitting = _fitting_tokens.get(model, remaining * tokens_per_entry)
             rows = min(remaining, max(MIN_ROWS, fitting // tokens_per_entry))
             count = -(-remaining // -(-remaining // rows))  # parts of nearly equal size
-            answers = self._generate_if_memory_suffices(entries[done : done + count], length)
-            if answers is None:
+            try:
+                answers = self._generate_at_once(entries[done : done + count], length)
+            except Exception as error:
+                # Each of two parts needs MIN_ROWS.
+                if classify_error(error) is not Fault.MEMORY or count < 2 * MIN_ROWS:
+                    raise
+                answers = None
+            if answers is None:  # outside of the except block, whose error keeps tensors alive
                 free_memory()
                 _fitting_tokens[model] = -(-count // 2) * tokens_per_entry
                 log.warning("out of memory with %d rows of generated answers, now half as many", count)
@@ -239,36 +225,20 @@ class _Generator:
                 texts += more
         return by_lane
 
-    def _generate_if_memory_suffices(self, entries: Sequence[Entry], length: int) -> list[list[str]] | None:
-        """Return the answers, or None if memory has run out and there are enough rows for two parts."""
-        try:
-            return self._generate_at_once(entries, length)
-        except Exception as error:
-            if classify_error(error) is not Fault.MEMORY or len(entries) < 2 * MIN_ROWS:
-                raise
-            return None  # the error, whose traceback keeps the tensors of the batch alive, ends here
-
     def _generate_at_once(self, entries: Sequence[Entry], length: int) -> list[list[str]]:
         """Return the answers to a batch by lane and entry, with all rows computed together."""
         tokenizer, task, lanes = self.base_model.tokenizer, self.task, len(self.seeds)
         device = self.base_model.device
         # Prompts are padded on the left, so that all answers begin in one column.
         prompts = [prompt for _, prompt, _ in entries]
-        ids = torch.tensor([[*[tokenizer.pad_token_id] * (length - len(p)), *p] for p in prompts])
+        padded = torch.tensor([[*[tokenizer.pad_token_id] * (length - len(p)), *p] for p in prompts])
         mask = torch.tensor([[*[0] * (length - len(p)), *[1] * len(p)] for p in prompts])
+        padded, mask = padded.repeat(lanes, 1).to(device), mask.repeat(lanes, 1).to(device)
         uniforms = None
         if task.temperature > 0:
             item_samples = [(item, sample) for item, _, sample in entries]
             uniforms = draw_uniform_table(self.seeds, item_samples, task.max_new_tokens).to(device)
-        answers = decode_answers(
-            self.base_model,
-            task,
-            ids.repeat(lanes, 1).to(device),
-            mask.repeat(lanes, 1).to(device),
-            lanes,
-            uniforms,
-            self.on_progress,
-        )
+        answers = decode_answers(self.base_model, task, padded, mask, lanes, uniforms, self.on_progress)
         texts = [truncate_at_stop(_decode_answer(ids, tokenizer), task.stop) for ids in answers.tolist()]
         return [texts[first : first + len(entries)] for first in range(0, len(texts), len(entries))]
 

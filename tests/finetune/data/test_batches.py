@@ -21,10 +21,10 @@ from orchestrator.finetune.data.batches import (
     encode_examples,
     make_training_batch,
     pad_rows,
-    plan_batches,
     plan_row_counts,
     shuffled_indices,
 )
+from orchestrator.finetune.evaluation.evaluate import plan_batches
 from orchestrator.finetune.tasks.base import IGNORE_INDEX, EncodedExample, Example, Task
 from orchestrator.study.configuration import BatchConfig
 from orchestrator.util.errors import UsageError

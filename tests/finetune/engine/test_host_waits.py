@@ -43,7 +43,7 @@ class Transfers(TorchDispatchMode):
 def test_a_micro_batch_takes_one_transfer() -> None:
     group, lanes = make_step_lanes(torch.device("meta"), "Llama")
     group.backward(lanes)  # fills caches
-    first, second = group._load_batches(lanes)
+    first, second = group._get_loader(lanes).load([(lane.configuration.seed, lane.step) for lane in lanes])
     passes = sum(len({a.length, b.length}) for a, b in zip(first.batches, second.batches, strict=True))
     with Transfers() as seen:
         group.backward(lanes)

@@ -14,7 +14,7 @@ from scripted import Queue, Script, configuration, leases, numbers_of, solo, tra
 
 from orchestrator.finetune.engine.lane_source import Directive, Lease, LeaseGrant
 from orchestrator.finetune.engine.leasing import GroupOccupancy
-from orchestrator.finetune.engine.slots import StoredLimits
+from orchestrator.finetune.engine.recovery import StoredLimits
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration

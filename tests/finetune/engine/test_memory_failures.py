@@ -18,7 +18,8 @@ from short_of_memory import HUGE, LANES, LATER, WIDE, Again
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from orchestrator.finetune.engine.lane import LaneState
-from orchestrator.finetune.engine.slots import LaneSlots, StoredLimits
+from orchestrator.finetune.engine.leasing import LaneSlots
+from orchestrator.finetune.engine.recovery import StoredLimits
 from orchestrator.finetune.models.base_model import BaseModel
 from orchestrator.record.store import Store
 from orchestrator.util.atomic_files import verify_checksum

@@ -24,6 +24,7 @@ from orchestrator.finetune.evaluation.generate import (
     MIN_ROWS,
     CachedForward,
     EvaluatedLanes,
+    count_rows,
     draw_uniforms,
     generate_answers,
     plan_generation_batches,
@@ -227,7 +228,7 @@ def test_on_a_gpu_prompts_of_several_lengths_share_a_batch(
     for number, (length, items) in enumerate(plan):
         assert length == max(bucket_length(lengths[item], 300) for item in items)
         if number < len(plan) - 1:
-            assert len(items) == min(fair_share, GPU_LIMITS.max_rows(length, max_new_tokens))
+            assert len(items) == min(fair_share, count_rows(GPU_LIMITS, length, max_new_tokens))
     assert [length for length, _ in plan] == sorted((length for length, _ in plan), reverse=True)
 
 

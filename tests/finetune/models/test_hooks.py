@@ -59,7 +59,7 @@ def open_group(variant: Variant, chosen: list[Configuration], folder: Path) -> L
 def start_lanes(group: LaneGroup, chosen: list[Configuration]) -> list[Lane]:
     lanes = [Lane(Lease(one, 1)) for one in chosen]
     for lane in lanes:
-        lane.initialize(group.adapters, group.data.untrained["validation"]["loss"], None)
+        lane.initialize(group.adapters, group.data.baseline.scores["validation"]["loss"], None)
     return lanes
 
 

@@ -17,8 +17,8 @@ from orchestrator.finetune.data.batches import (
     encode_examples,
     make_training_batch,
     pad_rows,
-    plan_batches,
 )
+from orchestrator.finetune.evaluation.evaluate import plan_batches
 from orchestrator.finetune.tasks.base import Image
 from orchestrator.finetune.tasks.digits import Digits
 from orchestrator.finetune.tasks.image_processor import ImageProcessor
