@@ -13,9 +13,8 @@ from typing import Any
 
 from orchestrator.finetune.models import catalogue as model_catalogue
 from orchestrator.finetune.models import loading
-from orchestrator.finetune.models.base_model import max_learned_positions
 from orchestrator.finetune.models.catalogue import UNPREPARED
-from orchestrator.finetune.resolve.data_lengths import measure_max_length
+from orchestrator.finetune.resolve.data import check_positions, measure_max_length
 from orchestrator.finetune.resolve.option_names import (
     ResolvedOptions,
     fill_accumulation,
@@ -370,44 +369,3 @@ def _find_unread_example(base: PretrainedTask, task: Task) -> str:
         if (width, height) != (side, side):
             return f"{image.name} has {width} x {height} pixels, and the model takes {side} x {side}"
     return ""
-
-
-def check_positions(model: Any, name: str, length: int, task: Task) -> None:
-    """Check that the model has position embeddings for the longest sequence of a task.
-
-    Args:
-        model: The base model.
-        name: The model's name, for the error.
-        length: Tokens of the longest text, or of the longest prompt with its generated answer.
-        task: The task, for the error.
-
-    Raises:
-        UsageError: The model has fewer positions.
-    """
-    max_positions = max_learned_positions(model)
-    if max_positions is not None and length > max_positions:
-        raise UsageError(
-            f"Model {name!r} has positions for {max_positions} tokens, and task {task.name!r} needs up to "
-            f"{length}; take another --model, or shorter texts"
-        )
-
-
-def check_token_ids(configuration: Configuration, bases: Path, largest_id: int) -> None:
-    """Check that the model has an embedding for the largest token id of the data.
-
-    Args:
-        configuration: The configuration with the model.
-        bases: The store's folder of base models.
-        largest_id: The largest token id.
-
-    Raises:
-        UsageError: It has none. On a GPU such an index would end the worker's process.
-    """
-    model = configuration.model
-    embedding_count = getattr(loading.read_config(model, bases).get_text_config(), "vocab_size", None)
-    if embedding_count is not None and largest_id >= embedding_count:
-        raise UsageError(
-            f"Model {model.name!r}: its tokenizer gives token {largest_id} for an example of task "
-            f"{configuration.task.name!r}, and the model has embeddings for {embedding_count} tokens, "
-            "from 0 on; take the tokenizer that belongs to the model."
-        )
