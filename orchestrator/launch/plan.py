@@ -18,7 +18,6 @@ from orchestrator.execution.schedulers import scheduler_settings
 from orchestrator.finetune.models import loading
 from orchestrator.finetune.models.catalogue import UNPREPARED, built_in_names
 from orchestrator.finetune.resolve.data import describe_data
-from orchestrator.finetune.resolve.templates import has_layer_shapes
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.launch.study import Study
 from orchestrator.record.store import Store
@@ -99,7 +98,7 @@ def _task_lines(template: Configuration, bases: Path, options: StudyOptions) -> 
     lines += [("Warning", text) for text in task.warnings]
     hint = "" if is_here or model.name in built_in_names() else FROM_HUB
     lines.append(("Base model", f"{model.name} ({model.content[:12] if is_here else model.content}){hint}"))
-    return lines if has_layer_shapes(model) else [*lines, NOT_CHECKED]
+    return lines if loading.has_config(model) else [*lines, NOT_CHECKED]
 
 
 def _configuration_lines(study: Study) -> list[Line]:
@@ -260,7 +259,7 @@ def _count_flops(to_train: Sequence[Configuration], store: Store, checkpointing:
 
 def _count_weights(model: ModelChoice, task: str, store: Store) -> float | None:
     """Return the number of weights of a base model; of one that is not here, the number in its name."""
-    if has_layer_shapes(model):
+    if loading.has_config(model):
         built, _ = loading.build_meta_model(model, store.bases, tasks.get(task))
         return float(sum(parameter.numel() for parameter in built.parameters()))
     found = re.search(r"(?<![\d.])(\d+(?:\.\d+)?)([BM])(?![a-z])", model.name, re.IGNORECASE)

@@ -59,7 +59,6 @@ LOSSES = {"cross_entropy": False, "fused_linear_cross_entropy": False}
 own, which launch the kernel of Liger's cross-entropy (`evaluation/forward.py`)."""
 REMEDY = "take --kernels torch"
 """What to do where Liger cannot be used."""
-COMPILER_REMEDY = f"install gcc and python3-dev (Python.h) on every node, or {REMEDY}"
 CHECKPOINTING_ATTRIBUTE = "has_activation_checkpointing"
 """An attribute that is set on a model with activation checkpointing."""
 
@@ -75,14 +74,13 @@ def check_dropout_supported(model: Any, name: str) -> None:
         UnsupportedError: The model cannot be trained with --base-dropout on.
     """
     model_type = model.config.model_type
-    has_dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
-    if model_type not in SUPPORTED_MODEL_TYPES or not has_dropout:
-        what = (
-            "has no dropout of its own"
-            if model_type in SUPPORTED_MODEL_TYPES
-            else f"has type {model_type!r}; must be one of {', '.join(SUPPORTED_MODEL_TYPES)}"
-        )
-        raise UnsupportedError(f"--base-dropout on: model {name!r} {what}. Use --base-dropout off.")
+    if model_type not in SUPPORTED_MODEL_TYPES:
+        what = f"has type {model_type!r}; must be one of {', '.join(SUPPORTED_MODEL_TYPES)}"
+    elif any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()):
+        return
+    else:
+        what = "has no dropout of its own"
+    raise UnsupportedError(f"--base-dropout on: model {name!r} {what}. Use --base-dropout off.")
 
 
 def enable_lane_dropout(model: Any) -> None:
@@ -159,21 +157,17 @@ def _lane_dropout_attention(  # noqa: PLR0913 (the signature is transformers')
     return out.transpose(1, 2).contiguous(), None
 
 
-def patch_deberta_attention(model: nn.Module) -> None:
+def patch_deberta_attention(model: Any) -> None:
     """Replace the attention modules of a DeBERTa model, in place."""
+    replacements: dict[type, type] = {
+        modeling_deberta.DisentangledSelfAttention: PerRowDisentangledSelfAttention,
+        modeling_deberta_v2.DisentangledSelfAttention: PerRowDisentangledSelfAttentionV2,
+    }
     for module in model.modules():
-        if isinstance(module, modeling_deberta.DisentangledSelfAttention):
-            module.__class__ = PerRowDisentangledSelfAttention
-            _replace_position_dropout(module)
-        elif isinstance(module, modeling_deberta_v2.DisentangledSelfAttention):
-            module.__class__ = PerRowDisentangledSelfAttentionV2
-            _replace_position_dropout(module)
-
-
-def _replace_position_dropout(module: Any) -> None:
-    """Make the dropout of the position table a `TableDropout`, since all rows of a batch share the table."""
-    if getattr(module, "relative_attention", False):
-        module.pos_dropout = TableDropout(module.pos_dropout.p)
+        if (replacement := replacements.get(type(module))) is not None:
+            module.__class__ = replacement
+            if getattr(module, "relative_attention", False):  # all rows of a batch share the position table
+                module.pos_dropout = TableDropout(module.pos_dropout.p)
 
 
 class PerRowDisentangledSelfAttention(modeling_deberta.DisentangledSelfAttention):
@@ -299,7 +293,8 @@ def launch_kernel(device: Any) -> None:
         if classify_error(error) is Fault.MEMORY:
             raise
         reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-        refusal = UsageError(f"--kernels liger: no kernel can be launched ({reason}): {COMPILER_REMEDY}.")
+        remedy = f"install gcc and python3-dev (Python.h) on every node, or {REMEDY}"
+        refusal = UsageError(f"--kernels liger: no kernel can be launched ({reason}): {remedy}.")
         refusal.fault = Fault.DEVICE  # type: ignore[attr-defined]  # `classify_error` reads it
         raise refusal from error
 

@@ -139,8 +139,9 @@ def check_weights(model: Any, name: str, loading_info: Mapping[str, Any], has_he
 
 
 def _wrong_weights_error(name: str, found: str) -> UsageError:
-    remedy = "put config.json and weights of one model there"
-    return UsageError(f"Model {name!r}: its files hold {found}; {remedy}.")
+    return UsageError(
+        f"Model {name!r}: its files hold {found}; put config.json and weights of one model there."
+    )
 
 
 def _base_modules(model: Any) -> set[str]:
@@ -264,14 +265,13 @@ def _quantize_blocks(model: Any, name: str, device: torch.device) -> None:
 
 def _initialize_heads(model: Any, head_names: Iterable[str]) -> None:
     """Set the linear layers of heads to zero, and heads to float32, in which lanes train them."""
-    import torch
+    from torch.nn import Linear
 
-    with torch.no_grad():
-        for name in head_names:
-            for module in model.get_submodule(name).float().modules():
-                if isinstance(module, torch.nn.Linear):
-                    for parameter in module.parameters(recurse=False):
-                        parameter.zero_()
+    for name in head_names:
+        for module in model.get_submodule(name).float().modules():
+            if isinstance(module, Linear):
+                for parameter in module.parameters(recurse=False):
+                    parameter.zero_()
 
 
 def load_processor(choice: ModelChoice, root: Path, task: Task) -> Any:
@@ -373,6 +373,11 @@ def build_meta_model(choice: ModelChoice, root: Path, task: Task) -> tuple[Any, 
     return model, head_names
 
 
+def has_config(choice: ModelChoice) -> bool:
+    """Return whether `read_config` knows a model's configuration, and with it the shapes of its layers."""
+    return choice.content != UNPREPARED or choice.name in task_bases()
+
+
 def input_kind(choice: ModelChoice, root: Path) -> Literal["text", "image", ""]:
     """Return the kind of a model's inputs.
 
@@ -387,7 +392,7 @@ def input_kind(choice: ModelChoice, root: Path) -> Literal["text", "image", ""]:
         return "text"
     from transformers.models.auto import modeling_auto as auto
 
-    if choice.content == UNPREPARED and unprepared_config(choice) is None:
+    if not has_config(choice):
         return ""
     try:
         kind = type(read_config(choice, root))
@@ -408,16 +413,10 @@ def read_config(choice: ModelChoice, root: Path) -> Any:
     """
     from transformers import AutoConfig
 
-    if (config := unprepared_config(choice)) is not None:
-        return config
+    if choice.content == UNPREPARED and (task := task_bases().get(choice.name)) is not None:
+        return task.base_config()
     source, revision = locate_pretrained(choice, root)
     return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
-
-
-def unprepared_config(choice: ModelChoice) -> Any:
-    """Return the transformers configuration of a task's base model that is not pretrained yet, else None."""
-    task = task_bases().get(choice.name)
-    return task.base_config() if task is not None and choice.content == UNPREPARED else None
 
 
 def _auto_class(task: Task) -> tuple[Any, dict[str, Any]]:

@@ -13,7 +13,6 @@ from typing import Any
 
 from orchestrator.finetune.models import catalogue as model_catalogue
 from orchestrator.finetune.models import loading
-from orchestrator.finetune.models.catalogue import UNPREPARED
 from orchestrator.finetune.resolve.data import check_positions, measure_max_length
 from orchestrator.finetune.resolve.option_names import (
     ResolvedOptions,
@@ -193,7 +192,7 @@ def _check_models(
     for configuration in configurations:
         if (error := find_settings_error(configuration)) is not None:
             raise UsageError(error)
-    if configurations and has_layer_shapes(configurations[0].model):
+    if configurations and loading.has_config(configurations[0].model):
         if options.kernels == "liger":
             from orchestrator.finetune.models import changes  # imports torch
 
@@ -216,11 +215,6 @@ def _check_schedule(schedule: LRSchedule) -> None:
             f"--set final_factor={schedule.final_factor:g}: a constant schedule stays at its peak; take "
             "--lr-schedule cosine or linear, or --set final_factor=0."
         )
-
-
-def has_layer_shapes(model: ModelChoice) -> bool:
-    """Return whether rank and targets can be checked against the model's layers."""
-    return model.content != UNPREPARED or model.name in model_catalogue.task_bases()
 
 
 def corner_configurations(configuration: Configuration, search_space: Space) -> list[Configuration]:
