@@ -41,8 +41,6 @@ from variants.base_dropout import TableDropout
 
 SUPPORTED_MODEL_TYPES = ("bert", "deberta", "deberta-v2", "distilbert", "electra", "gpt2", "roberta")
 """Values of `config.model_type` of models that have dropout only in `nn.Dropout` modules and in attention."""
-_WITHOUT_ATTENTION_INTERFACE = ("deberta", "deberta-v2")
-"""Model types whose attention applies an `nn.Dropout` module and does not call an attention function."""
 ATTENTION_IMPLEMENTATION = "lane_dropout"
 """The name under which `_lane_dropout_attention` is registered with transformers."""
 _ORIGINAL_ATTENTION = "original_attention"
@@ -94,7 +92,8 @@ def enable_lane_dropout(model: Any) -> None:
 
     AttentionInterface.register(ATTENTION_IMPLEMENTATION, _lane_dropout_attention)
     AttentionMaskInterface.register(ATTENTION_IMPLEMENTATION, sdpa_mask)
-    if model.config.model_type not in _WITHOUT_ATTENTION_INTERFACE:
+    # DeBERTa's attention applies an `nn.Dropout` module and does not call an attention function.
+    if not model.config.model_type.startswith("deberta"):
         setattr(model, _ORIGINAL_ATTENTION, model.config._attn_implementation)
         model.config._attn_implementation = ATTENTION_IMPLEMENTATION
 

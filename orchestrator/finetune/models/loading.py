@@ -69,6 +69,10 @@ def load_base_model(choice: ModelChoice, root: Path, device: str | torch.device,
     head_names: tuple[str, ...] = ()
     if task.has_head:
         head_names = find_head_names(model, choice.name, set(loading_info["missing_keys"]))
+        if task.inputs == "text":
+            architecture.check_head_pooling(model, choice.name)
+            # The head of a causal model reads the last token before padding.
+            model.config.get_text_config().pad_token_id = processor.pad_token_id
     else:
         architecture.check_causal(model, choice.name)
     device = torch.device(device)
@@ -78,10 +82,6 @@ def load_base_model(choice: ModelChoice, root: Path, device: str | torch.device,
         if architecture.attends_to_future_tokens(base_model):
             raise architecture.not_causal_error(model, choice.name)
         _ = base_model.ends_with_output_layer  # determined now: adapters will hide the layers
-    if task.has_head and task.inputs == "text":
-        architecture.check_head_pooling(model, choice.name)
-        # The head of a causal model reads the last token before padding.
-        model.config.get_text_config().pad_token_id = processor.pad_token_id
     _initialize_heads(model, head_names)
     check_finite(model, choice.name)
     return base_model

@@ -75,10 +75,8 @@ def build_configuration_templates(
     head_rate = None if options.head_learning_rate == "same" else float(options.head_learning_rate)
     with report_user_errors(task.source, "gives no examples"):
         choice = task.choice()  # reads all of the data
-    if options.train_size is not None:
-        choice = replace(choice, train_size=options.train_size)
-    if options.test_size is not None:
-        choice = replace(choice, test_size=options.test_size)
+    sizes: dict[str, Any] = {"train_size": options.train_size, "test_size": options.test_size}
+    choice = replace(choice, **{name: size for name, size in sizes.items() if size is not None})
     if isinstance(task, DataTask):
         task.load(choice)  # refuses sizes that the data do not have, also for a plan
     max_length = _max_length(options, task, model, bases)
