@@ -114,10 +114,6 @@ def is_bidirectional(model: Any) -> bool:
 def check_causal(model: Any, name: str) -> None:
     """Refuse a model whose configuration makes tokens attend to later ones, which are the answer to predict.
 
-    Args:
-        model: A transformers model with a language-modelling head, with or without weights.
-        name: The model's name, for the error.
-
     Raises:
         UsageError: The model is an encoder (for instance a BERT without is_decoder), an XLNet, or a decoder
             with is_causal false. `attends_to_future_tokens` finds the other models.
@@ -165,10 +161,6 @@ def check_head_pooling(model: Any, name: str) -> None:
     """Refuse a model whose head might not read the whole text.
 
     The head of an encoder reads the first token or all tokens, that of a decoder the last one.
-
-    Args:
-        model: A transformers model with a head for texts, with or without weights.
-        name: The model's name, for the error.
 
     Raises:
         UsageError: It is unknown whether the model is an encoder or a decoder, or it is an encoder whose

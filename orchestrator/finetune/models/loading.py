@@ -118,7 +118,7 @@ def check_weights(model: Any, name: str, loading_info: Mapping[str, Any], has_he
 
     Args:
         model: The loaded transformers model.
-        name: The model's name, for the error.
+        name: The name that its user gave.
         loading_info: transformers' loading info: "mismatched_keys", "unexpected_keys" and "missing_keys".
         has_head: True if the model has a head. Weights of a head in the files are then not used, and
             `find_head_names` checks for missing weights.
@@ -155,16 +155,7 @@ def _base_modules(model: Any) -> set[str]:
 
 
 def _check_block_count(model: Any, name: str, unexpected_keys: Iterable[str]) -> None:
-    """Refuse weights of more blocks than the configuration has, which transformers leaves out.
-
-    Args:
-        model: The loaded transformers model.
-        name: The model's name, for the error.
-        unexpected_keys: The keys of weights that are in the files but not in the model.
-
-    Raises:
-        UsageError: One of the weights belongs to a block.
-    """
+    """Refuse weights of more blocks than the configuration has, which transformers leaves out."""
     from torch.nn import ModuleList
 
     for module_name, module in model.named_modules():
@@ -177,15 +168,7 @@ def _check_block_count(model: Any, name: str, unexpected_keys: Iterable[str]) ->
 
 
 def check_finite(model: Any, name: str) -> None:
-    """Refuse a model with a weight that is not finite: every lane on it would be recorded as diverged.
-
-    Args:
-        model: A transformers model with weights.
-        name: The model's name, for the error.
-
-    Raises:
-        UsageError: There is such a weight.
-    """
+    """Refuse a model with a weight that is not finite: every lane on it would be recorded as diverged."""
     for key, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise UsageError(
@@ -202,7 +185,7 @@ def find_head_names(model: Any, name: str, missing_keys: set[str]) -> tuple[str,
 
     Args:
         model: A transformers model with a head, with or without weights.
-        name: The model's name, for the error.
+        name: The name that its user gave.
         missing_keys: The keys of weights that the files lack.
 
     Returns:
@@ -249,11 +232,6 @@ def _move_to_device(model: Any, choice: ModelChoice, device: torch.device) -> An
 
 
 def _quantize_blocks(model: Any, name: str, device: torch.device) -> None:
-    """Quantize the linear layers of the model's blocks to 4 bits.
-
-    Raises:
-        UsageError: The blocks have no linear layer.
-    """
     from variants.nf4 import quantize_blocks
 
     if quantize_blocks(model, device) == 0:
@@ -379,15 +357,7 @@ def has_config(choice: ModelChoice) -> bool:
 
 
 def input_kind(choice: ModelChoice, root: Path) -> Literal["text", "image", ""]:
-    """Return the kind of a model's inputs.
-
-    Args:
-        choice: The model. Its files need not be on this machine.
-        root: The folder of prepared models.
-
-    Returns:
-        An empty text if the kind is unknown, for example because the model has not been downloaded.
-    """
+    """Return the kind of a model's inputs, or an empty text if it is unknown, as of one not downloaded yet."""
     if choice.name in PACKAGED_MODELS:
         return "text"
     from transformers.models.auto import modeling_auto as auto
@@ -405,12 +375,7 @@ def input_kind(choice: ModelChoice, root: Path) -> Literal["text", "image", ""]:
 
 
 def read_config(choice: ModelChoice, root: Path) -> Any:
-    """Return the transformers configuration of a model, which must be prepared or pretrained by a task.
-
-    Args:
-        choice: The model.
-        root: The folder of prepared models.
-    """
+    """Return the transformers configuration of a model, which must be prepared or pretrained by a task."""
     from transformers import AutoConfig
 
     if choice.content == UNPREPARED and (task := task_bases().get(choice.name)) is not None:

@@ -117,14 +117,7 @@ def _row_lengths(task: DataTask, tokenizer: Any) -> tuple[np.ndarray[Any, Any], 
 def check_positions(model: Any, name: str, length: int, task: Task) -> None:
     """Check that the model has position embeddings for the longest sequence of a task.
 
-    Args:
-        model: The base model.
-        name: The model's name, for the error.
-        length: Tokens of the longest text, or of the longest prompt with its generated answer.
-        task: The task, for the error.
-
-    Raises:
-        UsageError: The model has fewer positions.
+    `length` is that of the longest text, or of the longest prompt with its generated answer.
     """
     max_positions = max_learned_positions(model)
     if max_positions is not None and length > max_positions:
@@ -137,13 +130,7 @@ def check_positions(model: Any, name: str, length: int, task: Task) -> None:
 def check_token_ids(configuration: Configuration, bases: Path, largest_id: int) -> None:
     """Check that the model has an embedding for the largest token id of the data.
 
-    Args:
-        configuration: The configuration with the model.
-        bases: The store's folder of base models.
-        largest_id: The largest token id.
-
-    Raises:
-        UsageError: It has none. On a GPU such an index would end the worker's process.
+    On a GPU an index without one would end the worker's process.
     """
     model = configuration.model
     embedding_count = getattr(loading.read_config(model, bases).get_text_config(), "vocab_size", None)
@@ -205,12 +192,7 @@ def _with_distinct_data(configurations: Sequence[Configuration]) -> list[Configu
 
 
 def write_own_files(configurations: Sequence[Configuration], folder: Path) -> None:
-    """Write the tasks and variants in users' files to the store, where workers read them.
-
-    Args:
-        configurations: Configurations with these tasks and variants.
-        folder: The store's folder of prepared data.
-    """
+    """Write the tasks and variants in users' files to the store's data folder, where workers read them."""
     for variant in {c.variant.revision: c.variant for c in configurations}.values():
         tasks.write_variant(variant, folder)
     for task in {c.task.content: c.task for c in configurations}.values():

@@ -172,9 +172,6 @@ def _try_variant(name: str, options: StudyOptions) -> None:
     """Let a variant from outside this project train a small layer for one step.
 
     An error is then found before a base model is made and trainers are started.
-
-    Raises:
-        UsageError: The variant fails.
     """
     if name in catalogue.built_in_names() or name.startswith(PEFT_PREFIX):
         return

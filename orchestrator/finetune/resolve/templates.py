@@ -123,11 +123,7 @@ def _check_sizes(templates: Sequence[Configuration], options: StudyOptions, task
 
 
 def _count_steps(template: Configuration, epochs: float | None) -> int:
-    """Return the optimizer steps of a fine-tune: those of --epochs, else of the template.
-
-    Raises:
-        UsageError: --epochs gives too many steps.
-    """
+    """Return the optimizer steps of a fine-tune: those of --epochs, else of the template."""
     if epochs is None:
         return template.lr_schedule.steps
     batch_size = template.batches.batch_size * template.batches.accumulation
@@ -322,9 +318,7 @@ def check_attach(configurations: Sequence[Configuration], task: Task, bases: Pat
 def _check_inputs(model: ModelChoice, task: Task, bases: Path) -> None:
     """Check that a base model can read a task's inputs, as far as that is known without its weights.
 
-    Raises:
-        UsageError: The model reads images and the task has texts, or the reverse; or the model is the small
-            base of another task and lacks the words or the image size of the user's data.
+    The small base model of another task may lack the words or the image size of a user's data.
     """
     if model.name == getattr(task, "default_model", None):
         return
