@@ -357,7 +357,7 @@ def has_config(choice: ModelChoice) -> bool:
 
 
 def input_kind(choice: ModelChoice, root: Path) -> Literal["text", "image", ""]:
-    """Return the kind of a model's inputs, or an empty text if it is unknown, as of one not downloaded yet."""
+    """Return the kind of a model's inputs; an empty text if it is unknown, as before a download."""
     if choice.name in PACKAGED_MODELS:
         return "text"
     from transformers.models.auto import modeling_auto as auto

@@ -222,13 +222,9 @@ def corner_configurations(configuration: Configuration, search_space: Space) -> 
         All combinations of the ends of numeric dimensions and of the choices of the others, then each
         further choice alone.
     """
-    dimensions = [
-        d
-        for d in search_space[configuration.variant.name]
-        if d.variant or d.name in space.VARIANT_HYPERPARAMETERS
-    ]
-    keys = [d.key for d in dimensions]
-    choices = [d.choices_or_ends for d in dimensions]
+    own = search_space[configuration.variant.name]
+    dimensions = [d for d in own if d.variant or d.name in space.VARIANT_HYPERPARAMETERS]
+    keys, choices = [d.key for d in dimensions], [d.choices_or_ends for d in dimensions]
     ends = [(c[0], c[-1]) if d.is_numeric else c for c, d in zip(choices, dimensions, strict=True)]
     corners = [apply_values(configuration, dict(zip(keys, values, strict=True))) for values in product(*ends)]
     return corners + [
