@@ -181,16 +181,15 @@ def _check_models(
     configurations: Sequence[Configuration], options: StudyOptions, task: Task, bases: Path
 ) -> None:
     """Do what `_check_fit` does for configurations, except for their schedules."""
-    for model in {each.model for each in configurations}:
-        _check_inputs(model, task, bases)
+    model = configurations[0].model  # all have the same
+    _check_inputs(model, task, bases)
     for configuration in configurations:
         if (error := find_settings_error(configuration)) is not None:
             raise UsageError(error)
-    if configurations and loading.has_config(configurations[0].model):
+    if loading.has_config(model):
         if options.kernels == "liger":
             from orchestrator.finetune.models import changes  # imports torch
 
-            model = configurations[0].model
             changes.check_liger(loading.read_config(model, bases).model_type, model.name)
         # Building a model without weights takes seconds, so each adapter shape is checked once.
         distinct = {(c.variant.name, c.variant.rank, str(c.variant.extra)): c for c in configurations}
@@ -281,7 +280,7 @@ def check_attach(configurations: Sequence[Configuration], task: Task, bases: Pat
     An error that would end a lane on a GPU is found here, before any machine is requested.
 
     Args:
-        configurations: Configurations of one task.
+        configurations: Configurations of one task and base model.
         task: The task.
         bases: The store's folder of base models.
 
@@ -294,21 +293,19 @@ def check_attach(configurations: Sequence[Configuration], task: Task, bases: Pat
     from orchestrator.finetune.models import changes
     from variants.attach import attach
 
-    models: dict[ModelChoice, tuple[Any, tuple[str, ...]]] = {}
+    choice = configurations[0].model
+    model, heads = loading.build_meta_model(choice, bases, task)
     for configuration in configurations:
         variant, settings = configuration.variant, variant_settings(configuration)
-        if configuration.model not in models:
-            models[configuration.model] = loading.build_meta_model(configuration.model, bases, task)
-        model, heads = models[configuration.model]
         longest = compute_max_row_length(task, configuration.batches.max_length)
-        check_positions(model, configuration.model.name, longest, task)
+        check_positions(model, choice.name, longest, task)
         try:
             if configuration.base_dropout == "on":
-                changes.check_dropout_supported(model, configuration.model.name)
+                changes.check_dropout_supported(model, choice.name)
             attach(model, catalogue.get(variant.name), settings, variant.targets, heads).detach()
         except ValueError as error:
             reason = " ".join(str(error).split())  # PEFT's and transformers' errors may have many lines
-            raise UsageError(f"{configuration.model.name} with {variant.name}: {reason}") from None
+            raise UsageError(f"{choice.name} with {variant.name}: {reason}") from None
 
 
 def _check_inputs(model: ModelChoice, task: Task, bases: Path) -> None:
