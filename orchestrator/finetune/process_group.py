@@ -4,7 +4,8 @@ Each worker holds the base model and every lane, and computes its own rows of ev
 must do, such as a step or an evaluation, is a method of the engine that is marked with `on_all_workers`. When
 rank 0 calls it, it broadcasts the name and the arguments, and the other workers, which wait in `follow`, call
 the same method of their engines. Within a command, workers exchange values by `all_gather` and tensors by
-`all_reduce_`. A command that raises an error on one worker raises it on all.
+`all_reduce_`. A command that raises an error on one worker raises it on all. A worker copies tensors to its
+device with `copy_without_waiting`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from orchestrator.util import timeouts
 from orchestrator.util.redaction import redact_secrets
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 T = TypeVar("T")
@@ -184,3 +186,12 @@ class TorchProcessGroup(ProcessGroup):
                 fault = error.fault
             if fault is Fault.MEMORY:  # outside of the except block, whose error keeps tensors alive
                 free_memory()
+
+
+def copy_without_waiting(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor from the CPU to a device; if the device is the CPU, return the tensor itself.
+
+    The copy to a GPU is made from pinned memory: from other memory, PyTorch would wait until the GPU has
+    finished all earlier work.
+    """
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)

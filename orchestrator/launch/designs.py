@@ -17,8 +17,9 @@ from typing import ClassVar, Literal
 
 from orchestrator.analyze.effects import find_center
 from orchestrator.analyze.runs import finite
+from orchestrator.finetune.models import loading
 from orchestrator.finetune.resolve.option_names import variant_hyperparameters
-from orchestrator.finetune.resolve.templates import check_attach, find_settings_error, has_layer_shapes
+from orchestrator.finetune.resolve.templates import check_attach, find_settings_error
 from orchestrator.finetune.tasks import catalogue
 from orchestrator.record.schema import Record
 from orchestrator.study.configuration import HYPERPARAMETERS, Configuration, Value
@@ -377,7 +378,7 @@ def _find_error(configuration: Configuration, factor: Factor, level: Value, base
     if rule is not None and (broken := rule.find_violation(level)):
         return f"{format_value(level)} {broken}"
     changes_shape = factor.variant or factor.name in VARIANT_HYPERPARAMETERS - set(_SHAPELESS)
-    if not changes_shape or not has_layer_shapes(configuration.model):
+    if not changes_shape or not loading.has_config(configuration.model):
         return None
     try:
         check_attach([configuration], catalogue.get(configuration.task.name), bases)

@@ -17,10 +17,8 @@ from orchestrator.execution.progress import format_duration
 from orchestrator.execution.schedulers import scheduler_settings
 from orchestrator.finetune.models import loading
 from orchestrator.finetune.models.catalogue import UNPREPARED, built_in_names
-from orchestrator.finetune.resolve.data_lengths import report_truncation
-from orchestrator.finetune.resolve.templates import has_layer_shapes
+from orchestrator.finetune.resolve.data import describe_data
 from orchestrator.finetune.tasks import catalogue as tasks
-from orchestrator.finetune.tasks.data_task import DataTask
 from orchestrator.launch.study import Study
 from orchestrator.record.store import Store
 from orchestrator.record.tables import PARQUET_FILE
@@ -94,17 +92,13 @@ def _task_lines(template: Configuration, bases: Path, options: StudyOptions) -> 
     is_here = model.content != UNPREPARED
     batch = batches.batch_size * batches.accumulation
     lines = [("Task", f"{template.task.name}, {template.lr_schedule.steps} steps of {batch}")]
-    if isinstance(task, DataTask):
-        lines.append(("Data", task.describe()))
-        if is_here and options.max_length is not None:
-            processor = loading.load_processor(model, bases, task)
-            report_truncation(
-                task, processor, batches.max_length, lambda cut: lines.append(("Cut rows", cut))
-            )
+    described = describe_data(template, bases, options.max_length is not None)
+    lines += [("Data", text) for text in described[:1]]
+    lines += [("Cut rows", f"{template.task.name}: {text}") for text in described[1:]]
     lines += [("Warning", text) for text in task.warnings]
     hint = "" if is_here or model.name in built_in_names() else FROM_HUB
     lines.append(("Base model", f"{model.name} ({model.content[:12] if is_here else model.content}){hint}"))
-    return lines if has_layer_shapes(model) else [*lines, NOT_CHECKED]
+    return lines if loading.has_config(model) else [*lines, NOT_CHECKED]
 
 
 def _configuration_lines(study: Study) -> list[Line]:
@@ -265,7 +259,7 @@ def _count_flops(to_train: Sequence[Configuration], store: Store, checkpointing:
 
 def _count_weights(model: ModelChoice, task: str, store: Store) -> float | None:
     """Return the number of weights of a base model; of one that is not here, the number in its name."""
-    if has_layer_shapes(model):
+    if loading.has_config(model):
         built, _ = loading.build_meta_model(model, store.bases, tasks.get(task))
         return float(sum(parameter.numel() for parameter in built.parameters()))
     found = re.search(r"(?<![\d.])(\d+(?:\.\d+)?)([BM])(?![a-z])", model.name, re.IGNORECASE)

@@ -17,7 +17,7 @@ from orchestrator.execution import ray_cluster
 from orchestrator.execution.progress import Progress, format_duration
 from orchestrator.execution.settings import Session, TrainerSettings, shared_options
 from orchestrator.finetune.models import catalogue as model_catalogue
-from orchestrator.finetune.resolve.data_preparation import prepare_datasets, report_data, write_own_files
+from orchestrator.finetune.resolve.data import prepare_datasets, report_data, write_own_files
 from orchestrator.launch import reporting
 from orchestrator.launch.earlier_runs import (
     drop_abandoned,

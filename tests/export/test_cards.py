@@ -24,7 +24,7 @@ from transformers import AutoTokenizer, BertForSequenceClassification, ViTForIma
 from orchestrator.export.export import export_lane
 from orchestrator.export.lane_choice import LaneQuery
 from orchestrator.finetune.models import loading
-from orchestrator.finetune.resolve.data_preparation import prepare_datasets, write_own_files
+from orchestrator.finetune.resolve.data import prepare_datasets, write_own_files
 from orchestrator.finetune.sources.base_store import suppress_transformers_logging
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.finetune.tasks.examples import Example

@@ -13,7 +13,7 @@ from data_rows import CHATS, MAILS, SUMS, write
 from in_process import SWEEP, Run, restored, run
 from resolved import resolve_one_task
 
-from orchestrator.finetune.resolve.data_preparation import report_data
+from orchestrator.finetune.resolve.data import report_data
 from orchestrator.finetune.resolve.option_names import resolve_tasks
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.study.options import StudyOptions

@@ -21,7 +21,7 @@ from orchestrator.finetune.data import dataset_cache
 from orchestrator.finetune.models import catalogue as model_catalogue
 from orchestrator.finetune.models import loading
 from orchestrator.finetune.models.base_model import max_learned_positions
-from orchestrator.finetune.resolve.data_preparation import prepare_datasets
+from orchestrator.finetune.resolve.data import prepare_datasets
 from orchestrator.finetune.sources.base_store import suppress_transformers_logging
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.finetune.tasks import letters

@@ -12,7 +12,7 @@ from orchestrator.experiments.lr_sensitivity import EXPERIMENT, CurveOptions
 from untrained_base import base
 
 from orchestrator.finetune.models.catalogue import locate_pretrained
-from orchestrator.finetune.resolve.data_preparation import write_own_files
+from orchestrator.finetune.resolve.data import write_own_files
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.finetune.tasks.catalogue import hash_task_code as hash_code
 from orchestrator.launch.study import Study, resolve_study

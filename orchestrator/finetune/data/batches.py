@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from orchestrator.finetune.device_copy import copy_without_waiting
+from orchestrator.finetune.process_group import copy_without_waiting
 from orchestrator.finetune.tasks.base import IGNORE_INDEX, EncodedExample, Example, Image, Task
 from orchestrator.study.configuration import BatchConfig
 from orchestrator.util.errors import UsageError, format_error, quote_value

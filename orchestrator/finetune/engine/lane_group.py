@@ -18,7 +18,6 @@ from orchestrator.finetune.data.batches import (
     compute_max_row_length,
     make_training_batch,
 )
-from orchestrator.finetune.device_copy import copy_without_waiting
 from orchestrator.finetune.engine.lane import BackwardResult, Lane
 from orchestrator.finetune.evaluation.evaluate import (
     BaselineScores,
@@ -30,7 +29,7 @@ from orchestrator.finetune.evaluation.evaluate import (
 from orchestrator.finetune.evaluation.forward import compute_objective
 from orchestrator.finetune.evaluation.generate import EvaluatedLanes, count_lanes_together
 from orchestrator.finetune.models.base_model import BaseModel
-from orchestrator.finetune.process_group import ProcessGroup
+from orchestrator.finetune.process_group import ProcessGroup, copy_without_waiting
 from orchestrator.finetune.tasks.base import Task
 from orchestrator.finetune.tasks.examples import HELD_OUT_SPLITS
 from orchestrator.study.configuration import Configuration

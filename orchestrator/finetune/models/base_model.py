@@ -5,11 +5,12 @@ The checks here refuse models that transformers would train without an error, on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 from orchestrator.util.errors import UsageError
 
@@ -63,11 +64,36 @@ class BaseModel:
 
     @cached_property
     def ends_with_output_layer(self) -> bool:
-        """Whether a language model's logits are the result of its output layer alone.
+        """Whether a language model's logits are its output layer's result for its base model's hidden states.
 
-        It is first read when the model is loaded, before layers are adapted.
+        They are not if the model scales them (Cohere, Granite), caps them (Gemma 2), or scales its hidden
+        states first. The test replaces both parts: the base model returns random hidden states, which the
+        output layer must get, and the layer returns random logits, which the model must return. Half of the
+        logits are large, because capping changes small ones little.
         """
-        return ends_with_output_layer(self.model)
+        import torch
+        from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+
+        layer, body = find_frozen_output_layer(self.model), self.model.base_model
+        if layer is None or body is self.model:
+            return False
+        generator = torch.Generator().manual_seed(0)
+        hidden = torch.randn(2, 4, layer.in_features, generator=generator).to(layer.weight.dtype)
+        scale = torch.tensor([1.0, 1e3])[:, None, None]
+        logits = torch.randn(2, 4, 8, generator=generator).mul(scale).to(layer.weight.dtype)
+        states = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden.clone())
+        ids = torch.zeros(2, 4, dtype=torch.int64, device=layer.weight.device)
+        try:
+            with (
+                torch.no_grad(),
+                patch.object(body, "forward", return_value=states),
+                patch.object(layer, "forward", return_value=logits.clone()) as call,
+            ):
+                found = self.model(input_ids=ids, use_cache=False).logits
+            is_input = torch.equal(call.call_args.args[0], hidden)
+            return is_input and torch.equal(found.to(logits.dtype), logits)
+        except Exception:  # the model's forward method needs more of its base model than hidden states
+            return False
 
 
 def is_causal(model: Any) -> bool:
@@ -87,10 +113,6 @@ def is_bidirectional(model: Any) -> bool:
 
 def check_causal(model: Any, name: str) -> None:
     """Refuse a model whose configuration makes tokens attend to later ones, which are the answer to predict.
-
-    Args:
-        model: A transformers model with a language-modelling head, with or without weights.
-        name: The model's name, for the error.
 
     Raises:
         UsageError: The model is an encoder (for instance a BERT without is_decoder), an XLNet, or a decoder
@@ -140,10 +162,6 @@ def check_head_pooling(model: Any, name: str) -> None:
 
     The head of an encoder reads the first token or all tokens, that of a decoder the last one.
 
-    Args:
-        model: A transformers model with a head for texts, with or without weights.
-        name: The model's name, for the error.
-
     Raises:
         UsageError: It is unknown whether the model is an encoder or a decoder, or it is an encoder whose
             configuration makes it causal.
@@ -187,60 +205,6 @@ def find_frozen_output_layer(model: Any) -> torch.nn.Linear | None:
     return layer if type(layer) is Linear and not layer.weight.requires_grad else None
 
 
-def ends_with_output_layer(model: Any) -> bool:
-    """Return whether a model's logits are its output layer's result for the hidden states of its base model.
-
-    The logits differ from that result if a model scales them (Cohere, Granite), caps them (Gemma 2), or
-    scales its hidden states first. The test replaces both parts: `model.base_model` returns random hidden
-    states, which the output layer must get, and the layer returns random logits, which the model must return.
-    Half of the logits are large, because capping changes small ones little.
-
-    Args:
-        model: A transformers model without adapters on its output layer, on any device.
-    """
-    import torch
-    from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
-
-    layer, body = find_frozen_output_layer(model), model.base_model
-    if layer is None or body is model:
-        return False
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(2, 4, layer.in_features, generator=generator).to(layer.weight.dtype)
-    scale = torch.tensor([1.0, 1e3])[:, None, None]
-    logits = torch.randn(2, 4, 8, generator=generator).mul(scale).to(layer.weight.dtype)
-    states = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden.clone())
-    received: list[torch.Tensor] = []
-
-    def return_logits(layer_input: torch.Tensor) -> torch.Tensor:
-        received.append(layer_input)
-        return logits.clone()
-
-    try:
-        with (
-            _replaced_forward(body, lambda *_, **__: states),
-            _replaced_forward(layer, return_logits),
-            torch.no_grad(),
-        ):
-            ids = torch.zeros(2, 4, dtype=torch.int64, device=layer.weight.device)
-            found = model(input_ids=ids, use_cache=False).logits
-        return torch.equal(received[0], hidden) and torch.equal(found.to(logits.dtype), logits)
-    except Exception:  # the model's forward method needs more of its base model than hidden states
-        return False
-
-
-@contextmanager
-def _replaced_forward(module: torch.nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Let a module compute with another forward method."""
-    own = module.__dict__.get("forward")  # set where another part of the program has replaced it
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward
-        if own is not None:
-            module.forward = own
-
-
 @contextmanager
 def without_packing_check() -> Iterator[None]:
     """Tell transformers that no row holds several sequences.
@@ -252,11 +216,6 @@ def without_packing_check() -> Iterator[None]:
     from transformers import masking_utils
 
     name = "find_packed_sequence_indices"
-    original = getattr(masking_utils, name, None)
-    if original is not None:
-        setattr(masking_utils, name, lambda position_ids: None)
-    try:
+    has_search = hasattr(masking_utils, name)
+    with patch.object(masking_utils, name, lambda position_ids: None) if has_search else nullcontext():
         yield
-    finally:
-        if original is not None:
-            setattr(masking_utils, name, original)

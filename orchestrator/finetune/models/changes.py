@@ -41,8 +41,6 @@ from variants.base_dropout import TableDropout
 
 SUPPORTED_MODEL_TYPES = ("bert", "deberta", "deberta-v2", "distilbert", "electra", "gpt2", "roberta")
 """Values of `config.model_type` of models that have dropout only in `nn.Dropout` modules and in attention."""
-_WITHOUT_ATTENTION_INTERFACE = ("deberta", "deberta-v2")
-"""Model types whose attention applies an `nn.Dropout` module and does not call an attention function."""
 ATTENTION_IMPLEMENTATION = "lane_dropout"
 """The name under which `_lane_dropout_attention` is registered with transformers."""
 _ORIGINAL_ATTENTION = "original_attention"
@@ -59,30 +57,20 @@ LOSSES = {"cross_entropy": False, "fused_linear_cross_entropy": False}
 own, which launch the kernel of Liger's cross-entropy (`evaluation/forward.py`)."""
 REMEDY = "take --kernels torch"
 """What to do where Liger cannot be used."""
-COMPILER_REMEDY = f"install gcc and python3-dev (Python.h) on every node, or {REMEDY}"
 CHECKPOINTING_ATTRIBUTE = "has_activation_checkpointing"
 """An attribute that is set on a model with activation checkpointing."""
 
 
 def check_dropout_supported(model: Any, name: str) -> None:
-    """Refuse a model without dropout of its own, or of an unsupported type.
-
-    Args:
-        model: A transformers model, with or without weights.
-        name: The model's name, for the error.
-
-    Raises:
-        UnsupportedError: The model cannot be trained with --base-dropout on.
-    """
+    """Refuse a model without dropout of its own, or of an unsupported type, by an UnsupportedError."""
     model_type = model.config.model_type
-    has_dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
-    if model_type not in SUPPORTED_MODEL_TYPES or not has_dropout:
-        what = (
-            "has no dropout of its own"
-            if model_type in SUPPORTED_MODEL_TYPES
-            else f"has type {model_type!r}; must be one of {', '.join(SUPPORTED_MODEL_TYPES)}"
-        )
-        raise UnsupportedError(f"--base-dropout on: model {name!r} {what}. Use --base-dropout off.")
+    if model_type not in SUPPORTED_MODEL_TYPES:
+        what = f"has type {model_type!r}; must be one of {', '.join(SUPPORTED_MODEL_TYPES)}"
+    elif any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()):
+        return
+    else:
+        what = "has no dropout of its own"
+    raise UnsupportedError(f"--base-dropout on: model {name!r} {what}. Use --base-dropout off.")
 
 
 def enable_lane_dropout(model: Any) -> None:
@@ -96,7 +84,8 @@ def enable_lane_dropout(model: Any) -> None:
 
     AttentionInterface.register(ATTENTION_IMPLEMENTATION, _lane_dropout_attention)
     AttentionMaskInterface.register(ATTENTION_IMPLEMENTATION, sdpa_mask)
-    if model.config.model_type not in _WITHOUT_ATTENTION_INTERFACE:
+    # DeBERTa's attention applies an `nn.Dropout` module and does not call an attention function.
+    if not model.config.model_type.startswith("deberta"):
         setattr(model, _ORIGINAL_ATTENTION, model.config._attn_implementation)
         model.config._attn_implementation = ATTENTION_IMPLEMENTATION
 
@@ -159,21 +148,17 @@ def _lane_dropout_attention(  # noqa: PLR0913 (the signature is transformers')
     return out.transpose(1, 2).contiguous(), None
 
 
-def patch_deberta_attention(model: nn.Module) -> None:
+def patch_deberta_attention(model: Any) -> None:
     """Replace the attention modules of a DeBERTa model, in place."""
+    replacements: dict[type, type] = {
+        modeling_deberta.DisentangledSelfAttention: PerRowDisentangledSelfAttention,
+        modeling_deberta_v2.DisentangledSelfAttention: PerRowDisentangledSelfAttentionV2,
+    }
     for module in model.modules():
-        if isinstance(module, modeling_deberta.DisentangledSelfAttention):
-            module.__class__ = PerRowDisentangledSelfAttention
-            _replace_position_dropout(module)
-        elif isinstance(module, modeling_deberta_v2.DisentangledSelfAttention):
-            module.__class__ = PerRowDisentangledSelfAttentionV2
-            _replace_position_dropout(module)
-
-
-def _replace_position_dropout(module: Any) -> None:
-    """Make the dropout of the position table a `TableDropout`, since all rows of a batch share the table."""
-    if getattr(module, "relative_attention", False):
-        module.pos_dropout = TableDropout(module.pos_dropout.p)
+        if (replacement := replacements.get(type(module))) is not None:
+            module.__class__ = replacement
+            if getattr(module, "relative_attention", False):  # all rows of a batch share the position table
+                module.pos_dropout = TableDropout(module.pos_dropout.p)
 
 
 class PerRowDisentangledSelfAttention(modeling_deberta.DisentangledSelfAttention):
@@ -262,11 +247,7 @@ def _to_gather_index(positions: Tensor, size: int) -> Tensor:
 def check_liger(family: str, name: str) -> None:
     """Check that Liger and Triton are installed and that Liger supports a model.
 
-    Liger is not imported, and no GPU is needed.
-
-    Args:
-        family: The `model_type` in the model's config.json.
-        name: The model's name, for the error.
+    Liger is not imported, and no GPU is needed. `family` is the `model_type` in the model's config.json.
 
     Raises:
         UsageError: Liger or Triton is missing, or Liger has no kernels for the model.
@@ -299,7 +280,8 @@ def launch_kernel(device: Any) -> None:
         if classify_error(error) is Fault.MEMORY:
             raise
         reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-        refusal = UsageError(f"--kernels liger: no kernel can be launched ({reason}): {COMPILER_REMEDY}.")
+        remedy = f"install gcc and python3-dev (Python.h) on every node, or {REMEDY}"
+        refusal = UsageError(f"--kernels liger: no kernel can be launched ({reason}): {remedy}.")
         refusal.fault = Fault.DEVICE  # type: ignore[attr-defined]  # `classify_error` reads it
         raise refusal from error
 
@@ -309,7 +291,7 @@ def apply_liger(model: Any, name: str) -> str:
 
     Args:
         model: A transformers model on a GPU, without adapters.
-        name: The model's name, for errors.
+        name: The name that its user gave.
 
     Returns:
         The name of the kernels in the provenance of a record: "liger" and its version.

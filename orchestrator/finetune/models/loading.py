@@ -69,6 +69,10 @@ def load_base_model(choice: ModelChoice, root: Path, device: str | torch.device,
     head_names: tuple[str, ...] = ()
     if task.has_head:
         head_names = find_head_names(model, choice.name, set(loading_info["missing_keys"]))
+        if task.inputs == "text":
+            architecture.check_head_pooling(model, choice.name)
+            # The head of a causal model reads the last token before padding.
+            model.config.get_text_config().pad_token_id = processor.pad_token_id
     else:
         architecture.check_causal(model, choice.name)
     device = torch.device(device)
@@ -78,10 +82,6 @@ def load_base_model(choice: ModelChoice, root: Path, device: str | torch.device,
         if architecture.attends_to_future_tokens(base_model):
             raise architecture.not_causal_error(model, choice.name)
         _ = base_model.ends_with_output_layer  # determined now: adapters will hide the layers
-    if task.has_head and task.inputs == "text":
-        architecture.check_head_pooling(model, choice.name)
-        # The head of a causal model reads the last token before padding.
-        model.config.get_text_config().pad_token_id = processor.pad_token_id
     _initialize_heads(model, head_names)
     check_finite(model, choice.name)
     return base_model
@@ -118,7 +118,7 @@ def check_weights(model: Any, name: str, loading_info: Mapping[str, Any], has_he
 
     Args:
         model: The loaded transformers model.
-        name: The model's name, for the error.
+        name: The name that its user gave.
         loading_info: transformers' loading info: "mismatched_keys", "unexpected_keys" and "missing_keys".
         has_head: True if the model has a head. Weights of a head in the files are then not used, and
             `find_head_names` checks for missing weights.
@@ -139,8 +139,9 @@ def check_weights(model: Any, name: str, loading_info: Mapping[str, Any], has_he
 
 
 def _wrong_weights_error(name: str, found: str) -> UsageError:
-    remedy = "put config.json and weights of one model there"
-    return UsageError(f"Model {name!r}: its files hold {found}; {remedy}.")
+    return UsageError(
+        f"Model {name!r}: its files hold {found}; put config.json and weights of one model there."
+    )
 
 
 def _base_modules(model: Any) -> set[str]:
@@ -154,16 +155,7 @@ def _base_modules(model: Any) -> set[str]:
 
 
 def _check_block_count(model: Any, name: str, unexpected_keys: Iterable[str]) -> None:
-    """Refuse weights of more blocks than the configuration has, which transformers leaves out.
-
-    Args:
-        model: The loaded transformers model.
-        name: The model's name, for the error.
-        unexpected_keys: The keys of weights that are in the files but not in the model.
-
-    Raises:
-        UsageError: One of the weights belongs to a block.
-    """
+    """Refuse weights of more blocks than the configuration has, which transformers leaves out."""
     from torch.nn import ModuleList
 
     for module_name, module in model.named_modules():
@@ -176,15 +168,7 @@ def _check_block_count(model: Any, name: str, unexpected_keys: Iterable[str]) ->
 
 
 def check_finite(model: Any, name: str) -> None:
-    """Refuse a model with a weight that is not finite: every lane on it would be recorded as diverged.
-
-    Args:
-        model: A transformers model with weights.
-        name: The model's name, for the error.
-
-    Raises:
-        UsageError: There is such a weight.
-    """
+    """Refuse a model with a weight that is not finite: every lane on it would be recorded as diverged."""
     for key, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise UsageError(
@@ -201,7 +185,7 @@ def find_head_names(model: Any, name: str, missing_keys: set[str]) -> tuple[str,
 
     Args:
         model: A transformers model with a head, with or without weights.
-        name: The model's name, for the error.
+        name: The name that its user gave.
         missing_keys: The keys of weights that the files lack.
 
     Returns:
@@ -248,11 +232,6 @@ def _move_to_device(model: Any, choice: ModelChoice, device: torch.device) -> An
 
 
 def _quantize_blocks(model: Any, name: str, device: torch.device) -> None:
-    """Quantize the linear layers of the model's blocks to 4 bits.
-
-    Raises:
-        UsageError: The blocks have no linear layer.
-    """
     from variants.nf4 import quantize_blocks
 
     if quantize_blocks(model, device) == 0:
@@ -264,14 +243,13 @@ def _quantize_blocks(model: Any, name: str, device: torch.device) -> None:
 
 def _initialize_heads(model: Any, head_names: Iterable[str]) -> None:
     """Set the linear layers of heads to zero, and heads to float32, in which lanes train them."""
-    import torch
+    from torch.nn import Linear
 
-    with torch.no_grad():
-        for name in head_names:
-            for module in model.get_submodule(name).float().modules():
-                if isinstance(module, torch.nn.Linear):
-                    for parameter in module.parameters(recurse=False):
-                        parameter.zero_()
+    for name in head_names:
+        for module in model.get_submodule(name).float().modules():
+            if isinstance(module, Linear):
+                for parameter in module.parameters(recurse=False):
+                    parameter.zero_()
 
 
 def load_processor(choice: ModelChoice, root: Path, task: Task) -> Any:
@@ -373,21 +351,18 @@ def build_meta_model(choice: ModelChoice, root: Path, task: Task) -> tuple[Any, 
     return model, head_names
 
 
+def has_config(choice: ModelChoice) -> bool:
+    """Return whether `read_config` knows a model's configuration, and with it the shapes of its layers."""
+    return choice.content != UNPREPARED or choice.name in task_bases()
+
+
 def input_kind(choice: ModelChoice, root: Path) -> Literal["text", "image", ""]:
-    """Return the kind of a model's inputs.
-
-    Args:
-        choice: The model. Its files need not be on this machine.
-        root: The folder of prepared models.
-
-    Returns:
-        An empty text if the kind is unknown, for example because the model has not been downloaded.
-    """
+    """Return the kind of a model's inputs; an empty text if it is unknown, as before a download."""
     if choice.name in PACKAGED_MODELS:
         return "text"
     from transformers.models.auto import modeling_auto as auto
 
-    if choice.content == UNPREPARED and unprepared_config(choice) is None:
+    if not has_config(choice):
         return ""
     try:
         kind = type(read_config(choice, root))
@@ -400,24 +375,13 @@ def input_kind(choice: ModelChoice, root: Path) -> Literal["text", "image", ""]:
 
 
 def read_config(choice: ModelChoice, root: Path) -> Any:
-    """Return the transformers configuration of a model, which must be prepared or pretrained by a task.
-
-    Args:
-        choice: The model.
-        root: The folder of prepared models.
-    """
+    """Return the transformers configuration of a model, which must be prepared or pretrained by a task."""
     from transformers import AutoConfig
 
-    if (config := unprepared_config(choice)) is not None:
-        return config
+    if choice.content == UNPREPARED and (task := task_bases().get(choice.name)) is not None:
+        return task.base_config()
     source, revision = locate_pretrained(choice, root)
     return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
-
-
-def unprepared_config(choice: ModelChoice) -> Any:
-    """Return the transformers configuration of a task's base model that is not pretrained yet, else None."""
-    task = task_bases().get(choice.name)
-    return task.base_config() if task is not None and choice.content == UNPREPARED else None
 
 
 def _auto_class(task: Task) -> tuple[Any, dict[str, Any]]:

@@ -4,5 +4,5 @@ The steps, in this order: `option_names.resolve_tasks` checks names and values w
 `models.catalogue.prepare_base_model` finds or makes the base model.
 `templates.build_configuration_templates` makes one complete configuration for each variant and checks it
 against the layer shapes of the base model.
-`data_preparation.prepare_datasets` writes examples and token ids to the store.
+`data.prepare_datasets` writes examples and token ids to the store.
 """

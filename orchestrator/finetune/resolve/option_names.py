@@ -65,9 +65,7 @@ def resolve_tasks(options: StudyOptions, bases: Path, add_pins: bool = True) -> 
     for task in (each.task for each in resolved):
         other = by_name.setdefault(task.name, task)
         if other.source != task.source:  # equal code may read other data in another folder
-            raise UsageError(
-                f"--task: {other.source!r} and {task.source!r} have the same name; rename one of them."
-            )
+            raise _same_name_error("--task", other.source, task.source)
     return list({each.task.name: each for each in resolved}.values())
 
 
@@ -87,16 +85,13 @@ def load_data_tasks(options: StudyOptions) -> list[str]:
         if name not in sources:
             sources[name] = source
             tasks.register(data_loading.load_task(source, options, name))
-        elif _full_path(sources[name]) != _full_path(source):
-            raise UsageError(
-                f"--data: {sources[name]!r} and {source!r} have the same name; rename one of them."
-            )
+        elif os.path.abspath(sources[name]) != os.path.abspath(source):
+            raise _same_name_error("--data", sources[name], source)
     return list(sources)
 
 
-def _full_path(source: str) -> str:
-    """Return the full path of a file or folder; the name of a dataset of the hub as it is."""
-    return os.path.abspath(source) if os.path.exists(source) else source
+def _same_name_error(option: str, one: str, other: str) -> UsageError:
+    return UsageError(f"{option}: {one!r} and {other!r} have the same name; rename one of them.")
 
 
 def resolve_options(options: StudyOptions, task_name: str, bases: Path) -> ResolvedOptions:
@@ -113,8 +108,7 @@ def resolve_options(options: StudyOptions, task_name: str, bases: Path) -> Resol
         UsageError: A variant, task, metric or model is unknown, an option for a head is given for a task
             without a head, or the learning rates, the values of --set or the search space are invalid.
     """
-    variants = load_variants(options.variants or ())
-    task = tasks.load(task_name)
+    variants, task = load_variants(options.variants or ()), tasks.load(task_name)
     if task.has_head:
         metrics.check_metric(task)
     elif options.head_learning_rate != "same":
@@ -153,7 +147,7 @@ def load_variants(typed_names: Sequence[str]) -> tuple[str, ...]:
         name = canonical_name(typed)
         other = typed_by_name.setdefault(name, typed)
         if name.endswith(FILE_SUFFIX) and os.path.realpath(other) != os.path.realpath(typed):
-            raise UsageError(f"--variants: {other!r} and {typed!r} have the same name; rename one of them.")
+            raise _same_name_error("--variants", other, typed)
     for name, typed in typed_by_name.items():
         if not catalogue.is_known(name):
             raise UsageError(
@@ -177,9 +171,6 @@ def _try_variant(name: str, options: StudyOptions) -> None:
     """Let a variant from outside this project train a small layer for one step.
 
     An error is then found before a base model is made and trainers are started.
-
-    Raises:
-        UsageError: The variant fails.
     """
     if name in catalogue.built_in_names() or name.startswith(PEFT_PREFIX):
         return
@@ -219,10 +210,10 @@ def variant_hyperparameters(name: str) -> Mapping[str, Value]:
     placeholder 0.
     """
     variant = catalogue.traits(name)
-    usual = {"rank": variant.uses_rank, "alpha": variant.uses_alpha, "dropout": variant.uses_dropout}
-    usual["targets"] = True
-    adapts_layers = variant.adaptation_scope is AdaptationScope.TARGET_LAYERS
-    own: dict[str, Value] = {name: 0 for name, used in usual.items() if used and adapts_layers}
+    own: dict[str, Value] = {}
+    if variant.adaptation_scope is AdaptationScope.TARGET_LAYERS:
+        usual = {"rank": variant.uses_rank, "alpha": variant.uses_alpha, "dropout": variant.uses_dropout}
+        own = {name: 0 for name, is_used in {**usual, "targets": True}.items() if is_used}
     return own | dict(variant.extra_defaults)
 
 

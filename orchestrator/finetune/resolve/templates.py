@@ -13,9 +13,7 @@ from typing import Any
 
 from orchestrator.finetune.models import catalogue as model_catalogue
 from orchestrator.finetune.models import loading
-from orchestrator.finetune.models.base_model import max_learned_positions
-from orchestrator.finetune.models.catalogue import UNPREPARED
-from orchestrator.finetune.resolve.data_lengths import measure_max_length
+from orchestrator.finetune.resolve.data import check_positions, measure_max_length
 from orchestrator.finetune.resolve.option_names import (
     ResolvedOptions,
     fill_accumulation,
@@ -77,10 +75,8 @@ def build_configuration_templates(
     head_rate = None if options.head_learning_rate == "same" else float(options.head_learning_rate)
     with report_user_errors(task.source, "gives no examples"):
         choice = task.choice()  # reads all of the data
-    if options.train_size is not None:
-        choice = replace(choice, train_size=options.train_size)
-    if options.test_size is not None:
-        choice = replace(choice, test_size=options.test_size)
+    sizes: dict[str, Any] = {"train_size": options.train_size, "test_size": options.test_size}
+    choice = replace(choice, **{name: size for name, size in sizes.items() if size is not None})
     if isinstance(task, DataTask):
         task.load(choice)  # refuses sizes that the data do not have, also for a plan
     max_length = _max_length(options, task, model, bases)
@@ -127,11 +123,7 @@ def _check_sizes(templates: Sequence[Configuration], options: StudyOptions, task
 
 
 def _count_steps(template: Configuration, epochs: float | None) -> int:
-    """Return the optimizer steps of a fine-tune: those of --epochs, else of the template.
-
-    Raises:
-        UsageError: --epochs gives too many steps.
-    """
+    """Return the optimizer steps of a fine-tune: those of --epochs, else of the template."""
     if epochs is None:
         return template.lr_schedule.steps
     batch_size = template.batches.batch_size * template.batches.accumulation
@@ -189,16 +181,15 @@ def _check_models(
     configurations: Sequence[Configuration], options: StudyOptions, task: Task, bases: Path
 ) -> None:
     """Do what `_check_fit` does for configurations, except for their schedules."""
-    for model in {each.model for each in configurations}:
-        _check_inputs(model, task, bases)
+    model = configurations[0].model  # all have the same
+    _check_inputs(model, task, bases)
     for configuration in configurations:
         if (error := find_settings_error(configuration)) is not None:
             raise UsageError(error)
-    if configurations and has_layer_shapes(configurations[0].model):
+    if loading.has_config(model):
         if options.kernels == "liger":
             from orchestrator.finetune.models import changes  # imports torch
 
-            model = configurations[0].model
             changes.check_liger(loading.read_config(model, bases).model_type, model.name)
         # Building a model without weights takes seconds, so each adapter shape is checked once.
         distinct = {(c.variant.name, c.variant.rank, str(c.variant.extra)): c for c in configurations}
@@ -219,11 +210,6 @@ def _check_schedule(schedule: LRSchedule) -> None:
         )
 
 
-def has_layer_shapes(model: ModelChoice) -> bool:
-    """Return whether rank and targets can be checked against the model's layers."""
-    return model.content != UNPREPARED or model.name in model_catalogue.task_bases()
-
-
 def corner_configurations(configuration: Configuration, search_space: Space) -> list[Configuration]:
     """Return the configurations at the corners of a search space.
 
@@ -235,13 +221,9 @@ def corner_configurations(configuration: Configuration, search_space: Space) -> 
         All combinations of the ends of numeric dimensions and of the choices of the others, then each
         further choice alone.
     """
-    dimensions = [
-        d
-        for d in search_space[configuration.variant.name]
-        if d.variant or d.name in space.VARIANT_HYPERPARAMETERS
-    ]
-    keys = [d.key for d in dimensions]
-    choices = [d.choices_or_ends for d in dimensions]
+    own = search_space[configuration.variant.name]
+    dimensions = [d for d in own if d.variant or d.name in space.VARIANT_HYPERPARAMETERS]
+    keys, choices = [d.key for d in dimensions], [d.choices_or_ends for d in dimensions]
     ends = [(c[0], c[-1]) if d.is_numeric else c for c, d in zip(choices, dimensions, strict=True)]
     corners = [apply_values(configuration, dict(zip(keys, values, strict=True))) for values in product(*ends)]
     return corners + [
@@ -298,7 +280,7 @@ def check_attach(configurations: Sequence[Configuration], task: Task, bases: Pat
     An error that would end a lane on a GPU is found here, before any machine is requested.
 
     Args:
-        configurations: Configurations of one task.
+        configurations: Configurations of one task and base model.
         task: The task.
         bases: The store's folder of base models.
 
@@ -311,29 +293,25 @@ def check_attach(configurations: Sequence[Configuration], task: Task, bases: Pat
     from orchestrator.finetune.models import changes
     from variants.attach import attach
 
-    models: dict[ModelChoice, tuple[Any, tuple[str, ...]]] = {}
+    choice = configurations[0].model
+    model, heads = loading.build_meta_model(choice, bases, task)
     for configuration in configurations:
         variant, settings = configuration.variant, variant_settings(configuration)
-        if configuration.model not in models:
-            models[configuration.model] = loading.build_meta_model(configuration.model, bases, task)
-        model, heads = models[configuration.model]
         longest = compute_max_row_length(task, configuration.batches.max_length)
-        check_positions(model, configuration.model.name, longest, task)
+        check_positions(model, choice.name, longest, task)
         try:
             if configuration.base_dropout == "on":
-                changes.check_dropout_supported(model, configuration.model.name)
+                changes.check_dropout_supported(model, choice.name)
             attach(model, catalogue.get(variant.name), settings, variant.targets, heads).detach()
         except ValueError as error:
             reason = " ".join(str(error).split())  # PEFT's and transformers' errors may have many lines
-            raise UsageError(f"{configuration.model.name} with {variant.name}: {reason}") from None
+            raise UsageError(f"{choice.name} with {variant.name}: {reason}") from None
 
 
 def _check_inputs(model: ModelChoice, task: Task, bases: Path) -> None:
     """Check that a base model can read a task's inputs, as far as that is known without its weights.
 
-    Raises:
-        UsageError: The model reads images and the task has texts, or the reverse; or the model is the small
-            base of another task and lacks the words or the image size of the user's data.
+    The small base model of another task may lack the words or the image size of a user's data.
     """
     if model.name == getattr(task, "default_model", None):
         return
@@ -370,44 +348,3 @@ def _find_unread_example(base: PretrainedTask, task: Task) -> str:
         if (width, height) != (side, side):
             return f"{image.name} has {width} x {height} pixels, and the model takes {side} x {side}"
     return ""
-
-
-def check_positions(model: Any, name: str, length: int, task: Task) -> None:
-    """Check that the model has position embeddings for the longest sequence of a task.
-
-    Args:
-        model: The base model.
-        name: The model's name, for the error.
-        length: Tokens of the longest text, or of the longest prompt with its generated answer.
-        task: The task, for the error.
-
-    Raises:
-        UsageError: The model has fewer positions.
-    """
-    max_positions = max_learned_positions(model)
-    if max_positions is not None and length > max_positions:
-        raise UsageError(
-            f"Model {name!r} has positions for {max_positions} tokens, and task {task.name!r} needs up to "
-            f"{length}; take another --model, or shorter texts"
-        )
-
-
-def check_token_ids(configuration: Configuration, bases: Path, largest_id: int) -> None:
-    """Check that the model has an embedding for the largest token id of the data.
-
-    Args:
-        configuration: The configuration with the model.
-        bases: The store's folder of base models.
-        largest_id: The largest token id.
-
-    Raises:
-        UsageError: It has none. On a GPU such an index would end the worker's process.
-    """
-    model = configuration.model
-    embedding_count = getattr(loading.read_config(model, bases).get_text_config(), "vocab_size", None)
-    if embedding_count is not None and largest_id >= embedding_count:
-        raise UsageError(
-            f"Model {model.name!r}: its tokenizer gives token {largest_id} for an example of task "
-            f"{configuration.task.name!r}, and the model has embeddings for {embedding_count} tokens, "
-            "from 0 on; take the tokenizer that belongs to the model."
-        )

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from orchestrator.finetune.device_copy import copy_without_waiting
+from orchestrator.finetune.process_group import copy_without_waiting
 from orchestrator.finetune.tasks.base import Image
 from orchestrator.util.errors import UsageError
 

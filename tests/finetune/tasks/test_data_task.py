@@ -16,7 +16,7 @@ from scripted import Script, get_record, leases, train
 
 from orchestrator.finetune.evaluation import metrics
 from orchestrator.finetune.models import loading
-from orchestrator.finetune.resolve.data_preparation import prepare_datasets, write_own_files
+from orchestrator.finetune.resolve.data import prepare_datasets, write_own_files
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.finetune.tasks.base import SPLITS
 from orchestrator.finetune.tasks.data_task import DataTask
