@@ -13,7 +13,9 @@ from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 from string import Formatter
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+from pydantic import Field
 
 from orchestrator.finetune.sources.data_files import find_cell_problem
 from orchestrator.finetune.sources.hub_data import DATA_FOLDER_VARIABLE, CellType, Table, load_table
@@ -252,7 +254,7 @@ class InstructionTask(HubTask):
     answer: str
     key: str = ""
     """A template: rows with equal keys belong to one split. Default: the prompt."""
-    validation_buckets: int = 20
+    validation_buckets: Annotated[int, Field(ge=2)] = 20
 
     def examples(self, split: Split, count: int) -> list[Example]:
         """Return the first examples of a split; see `Task.examples`."""

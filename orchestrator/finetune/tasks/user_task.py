@@ -90,7 +90,7 @@ def make_task(name: str, entry: Mapping[str, Any]) -> Task:
 @cache
 def _adapters(task_class: Any) -> dict[str, tuple[Any, TypeAdapter[Any]]]:
     """Return the type and the parser of each key that an entry may have."""
-    own = get_type_hints(task_class)
+    own = get_type_hints(task_class, include_extras=True)
     types = {key: own[key] for key in task_class.keys} | get_type_hints(TaskDefaults)
     return {key: (each, TypeAdapter(each)) for key, each in (types | {"floor": float | str}).items()}
 

@@ -34,8 +34,8 @@ from typing import Any
 NOBODY = 65534
 
 # From <linux/sched.h>, <sys/mount.h>, <linux/mount.h>, <linux/prctl.h>; equal on every architecture.
-_NEW_NAMESPACES = 0x10000000 | 0x20000 | 0x20000000 | 0x40000000 | 0x8000000 | 0x4000000
-"""The flags for users, mounts, processes, network, IPC and host name."""
+_OWN_NAMESPACES = 0x10000000 | 0x20000 | 0x20000000 | 0x40000000 | 0x8000000 | 0x4000000
+"""The flags of unshare(2) for users, mounts, processes, network, IPC and host name."""
 _RDONLY, _NOSUID, _NODEV, _NOEXEC, _REMOUNT, _BIND, _REC, _PRIVATE = 1, 2, 4, 8, 32, 4096, 16384, 1 << 18
 _DETACH = 2
 _AT_FDCWD, _AT_RECURSIVE = -100, 0x8000
@@ -66,7 +66,7 @@ def enter_new_namespaces() -> None:
             "uid_map": f"{NOBODY} {os.getuid()} 1",
             "gid_map": f"{NOBODY} {os.getgid()} 1",
         }
-        _call_libc("unshare", _NEW_NAMESPACES)
+        _call_libc("unshare", _OWN_NAMESPACES)
         for name, text in maps.items():
             write_file(f"/proc/self/{name}", text)
         return
@@ -88,7 +88,7 @@ def enter_new_namespaces() -> None:
             os._exit(status)
     os.close(read_end)
     try:
-        _call_libc("unshare", _NEW_NAMESPACES)
+        _call_libc("unshare", _OWN_NAMESPACES)
         os.write(write_end, b"1")
     finally:
         os.close(write_end)
@@ -307,7 +307,7 @@ _SOCKET, _SOCKETPAIR, _CLONE, _CLONE3 = (41, 198), (53, 199), (56, 220), 435
 _FIRST_UNKNOWN = 463
 """The first number after the calls of Linux 6.12. Later calls, and the x32 calls of x86-64, are not in
 the list and fail with ENOSYS: the C library then falls back to other calls, as on an older kernel."""
-_NEW_NAMESPACES = 0x7E020000  # the flags of clone(2) that make a namespace
+_ANY_NAMESPACE = 0x7E020000  # the flags of clone(2) that make a namespace of any kind
 
 _LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 _ALLOW, _ERROR, _KILL = 0x7FFF0000, 0x00050000, 0x80000000
@@ -357,7 +357,7 @@ def _filter_steps(machine: int) -> list[_FilterStep]:
         ("", _EQUAL, _SOCKETPAIR[machine], "socket", ""),
         ("", _EQUAL, _SOCKET[machine], "socket", "allow"),
         ("clone", _LOAD, _FIRST_ARGUMENT, "", ""),
-        ("", _ANY_BIT, _NEW_NAMESPACES, "refuse", "allow"),
+        ("", _ANY_BIT, _ANY_NAMESPACE, "refuse", "allow"),
         ("socket", _LOAD, _FIRST_ARGUMENT, "", ""),
         ("", _EQUAL, _AF_UNIX, "allow", "refuse"),
         ("allow", _RETURN, _ALLOW, "", ""),
