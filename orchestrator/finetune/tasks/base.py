@@ -1,8 +1,8 @@
 """A task: its examples, what the model has to produce, its metric, and the defaults of a fine-tuning run.
 
 A task on a dataset of the hub is an entry in `tasks.toml`. Any other task is a subclass of `Task`; short ones
-to start from are in `arithmetic.py` (answers in text) and `reviews.py` (classes). A file with a
-task imports heavy libraries inside functions only, since a plan reads it.
+to start from, whose settings are in `tasks.toml`, are in `arithmetic.py` (answers in text) and `reviews.py`
+(classes). A file with a task imports heavy libraries inside functions only, since a plan reads it.
 """
 
 from __future__ import annotations

@@ -72,9 +72,32 @@ def make_task(name: str, entry: Mapping[str, Any]) -> Task:
         task_class = getattr(importlib.import_module(f"{__package__}.{module}"), class_name)
     if task_class is None:
         raise UsageError(f"Task {name!r}: kind is {kind!r}; {suggest_nearest(str(kind), list(KINDS))}")
-    if not issubclass(task_class, HubTask):  # a local task, with its settings in Python
-        local_task: Task = task_class()
-        return local_task
+    if issubclass(task_class, LocalTask):
+        return task_class()
+    return task_class(name, _parse_settings(name, settings, task_class))
+
+
+class LocalTask(Task):
+    """A task of this project that makes its examples itself.
+
+    A subclass names its entry in `tasks.toml`, whose settings become attributes of the class:
+    `class Letters(LocalTask, entry="letters")`.
+    """
+
+    keys = (
+        *("title", "metric", "floor", "default_model", "output", "inputs", "max_new_tokens"),
+        *("grader", "grade_at"),
+    )
+
+    def __init_subclass__(cls, entry: str = "") -> None:
+        if entry:
+            cls.name = entry
+            settings = {key: value for key, value in read_tasks()[entry].items() if key != "class"}
+            for key, value in _parse_settings(entry, settings, cls).items():
+                setattr(cls, key, value)
+
+
+def _parse_settings(name: str, settings: Mapping[str, Any], task_class: Any) -> dict[str, Any]:
     found = {key: _parse_value(name, key, value, task_class) for key, value in settings.items()}
     required = [key for key in task_class.keys if not hasattr(task_class, key) and key != "floor"]
     required += [field.name for field in fields(TaskDefaults) if field.default is MISSING]
@@ -84,7 +107,7 @@ def make_task(name: str, entry: Mapping[str, Any]) -> Task:
         raise UsageError(f"Task {name!r}: the entry has no {missing[0]}; add {missing[0]} = ...")
     names = {field.name for field in fields(TaskDefaults)}
     found["defaults"] = TaskDefaults(**{key: found.pop(key) for key in names & found.keys()})
-    return task_class(name, found)
+    return found
 
 
 @cache
