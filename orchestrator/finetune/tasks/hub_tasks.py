@@ -15,12 +15,11 @@ from pathlib import Path
 from string import Formatter
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from pydantic import Field
-
 from orchestrator.finetune.sources.data_files import find_cell_problem
 from orchestrator.finetune.sources.hub_data import DATA_FOLDER_VARIABLE, CellType, Table, load_table
 from orchestrator.finetune.tasks.base import Example, GradeAt, Image, Output, Split, Task, hash_split
 from orchestrator.finetune.tasks.examples import hash_text
+from orchestrator.study.configuration import Hyperparameter
 from orchestrator.util.errors import UsageError, format_error
 
 if TYPE_CHECKING:
@@ -256,7 +255,7 @@ class InstructionTask(HubTask):
     answer: str
     key: str = ""
     """A template: rows with equal keys belong to one split. Default: the prompt."""
-    validation_buckets: Annotated[int, Field(ge=2)] = 20
+    validation_buckets: Annotated[int, Hyperparameter(value_type=int, ge=2)] = 20
 
     def examples(self, split: Split, count: int) -> list[Example]:
         """Return the first examples of a split; see `Task.examples`."""
