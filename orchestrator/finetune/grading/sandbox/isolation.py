@@ -28,6 +28,7 @@ import resource
 import socket
 import struct
 import sys
+import tomllib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -126,7 +127,9 @@ def enter_new_root(
     root = "/sys"  # every machine has this folder, and nothing of its content has to be visible
     _mount("none", "/", "none", _REC | _PRIVATE)
     _mount("tmpfs", root, "tmpfs", _NOSUID | _NODEV, "size=1m,nr_inodes=4096,mode=755")
-    _mount_tmp(root, tmp_bytes, max_tmp_files)  # first, because a visible folder may be below /tmp
+    os.makedirs(root + "/tmp")  # first, because a visible folder may be below /tmp
+    options = f"size={tmp_bytes},nr_inodes={max_tmp_files},mode=700,uid={NOBODY},gid={NOBODY}"
+    _mount("tmpfs", root + "/tmp", "tmpfs", _NOSUID | _NODEV, options)
     _mount_folders(root, visible_folders, hidden_folders)
     _mount_devices(root)
     write_file("/proc/sys/user/max_user_namespaces", "0")  # no further namespaces inside the new one
@@ -168,12 +171,6 @@ def _mount_devices(root: str) -> None:
     for device in ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom"):
         _bind_file(device, root)
     os.symlink("/tmp", root + "/dev/shm")  # multiprocessing creates its semaphores there
-
-
-def _mount_tmp(root: str, tmp_bytes: int, max_tmp_files: int) -> None:
-    os.makedirs(root + "/tmp")
-    options = f"size={tmp_bytes},nr_inodes={max_tmp_files},mode=700,uid={NOBODY},gid={NOBODY}"
-    _mount("tmpfs", root + "/tmp", "tmpfs", _NOSUID | _NODEV, options)
 
 
 def _pivot_root(root: str) -> None:
@@ -267,39 +264,8 @@ def set_resource_limits(limits: Mapping[str, int]) -> None:
         resource.setrlimit(kind, (value, value))
 
 
-_REFUSED = (
-    # Keys of the session that started the sandbox.
-    "add_key 248 217, request_key 249 218, keyctl 250 219, "
-    # Programs in the kernel, tracing, and the memory and files of other processes.
-    "bpf 321 280, perf_event_open 298 241, userfaultfd 323 282, lookup_dcookie 212 18, ptrace 101 117, "
-    "process_vm_readv 310 270, process_vm_writev 311 271, process_madvise 440 440, "
-    "process_mrelease 448 448, pidfd_getfd 438 438, kcmp 312 272, move_pages 279 239, "
-    "migrate_pages 256 238, "
-    # Mounts and roots; files by handle, which bypass the permissions of folders.
-    "mount 165 40, umount2 166 39, pivot_root 155 41, chroot 161 51, open_tree 428 428, "
-    "move_mount 429 429, fsopen 430 430, fsconfig 431 431, fsmount 432 432, fspick 433 433, "
-    "mount_setattr 442 442, statmount 457 457, listmount 458 458, name_to_handle_at 303 264, "
-    "open_by_handle_at 304 265, fanotify_init 300 262, fanotify_mark 301 263, "
-    # Namespaces.
-    "unshare 272 97, setns 308 268, "
-    # Memory that no limit of a process counts.
-    "shmget 29 194, shmat 30 196, shmctl 31 195, semget 64 190, semop 65 193, semtimedop 220 192, "
-    "semctl 66 191, msgget 68 186, msgsnd 69 189, msgrcv 70 188, msgctl 71 187, mq_open 240 180, "
-    "memfd_create 319 279, memfd_secret 447 447, "
-    # io_uring, whose requests no filter sees.
-    "io_uring_setup 425 425, io_uring_enter 426 426, io_uring_register 427 427, "
-    # Administration of the machine.
-    "kexec_load 246 104, kexec_file_load 320 294, init_module 175 105, finit_module 313 273, "
-    "delete_module 176 106, reboot 169 142, swapon 167 224, swapoff 168 225, acct 163 89, "
-    "quotactl 179 60, quotactl_fd 443 443, syslog 103 116, settimeofday 164 170, "
-    "clock_settime 227 112, adjtimex 159 171, clock_adjtime 305 266, sethostname 170 161, "
-    "setdomainname 171 162, vhangup 153 58, nfsservctl 180 42, iopl 172 -1, ioperm 173 -1, "
-    "modify_ldt 154 -1"
-)
-"""The refused calls with their numbers on x86-64 and on ARM, from the kernel's headers. A call that an
-architecture lacks has the number -1."""
-
-_REFUSED_NUMBERS = {name: (int(x86), int(arm)) for name, x86, arm in map(str.split, _REFUSED.split(", "))}
+with open(os.path.join(os.path.dirname(__file__), "refused_calls.toml"), "rb") as _file:
+    _REFUSED_NUMBERS = tomllib.load(_file)
 
 _MACHINES = ("x86_64", "aarch64")
 _ARCHITECTURE = (0xC000003E, 0xC00000B7)  # AUDIT_ARCH_X86_64, AUDIT_ARCH_AARCH64
@@ -338,8 +304,7 @@ def install_seccomp_filter() -> None:
     """Install the filter, permanently, for this process and its descendants; needs `no_new_privs`."""
     steps = _filter_steps(_machine_index())
     code = _assemble(steps)
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_SECCOMP, _FILTER, ctypes.byref(_FilterProgram(len(steps), code)), 0, 0) != 0:
+    if _libc.prctl(_PR_SET_SECCOMP, _FILTER, ctypes.byref(_FilterProgram(len(steps), code)), 0, 0) != 0:
         number = ctypes.get_errno()
         raise OSError(number, f"seccomp: {os.strerror(number)}")
 
