@@ -231,19 +231,6 @@ def die_with_parent() -> None:
     _call_libc("prctl", _PR_DEATHSIG, 9, 0, 0, 0)
 
 
-def leave_session_keyring() -> None:
-    """Replace the session keyring by an empty one, since /proc/keys shows the names of its keys.
-
-    Errors are ignored: where a container forbids this, the seccomp filter still prevents reading keys.
-    """
-    _libc.syscall(ctypes.c_long(_syscall_number("keyctl")), ctypes.c_long(_KEYCTL_JOIN_SESSION_KEYRING), None)
-
-
-def become_subreaper() -> None:
-    """Have the kernel make this process the parent of descendants whose own parent has ended."""
-    _call_libc("prctl", _PR_SUBREAPER, 1, 0, 0, 0)
-
-
 def count_user_threads() -> int:
     """Return the number of this user's threads: without a user namespace RLIMIT_NPROC counts all of them."""
     count = 0
@@ -368,11 +355,14 @@ def main() -> None:
     try:
         with contextlib.suppress(OSError):  # when memory is short, the kernel ends this process first
             write_file("/proc/self/oom_score_adj", "1000")
-        leave_session_keyring()
+        # An empty session keyring, since /proc/keys shows the names of its keys. Errors are ignored: where a
+        # container forbids this, the seccomp filter still prevents reading keys.
+        join = ctypes.c_long(_syscall_number("keyctl")), ctypes.c_long(_KEYCTL_JOIN_SESSION_KEYRING), None
+        _libc.syscall(*join)
         if spec["namespaces"]:
             enter_new_namespaces()
         else:
-            become_subreaper()
+            _call_libc("prctl", _PR_SUBREAPER, 1, 0, 0, 0)  # orphans become children of this process
         child = os.fork()
         if child == 0:
             _run_init(spec, connection)
