@@ -356,7 +356,7 @@ MUTATIONS += [
     ),
     Mutation(
         name="system calls are not filtered",
-        file="orchestrator/finetune/grading/sandbox/init_process.py",
+        file="orchestrator/finetune/grading/sandbox/isolation.py",
         old="        install_seccomp_filter()\n",
         new="",
         test="test_11_programs.py::test_system_calls_that_reach_beyond_the_program_are_refused",

@@ -88,8 +88,7 @@ def _extract_stated(text: str) -> str:
     """Return the value of the last statement or box of a text; empty if there is none."""
     spans = boxes = _find_boxes(text)
     for match in list(_STATED.finditer(text))[-MAX_STATEMENTS:]:
-        line = re.match(r"\s*(.*)", text[match.end() :])
-        spans = [*spans, (match.end(), line.group(1) if line else "")]
+        spans = [*spans, (match.end(), text[match.end() :].lstrip().partition("\n")[0])]
     for start, span in sorted(spans, reverse=True):
         if any(box < start < box + len(inner) for box, inner in boxes):
             continue  # a statement or a box inside a box
@@ -136,7 +135,7 @@ def _extract_value(span: str, first: bool) -> str:
     if not numbers:
         return ""
     number = numbers[0] if first else numbers[-1]
-    return _format_number(number, re.match(r"\s*([a-z]*)", bare[number.end() :], re.IGNORECASE))
+    return _format_number(number, bare[number.end() :])
 
 
 def _strip_markup(span: str) -> str:
@@ -162,11 +161,12 @@ def _is_expression(text: str) -> bool:
     )
 
 
-def _format_number(match: re.Match[str], word: re.Match[str] | None) -> str:
+def _format_number(match: re.Match[str], rest: str) -> str:
     """Return a number without separators, multiplied by the scale that follows it ("3 million")."""
     body = re.sub(r",(?=\d{3})|\{,\}|\\[,!]", "", match.group("body")).strip()
     negative = bool(match.group("sign")) != bool(match.group("inner"))
-    scale = _SCALES.get(word.group(1).lower()) if word else None
+    word = re.match(r"\s*([a-z]*)", rest, re.IGNORECASE)
+    scale = _SCALES.get(word[1].lower()) if word else None
     value = _parse_fraction(body) if scale else None
     if scale and value is not None:
         body = str(value * scale)

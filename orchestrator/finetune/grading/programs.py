@@ -42,7 +42,7 @@ import sys
 import textwrap
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
 from orchestrator.finetune.grading.sandbox.run import (
     KILLED,
@@ -60,15 +60,8 @@ al. 2021, section 3.1), the end of a fenced block, and two more that start a new
 _FENCE = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
 
 
-class ProgramWithTests(NamedTuple):
-    """A program and its tests, as Python source."""
-
-    program: str
-    tests: str
-
-
 def grade_programs(
-    programs: Sequence[ProgramWithTests],
+    programs: Sequence[tuple[str, str]],
     limits: ProgramLimits = ProgramLimits(),  # noqa: B008 (frozen)
 ) -> list[ProgramResult]:
     """Run programs with their tests, as many at once as there are cores; return the results in their order.
@@ -78,7 +71,7 @@ def grade_programs(
     run again alone.
 
     Args:
-        programs: Programs with their tests, from `human_eval_program` or `mbpp_program`.
+        programs: Pairs of a program and its tests, as Python source (see `human_eval_program`).
         limits: The resources that each program may use.
 
     Raises:
@@ -87,14 +80,14 @@ def grade_programs(
     """
     sandbox_level()  # computed and cached here, so that the threads do not all compute it
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        results = list(pool.map(lambda each: run(each.program, each.tests, limits), programs))
+        results = list(pool.map(lambda each: run(each[0], each[1], limits), programs))
     return [
-        run(each.program, each.tests, limits) if result.reason in (KILLED, TIMED_OUT) else result
-        for each, result in zip(programs, results, strict=True)
+        run(program, tests, limits) if result.reason in (KILLED, TIMED_OUT) else result
+        for (program, tests), result in zip(programs, results, strict=True)
     ]
 
 
-def human_eval_program(problem: Mapping[str, Any], completion: str) -> ProgramWithTests:
+def human_eval_program(problem: Mapping[str, Any], completion: str) -> tuple[str, str]:
     """Return a model's solution of a HumanEval problem with the problem's tests.
 
     The solution is either the body of the function, which continues the prompt and ends at the first of
@@ -110,15 +103,16 @@ def human_eval_program(problem: Mapping[str, Any], completion: str) -> ProgramWi
     if complete_program is None:
         body = _function_body(completion)
         fence = _FENCE.search(completion)
-        program = prompt + (body if fence is None or _is_body(body) else _function_body(fence[1]))
+        is_body = body.strip() and _is_valid_python(f"def f():\n{body}")
+        program = prompt + (body if fence is None or is_body else _function_body(fence[1]))
     else:
         start = re.search(rf"^def {re.escape(name)}\b", prompt, re.MULTILINE)
         program = prompt[: start.start() if start else 0] + complete_program
     tests = f"{prompt}\n{name} = program.{name}\n{problem['test']}\ncheck({name})"
-    return ProgramWithTests(program, tests)
+    return program, tests
 
 
-def mbpp_program(row: Mapping[str, Any], completion: str) -> ProgramWithTests:
+def mbpp_program(row: Mapping[str, Any], completion: str) -> tuple[str, str]:
     """Return a model's solution of an MBPP problem with the assertions in its `test_list`.
 
     The solution is the first fenced block, or everything before `[DONE]` or an assert at the margin. The
@@ -135,7 +129,7 @@ def mbpp_program(row: Mapping[str, Any], completion: str) -> ProgramWithTests:
     setup = [*(row.get("test_imports") or ()), str(row.get("test_setup_code") or "")]
     bindings = [f"{name} = program.{name}" for name in _builtin_named_functions(row)]
     tests = "\n".join([*setup, *bindings, *row["test_list"]])
-    return ProgramWithTests(_longest_valid_prefix(code), tests)
+    return _longest_valid_prefix(code), tests
 
 
 def _builtin_named_functions(row: Mapping[str, Any]) -> list[str]:
@@ -170,10 +164,6 @@ def _function_body(completion: str) -> str:
             return "    " + body
         return textwrap.indent(body, "    ")
     return body
-
-
-def _is_body(body: str) -> bool:
-    return bool(body.strip()) and _is_valid_python(f"def f():\n{body}")
 
 
 def _longest_valid_prefix(code: str) -> str:

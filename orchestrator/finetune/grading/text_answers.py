@@ -46,16 +46,9 @@ def grade_choice(answer: str, reference: str) -> float:
 
 def _extract_choice(text: str) -> str | None:
     text = re.sub(r"[*_`\"']", "", text.lower())
-    for stated in _STATED.finditer(text):
-        match = _CHOICE.match(text, stated.end())
-        if match:
-            return _choice_name(match)
-    match = _CHOICE.search(text)
-    return _choice_name(match) if match else None
-
-
-def _choice_name(match: re.Match[str]) -> str:
-    return match.group(1) or match.group(2) + match.group(3)
+    stated = (_CHOICE.match(text, each.end()) for each in _STATED.finditer(text))
+    match = next(filter(None, stated), None) or _CHOICE.search(text)
+    return (match[1] or match[2] + match[3]) if match else None
 
 
 def grade_token_f1(answer: str, reference: str) -> float:

@@ -6,8 +6,9 @@ import re
 from functools import lru_cache
 from typing import Any
 
-from orchestrator.finetune.tasks.base import Example, Split, Task, TaskDefaults
+from orchestrator.finetune.tasks.base import Example, Split
 from orchestrator.finetune.tasks.examples import split_by_key
+from orchestrator.finetune.tasks.user_task import LocalTask
 from orchestrator.util.errors import require_package
 
 SUM_DRAWS, PROBLEM_DRAWS = 6000, 12_000
@@ -17,29 +18,13 @@ QUESTION_SUFFIX = " Give the result as your final answer. Do not include units."
 """The end of every question of `gsm_symbolic`, which is removed."""
 
 
-class ChainSum(Task):
+class ChainSum(LocalTask, entry="chain_sum"):
     """Computing sums and differences of two numbers of one or two digits (`chain_sum`).
 
     The default model, SmolLM2-135M, gives few answers in the required form before a minute of training, and
     most of them after it. All questions have one wording. The split depends on the expression alone and is
     the same for `a + b` and `b + a`.
     """
-
-    name = "chain_sum"
-    title = "sums of two numbers (reasoning-gym)"
-    floor = 0.0
-    default_model = "smollm2-135m"
-    max_new_tokens = 8
-    defaults = TaskDefaults(
-        240,
-        100,
-        100,
-        steps=60,
-        batch_size=4,
-        max_length=40,
-        evaluations=3,
-        learning_rates=(1e-4, 3e-4, 1e-3, 3e-3),
-    )
 
     def examples(self, split: Split, count: int) -> list[Example]:
         return _sums()[split][:count]
@@ -68,7 +53,7 @@ def canonical_expression(expression: str) -> str:
     return f"{left} {operator} {right}"
 
 
-class GsmSymbolic(Task):
+class GsmSymbolic(LocalTask, entry="gsm_symbolic"):
     """Solving grade-school problems of known templates (`gsm_symbolic`), with worked answers.
 
     The generator follows GSM-Symbolic (arXiv 2410.05229). It has 85 templates, each made from one problem of
@@ -76,24 +61,6 @@ class GsmSymbolic(Task):
     as training problems and other numbers. So a score shows that the model applies a known solution, not that
     it finds one: SmolLM2-135M does not learn to solve problems of new templates (docs/real_tasks.md).
     """
-
-    name = "gsm_symbolic"
-    title = "grade-school problems of known templates (reasoning-gym)"
-    floor = 0.0
-    default_model = "smollm2-135m"
-    max_new_tokens = 90
-    grader = "math"
-    grade_at = "last_evaluation"
-    defaults = TaskDefaults(
-        1200,
-        200,
-        200,
-        steps=150,
-        batch_size=8,
-        max_length=160,
-        evaluations=3,
-        learning_rates=(3e-4, 1e-3, 3e-3, 1e-2),
-    )
 
     def examples(self, split: Split, count: int) -> list[Example]:
         return _problems()[split][:count]

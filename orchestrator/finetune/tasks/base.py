@@ -1,8 +1,8 @@
 """A task: its examples, what the model has to produce, its metric, and the defaults of a fine-tuning run.
 
 A task on a dataset of the hub is an entry in `tasks.toml`. Any other task is a subclass of `Task`; short ones
-to start from are in `arithmetic.py` (answers in text) and `reviews.py` (classes). A file with a
-task imports heavy libraries inside functions only, since a plan reads it.
+to start from, whose settings are in `tasks.toml`, are in `arithmetic.py` (answers in text) and `reviews.py`
+(classes). A file with a task imports heavy libraries inside functions only, since a plan reads it.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from orchestrator.finetune.sources.hub_data import DATA_FOLDER_VARIABLE
 from orchestrator.finetune.tasks.examples import (
@@ -29,7 +29,13 @@ from orchestrator.finetune.tasks.examples import (
     hash_examples,
     hash_split,
 )
-from orchestrator.study.configuration import Dtype, LRScheduleName, TaskChoice
+from orchestrator.study.configuration import (
+    HYPERPARAMETERS,
+    Dtype,
+    Hyperparameter,
+    LRScheduleName,
+    TaskChoice,
+)
 from orchestrator.util.errors import UsageError, suggest_nearest
 
 __all__ = ["SPLITS", "EncodedExample", "Example", "Image", "Split", "Task", "TaskDefaults", "hash_split"]
@@ -50,6 +56,10 @@ Grader = Literal["exact", "math", "choice", "token_f1"]
 GradeAt = Literal["every_evaluation", "last_evaluation"]
 """The evaluations in which answers are generated and graded. With "last_evaluation" the earlier ones compute
 the loss only, which takes a small part of the time and is all that early stopping needs."""
+
+
+COUNT = Hyperparameter(value_type=int, ge=1, le=1_000_000_000)
+TOKENS = replace(COUNT, le=10_000_000)
 
 
 @dataclass(frozen=True)
@@ -73,20 +83,20 @@ class TaskDefaults:
         accumulation: The number of micro-batches of a batch, for a task whose batch does not fit usual GPUs.
     """
 
-    train_size: int
-    validation_size: int
-    test_size: int
-    steps: int
-    batch_size: int
-    max_length: int
-    evaluations: int
+    train_size: Annotated[int, COUNT]
+    validation_size: Annotated[int, COUNT]
+    test_size: Annotated[int, COUNT]
+    steps: Annotated[int, HYPERPARAMETERS["steps"]]
+    batch_size: Annotated[int, HYPERPARAMETERS["batch_size"]]
+    max_length: Annotated[int, TOKENS]
+    evaluations: Annotated[int, replace(COUNT, le=100_000)]
     learning_rates: tuple[float, ...]
-    warmup: float = 0.05
+    warmup: Annotated[float, HYPERPARAMETERS["warmup"]] = 0.05
     dtype: Dtype = "float32"
     schedule: LRScheduleName = "cosine"
-    weight_decay: float = 0.0
+    weight_decay: Annotated[float, HYPERPARAMETERS["weight_decay"]] = 0.0
     base_dropout: Literal["on", "off"] = "off"
-    accumulation: int = 1
+    accumulation: Annotated[int, HYPERPARAMETERS["batch_size"]] = 1
 
 
 class Task:
@@ -107,24 +117,24 @@ class Task:
     """What is wrong with a user's data, one line each, the worst first. `revision` sets it."""
     title: str
     metric: str = "exact_match"
-    floor: float
+    floor: Annotated[float, Hyperparameter(value_type=float)]
     """The score of a constant answer or of the untrained base model, whichever is lower. A diverged lane gets
     this score."""
     default_model: str
-    numerics: int = 1
+    numerics: Annotated[int, COUNT] = 1
     """Raised by hand when the encoding or the grading changes."""
     output: Output = "generation"
     inputs: Literal["text", "image"] = "text"
     """The input of the model. A task of images has the output "classification" or "regression"."""
     labels: tuple[str, ...] = ()
     """The names of the classes, in the order of the head's outputs."""
-    max_new_tokens: int = 0
+    max_new_tokens: Annotated[int, TOKENS] = 0
     """The longest generated answer in tokens."""
-    samples: int = 1
+    samples: Annotated[int, COUNT] = 1
     """Answers that are generated per item. The score of an item is the mean over them."""
-    temperature: float = 0.0
+    temperature: Annotated[float, Hyperparameter(value_type=float, ge=0)] = 0.0
     """0 for greedy decoding, else the temperature of sampling."""
-    top_p: float = 1.0
+    top_p: Annotated[float, Hyperparameter(value_type=float, gt=0, le=1)] = 1.0
     """Sampling is limited to the most probable tokens that together have this probability."""
     stop: tuple[str, ...] = ()
     """Texts before the first of which a generated answer ends."""

@@ -38,8 +38,8 @@ from variants.variant_names import FILE_SUFFIX
 if TYPE_CHECKING:
     from variants.api import Variant
 
-Kind = Literal["task", "data", "variant"]
-"""What an entry of the store describes: code of a task, a task of a user's data, or code of a variant."""
+Kind = Literal["task", "variant"]
+"""What an entry of the store describes: the code of a task or a user's data, or the code of a variant."""
 
 UNHASHED_ATTRIBUTES = {"title", "defaults", "default_model"}
 """Attributes of a task that do not change what a configuration computes."""
@@ -122,8 +122,7 @@ def find(choice: TaskChoice, folder: Path) -> Task:
                 "was started; install one version of its package on all machines."
             )
         return installed
-    data = _entries(folder, "data").read_fields(f"data-{choice.content}")
-    entry = data or _read_entry(folder, "task", choice.name, choice.content)
+    entry = _read_entry(folder, "task", choice.name, choice.content)
     if "spec" in entry:
         task: Task = DataTask.from_json(json.loads(entry["spec"]))
     else:
@@ -143,8 +142,7 @@ def write_entry(task: Task, folder: Path) -> None:
         folder: The store's folder of prepared data.
     """
     if task.content and task.name not in entry_points_by_name():
-        kind: Kind = "data" if isinstance(task, DataTask) else "task"
-        _write_entry(folder, kind, task.content, task.entry())
+        _write_entry(folder, "task", task.content, task.entry())
 
 
 def find_variant(choice: VariantChoice, folder: Path) -> Variant:

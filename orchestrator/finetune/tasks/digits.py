@@ -12,7 +12,7 @@ from functools import lru_cache, partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.finetune.tasks.base import SPLITS, Example, Image, Split, TaskDefaults, hash_split
+from orchestrator.finetune.tasks.base import SPLITS, Example, Image, Split, hash_split
 from orchestrator.finetune.tasks.examples import hash_text
 from orchestrator.finetune.tasks.pretraining import PretrainedTask, Recipe
 
@@ -25,26 +25,15 @@ IMAGE_SIZE, MAX_GREY, PATCH_SIZE = 8, 16, 2
 PRETRAINING_DIGITS, FINE_TUNING_DIGITS = ("0", "1", "2", "3", "4"), ("5", "6", "7", "8", "9")
 NOISE_STD = 0.2
 """Standard deviation of the noise in pretraining; pixels are in [-1, 1]."""
-LEARNING_RATES = (1e-4, 4e-4, 1.6e-3, 6.4e-3, 2.5e-2, 1e-1, 4e-1)
 RECIPE = Recipe(steps=1200, batch_size=64, learning_rate=1.5e-3, layers=4)
 
 
-class Digits(PretrainedTask):
+class Digits(PretrainedTask, entry="digits"):
     """Classification of the digits 5 to 9."""
 
-    name = "digits"
-    title = "real handwritten digits"
-    metric = "accuracy"
-    floor = 0.2
-    default_model = "digits-base"
-    inputs = "image"
-    output = "classification"
     labels = FINE_TUNING_DIGITS
     recipe = RECIPE
     recipe_constants = (IMAGE_SIZE, PATCH_SIZE, NOISE_STD)
-    defaults = TaskDefaults(
-        250, 240, 240, steps=80, batch_size=16, max_length=0, evaluations=3, learning_rates=LEARNING_RATES
-    )
 
     def examples(self, split: Split, count: int) -> list[Example]:
         return _fine_tuning_examples()[split][:count]

@@ -13,12 +13,13 @@ from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 from string import Formatter
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from orchestrator.finetune.sources.data_files import find_cell_problem
 from orchestrator.finetune.sources.hub_data import DATA_FOLDER_VARIABLE, CellType, Table, load_table
 from orchestrator.finetune.tasks.base import Example, GradeAt, Image, Output, Split, Task, hash_split
 from orchestrator.finetune.tasks.examples import hash_text
+from orchestrator.study.configuration import Hyperparameter
 from orchestrator.util.errors import UsageError, format_error
 
 if TYPE_CHECKING:
@@ -61,13 +62,15 @@ class HubTask(Task):
         repository, _, subset = source.partition(":")
         return Table(repository, split, columns, subset or None, revision or None)
 
-    def read_rows(self, table: Table) -> Iterator[dict[str, Any]]:
-        """Yield the rows of a table.
+    def read_rows(
+        self, split: str, columns: Mapping[str, CellType], data: str = ""
+    ) -> Iterator[dict[str, Any]]:
+        """Yield the rows of a split of a dataset; see `table`.
 
         Raises:
             UsageError: As in `hub_data.load_table`.
         """
-        for batch in load_table(table, self.name).iter(batch_size=READ_BATCH_SIZE):
+        for batch in load_table(self.table(split, columns, data), self.name).iter(batch_size=READ_BATCH_SIZE):
             for values in zip(*batch.values(), strict=True):
                 yield dict(zip(batch, values, strict=True))
 
@@ -252,7 +255,7 @@ class InstructionTask(HubTask):
     answer: str
     key: str = ""
     """A template: rows with equal keys belong to one split. Default: the prompt."""
-    validation_buckets: int = 20
+    validation_buckets: Annotated[int, Hyperparameter(value_type=int, ge=2)] = 20
 
     def examples(self, split: Split, count: int) -> list[Example]:
         """Return the first examples of a split; see `Task.examples`."""
@@ -263,22 +266,26 @@ class InstructionTask(HubTask):
         name = {"train": "", "validation": self.validation_split, "test": self.test_split}[split]
         data = self.test_data if split == "test" else ""
         columns = dict.fromkeys((*self.columns_of(self.prompt), *self.columns_of(self.answer)), object)
-        rows = self.read_rows(self.table(name, columns, data)) if name else self.training_rows(split)
-        for number, row in enumerate(rows, start=1):
-            yield Example(self.fill(self.prompt, row, number), self.fill(self.answer, row, number))
+        rows = self.read_rows(name, columns, data) if name else self.training_rows(split)
+        yield from (self.make_example(row, number) for number, row in enumerate(rows, start=1))
 
-    def training_rows(self, split: Split, **more_columns: CellType) -> Iterator[Row]:
+    def make_example(self, row: Row, number: int = 0, reference: str | None = None) -> Example:
+        """Return the example of a row; see `fill`."""
+        prompt, answer = (self.fill(template, row, number) for template in (self.prompt, self.answer))
+        return Example(prompt, answer, reference=reference)
+
+    def training_rows(self, split: Split, *text_columns: str) -> Iterator[Row]:
         """Yield the rows of the training split that belong to a split, by the hash of their key.
 
         Args:
             split: The split, train or validation.
-            more_columns: Columns to read beside those of the templates.
+            text_columns: Columns of texts to read beside those of the templates.
         """
         templates = (self.prompt, self.answer, self.key)
         names = [name for template in templates for name in self.columns_of(template)]
-        columns: dict[str, CellType] = {**dict.fromkeys(names, object), **more_columns}
+        columns: dict[str, CellType] = {**dict.fromkeys(names, object), **dict.fromkeys(text_columns, str)}
         held_out: tuple[Split, ...] = () if self.validation_split else ("validation",)
-        for row in self.read_rows(self.table(self.train_split, columns)):
+        for row in self.read_rows(self.train_split, columns):
             if hash_split(self.split_key(row), held_out, self.validation_buckets) == split:
                 yield row
 

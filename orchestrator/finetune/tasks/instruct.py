@@ -14,18 +14,17 @@ import ast
 import json
 import random
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import chain, starmap
+from itertools import chain
+from typing import Any
 
-from orchestrator.finetune.sources.hub_data import CellType, Table
 from orchestrator.finetune.tasks.base import Example, Split, hash_split
 from orchestrator.finetune.tasks.hub_tasks import InstructionTask, Row
+from orchestrator.util.errors import UsageError
 
 CALCULATOR_ANNOTATION = re.compile("<<.*?>>")
 """Annotations for a calculator in GSM8K's solutions, which MetaMathQA does not have."""
-PARQUET_REVISION = "refs/convert/parquet"
-"""The hub's own conversion, for datasets with a loading script, which `datasets` no longer runs."""
 
 
 class MetaMathQA(InstructionTask):
@@ -40,97 +39,25 @@ class MetaMathQA(InstructionTask):
 
     def read_examples(self, split: Split) -> Iterator[Example]:
         if split == "test":
-            columns: dict[str, CellType] = {"question": str, "answer": str}
-            for row in self.read_rows(self.table("test", columns, self.test_data)):
+            for row in self.read_rows("test", {"question": str, "answer": str}, self.test_data):
                 solution, _, number = row["answer"].rpartition("####")
                 solution = CALCULATOR_ANNOTATION.sub("", solution).strip()
-                yield self._example(row["question"], f"{solution}\nThe answer is: {number.strip()}", split)
+                response = f"{solution}\nThe answer is: {number.strip()}"
+                yield self._example({"query": row["question"], "response": response}, split)
             return
-        columns = dict.fromkeys(("type", "query", "original_question", "response"), str)
         seen: set[str] = set()
-        for training_row in self.training_rows(split, **columns):
+        for training_row in self.training_rows(split, "type", "query", "original_question", "response"):
             key = self.split_key(training_row)
             if split == "train" or (training_row["type"] == "GSM_AnsAug" and key not in seen):
                 seen.add(key)
-                yield self._example(training_row["query"], training_row["response"], split)
+                yield self._example(training_row, split)
 
     def split_key(self, row: Row) -> str:
         return str(row["original_question"]).strip()
 
-    def _example(self, question: str, solution: str, split: Split) -> Example:
-        reference = None if split == "train" else solution.rpartition("The answer is:")[2].strip()
-        row = {"query": question, "response": solution}
-        return Example(self.fill(self.prompt, row), self.fill(self.answer, row), reference=reference)
-
-
-ToQuestion = Callable[[Row], tuple[str, str]]
-"""Returns the question and the answer of a row."""
-
-
-def _boolq(row: Row) -> tuple[str, str]:
-    question = f"Please answer the following question with true or false, question: {row['question']}?"
-    return f"{question}\n\nAnswer format: true/false", "true" if row["answer"] else "false"
-
-
-def _piqa(row: Row) -> tuple[str, str]:
-    question = f"Please choose the correct solution to the question: {row['goal']}"
-    choices = f"Solution1: {row['sol1']}\n\nSolution2: {row['sol2']}"
-    return f"{question}\n\n{choices}\n\nAnswer format: solution1/solution2", f"solution{row['label'] + 1}"
-
-
-def _siqa(row: Row) -> tuple[str, str]:
-    texts = [row["answerA"], row["answerB"], row["answerC"]]
-    return _format_question(f"{row['context']} {row['question']}", texts), f"answer{row['label']}"
-
-
-def _hellaswag(row: Row) -> tuple[str, str]:
-    question = "Please choose the correct ending to complete the given sentence: "
-    text, kinds = _format_choices("Ending", row["endings"])
-    question += f"{row['activity_label']}: {row['ctx']}"
-    return f"{question}\n\n{text}\n\nAnswer format: {kinds}", f"ending{int(row['label']) + 1}"
-
-
-def _winogrande(row: Row) -> tuple[str, str]:
-    question = "Please choose the correct answer to fill in the blank to complete the given sentence: "
-    choices = f"Option1: {row['option1']} Option2: {row['option2']}"
-    text = f"{question}{row['sentence']}\n\n{choices} Answer format: option1/option2"
-    return text, f"option{row['answer']}"
-
-
-def _science(row: Row) -> tuple[str, str]:
-    """Return question and answer of a row of ARC or OpenBookQA."""
-    question = row["question"] if "question" in row else row["question_stem"]
-    place = list(row["choices"]["label"]).index(row["answerKey"])
-    return _format_question(question, row["choices"]["text"]), f"answer{place + 1}"
-
-
-def _format_question(question: str, texts: list[str]) -> str:
-    text, kinds = _format_choices("Answer", texts)
-    return f"Please choose the correct answer to the question: {question}\n\n{text}\n\nAnswer format: {kinds}"
-
-
-def _format_choices(kind: str, texts: list[str]) -> tuple[str, str]:
-    numbered = list(enumerate(texts, start=1))
-    names = "/".join(f"{kind.lower()}{number}" for number, _ in numbered)
-    return " ".join(f"{kind}{number}: {text}" for number, text in numbered), names
-
-
-PIQA_COLUMNS: dict[str, CellType] = {"goal": str, "sol1": str, "sol2": str, "label": range(2)}
-SIQA_COLUMNS = dict.fromkeys(("context", "question", "answerA", "answerB", "answerC", "label"), str)
-HELLASWAG_COLUMNS = {"activity_label": str, "ctx": str, "endings": object, "label": str}
-WINOGRANDE_COLUMNS = dict.fromkeys(("sentence", "option1", "option2", "answer"), str)
-ARC_COLUMNS = {"question": str, "choices": object, "answerKey": str}
-OPENBOOKQA_COLUMNS = {"question_stem": str, "choices": object, "answerKey": str}
-TEST_SETS: tuple[tuple[Table, ToQuestion], ...] = (
-    (Table("google/boolq", "validation", {"question": str, "answer": object}), _boolq),
-    (Table("ybisk/piqa", "validation", PIQA_COLUMNS, revision=PARQUET_REVISION), _piqa),
-    (Table("allenai/social_i_qa", "validation", SIQA_COLUMNS, revision=PARQUET_REVISION), _siqa),
-    (Table("Rowan/hellaswag", "validation", HELLASWAG_COLUMNS), _hellaswag),
-    (Table("allenai/winogrande", "validation", WINOGRANDE_COLUMNS, "winogrande_xl"), _winogrande),
-    (Table("allenai/ai2_arc", "test", ARC_COLUMNS, "ARC-Easy"), _science),
-    (Table("allenai/ai2_arc", "test", ARC_COLUMNS, "ARC-Challenge"), _science),
-    (Table("allenai/openbookqa", "test", OPENBOOKQA_COLUMNS, "main"), _science),
-)
+    def _example(self, row: Row, split: Split) -> Example:
+        reference = None if split == "train" else row["response"].rpartition("The answer is:")[2].strip()
+        return self.make_example(row, reference=reference)
 
 
 class Commonsense15k(InstructionTask):
@@ -142,51 +69,49 @@ class Commonsense15k(InstructionTask):
     LLM-Adapters.
     """
 
+    keys = (*InstructionTask.keys, "test_sets")
+    test_sets: tuple[Mapping[str, Any], ...]
+    """Each has a dataset, its split, the template of a question, the column of the answer and, by the cells
+    of that column, the answers. Without answers the column `choices` has texts and labels of any number."""
+
     def read_examples(self, split: Split) -> Iterable[Example]:
         if split == "test":
-            return chain.from_iterable(zip(*starmap(self._read_test_set, TEST_SETS), strict=False))
+            return chain.from_iterable(zip(*map(self._read_test_set, self.test_sets), strict=False))
         # The file is sorted by kind, so the sample of it is taken after shuffling.
-        kept = [*self.training_rows(split, instruction=str, answer=str)]
+        kept = [*self.training_rows(split, "instruction", "answer")]
         random.Random("commonsense_15k").shuffle(kept)
-        return (self._example(row["instruction"], row["answer"], split) for row in kept)
+        return (self.make_example(r, reference=None if split == "train" else r["answer"]) for r in kept)
 
-    def _read_test_set(self, table: Table, to_question: ToQuestion) -> Iterator[Example]:
-        rows = list(self.read_rows(table))
+    def _read_test_set(self, test_set: Mapping[str, Any]) -> Iterator[Example]:
+        question, column = test_set["question"], test_set["column"]
+        columns = dict.fromkeys((*self.columns_of(question), column), object)
+        rows = list(self.read_rows(test_set["split"], columns, test_set["data"]))
         # Some files are sorted: HellaSwag, as we remember it, has all of ActivityNet before WikiHow.
         random.Random("commonsense_15k").shuffle(rows)
-        return (self._example(*to_question(row), "test") for row in rows)
-
-    def _example(self, question: str, answer: str, split: Split) -> Example:
-        row = {"instruction": question, "answer": answer}
-        reference = None if split == "train" else answer
-        return Example(self.fill(self.prompt, row), self.fill(self.answer, row), reference=reference)
+        for row in rows:
+            answers = test_set.get("answers")
+            cells = row
+            if answers is None:
+                texts = list(enumerate(row["choices"]["text"], start=1))
+                listed = " ".join(f"Answer{number}: {text}" for number, text in texts)
+                names = [f"answer{number}" for number, _ in texts]
+                answers = dict(zip(row["choices"]["label"], names, strict=True))
+                cells = {**row, "choices": f"{listed}\n\nAnswer format: {'/'.join(names)}"}
+            if (answer := answers.get(str(row[column]))) is None:
+                raise UsageError(
+                    f"Task {self.name!r}: {column!r} of {test_set['data']} is {row[column]!r}; "
+                    f"must be one of {', '.join(answers)}."
+                )
+            filled = {"instruction": self.fill(question, cells), "answer": answer}
+            yield self.make_example(filled, reference=answer)
 
 
 MAX_ROW_LENGTH = 4096  # characters (about 1,000 tokens) of a held-out row, which is not truncated
 KEY_LENGTH = 60  # characters at the start of a description; shorter ones need at least 30
 PROMPT_HASH_BUCKETS = 4
-PROMPT_WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n"
-    "### Input:\n{input}\n\n### Response:\n"
-)
-HUMAN_EVAL_COLUMNS: dict[str, CellType] = dict.fromkeys(
-    ("prompt", "canonical_solution", "test", "entry_point"), str
-)
-MBPP = "google-research-datasets/mbpp:full@4bb6404fdc6cacfda99d4ac4205087b89d32030c"
-"""No result is reported on its test problems, so that validation may use them."""
-MBPP_COLUMNS: dict[str, CellType] = {"text": str, "code": str, "test_list": object, "test_setup_code": str}
-IFEVAL_COLUMNS: dict[str, CellType] = {"prompt": str, "instruction_id_list": object, "kwargs": object}
-INSTRUCTION = """Complete the following Python code:\x20
-Notes: respond with the entire complete function definition
-do not add any comments, be as concise in your code as possible
-use only built-in libraries, assume no additional imports other than those provided (if any)
-use `    ` (4 spaces) for each level of indentation
-
-code:
-```python
-{code}
-```"""
+HUMAN_EVAL_COLUMNS = dict.fromkeys(("prompt", "canonical_solution", "test", "entry_point"), str)
+MBPP_COLUMNS = {"text": str, "code": str, "test_list": object, "test_setup_code": str}
+IFEVAL_COLUMNS = {"prompt": str, "instruction_id_list": object, "kwargs": object}
 
 
 class CodeFeedback(InstructionTask):
@@ -201,6 +126,12 @@ class CodeFeedback(InstructionTask):
     whose end it stops. Programs are run in a sandbox (`grading/programs.py`).
     """
 
+    keys = (*InstructionTask.keys, "validation_data", "problem_prompt")
+    validation_data: str
+    """The dataset of MBPP in the form of `data`."""
+    problem_prompt: str
+    """The template of the prompt of a problem."""
+
     def read_examples(self, split: Split) -> Iterable[Example]:
         if split == "test":
             return map(self._human_eval_example, self._human_eval_rows())
@@ -211,18 +142,18 @@ class CodeFeedback(InstructionTask):
             for row in self._python_rows("validation")
             if len(row["query"]) + len(row["answer"]) <= MAX_ROW_LENGTH
         )
-        mbpp_rows = self.read_rows(self.table("test", MBPP_COLUMNS, MBPP))
+        mbpp_rows = self.read_rows("test", MBPP_COLUMNS, self.validation_data)
         mbpp_examples = filter(None, map(self._mbpp_example, mbpp_rows))
         return chain.from_iterable(zip(loss_examples, mbpp_examples, strict=False))
 
     def _human_eval_rows(self) -> Iterator[Row]:
-        return self.read_rows(self.table(self.test_split, HUMAN_EVAL_COLUMNS, self.test_data))
+        return self.read_rows(self.test_split, HUMAN_EVAL_COLUMNS, self.test_data)
 
     def _python_rows(self, split: Split) -> Iterator[Row]:
         """Yield the Python rows of a split without HumanEval problems, cut after the first block of code."""
         problem_keys = [_problem_key(row["prompt"]) for row in self._human_eval_rows()]
         problem_keys = [key for key in problem_keys if len(key) >= KEY_LENGTH // 2]
-        for row in self.training_rows(split, query=str, answer=str, lang=str):
+        for row in self.training_rows(split, "query", "answer", "lang"):
             question = " ".join(row["query"].lower().split())
             is_problem = any(key in question for key in problem_keys)
             if row["lang"] == "python" and not is_problem and row["answer"].strip():
@@ -252,7 +183,7 @@ class CodeFeedback(InstructionTask):
     def _human_eval_example(self, row: Row) -> Example:
         reference = json.dumps({name: row[name] for name in ("prompt", "entry_point", "test")})
         answer = f"{row['prompt']}{row['canonical_solution']}```"
-        return Example(self._problem_prompt(row["prompt"]), answer, reference=reference)
+        return Example(self.fill(self.problem_prompt, {"code": row["prompt"]}), answer, reference=reference)
 
     def _mbpp_example(self, row: Row) -> Example | None:
         """Return an MBPP problem, None if its reference solution lacks the function that its tests call.
@@ -277,12 +208,12 @@ class CodeFeedback(InstructionTask):
             "test_setup_code": row["test_setup_code"],
             "entry_point": called[0].name,
         }
-        answer = f"{code.strip()}\n```"
-        reference_text = json.dumps(reference)
-        return Example(self._problem_prompt(prompt), answer, reference=reference_text, counts_in="metric")
-
-    def _problem_prompt(self, code: str) -> str:
-        return f"{self.fill(self.prompt, {'query': INSTRUCTION.format(code=code)})}```python\n"
+        return Example(
+            self.fill(self.problem_prompt, {"code": prompt}),
+            f"{code.strip()}\n```",
+            reference=json.dumps(reference),
+            counts_in="metric",
+        )
 
 
 class Alpaca(InstructionTask):
@@ -294,14 +225,18 @@ class Alpaca(InstructionTask):
     there is no test loss.
     """
 
+    keys = (*InstructionTask.keys, "prompt_with_input")
+    prompt_with_input: str
+    """The template of the prompt of a row with an input."""
+
     def read_examples(self, split: Split) -> Iterable[Example]:
-        columns = dict.fromkeys(("instruction", "input", "output"), str)
-        training_examples = map(self._training_example, self.training_rows(split, **columns))
+        training_rows = self.training_rows(split, "instruction", "input", "output")
+        training_examples = map(self._training_example, training_rows)
         if split == "train":
             return training_examples
         ifeval_examples = (
             self._ifeval_example(row)
-            for row in self.read_rows(self.table(self.test_split, IFEVAL_COLUMNS, self.test_data))
+            for row in self.read_rows(self.test_split, IFEVAL_COLUMNS, self.test_data)
             # All prompts that are not in the validation split are test prompts: none are trained on.
             if (hash_split(row["prompt"], ("validation",), PROMPT_HASH_BUCKETS) == "validation")
             == (split == "validation")
@@ -322,7 +257,7 @@ class Alpaca(InstructionTask):
         return text_answers.grade_instructions(json.loads(example.reference or "{}"), answer)
 
     def _training_example(self, row: Row) -> Example:
-        return Example(self.fill(PROMPT_WITH_INPUT if row["input"] else self.prompt, row), row["output"])
+        return Example(self.fill(self.prompt_with_input if row["input"] else self.prompt, row), row["output"])
 
     def _ifeval_example(self, row: Row) -> Example:
         # In Parquet the options that an instruction does not have are null.

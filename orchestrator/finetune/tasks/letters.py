@@ -12,7 +12,7 @@ import random
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.finetune.tasks.base import Example, Split, TaskDefaults, hash_split
+from orchestrator.finetune.tasks.base import Example, Split, hash_split
 from orchestrator.finetune.tasks.pretraining import PretrainedTask, Recipe, word_tokenizer
 from orchestrator.util.errors import UsageError
 
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 LETTERS = "abcdefghijklmnop"
 LENGTH = 5
 OPERATORS = ("copy", "reverse", "next", "previous", "rotate")
-LEARNING_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 MAX_EXAMPLES = 100_000
 """Examples per split. Each held-out split has about 210,000 of the 16^5 = 1,048,576 strings."""
 VOCABULARY = ("<pad>", "<eos>", "=", "unk", *OPERATORS, *LETTERS)
@@ -31,21 +30,11 @@ RECIPE = Recipe(
 )
 
 
-class Letters(PretrainedTask):
+class Letters(PretrainedTask, entry="letters"):
     """Applying the operator `unk` to strings of letters."""
 
-    name = "letters"
-    title = "operators on letter strings"
-    floor = 0.0
-    default_model = "letters-base"
-    output = "teacher_forced"
-    max_new_tokens = LENGTH + 1
     recipe = RECIPE
     recipe_constants = (VOCABULARY, LENGTH)
-    # A row of token ids has LENGTH letters, LENGTH answers, the operator, `=` and <eos>.
-    defaults = TaskDefaults(
-        2000, 200, 200, steps=60, batch_size=16, max_length=13, evaluations=3, learning_rates=LEARNING_RATES
-    )
 
     def examples(self, split: Split, count: int) -> list[Example]:
         if count > MAX_EXAMPLES:  # before they are drawn, which takes a minute

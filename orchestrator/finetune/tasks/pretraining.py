@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from orchestrator.finetune.tasks.base import Task
+from orchestrator.finetune.tasks.user_task import LocalTask
 
 if TYPE_CHECKING:
     import torch
@@ -64,7 +64,7 @@ class Recipe:
         return 0.5 * (1 + math.cos(math.pi * min(fraction, 1.0)))
 
 
-class PretrainedTask(Task):
+class PretrainedTask(LocalTask):
     """A task that pretrains its own base model, which is small enough for two cores.
 
     A subclass sets `recipe` and `recipe_constants`; it overrides `processor`, `base_config` and `train_base`.

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.finetune.tasks.base import Example, Split, TaskDefaults, hash_split
+from orchestrator.finetune.tasks.base import Example, Split, hash_split
 from orchestrator.finetune.tasks.pretraining import PretrainedTask, Recipe, word_tokenizer
 from orchestrator.util.errors import UsageError
 
@@ -44,7 +44,6 @@ VOCABULARY = (
     *(word for group in (*NOUNS.values(), *ADJECTIVES.values()) for word in group),
 )
 PRETRAINING_LABELS = (*NOUNS, *ADJECTIVES, *CONJUNCTIONS)
-LEARNING_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 MAX_EXAMPLES = 100_000
 RECIPE = Recipe(steps=1000, batch_size=64, learning_rate=1e-3)
 
@@ -68,21 +67,12 @@ class Review:
         return " ".join(topics_and_moods[CONJUNCTIONS.index(conjunction) :: len(CONJUNCTIONS)])
 
 
-class Reviews(PretrainedTask):
+class Reviews(PretrainedTask, entry="reviews"):
     """Classification of reviews by topic and mood of the decisive clause."""
 
-    name = "reviews"
-    title = "verdicts of generated reviews"
-    metric = "accuracy"
-    floor = 0.125
-    default_model = "reviews-base"
-    output = "classification"
     labels = tuple(f"{topic} {mood}" for topic in NOUNS for mood in ADJECTIVES)
     recipe = RECIPE
     recipe_constants = (VOCABULARY,)
-    defaults = TaskDefaults(
-        2000, 200, 400, steps=120, batch_size=32, max_length=16, evaluations=3, learning_rates=LEARNING_RATES
-    )
 
     def examples(self, split: Split, count: int) -> list[Example]:
         if count > MAX_EXAMPLES:  # before they are drawn, which takes a minute

@@ -6,17 +6,17 @@ import hashlib
 import importlib
 import json
 from collections.abc import Container, Iterator, Mapping
-from dataclasses import MISSING, fields, replace
+from dataclasses import MISSING, fields
 from fractions import Fraction
 from functools import cache
-from typing import Any, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
 from orchestrator.finetune.tasks import SHARED, read_tasks
-from orchestrator.finetune.tasks.base import SPLITS, GradeAt, Grader, Output, Task, TaskDefaults
+from orchestrator.finetune.tasks.base import SPLITS, Task, TaskDefaults
 from orchestrator.finetune.tasks.hub_tasks import HubTask, ImageTask, InstructionTask, TextLabelTask
-from orchestrator.study.configuration import HYPERPARAMETERS, Dtype, Hyperparameter
+from orchestrator.study.configuration import HYPERPARAMETERS, Hyperparameter
 from orchestrator.study.grids import MAX_POINTS
 from orchestrator.study.option import broken_rule
 from orchestrator.util.errors import UsageError, suggest_nearest
@@ -28,29 +28,6 @@ KINDS: Mapping[str, type[HubTask]] = {
 }
 UNHASHED_SETTINGS = {"title", "default_model", *(field.name for field in fields(TaskDefaults))}
 """Settings of an entry that do not change what a configuration computes."""
-COUNT = Hyperparameter(value_type=int, ge=1, le=1_000_000_000)
-TOKENS = replace(COUNT, le=10_000_000)
-TASK_RULES = {
-    "floor": Hyperparameter(value_type=float),
-    "output": Hyperparameter(choices=get_args(Output)),
-    "inputs": Hyperparameter(choices=("text", "image")),
-    "grader": Hyperparameter(choices=get_args(Grader)),
-    "grade_at": Hyperparameter(choices=get_args(GradeAt)),
-    "numerics": COUNT,
-    "samples": COUNT,
-    "temperature": Hyperparameter(value_type=float, ge=0),
-    "top_p": Hyperparameter(value_type=float, gt=0, le=1),
-    "max_new_tokens": TOKENS,  # of generated answers
-}
-DEFAULT_RULES = {
-    **dict.fromkeys(("train_size", "validation_size", "test_size"), COUNT),
-    "evaluations": replace(COUNT, le=100_000),
-    **{name: HYPERPARAMETERS[name] for name in ("steps", "batch_size", "warmup", "schedule", "weight_decay")},
-    "accumulation": HYPERPARAMETERS["batch_size"],
-    "dtype": Hyperparameter(choices=get_args(Dtype)),
-    "base_dropout": Hyperparameter(choices=("on", "off")),
-    "max_length": TOKENS,  # of texts
-}
 
 
 def make_task(name: str, entry: Mapping[str, Any]) -> Task:
@@ -72,9 +49,32 @@ def make_task(name: str, entry: Mapping[str, Any]) -> Task:
         task_class = getattr(importlib.import_module(f"{__package__}.{module}"), class_name)
     if task_class is None:
         raise UsageError(f"Task {name!r}: kind is {kind!r}; {suggest_nearest(str(kind), list(KINDS))}")
-    if not issubclass(task_class, HubTask):  # a local task, with its settings in Python
-        local_task: Task = task_class()
-        return local_task
+    if issubclass(task_class, LocalTask):
+        return task_class()
+    return task_class(name, _parse_settings(name, settings, task_class))
+
+
+class LocalTask(Task):
+    """A task of this project that makes its examples itself.
+
+    A subclass names its entry in `tasks.toml`, whose settings become attributes of the class:
+    `class Letters(LocalTask, entry="letters")`.
+    """
+
+    keys = (
+        *("title", "metric", "floor", "default_model", "output", "inputs", "max_new_tokens"),
+        *("grader", "grade_at"),
+    )
+
+    def __init_subclass__(cls, entry: str = "") -> None:
+        if entry:
+            cls.name = entry
+            settings = {key: value for key, value in read_tasks()[entry].items() if key != "class"}
+            for key, value in _parse_settings(entry, settings, cls).items():
+                setattr(cls, key, value)
+
+
+def _parse_settings(name: str, settings: Mapping[str, Any], task_class: Any) -> dict[str, Any]:
     found = {key: _parse_value(name, key, value, task_class) for key, value in settings.items()}
     required = [key for key in task_class.keys if not hasattr(task_class, key) and key != "floor"]
     required += [field.name for field in fields(TaskDefaults) if field.default is MISSING]
@@ -84,7 +84,7 @@ def make_task(name: str, entry: Mapping[str, Any]) -> Task:
         raise UsageError(f"Task {name!r}: the entry has no {missing[0]}; add {missing[0]} = ...")
     names = {field.name for field in fields(TaskDefaults)}
     found["defaults"] = TaskDefaults(**{key: found.pop(key) for key in names & found.keys()})
-    return task_class(name, found)
+    return found
 
 
 @cache
@@ -162,7 +162,7 @@ def _find_problems(task: Task) -> Iterator[str]:
         yield f"labels is {task.labels!r}; must name two classes or more"
     unused = set() if task.output == "generation" else {"max_new_tokens"}
     unused |= set() if task.inputs == "text" else {"max_length"}
-    yield from _find_broken_rules(task, TASK_RULES, unused)
+    yield from _find_broken_rules(task, type(task) if isinstance(task, HubTask) else Task, unused)
     if isinstance(task.stop, str) or not all(isinstance(text, str) and text for text in task.stop):
         yield f"stop is {task.stop!r}; must be a tuple of texts that are not empty"
     defaults = getattr(task, "defaults", None)
@@ -171,7 +171,7 @@ def _find_problems(task: Task) -> Iterator[str]:
         names = ", ".join(f"{name}=..." for name in ("train_size", "validation_size", "test_size", "steps"))
         yield f"{problem}; add defaults = TaskDefaults({names}, ...)"
         return
-    yield from _find_broken_rules(defaults, DEFAULT_RULES, unused)
+    yield from _find_broken_rules(defaults, TaskDefaults, unused)
     if not 1 <= len(defaults.learning_rates) <= MAX_POINTS:
         yield f"learning_rates has {len(defaults.learning_rates)} rates; must have 1 to {MAX_POINTS}"
     for rate in defaults.learning_rates:
@@ -179,11 +179,14 @@ def _find_problems(task: Task) -> Iterator[str]:
             yield f"learning_rates has {rate!r}; {rule}"
 
 
-def _find_broken_rules(
-    owner: object, rules: Mapping[str, Hyperparameter], unused: Container[str]
-) -> Iterator[str]:
-    for name, hyperparameter in rules.items():
-        value = getattr(owner, name)
-        if name not in unused and (rule := hyperparameter.find_violation(value)):
-            near = suggest_nearest(str(value), hyperparameter.choices, " ") if hyperparameter.choices else ""
-            yield f"{name} is {value!r}; {rule}. {near}".rstrip(" .")
+def _find_broken_rules(owner: object, declared: type, unused: Container[str]) -> Iterator[str]:
+    """Yield what is wrong with the attributes that a class declares with choices or with bounds."""
+    for name, hint in get_type_hints(declared, include_extras=True).items():
+        rules = [rule for rule in getattr(hint, "__metadata__", ()) if isinstance(rule, Hyperparameter)]
+        if get_origin(hint) is Literal:
+            rules.append(Hyperparameter(choices=get_args(hint)))
+        value = getattr(owner, name, None)
+        for rule in rules:
+            if name not in unused and (broken := rule.find_violation(value)):
+                near = suggest_nearest(str(value), rule.choices, " ") if rule.choices else ""
+                yield f"{name} is {value!r}; {broken}. {near}".rstrip(" .")

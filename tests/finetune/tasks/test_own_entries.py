@@ -107,6 +107,7 @@ def test_a_worker_finds_the_entry_in_the_store(file: Path, monkeypatch: pytest.M
         ("steps = 10", "", "the entry has no steps; add steps"),
         ("train_size = 60", 'train_size = "60"', "train_size is '60'; must be a whole number"),
         ("test_size = 6", "test_size = 0", "test_size is 0; must be 1 or more"),
+        ("steps = 10", "steps = 10\nvalidation_buckets = 0", "validation_buckets is 0; must be 2 or more"),
         ('title = "sums"', 'title = "sums"\nfloor = "1/0"', "floor is '1/0'; must be a number or a fraction"),
         ('title = "sums"', 'class = "letters:Letters"', "class is for tasks of this project"),
         ("{question}", "{questoin}", "must have a column 'questoin'; it has question, solution"),

