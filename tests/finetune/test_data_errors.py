@@ -40,6 +40,10 @@ WRONG_ROWS: dict[str, tuple[str, Any, dict[str, Any], list[str]]] = {
     "a missing cell": ("m.jsonl", replaced(MAILS, 7, label=...), {}, ["row 7", "'label'"]),
     "half of a form": ("m.csv", MAILS, {"columns": ("completion=text",)}, ["--columns prompt=COLUMN"]),
     "one input only": ("m.csv", [{"prompt": "x", "completion": "y"}] * 30, {}, ["split is empty"]),
+    "a column that the first rows lack": (
+        *("m.jsonl", [{"text": "x", **({"note": "y"} if i > 1_000 else {})} for i in range(1_200)]),
+        *({"columns": ("prompt=text", "completion=note")}, ["row 1 has no 'note'; it has text"]),
+    ),
     "an unknown split": (
         *("m.csv", [{**row, "split": "tset" if i == 3 else "train"} for i, row in enumerate(SUMS)], {}),
         ["row 4", "'tset'", "'test'"],

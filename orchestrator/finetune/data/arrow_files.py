@@ -3,8 +3,11 @@
     <folder>/letters-3f9c0a1b2c3d4e5f.examples.arrow
 
 The file name contains a hash of the cache key, which holds all that decides the content. The metadata of the
-schema contains the key itself. A file gets its name when it is complete and on disk. One that is nevertheless
-cut or has another key is made again.
+schema contains the key itself. The metadata of each record batch contains its SHA-256 digest, and the last
+batch also states the number of batches. A file that is cut, damaged or of another key is made again.
+
+The digest of a batch does not cover image files, so opening a file reads everything except them: each image
+has a digest in a column of its own.
 
 Files use Arrow's IPC format, which is opened without running code. They are memory-mapped, so all workers on
 a node share one copy of them in the page cache.
@@ -39,6 +42,7 @@ RECORD_BATCH_ROWS = 4096
 IMAGE_RECORD_BATCH_ROWS = 128
 """The number of rows in a record batch with image files, of up to a megabyte, which it keeps in memory."""
 
+_DIGEST_KEY, _BATCH_COUNT_KEY = b"sha256", b"batches"
 _CONVERSION_ERRORS = (pa.ArrowInvalid, pa.ArrowTypeError, UnicodeError, OverflowError)
 
 
@@ -72,13 +76,9 @@ class ArrowFile(Generic[T]):
         return self.folder / f"{self.cache_key['task']}-{key_hash}.{self.suffix}.arrow"
 
     def read(self) -> Sequence[T] | None:
-        """Return the values, None if the file does not exist, is cut, or was written for another key."""
-        try:
-            table = ipc.open_file(pa.memory_map(str(self.path))).read_all()
-            table.validate(full=True)  # lengths, and that text is UTF-8
-        except (OSError, pa.ArrowException):
-            return None
-        return self.make_view(table) if table.schema.equals(self.schema, check_metadata=True) else None
+        """Return the values, None if the file does not exist or is not what was written."""
+        table = _read_verified_table(self.path, self.schema)
+        return None if table is None else self.make_view(table)
 
     def read_or_create(self, make_rows: Callable[[], Iterable[Mapping[str, Any]]]) -> Sequence[T]:
         """Return the values of the file, which is created first if necessary.
@@ -109,17 +109,31 @@ class ArrowFile(Generic[T]):
     def _write_temporary_file(self, rows: Iterable[Mapping[str, Any]]) -> Iterator[Path]:
         """Yield a synced file with the rows, and remove it afterwards."""
         temporary_file = atomic_files.temporary_path(self.path)
-        size = IMAGE_RECORD_BATCH_ROWS if BYTES in self.columns.values() else RECORD_BATCH_ROWS
-        remaining, first_index = iter(rows), 0
         try:
             with temporary_file.open("xb") as file, ipc.new_file(file, self.schema) as writer:
-                while chunk := list(islice(remaining, size)):
-                    writer.write_batch(self._to_record_batch(chunk, first_index))
-                    first_index += len(chunk)
+                self._write_batches(writer, iter(rows))
             atomic_files.sync_file(temporary_file)
             yield temporary_file
         finally:
             temporary_file.unlink(missing_ok=True)
+
+    def _write_batches(self, writer: Any, rows: Iterator[Mapping[str, Any]]) -> None:
+        """Write rows as Arrow record batches.
+
+        The metadata of each batch has the batch's digest. The metadata of the last one also has the number of
+        batches, which shows a reader that the file is complete.
+        """
+        size = IMAGE_RECORD_BATCH_ROWS if BYTES in self.columns.values() else RECORD_BATCH_ROWS
+        first_index, count = 0, 0
+        chunk = list(islice(rows, size))
+        while chunk or count == 0:
+            batch, next_chunk = self._to_record_batch(chunk, first_index), list(islice(rows, size))
+            count += 1
+            metadata = {_DIGEST_KEY: _digest(batch)}
+            if not next_chunk:
+                metadata[_BATCH_COUNT_KEY] = str(count).encode()
+            writer.write_batch(batch, custom_metadata=metadata)
+            first_index, chunk = first_index + len(chunk), next_chunk
 
     def _to_record_batch(self, chunk: list[Mapping[str, Any]], first_index: int) -> pa.RecordBatch:
         """Return rows as a record batch; raise a UsageError about the first one that cannot be stored."""
@@ -133,6 +147,31 @@ class ArrowFile(Generic[T]):
             what = f"{self.cache_key['split']} example {first_index} cannot be stored"
             reason = str(error).splitlines()[0]
             raise UsageError(f"Task {self.cache_key['task']!r}: {what}: {reason}") from None
+
+
+def _read_verified_table(path: Path, schema: pa.Schema) -> pa.Table | None:
+    """Return the table in a file, memory-mapped; None if it is missing, cut, damaged or of another schema."""
+    try:
+        file = ipc.open_file(pa.memory_map(str(path)))
+        if not file.schema.equals(schema, check_metadata=True):
+            return None
+        batches, count = [], None
+        for number in range(file.num_record_batches):
+            batch, metadata = file.get_batch_with_custom_metadata(number)
+            batch.validate(full=True)  # lengths, and that text is UTF-8
+            if metadata is None or metadata.get(_DIGEST_KEY) != _digest(batch):
+                return None
+            batches.append(batch)
+            count = metadata.get(_BATCH_COUNT_KEY)
+    except (OSError, ValueError, pa.ArrowException):  # a damaged footer need not be UTF-8
+        return None
+    return pa.Table.from_batches(batches, schema) if count == str(len(batches)).encode() else None
+
+
+def _digest(batch: Any) -> bytes:
+    """Return the SHA-256 (hex) of a batch's IPC message without image files, equal for equal batches."""
+    small = batch.select([field.name for field in batch.schema if field.type != BYTES])
+    return hashlib.sha256(small.serialize()).hexdigest().encode()
 
 
 class ArrowSequence(Sequence[T]):

@@ -42,7 +42,7 @@ from orchestrator.util.errors import UsageError, report_user_errors
 
 EXAMPLE_COLUMNS = {"prompt": TEXT, "answer": TEXT, "pair": TEXT, "reference": TEXT, "counts_in": TEXT}
 """The fields of `Example` except its image, in their order."""
-IMAGE_COLUMNS = {"answer": TEXT, "name": TEXT, "file": BYTES}
+IMAGE_COLUMNS = {"answer": TEXT, "name": TEXT, "file": BYTES, "digest": TEXT}
 ROW_COLUMNS = {"ids": INTEGER_LIST, "targets": INTEGER_LIST, "prompt": INTEGER_LIST, "second": INTEGER}
 """The columns of `Row`, except its image. Targets of regression tasks are a FLOAT_LIST."""
 
@@ -217,21 +217,32 @@ def _serialize_image_examples(examples: Iterable[Example], task: Task) -> Iterat
     for number, example in enumerate(examples):
         image = to_image_row(example, task, number).image
         assert image is not None
-        yield {"answer": example.answer, "name": image.name, "file": image.read()}
+        file = image.read()
+        digest = hashlib.sha256(file).hexdigest()
+        yield {"answer": example.answer, "name": image.name, "file": file, "digest": digest}
 
 
 def _read_image_examples(table: Any) -> Sequence[Example]:
     """Return the examples of a table with the columns of `_serialize_image_examples`.
 
     Each example is built once, since caches of decoded images use its `Image` object as their key. The bytes
-    of an image file stay on disk until `Image.read` is called.
+    of an image file stay on disk until `Image.read` is called, which verifies their digest.
     """
-    files = ArrowSequence(table.select(["file"]), bytes)
+    files = ArrowSequence(table.select(["name", "file", "digest"]), _verify_image)
     labels = zip(table["answer"].to_pylist(), table["name"].to_pylist(), strict=True)
     return [
         Example("", answer, image=Image(name, partial(files.__getitem__, index)))
         for index, (answer, name) in enumerate(labels)
     ]
+
+
+def _verify_image(name: str, file: bytes, digest: str) -> bytes:
+    if hashlib.sha256(file).hexdigest() != digest:
+        raise UsageError(
+            f"image {name}: its file in the store's data folder is not what was written there; remove the "
+            "task's *.examples.arrow there."
+        )
+    return file
 
 
 def _example_cache_key(choice: TaskChoice, task: Task, split: Split) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The rows of a user's data: a file, a folder of files, a folder of images by class, or a dataset of the hub.
 
-Rows are read one at a time, with all columns, and each keeps its position for error messages. Images stay in
-their files until they are needed.
+Rows are read one at a time, with all columns, and each keeps its position for error messages. Image files are
+read when they are needed; only images in rows of Parquet are kept in memory.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class SourceRows:
 
     Args:
         read: Reads the rows of all splits one after another, from the first one in each call. It raises a
-            UsageError about a row that cannot be read.
+            UsageError if a file cannot be read or has no rows.
         ignored: What is not read, for messages: data files of a folder, kinds of files in a folder of
             images, splits of a dataset of the hub.
         names: Split -> names of the files, folders or splits of the hub that its rows are read from. Empty
@@ -91,7 +91,7 @@ def open_source(source: str, option: str = "--data") -> SourceRows:
         option: The option that named it, for error messages.
 
     Raises:
-        UsageError: It does not exist, cannot be read or has no rows. The message is one line.
+        UsageError: It does not exist, or a folder is not as required. The message is one line.
     """
     if os.path.exists(source):
         with _source_errors(source, option):
@@ -140,7 +140,7 @@ def _open_file(path: Path, option: str) -> SourceRows:
 def _read_file(path: Path, split: str | None) -> Iterator[DataRow]:
     try:
         for position, cells in data_files.iter_rows(path):
-            yield DataRow(f"{path.name}: {position}", cells, path.parent, split)
+            yield DataRow(f"{_printable(path.name)}: {position}", cells, path.parent, split)
     except MalformedDataError as error:
         raise MalformedDataError(f"{path.name}: {error}") from None
 
@@ -261,8 +261,13 @@ def _read_classes(root: Path, folder: Path, split: str | None) -> Iterator[DataR
     for class_folder in _visible_folders(folder):
         for file in sorted(class_folder.rglob("*")):
             if file.suffix.lower() in IMAGE_SUFFIXES and not _is_hidden(file.relative_to(class_folder)):
-                where = f"{root.name}: {file.relative_to(root)}"
+                where = _printable(f"{root.name}: {file.relative_to(root)}")
                 yield DataRow(where, {"image": file.name, "label": class_folder.name}, file.parent, split)
+
+
+def _printable(path: str) -> str:
+    """Return a path with escapes in place of bytes that are not UTF-8, which names of files may have."""
+    return path.encode(errors="backslashreplace").decode()
 
 
 def _open_hub(source: str) -> SourceRows:

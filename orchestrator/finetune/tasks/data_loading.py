@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 
@@ -25,6 +27,7 @@ from orchestrator.finetune.tasks.data_splits import (
 from orchestrator.finetune.tasks.data_task import DataSpec, DataTask
 from orchestrator.finetune.tasks.examples import HELD_OUT_SPLITS, SPLITS, find_overlaps, hash_examples
 from orchestrator.study.options import StudyOptions
+from orchestrator.util.atomic_files import add_path_to_disk_errors
 from orchestrator.util.errors import UsageError
 
 ANSWER_METRICS: Mapping[str, Output] = {
@@ -85,12 +88,13 @@ def load_task(path: str, options: StudyOptions, name: str | None = None) -> Data
         roles = {role: c for role, c in found.columns.items() if role != "split" or not source.names}
         return replace(found, columns=roles)
 
-    columns = _read_examples(source, find_own_columns, options, name, file)
-    output = _find_output(columns, options, name)
     origins = _split_origins(source)
-    ignored = [*source.ignored, *_add_held_out_data(file, path, options, columns, name, origins)]
-    is_given = bool(file.named_splits())
-    file.finish()
+    with add_path_to_disk_errors(Path(tempfile.gettempdir())):
+        columns = _read_examples(source, find_own_columns, options, name, file)
+        ignored = [*source.ignored, *_add_held_out_data(file, path, options, columns, name, origins)]
+        is_given = bool(file.named_splits())
+        file.finish()
+    output = _find_output(columns, options, name)
     splits = make_splits(file, name)
     labels = find_labels(splits, name) if output == "classification" else ()
     if options.metric == "numeric":
@@ -136,6 +140,10 @@ def _read_examples(
     a role, the source is read once more.
     """
     seen = dict.fromkeys(column for row in islice(source.read(), FIRST_ROWS) for column in row.cells)
+    try:
+        find_own_columns(list(seen))
+    except UsageError:  # a later row may have what is missing, and the error shows all columns
+        seen = dict.fromkeys(column for row in source.read() for column in row.cells)
     start = len(file)
     while True:
         columns = find_own_columns(list(seen))

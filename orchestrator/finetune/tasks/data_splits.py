@@ -36,7 +36,7 @@ class TextColumn:
     """Texts that are written one after another to a temporary file, and then mapped into memory."""
 
     def __init__(self) -> None:
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the column
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `to_arrow`
         self._ends = array("q", [0])
 
     def append(self, text: str) -> None:

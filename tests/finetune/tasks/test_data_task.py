@@ -263,6 +263,18 @@ def test_a_chat_is_encoded_with_the_models_template_and_without_one_as_lines(tmp
         assert parts() == (prompt, f"{answer}<|im_end|>"), "the template's own text is no answer"
 
 
+def test_an_image_may_have_a_name_that_is_not_utf_8(tmp_path: Path) -> None:
+    for number in range(60):
+        place = tmp_path / "colors" / ("red", "green")[number % 2]
+        place.mkdir(parents=True, exist_ok=True)
+        (place / f"\udcfc{number}.png").write_bytes(picture(number, number % 2))
+    task = task_of(tmp_path / "colors")
+    (first,) = task.examples("train", 1)
+    assert first.image is not None
+    assert "/\\udcfc" in first.image.name
+    assert first.image.read()
+
+
 # -- training -----------------------------------------------------------------------------------------------
 
 
