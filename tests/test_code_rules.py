@@ -11,20 +11,20 @@ FOLDERS = ("docs", "experiments", "orchestrator", "tests", "variants")
 PRIVATE_OF_RAY = re.compile(r"\bray(?:\.\w+)*\._[a-z]\w+")
 PRIVATE_OF_RAY_FILE = ROOT / "orchestrator" / "execution" / "private_ray.py"
 BUDGETS = {
-    "orchestrator": (151, 20738),
+    "orchestrator": (151, 20730),
     "orchestrator/analyze": (19, 4299),
     "orchestrator/cli": (4, 304),
     "orchestrator/cluster": (3, 230),
     "orchestrator/execution": (16, 2513),
     "orchestrator/export": (4, 461),
-    "orchestrator/finetune": (63, 8197),
+    "orchestrator/finetune": (63, 8189),
     "orchestrator/launch": (8, 1288),
     "orchestrator/record": (11, 1607),
     "orchestrator/study": (9, 1203),
     "orchestrator/util": (10, 557),
     "variants": (129, 6768),
     "experiments": (16, 2065),
-    "tests": (275, 33210),
+    "tests": (275, 33209),
 }
 """Package -> (modules, lines of code) that it may have at most. A change that makes one smaller
 lowers its numbers; a change that raises one says what that is worth."""

@@ -323,8 +323,9 @@ def test_the_code_of_the_store_is_compared_before_it_is_executed(
     write_own_files(study.templates, folder)
     monkeypatch.setattr(tasks, "_own_tasks", {})
     monkeypatch.setattr(catalogue, "_loaded_files", {})
-    for kind, content in (("task", template.task.content), ("variant", template.variant.revision)):
-        tasks._write_entry(folder, kind, content, {"path": "/x.py", "source": "raise SystemExit"})  # type: ignore[arg-type]
+    entry = {"path": "/x.py", "source": "raise SystemExit"}
+    tasks._write_entry(folder, "task", template.task.content, entry)
+    tasks._write_entry(folder, "variant", template.variant.revision, entry)
     with pytest.raises(UsageError, match=r"task 'copy_task\.py' .* holds other code"):
         tasks.find(template.task, folder)
     with pytest.raises(UsageError, match=r"variant 'scaled\.py' .* holds other code"):

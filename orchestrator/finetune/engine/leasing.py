@@ -1,6 +1,7 @@
-"""The lanes that a trainer holds: how many there may be, how they are leased and in which ways they leave.
+"""The lanes that a trainer holds, from their lease to their end.
 
-Used on rank 0 only.
+This module decides how many lanes a trainer holds, asks the broker for new ones, and hands lanes back. Only
+rank 0 uses it.
 """
 
 from __future__ import annotations

