@@ -43,7 +43,7 @@ class LaneSlots:
     count: int
     """The largest number of lanes."""
     is_automatic: bool = False
-    """If true, a group key gets no more lanes than save time; see `SATURATING_TOKENS`."""
+    """If true, lanes are added only while this raises the throughput; see `SATURATING_TOKENS`."""
     limits: dict[tuple[Work, str], int] = field(default_factory=dict)
     """(work, group key) -> lanes of this group key that fit into memory, as far as this trainer knows.
 
@@ -52,7 +52,7 @@ class LaneSlots:
     """Fingerprint -> time since which the lane has been parked, in the order of parking."""
 
     def limit(self, work: Work, group_key: str | None) -> int:
-        """Return how many lanes of this group key may do this work at once."""
+        """Return how many lanes of a group key may be trained, or evaluated, at once."""
         return min(self.count, self.limits.get((work, group_key or ""), self.count))
 
     def useful(self, tokens: int) -> int:
@@ -143,7 +143,7 @@ class ActiveLanes:
         return [lane for lane in self.lanes.values() if lane.state in states]
 
     def is_request_due(self, last_answered_at: float, now: float) -> bool:
-        """Return whether the source may be asked again; times in seconds of `time.monotonic`."""
+        """Return whether the source may be asked again. All times are seconds of `time.monotonic`."""
         shortest = timeouts.SOURCE_POLL_SECONDS
         interval = max(shortest, min(LATENCY_FACTOR * self.latency, MAX_SLOWDOWN * shortest))
         return now - last_answered_at >= interval
@@ -203,7 +203,7 @@ class ActiveLanes:
         self.remove(lane)
 
     def remove(self, lane: Lane) -> None:
-        """Take the lane off the model; its slot can be leased again at once."""
+        """Remove the lane from the model. Its slot is free from then on."""
         lane.transition_to(LaneState.ENDED)
         self.slots.parked_at.pop(lane.fingerprint, None)
         self.recorder.saved_progress.pop(lane.fingerprint, None)

@@ -124,9 +124,9 @@ class TrainingRounds:
     busy_at: float = field(default_factory=time.monotonic)
     """The time at which the last round began."""
     counted_until: float = field(default_factory=process_start)
-    """The time up to which all seconds since the start of the process have been divided among lanes."""
+    """The time of the last division of seconds among lanes. All seconds before it have been divided."""
     has_started: bool = False
-    """True once a lane has been worked on."""
+    """Whether any lane has been trained or evaluated since the start of the process."""
 
     def run(self) -> None:
         """Run one round over all lanes."""
@@ -197,7 +197,7 @@ class TrainingRounds:
         self.counted_until = now
 
     def _charge_waiting(self) -> None:
-        """Charge all lanes with the time since the last step or evaluation, before the next one begins."""
+        """Add the seconds since the last step or evaluation to all lanes, before the next one begins."""
         self._charge(self.active.lanes.values(), "other_seconds" if self.has_started else "start_seconds")
         self.has_started = True
 
