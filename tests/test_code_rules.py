@@ -11,13 +11,13 @@ FOLDERS = ("docs", "experiments", "orchestrator", "tests", "variants")
 PRIVATE_OF_RAY = re.compile(r"\bray(?:\.\w+)*\._[a-z]\w+")
 PRIVATE_OF_RAY_FILE = ROOT / "orchestrator" / "execution" / "private_ray.py"
 BUDGETS = {
-    "orchestrator": (151, 20730),
+    "orchestrator": (151, 20726),
     "orchestrator/analyze": (19, 4299),
     "orchestrator/cli": (4, 304),
     "orchestrator/cluster": (3, 230),
     "orchestrator/execution": (16, 2513),
     "orchestrator/export": (4, 461),
-    "orchestrator/finetune": (63, 8189),
+    "orchestrator/finetune": (63, 8185),
     "orchestrator/launch": (8, 1288),
     "orchestrator/record": (11, 1607),
     "orchestrator/study": (9, 1203),
@@ -28,7 +28,7 @@ BUDGETS = {
 }
 """Package -> (modules, lines of code) that it may have at most. A change that makes one smaller
 lowers its numbers; a change that raises one says what that is worth."""
-DOC_WORDS = 46_100
+DOC_WORDS = 46_095
 """Words that all pages may have together."""
 
 

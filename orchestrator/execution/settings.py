@@ -52,7 +52,7 @@ class TrainerSettings:
 
     @property
     def automatic_lanes(self) -> bool:
-        """True if each trainer chooses its number of lanes by their tokens (`engine/leasing.py`)."""
+        """Whether each trainer decides how many lanes it trains at once; see `engine.leasing.LaneSlots`."""
         return self.uses_gpus and self.options.lanes_per_trainer is None
 
     @property

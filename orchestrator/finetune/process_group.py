@@ -1,11 +1,11 @@
 """The workers of a trainer: rank 0 runs the loop, and the others carry out its commands.
 
-Each worker holds the base model and every lane, and computes its own rows of every batch. What all of them
-must do, such as a step or an evaluation, is a method of the engine that is marked with `on_all_workers`. When
-rank 0 calls it, it broadcasts the name and the arguments, and the other workers, which wait in `follow`, call
-the same method of their engines. Within a command, workers exchange values by `all_gather` and tensors by
-`all_reduce_`. A command that raises an error on one worker raises it on all. A worker copies tensors to its
-device with `copy_without_waiting`.
+Each worker holds the base model and every lane, and computes its own rows of every batch. A command, such as
+a step or an evaluation, is a method of the engine that is marked with `on_all_workers`. When rank 0 calls it,
+its name and arguments are broadcast. The other workers wait in `follow` and call the same method of their
+engines. Within a command, workers exchange values by `all_gather` and tensors by `all_reduce_`. A command
+that raises an error on one worker raises it on all. A worker copies tensors to its device with
+`copy_without_waiting`.
 """
 
 from __future__ import annotations
@@ -106,10 +106,10 @@ SINGLE_PROCESS_GROUP = ProcessGroup()
 
 
 def on_all_workers(method: Callable[Concatenate[Any, P], T]) -> Callable[Concatenate[Any, P], T]:
-    """Return a method that rank 0 calls, and that then runs on every worker.
+    """Make a method a command: rank 0 calls it, and every worker runs it.
 
-    Its object has an attribute `process_group`; the other workers hold an object of the same class. The
-    arguments are pickled. The method must not call another one that is marked in this way.
+    The object has an attribute `process_group`, and the other workers hold an object of the same class. The
+    arguments are pickled. A command must not call another command.
     """
 
     @wraps(method)

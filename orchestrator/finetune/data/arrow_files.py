@@ -6,8 +6,8 @@ The file name contains a hash of the cache key, which holds all that decides the
 schema contains the key itself. The metadata of each record batch contains its SHA-256 digest, and the last
 batch also states the number of batches. A file that is cut, damaged or of another key is made again.
 
-The digest of a batch does not cover image files, so opening a file reads everything except them: each image
-has a digest in a column of its own.
+The digest of a batch does not cover image files, so that opening a file need not read them. Each image file
+has a digest in a column of its own, which is verified when the image is read.
 
 Files use Arrow's IPC format, which is opened without running code. They are memory-mapped, so all workers on
 a node share one copy of them in the page cache.

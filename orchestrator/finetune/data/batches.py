@@ -264,7 +264,13 @@ def iter_encoded_examples(
 def encode_block(
     examples: Sequence[Example], task: Task, processor: Any, first_index: int
 ) -> list[EncodedExample]:
-    """Tokenize some examples, of which the first has the number `first_index`.
+    """Tokenize examples.
+
+    Args:
+        examples: The examples.
+        task: Their task.
+        processor: The model's tokenizer.
+        first_index: The number of the first example in its split, for the error.
 
     Raises:
         UsageError: An example cannot be tokenized, for instance because a word-level tokenizer has no token
@@ -292,7 +298,16 @@ def encode_block(
 
 
 def to_image_row(example: Example, task: Task, number: int) -> Row:
-    """Return the row of an image example; raise `UsageError` with its number if it has no image."""
+    """Return the row of an example of an image task.
+
+    Args:
+        example: The example.
+        task: The task.
+        number: The number of the example in its split, for the error.
+
+    Raises:
+        UsageError: The example has no image.
+    """
     if example.image is None:
         raise UsageError(f"Task {task.name!r} is an image task, but example {number} has no image.")
     return Row((), (task.target(example),), (), image=example.image)
@@ -359,7 +374,7 @@ def make_training_batch(
 def shuffled_indices(seed: int, size: int, start: int, count: int) -> list[int]:
     """Return `count` indices of the endless training sequence, from position `start` on.
 
-    The sequence has one permutation of all `size` rows per epoch, which depends on the lane's seed.
+    The sequence has one permutation of all `size` rows per epoch. The lane's seed decides the permutations.
     """
     positions = range(start, start + count)
     return [int(_permutation(seed, size, position // size)[position % size]) for position in positions]

@@ -52,14 +52,16 @@ class LaneSlots:
     """Fingerprint -> time since which the lane has been parked, in the order of parking."""
 
     def limit(self, work: Work, group_key: str | None) -> int:
-        """Return how many lanes of a group key may be trained, or evaluated, at once."""
+        """Return how many lanes of a group key may do this work at once."""
         return min(self.count, self.limits.get((work, group_key or ""), self.count))
 
-    def useful(self, tokens: int) -> int:
-        """Return how many lanes should train at once, if memory holds them.
+    def count_useful(self, tokens: int) -> int:
+        """Return with how many lanes, at most `count`, the trainer takes the most steps a second.
+
+        Memory may hold fewer.
 
         Args:
-            tokens: Mean number of tokens in a micro-batch of one lane; read if the number is automatic.
+            tokens: Mean number of tokens in a micro-batch of one lane. Used only with `is_automatic`.
         """
         enough = max(MIN_USEFUL_LANES, SATURATING_TOKENS // max(1, tokens))
         return min(self.count, enough) if self.is_automatic else self.count
@@ -149,11 +151,11 @@ class ActiveLanes:
         return now - last_answered_at >= interval
 
     def request_leases(self) -> tuple[Sequence[Lease], bool]:
-        """Ask for leases if that is due, and give back the leases of the lanes that leave for them.
+        """Request leases from the source, if a request is due, and give back parked lanes that make room.
 
         Returns:
-            The leases to start; and True if the next request is due at once, because the first lane sets the
-            group key.
+            The leases to start; and whether to request again at once. That is so after the first lane of a
+            group, whose group key decides how many more lanes fit.
         """
         now, parked = time.monotonic(), self.slots.parked_at
         long_parked = tuple(name for name, since in parked.items() if now - since > timeouts.SPILL_SECONDS)
@@ -168,7 +170,7 @@ class ActiveLanes:
             is_any_group_key = True
             grant = self.source.lease(None, 1, self.steps_taken)
         self.closed = grant.closed
-        to_start = [lease for lease in grant.leases if not self._is_final(lease)]
+        to_start = [lease for lease in grant.leases if not self._end_if_recorded(lease)]
         for name in occupancy.choose_evicted(grant, to_start):
             self.give_back(self.lanes[name])
         lease_again = is_any_group_key and bool(to_start)
@@ -176,8 +178,8 @@ class ActiveLanes:
             self.leased_at = NEVER
         return to_start, lease_again
 
-    def _is_final(self, lease: Lease) -> bool:
-        """Return whether the configuration of a lease has a final record, and end the lease if so."""
+    def _end_if_recorded(self, lease: Lease) -> bool:
+        """End a lease whose configuration has a final record already; return whether it has one."""
         fingerprint = lease.configuration.fingerprint
         state = self.recorder.find_final_state(fingerprint)
         if state is not None:

@@ -1,8 +1,8 @@
 """The fine-tuning loop of a trainer: it leases lanes, trains them and writes their records.
 
-Each round leases lanes for the free slots, applies the directives of the source, takes one
-optimizer step with every lane in training, and evaluates the lanes for which that is due. Lanes join and
-leave at any round and do not influence each other.
+Each round leases lanes for the free slots, applies the directives of the source, takes one optimizer step
+with every lane in training, and evaluates the lanes that are at an evaluation step. Lanes join and leave at
+any round and do not influence each other.
 
 The loop runs on rank 0 of the trainer's workers. The other workers carry out the commands of its engine
 (`process_group.py`).
@@ -55,17 +55,17 @@ def run(
     process_group: ProcessGroup = SINGLE_PROCESS_GROUP,
     make_engine: Callable[..., Engine] = Engine,
 ) -> None:
-    """Train the lanes that `source` leases until it is closed or idle.
+    """Train the lanes that a source leases, until the source has no more or none has come for a while.
 
     All workers of a trainer call this function with the same arguments, except for the source. A lane that
-    fails ends alone, with a `failed` record. When memory runs out, fewer lanes train at once. What the source
-    or the store raises ends the loop; the lanes resume from their checkpoints.
+    fails ends alone, with a `failed` record. When memory runs out, fewer lanes train at once. An error of the
+    source or of the store ends the loop. Another trainer then resumes the lanes from their checkpoints.
 
     Args:
         source: The source of lanes, which receives the reports. Only rank 0 uses it.
         store: The store for checkpoints, adapters and records.
         load_base_model: Loads a base model for a task.
-        slots: How many lanes train at once.
+        slots: The slots of the trainer, which limit how many lanes train at once.
         adapters: The folder in which the adapters of finished lanes are kept; None to keep none.
         process_group: The workers of this trainer.
         make_engine: Makes the engine, which computes steps and scores, from the arguments of `Engine`.
@@ -197,7 +197,7 @@ class TrainingRounds:
         self.counted_until = now
 
     def _charge_waiting(self) -> None:
-        """Add the seconds since the last step or evaluation to all lanes, before the next one begins."""
+        """Add the seconds since the last step or evaluation to all lanes, as start time or as other time."""
         self._charge(self.active.lanes.values(), "other_seconds" if self.has_started else "start_seconds")
         self.has_started = True
 

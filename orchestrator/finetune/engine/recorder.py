@@ -1,4 +1,4 @@
-"""The storage of lanes' checkpoints, adapters and records."""
+"""Write lanes' checkpoints, adapters and records to the store."""
 
 from __future__ import annotations
 

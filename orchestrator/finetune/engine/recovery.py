@@ -1,11 +1,11 @@
 """What follows from an error: fewer lanes at once, the end of one lane, or the end of the trainer.
 
-What did not fit into memory is halved. The limits are kept in the store for the next trainer:
+After an out-of-memory error, half as many lanes work at once. The store keeps this limit for later trainers:
 
     root/lane_capacity/<hash of both keys>.json    {"group_key", "device_key", "training": 4, "evaluation": 2}
 
-The device key has the device, its memory, a trainer's share of the device, and how the trainer uses it. Each
-file has a checksum. After a file or the folder is removed, the next trainer starts without this knowledge.
+The device key names the device, its memory, the trainer's share of it, and the options that change how much
+memory a lane needs. Each file has a checksum. If it is removed, the next trainer uses all its slots again.
 """
 
 from __future__ import annotations
@@ -200,7 +200,7 @@ class FailureRecovery:
             )
         engine = self.active.engine
         tokens = engine.lane_group.count_tokens(configuration) if slots.is_automatic else 0
-        useful = slots.useful(tokens)
+        useful = slots.count_useful(tokens)
         slots.limits["training", group_key] = min(found.get("training", useful), useful)
         slots.limits["evaluation", group_key] = found.get("evaluation", slots.count)
 

@@ -1,4 +1,4 @@
-"""Scores of lanes and of the base model on one held-out split, in total and per item."""
+"""Score lanes, or the base model, on a held-out split: the whole split, and each of its items."""
 
 from __future__ import annotations
 
@@ -322,12 +322,12 @@ def _closeness(predictions: np.ndarray, targets: np.ndarray) -> np.ndarray:
 
 
 class BaselineScores:
-    """The scores of a configuration's base model on its task, none of which are known at first.
+    """The scores of a configuration's base model, without a lane, on the held-out splits of the task.
 
     They are computed once per store, because they are equal for all lanes on one model and task. A lane needs
     only the loss to start. The scores of generated answers take minutes: the first trainer that needs them
-    generates the answers under a lock, and the others train meanwhile. A trainer waits for them only when it
-    writes the record of a finished lane before they are in the store.
+    generates the answers under a lock, and the others train meanwhile. A trainer waits for them only if one
+    of its lanes finishes before they are in the store. A new object knows none of the scores.
 
         <folder>/letters-3f9c0a1b2c3d4e5f.untrained.json
             {split: {score: number}}; the file name has a hash of all that decides the scores

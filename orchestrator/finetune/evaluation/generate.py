@@ -143,7 +143,13 @@ def count_lanes_together(
 
 
 def count_rows(limits: tuple[int, int, int], length: int, max_new_tokens: int) -> int:
-    """Return the number of rows in a batch of prompts of a padded length, at least `MIN_ROWS`."""
+    """Return how many prompts of a lane share a batch, at least `MIN_ROWS`.
+
+    Args:
+        limits: CPU_LIMITS or GPU_LIMITS.
+        length: The padded length of the prompts in tokens.
+        max_new_tokens: The longest answer in tokens.
+    """
     rows, prompt_tokens, tokens = limits
     return max(MIN_ROWS, min(rows, prompt_tokens // max(1, length), tokens // (length + max_new_tokens)))
 

@@ -64,7 +64,7 @@ class BaseModel:
 
     @cached_property
     def ends_with_output_layer(self) -> bool:
-        """Whether a language model's logits are its output layer's result for its base model's hidden states.
+        """Whether a language model's logits are `output_layer(base_model(ids))`, and nothing else is applied.
 
         They are not if the model scales them (Cohere, Granite), caps them (Gemma 2), or scales its hidden
         states first. The test replaces both parts: the base model returns random hidden states, which the
@@ -112,11 +112,14 @@ def is_bidirectional(model: Any) -> bool:
 
 
 def check_causal(model: Any, name: str) -> None:
-    """Refuse a model whose configuration makes tokens attend to later ones, which are the answer to predict.
+    """Refuse a language model whose configuration lets a token attend to later ones.
+
+    Such a model would read the answer that it has to predict. `attends_to_future_tokens` finds models whose
+    configuration does not show it.
 
     Raises:
         UsageError: The model is an encoder (for instance a BERT without is_decoder), an XLNet, or a decoder
-            with is_causal false. `attends_to_future_tokens` finds the other models.
+            with is_causal false.
     """
     from transformers import MODEL_FOR_MASKED_LM_MAPPING
 

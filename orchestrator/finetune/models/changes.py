@@ -1,4 +1,4 @@
-"""Changes of how the modules of a loaded model compute: for rows of several lanes, and by options.
+"""Replace modules of a loaded base model: for lanes that must not depend on each other, and by an option.
 
 Some base models have dropout of their own: RoBERTa, BERT, DeBERTa and GPT-2 have a rate of 0.1. In training
 mode transformers draws its masks from the global random state, so a lane's numbers would depend on the other
@@ -62,7 +62,11 @@ CHECKPOINTING_ATTRIBUTE = "has_activation_checkpointing"
 
 
 def check_dropout_supported(model: Any, name: str) -> None:
-    """Refuse a model without dropout of its own, or of an unsupported type, by an UnsupportedError."""
+    """Check that --base-dropout can be turned on for a model.
+
+    Raises:
+        UnsupportedError: The model has no dropout of its own, or its type is not supported.
+    """
     model_type = model.config.model_type
     if model_type not in SUPPORTED_MODEL_TYPES:
         what = f"has type {model_type!r}; must be one of {', '.join(SUPPORTED_MODEL_TYPES)}"
@@ -264,12 +268,18 @@ def check_liger(family: str, name: str) -> None:
         )
 
 
+class KernelLaunchError(UsageError):
+    """Liger's kernels cannot be compiled or launched on this machine."""
+
+    fault = Fault.DEVICE
+    """The cause is the machine and not a lane; see `classify_error`."""
+
+
 def launch_kernel(device: Any) -> None:
     """Launch one of Liger's kernels on a device.
 
     Raises:
-        UsageError: It cannot be compiled or launched. Its `fault` is `Fault.DEVICE`, because the cause is the
-            machine and not a lane.
+        KernelLaunchError: It cannot be compiled or launched.
     """
     from liger_kernel.ops.swiglu import LigerSiLUMulFunction
 
@@ -281,9 +291,9 @@ def launch_kernel(device: Any) -> None:
             raise
         reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         remedy = f"install gcc and python3-dev (Python.h) on every node, or {REMEDY}"
-        refusal = UsageError(f"--kernels liger: no kernel can be launched ({reason}): {remedy}.")
-        refusal.fault = Fault.DEVICE  # type: ignore[attr-defined]  # `classify_error` reads it
-        raise refusal from error
+        raise KernelLaunchError(
+            f"--kernels liger: no kernel can be launched ({reason}): {remedy}."
+        ) from error
 
 
 def apply_liger(model: Any, name: str) -> str:

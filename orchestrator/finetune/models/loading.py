@@ -114,7 +114,7 @@ def _load_model(choice: ModelChoice, root: Path, task: Task) -> tuple[Any, Mappi
 
 
 def check_weights(model: Any, name: str, loading_info: Mapping[str, Any], has_head: bool) -> None:
-    """Refuse a model with random weights, or without some weights of its files.
+    """Refuse a model some of whose weights are random, or whose files have weights that it does not use.
 
     Args:
         model: The loaded transformers model.
@@ -147,7 +147,8 @@ def _wrong_weights_error(name: str, found: str) -> UsageError:
 def _base_modules(model: Any) -> set[str]:
     """Return the names of the model's children that belong to the base model and not to a head.
 
-    They are found by their class, because CLIP's image tower has another name than `base_model_prefix`.
+    These are the children of the class `PreTrainedModel`. The attribute `base_model_prefix` names another
+    child for CLIP's image tower.
     """
     from transformers import PreTrainedModel
 
@@ -155,7 +156,7 @@ def _base_modules(model: Any) -> set[str]:
 
 
 def _check_block_count(model: Any, name: str, unexpected_keys: Iterable[str]) -> None:
-    """Refuse weights of more blocks than the configuration has, which transformers leaves out."""
+    """Refuse files with more blocks than the configuration has: transformers would leave the others out."""
     from torch.nn import ModuleList
 
     for module_name, module in model.named_modules():
@@ -357,7 +358,7 @@ def has_config(choice: ModelChoice) -> bool:
 
 
 def input_kind(choice: ModelChoice, root: Path) -> Literal["text", "image", ""]:
-    """Return the kind of a model's inputs; an empty text if it is unknown, as before a download."""
+    """Return the kind of a model's inputs, or an empty text if it is unknown, as before a download."""
     if choice.name in PACKAGED_MODELS:
         return "text"
     from transformers.models.auto import modeling_auto as auto

@@ -62,8 +62,8 @@ def describe_data(configuration: Configuration, bases: Path, may_truncate: bool)
     Args:
         configuration: A configuration. It has the task, the base model and the limit in tokens.
         bases: The store's folder of base models.
-        may_truncate: Whether a row can have more tokens than the limit. If so, all rows are encoded to count
-            them. The limit that `measure_max_length` returns is never exceeded.
+        may_truncate: Whether rows may have more tokens than the limit. If so, all rows are encoded to count
+            the longer ones. No row is longer than the limit that `measure_max_length` returns.
 
     Returns:
         One line about the data. A second line gives the number of truncated rows if there are any. Empty if
@@ -85,14 +85,14 @@ def describe_data(configuration: Configuration, bases: Path, may_truncate: bool)
 
 
 def _has_texts(task: Task) -> TypeGuard[DataTask]:
-    """Return whether the rows of a user's data are here and are texts."""
+    """Return whether a task is made of a user's texts, and its rows are on this machine."""
     return isinstance(task, DataTask) and task.splits is not None and task.inputs == "text"
 
 
 def _row_lengths(task: DataTask, tokenizer: Any) -> tuple[np.ndarray[Any, Any], str]:
-    """Return the number of tokens of each row that is subject to --max-length, and where the longest row is.
+    """Return the number of tokens of each row that --max-length applies to, and where the longest row is.
 
-    Held-out rows are subject to it only if the task has a head: an answer is scored in full.
+    It applies to held-out rows only if the task has a head: an answer is scored in full.
     """
     from orchestrator.finetune.data.batches import encode_block  # imports torch
 
@@ -114,7 +114,11 @@ def _row_lengths(task: DataTask, tokenizer: Any) -> tuple[np.ndarray[Any, Any], 
 def check_positions(model: Any, name: str, length: int, task: Task) -> None:
     """Check that the model has position embeddings for the longest sequence of a task.
 
-    `length` is that of the longest text, or of the longest prompt with its generated answer.
+    Args:
+        model: The transformers model.
+        name: The name that its user gave.
+        length: The tokens of the longest text, or of the longest prompt with its generated answer.
+        task: The task.
     """
     max_positions = max_learned_positions(model)
     if max_positions is not None and length > max_positions:
@@ -154,7 +158,7 @@ def prepare_datasets(
         progress: Called with one line for each thing that takes time.
 
     Raises:
-        UsageError: The data cannot be read or tokenised, or does not fit the model.
+        UsageError: The data cannot be read or tokenized, or does not fit the model.
         OSError: The disk is full, or the folder cannot be written.
     """
     from orchestrator.finetune.data import dataset_cache
@@ -177,7 +181,7 @@ def prepare_datasets(
 def report_data(
     configurations: Sequence[Configuration], bases: Path, progress: Callable[[str], None], may_truncate: bool
 ) -> None:
-    """Print the lines of `describe_data`, for data that several configurations share once."""
+    """Call `progress` with the lines of `describe_data`, once for data that several configurations share."""
     for configuration in _with_distinct_data(configurations):
         for line in describe_data(configuration, bases, may_truncate):
             progress(f"{configuration.task.name}: {line}")
@@ -189,7 +193,7 @@ def _with_distinct_data(configurations: Sequence[Configuration]) -> list[Configu
 
 
 def write_own_files(configurations: Sequence[Configuration], folder: Path) -> None:
-    """Write the tasks and variants in users' files to the store's data folder, where workers read them."""
+    """Write users' tasks and variants to the store's data folder, from which workers load them."""
     for variant in {c.variant.revision: c.variant for c in configurations}.values():
         tasks.write_variant(variant, folder)
     for task in {c.task.content: c.task for c in configurations}.values():

@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
-from io import BytesIO
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -340,11 +339,9 @@ def _find_unread_example(base: PretrainedTask, task: Task) -> str:
         except Exception as error:  # the tokenizers of Hugging Face raise Exception itself
             return format_error(error)
         return ""
-    import PIL.Image
-
     side = base.base_config().image_size
     for image in (example.image for example in examples if example.image is not None):
-        width, height = PIL.Image.open(BytesIO(image.read())).size
+        width, height = image.decode().size
         if (width, height) != (side, side):
             return f"{image.name} has {width} x {height} pixels, and the model takes {side} x {side}"
     return ""

@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
-import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-CellType = type | range | None
-"""The required type of a cell: str, int or float; a range for the index of a class (`range(2)`: 0 or 1);
-`object` for anything but null; None for anything."""
-
 _ENCODING = "utf-8-sig"
 """UTF-8, with or without the byte order mark that programs on Windows write."""
-_TYPE_NAMES = {str: "text", int: "a whole number", float: "a finite number", object: "there"}
 
 
 class MalformedDataError(Exception):
@@ -26,27 +20,6 @@ class MalformedDataError(Exception):
 def is_data_file(path: Path) -> bool:
     """Return whether the suffix of a file is that of a format that can be read here."""
     return path.suffix.lower() in _READERS
-
-
-def find_cell_problem(value: Any, cell_type: CellType) -> str | None:
-    """Return what is wrong with a cell, None if nothing is.
-
-    Args:
-        value: The content of the cell.
-        cell_type: The required type.
-    """
-    if cell_type is None:
-        return None
-    if isinstance(cell_type, range):
-        is_valid = type(value) is int and value in cell_type
-        expected = f"a class from {cell_type[0]} to {cell_type[-1]}"
-    else:
-        expected = _TYPE_NAMES[cell_type]
-        if cell_type is float:
-            is_valid = type(value) in (int, float) and math.isfinite(value)
-        else:
-            is_valid = type(value) is int if cell_type is int else isinstance(value, cell_type)
-    return None if is_valid and value is not None else f"must be {expected}, it is {abbreviate(value)}"
 
 
 def iter_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,13 +23,17 @@ from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.finetune.sources.base_store import base_entries, find_commit
-from orchestrator.finetune.sources.data_files import CellType, find_cell_problem
+from orchestrator.finetune.sources.data_files import abbreviate
 from orchestrator.util.errors import UsageError
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 DATA_FOLDER_VARIABLE = "ORCHESTRATOR_DATA"
+CellType = type | range | None
+"""The required type of a cell: str, int or float; a range for the index of a class (`range(2)`: 0 or 1);
+`object` for anything but null; None for anything."""
+_TYPE_NAMES = {str: "text", int: "a whole number", float: "a finite number", object: "there"}
 
 _pin_folder: Path | None = None
 _add_pins = False
@@ -89,7 +94,7 @@ def load_table(table: Table, task: str) -> Dataset:
             f"{', '.join(found.column_names)}."
         )
     found = found.select_columns(list(table.columns))
-    if (cell_problem := _find_cell_problem(found, table)) is not None:
+    if (cell_problem := _find_problem(found, table)) is not None:
         raise UsageError(f"Task {task!r}: {table} in {source}: {cell_problem}.")
     return found
 
@@ -146,7 +151,7 @@ def _cache_folder(folder: Path) -> str:
     return str(Path(config.HF_DATASETS_CACHE) / f"own-{key}")
 
 
-def _find_cell_problem(dataset: Dataset, table: Table) -> str | None:
+def _find_problem(dataset: Dataset, table: Table) -> str | None:
     """Return what is wrong with the first bad cell, None if there is none."""
     from pyarrow import compute
 
@@ -162,6 +167,27 @@ def _find_cell_problem(dataset: Dataset, table: Table) -> str | None:
             if (problem := find_cell_problem(value, cell_type)) is not None:
                 return f"row {row}: {name!r} {problem}"
     return None
+
+
+def find_cell_problem(value: Any, cell_type: CellType) -> str | None:
+    """Return what is wrong with a cell, None if nothing is.
+
+    Args:
+        value: The content of the cell.
+        cell_type: The required type.
+    """
+    if cell_type is None:
+        return None
+    if isinstance(cell_type, range):
+        is_valid = type(value) is int and value in cell_type
+        expected = f"a class from {cell_type[0]} to {cell_type[-1]}"
+    else:
+        expected = _TYPE_NAMES[cell_type]
+        if cell_type is float:
+            is_valid = type(value) in (int, float) and math.isfinite(value)
+        else:
+            is_valid = type(value) is int if cell_type is int else isinstance(value, cell_type)
+    return None if is_valid and value is not None else f"must be {expected}, it is {abbreviate(value)}"
 
 
 def _resolve_source(table: Table, task: str) -> tuple[str, str | None]:

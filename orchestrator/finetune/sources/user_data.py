@@ -57,15 +57,15 @@ class DataRow:
 
 @dataclass(frozen=True)
 class SourceRows:
-    """The rows of a source, which is a file, a folder or a dataset of the hub.
+    """The rows of a source: of a file, a folder or a dataset of the hub.
 
     Args:
         read: Returns an iterator over the rows of all splits. Each call begins at the first row. The iterator
             raises a UsageError if a file cannot be read or has no rows.
-        ignored: What is not read, for messages: data files of a folder, kinds of files in a folder of
-            images, splits of a dataset of the hub.
-        names: Split -> names of the files, folders or splits of the hub that its rows are read from. Empty
-            if the source has no splits.
+        ignored: The names of what is not read, for messages: data files of a folder, kinds of files in a
+            folder of images ("*.txt"), splits of a dataset of the hub.
+        names: Split -> the names of the files, folders or splits of the hub that have its rows. Empty if the
+            source has no splits.
     """
 
     read: Callable[[], Iterator[DataRow]]
@@ -84,7 +84,7 @@ def display_name(source: str) -> str:
 
 
 def open_source(source: str, option: str = "--data") -> SourceRows:
-    """Find the rows of a source, which are read later.
+    """Open a source. Its rows are read later, by `SourceRows.read`.
 
     Args:
         source: A path, or the name of a dataset of the hub.
@@ -96,8 +96,8 @@ def open_source(source: str, option: str = "--data") -> SourceRows:
     if os.path.exists(source):
         with _source_errors(source, option):
             path = Path(source)
-            folder_or_file = _open_folder if path.is_dir() else _open_file
-            found = folder_or_file(path, option)
+            is_folder = path.is_dir()
+            found = _open_folder(path, option) if is_folder else SourceRows(partial(_read_file, path, None))
 
         def read() -> Iterator[DataRow]:
             with _source_errors(source, option):
@@ -131,10 +131,6 @@ def _missing_error(source: str, option: str) -> UsageError:
     hint = hint if hint.startswith("Did you mean") else ""
     problem = "no such file or folder, and not the name of a hub dataset (organization/name)"
     return UsageError(f"{option} {source}: {problem}. {hint}".rstrip())
-
-
-def _open_file(path: Path, option: str) -> SourceRows:
-    return SourceRows(partial(_read_file, path, None))
 
 
 def _read_file(path: Path, split: str | None) -> Iterator[DataRow]:
@@ -275,7 +271,7 @@ def _printable(path: str) -> str:
 
 
 def _open_hub(source: str) -> SourceRows:
-    """Open the splits of a dataset of the hub that have usual names and labels."""
+    """Open a dataset of the hub: its splits that have usual names, without those whose labels are hidden."""
     found = _HUB_NAME.fullmatch(source)
     assert found is not None
     parts = found["repository"], found["subset"], found["revision"]

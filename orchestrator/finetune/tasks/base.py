@@ -320,7 +320,7 @@ class Task:
         return cached[key]
 
     def _check_grader(self, examples: Mapping[Split, Sequence[Example]]) -> None:
-        """Refuse a grader that cannot read a right answer, with which every score would be 0."""
+        """Refuse a grader that gives the grade 0 to a right answer of a held-out split."""
         if self.output != "generation" or type(self).grade is not Task.grade:
             return
         for split in HELD_OUT_SPLITS:

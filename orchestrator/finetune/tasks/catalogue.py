@@ -179,7 +179,7 @@ def write_variant(choice: VariantChoice, folder: Path) -> None:
 
 
 def _write_entry(folder: Path, kind: Kind, content: str, data: Mapping[str, str]) -> None:
-    """Write an entry, also in place of another one: task files that differ in comments have one content."""
+    """Write an entry, in place of one for a file with other comments: their content hash is equal."""
     entries, key = _entries(folder, kind), f"{kind}-{content}"
     if entries.read_fields(key) != data:
         entries.write_entry(key, data, "path", replace=True)

@@ -136,8 +136,8 @@ def _read_examples(
 ) -> ColumnMap:
     """Append the examples of a source to a file, and return the columns by their role.
 
-    The columns are found in the first rows. In JSON lines later rows may have more columns: if these change
-    a role, the source is read once more.
+    The columns are found in the first rows. In JSON lines, later rows may have more columns. If one of these
+    takes over a role, the source is read once more.
     """
     seen = dict.fromkeys(column for row in islice(source.read(), FIRST_ROWS) for column in row.cells)
     try:

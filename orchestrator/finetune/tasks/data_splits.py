@@ -1,7 +1,7 @@
 """The examples of a user's data, kept on disk, and their splits: those that the data name, others by a hash.
 
-The texts of a million rows stay in temporary files, which are mapped into memory. What decides the splits and
-their order is three numbers for each row.
+The texts of a million rows stay in temporary files, which are mapped into memory. Three numbers for each row,
+kept in memory, decide its split and its place there.
 """
 
 from __future__ import annotations
@@ -58,9 +58,10 @@ class TextColumn:
         """
         import pyarrow as pa
 
-        self._file.flush()
         size = self._ends[-1]
-        texts = mmap.mmap(self._file.fileno(), size, access=mmap.ACCESS_READ) if size else b""
+        with self._file as file:
+            file.flush()
+            texts = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) if size else b""
         return pa.LargeStringArray.from_buffers(
             len(self._ends) - 1, pa.py_buffer(self._ends), pa.py_buffer(texts)
         )
@@ -115,7 +116,10 @@ class ExampleFile:
         return [split for number, split in enumerate(SPLITS) if number in self._splits[start:]]
 
     def keep_split(self, start: int, split: Split) -> None:
-        """Use the examples from `start` on for a split: those that the data put there, or else all."""
+        """Assign the examples from `start` on to a split.
+
+        If the data name this split for some of them, the others belong to no split.
+        """
         number = SPLITS.index(split)
         named = self._splits[start:]
         kept = (number,) if number in named else (-1, *range(len(SPLITS)))
@@ -136,7 +140,7 @@ class Examples(Sequence[Example]):
     """Some examples of a file, each built on access.
 
     Args:
-        file: All examples.
+        file: The file of all examples.
         rows: The number of each of these examples in the file.
     """
 
@@ -229,7 +233,7 @@ def count_answers(*examples: Examples) -> Counter[str]:
 
 
 def count_contradictions(splits: Mapping[Split, Examples]) -> int:
-    """Return the number of rows with the input of another row that has a different answer."""
+    """Return the number of rows whose input occurs in another row with a different answer."""
     rows = np.concatenate([own.rows for own in splits.values()])
     file = splits["train"].file
     answers = file.columns["answer"].take(rows).dictionary_encode().indices.to_numpy()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from orchestrator.util.errors import UsageError
 
@@ -38,6 +39,30 @@ class Image:
     def digest(self) -> str:
         """The SHA-256 (hex) of the file."""
         return hashlib.sha256(self.read()).hexdigest()
+
+    def decode(self, min_side: int | None = None) -> Any:
+        """Return the decoded image, a `PIL.Image.Image` in the colors of the file.
+
+        Args:
+            min_side: If given, a JPEG may be decoded at a smaller scale, with sides of at least so many
+                pixels. That saves time.
+
+        Raises:
+            UsageError: Pillow cannot read the file.
+        """
+        import PIL.Image
+
+        try:
+            opened = PIL.Image.open(io.BytesIO(self.read()))
+            if min_side is not None:
+                opened.draft("RGB", (min_side, min_side))
+            opened.load()
+            return opened
+        except PIL.UnidentifiedImageError:  # its message contains an address in memory
+            raise UsageError(f"{self.name} is not an image that Pillow can read: unknown format.") from None
+        except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
+            # Pillow's exceptions for damaged images, and for an image with too many pixels.
+            raise UsageError(f"{self.name} is not an image that Pillow can read: {error}.") from None
 
 
 @dataclass(frozen=True)

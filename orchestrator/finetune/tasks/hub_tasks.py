@@ -15,8 +15,13 @@ from pathlib import Path
 from string import Formatter
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from orchestrator.finetune.sources.data_files import find_cell_problem
-from orchestrator.finetune.sources.hub_data import DATA_FOLDER_VARIABLE, CellType, Table, load_table
+from orchestrator.finetune.sources.hub_data import (
+    DATA_FOLDER_VARIABLE,
+    CellType,
+    Table,
+    find_cell_problem,
+    load_table,
+)
 from orchestrator.finetune.tasks.base import Example, GradeAt, Image, Output, Split, Task, hash_split
 from orchestrator.finetune.tasks.examples import hash_text
 from orchestrator.study.configuration import Hyperparameter

@@ -6,7 +6,6 @@ that a small dataset is decoded once. Pixels are converted to floats on the mode
 
 from __future__ import annotations
 
-import io
 import os
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
@@ -20,7 +19,6 @@ from torch import Tensor
 
 from orchestrator.finetune.process_group import copy_without_waiting
 from orchestrator.finetune.tasks.base import Image
-from orchestrator.util.errors import UsageError
 
 CACHE_SIZE = 2048  # images; 300 MB for three channels of 224 x 224 pixels
 MAX_THREADS = 8  # per process, of which there may be one per GPU
@@ -118,15 +116,7 @@ class ImageProcessor:
         return future
 
     def _decode(self, image: Image) -> Tensor:
-        import PIL.Image
-
-        data = image.read()
-        try:
-            opened = PIL.Image.open(io.BytesIO(data)).convert("RGB")
-        except PIL.UnidentifiedImageError:  # its message contains an address in memory
-            raise UsageError(f"{image.name} is not an image that Pillow can read: unknown format.") from None
-        except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
-            # Pillow's exceptions for damaged images, and for an image with too many pixels.
-            raise UsageError(f"{image.name} is not an image that Pillow can read: {error}.") from None
-        prepared = self.hf_processor(opened, do_rescale=False, do_normalize=False, return_tensors="np")
+        prepared = self.hf_processor(
+            image.decode().convert("RGB"), do_rescale=False, do_normalize=False, return_tensors="np"
+        )
         return torch.from_numpy(np.ascontiguousarray(prepared["pixel_values"][0]).astype(np.uint8))

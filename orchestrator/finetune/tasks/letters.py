@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.finetune.tasks.base import Example, Split, hash_split
+from orchestrator.finetune.tasks.examples import check_count
 from orchestrator.finetune.tasks.pretraining import PretrainedTask, Recipe, word_tokenizer
-from orchestrator.util.errors import UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -37,8 +37,7 @@ class Letters(PretrainedTask, entry="letters"):
     recipe_constants = (VOCABULARY, LENGTH)
 
     def examples(self, split: Split, count: int) -> list[Example]:
-        if count > MAX_EXAMPLES:  # before they are drawn, which takes a minute
-            raise UsageError(f"Task 'letters' has {MAX_EXAMPLES} {split} examples, {count} are needed.")
+        check_count(range(MAX_EXAMPLES), count, self.name, split)  # drawing more would take minutes
         # The hash of a string decides its split; each split has a random generator of its own.
         generator = random.Random(f"letters/{split}")
         seen: dict[str, None] = {}

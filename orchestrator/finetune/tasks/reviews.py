@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.finetune.tasks.base import Example, Split, hash_split
+from orchestrator.finetune.tasks.examples import check_count
 from orchestrator.finetune.tasks.pretraining import PretrainedTask, Recipe, word_tokenizer
-from orchestrator.util.errors import UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -75,8 +75,7 @@ class Reviews(PretrainedTask, entry="reviews"):
     recipe_constants = (VOCABULARY,)
 
     def examples(self, split: Split, count: int) -> list[Example]:
-        if count > MAX_EXAMPLES:  # before they are drawn, which takes a minute
-            raise UsageError(f"Task 'reviews' has {MAX_EXAMPLES} {split} examples, {count} are needed.")
+        check_count(range(MAX_EXAMPLES), count, self.name, split)  # drawing more would take minutes
         # The hash of a text decides its split. The classes take turns, so that all have equal shares.
         generator = random.Random(f"reviews/{split}")
         seen: dict[str, str] = {}

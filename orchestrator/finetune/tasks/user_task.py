@@ -180,7 +180,7 @@ def _find_problems(task: Task) -> Iterator[str]:
 
 
 def _find_broken_rules(owner: object, declared: type, unused: Container[str]) -> Iterator[str]:
-    """Yield what is wrong with the attributes that a class declares with choices or with bounds."""
+    """Yield a line for each attribute of `owner` outside the choices or bounds that a class declares."""
     for name, hint in get_type_hints(declared, include_extras=True).items():
         rules = [rule for rule in getattr(hint, "__metadata__", ()) if isinstance(rule, Hyperparameter)]
         if get_origin(hint) is Literal:

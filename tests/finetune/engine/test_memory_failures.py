@@ -85,8 +85,8 @@ def test_the_smallest_limit_is_stored_and_a_damaged_file_counts_as_missing(store
 
 @pytest.mark.parametrize(("tokens", "expected"), [(100, 8), (2_000, 4), (4_000, 2), (50_000, 2)])
 def test_a_gpu_trains_no_more_lanes_than_save_time(tokens: int, expected: int) -> None:
-    assert LaneSlots(8, is_automatic=True).useful(tokens) == expected
-    assert LaneSlots(8).useful(tokens) == 8
+    assert LaneSlots(8, is_automatic=True).count_useful(tokens) == expected
+    assert LaneSlots(8).count_useful(tokens) == 8
 
 
 def test_a_lane_that_does_not_fit_alone_fails_with_advice(tmp_path: Path) -> None:

@@ -176,7 +176,7 @@ def _to_result(output: bytes, program: int | None, tests: int | None) -> Program
 
 
 def _sandbox_spec(limits: ProgramLimits, level: SandboxLevel, folder: str) -> dict[str, Any]:
-    """Return what `isolation.main` reads, without the text and the socket."""
+    """Return the settings that `isolation.main` reads, except for `text` and `connection`."""
     return {
         "limits": asdict(limits),
         "namespaces": level == "namespaces",
