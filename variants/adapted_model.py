@@ -13,11 +13,11 @@ from variants.base_dropout import LaneDropout, TableDropout
 from variants.forward_context import AdapterState
 from variants.full_finetune import FullModelParameters
 from variants.heads import LaneHead
+from variants.hooks import InitTogether, SharedTensors
 from variants.lane_linear import LaneLinear
 from variants.lane_tensors import LaneTensors
 from variants.layer_random import LayerRandom
 from variants.seeds import stable_seed
-from variants.targets import view_layer
 
 LAYER_GROUP_PREFIX = "group:"
 """Prefix of the owner's name of a layer group's tensors, also in checkpoints."""
@@ -63,8 +63,6 @@ class AdaptedModel:
             heads: The task's linear layers by dotted path.
             base_dropout: True to apply the model's own dropout in training.
         """
-        shapes = [view_layer(name, base).shape for name, base in target_layers.items()]
-        settings = variant.fit_settings(settings, shapes)
         self.model, self.variant, self.settings = model, variant, settings
         self.state = AdapterState()
         self.state.group_settings = replace(settings, alpha=None)
@@ -72,9 +70,9 @@ class AdaptedModel:
         self.layer_groups: dict[str, LaneTensors] = {}
         for name, base in target_layers.items():
             shared = None
-            if (group := variant.layer_group(name)) is not None:
-                empty = LaneTensors(variant.mutable_buffers, variant.hook_only_buffers)
-                shared = self.layer_groups.setdefault(LAYER_GROUP_PREFIX + group, empty)
+            if isinstance(variant, SharedTensors):
+                group = LAYER_GROUP_PREFIX + variant.layer_group(name)
+                shared = self.layer_groups.setdefault(group, LaneTensors(variant))
             self.layers[name] = LaneLinear(name, base, variant, self.state, shared)
         self.heads = {
             name: LaneHead(name, base, self.state)  # type: ignore[arg-type]  # attach() admits only Linear
@@ -113,11 +111,16 @@ class AdaptedModel:
         def random_of(name: str) -> LayerRandom:
             return LayerRandom(layers[name], stable_seed(seed, name))
 
-        initial = self.variant.init_layers(layers, random_of)
+        variant = self.variant
+        if isinstance(variant, InitTogether):
+            initial = variant.init_layers(layers, random_of)
+        else:
+            initial = {name: variant.init(layer, random_of(name)) for name, layer in layers.items()}
         for owner, shared in self.layer_groups.items():
             members = {name: layers[name] for name, each in self.layers.items() if each.layer_group is shared}
             random = LayerRandom(next(iter(members.values())), stable_seed(seed, owner))
-            initial[owner] = self.variant.init_layer_group(members, random)
+            assert isinstance(variant, SharedTensors)  # only such a variant has groups
+            initial[owner] = variant.init_layer_group(members, random)
         initial |= {name: InitialTensors(weights) for name, weights in self.init_heads(seed).items()}
         if self.full_model is not None:
             initial |= {owner: InitialTensors(copies) for owner, copies in self.full_model.init().items()}

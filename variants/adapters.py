@@ -18,12 +18,12 @@ from variants.api import (
     LaneView,
     LayerView,
     UnsupportedError,
-    Variant,
     VariantSettings,
 )
 from variants.errors import BypassedLayerError
 from variants.forward_context import ForwardContext
 from variants.full_finetune import MODEL_PREFIX
+from variants.hooks import RankAllocation, StepHooks, statistic_of
 
 
 class Adapters(AdaptedModel):
@@ -67,7 +67,7 @@ class Adapters(AdaptedModel):
             ValueError: The lane exists already.
         """
         settings = self._validate_new_lane(lane, settings)
-        statistic = self.variant.calibration_statistic
+        statistic = statistic_of(self.variant)
         if statistic.needs_data and calibration is None:
             raise UnsupportedError(f"{self.variant.name} starts from {statistic}: calibrate first")
         self._store_lane(lane, self.initial_tensors(settings, seed, calibration or {}), settings, seed)
@@ -158,11 +158,11 @@ class Adapters(AdaptedModel):
 
     def ranks_in_use(self, lane: str) -> dict[str, int]:
         """Return the number of unmasked ranks of each layer."""
-        settings = self.lane_settings(lane)
-        return {
-            name: self.variant.rank_in_use(layer.lane_tensors(lane), settings)
-            for name, layer in self.layers.items()
-        }
+        settings, variant = self.lane_settings(lane), self.variant
+        if not isinstance(variant, RankAllocation):
+            return dict.fromkeys(self.layers, settings.rank)
+        tensors = {name: layer.lane_tensors(lane) for name, layer in self.layers.items()}
+        return {name: variant.rank_in_use(own, settings) for name, own in tensors.items()}
 
     def parameter_count(self, lane: str) -> int:
         """Return the number of trainable values of a lane, without masked ranks."""
@@ -205,8 +205,8 @@ class Adapters(AdaptedModel):
     def _run_hook(
         self, hook: str, lane: str, step: int, total_steps: int, optimizer: torch.optim.Optimizer
     ) -> None:
-        if getattr(type(self.variant), hook) is getattr(Variant, hook):
-            return  # the variant does not define it
+        if not isinstance(self.variant, StepHooks):
+            return
         settings = self.lane_settings(lane)
         views = {}
         for name, layer in self.layers.items():
@@ -307,8 +307,7 @@ class Adapters(AdaptedModel):
     def _validate_new_lane(self, lane: str, settings: VariantSettings) -> VariantSettings:
         if lane in self.state.settings:
             raise ValueError(f"lane {lane!r} is there already")
-        shapes = [layer.frozen_layer.shape for layer in self.layers.values()]
-        settings = self.variant.fit_settings(self.variant.validate_settings(settings), shapes)
+        settings = self.variant.validate_settings(settings)
         if len(self.lanes) >= self.max_lanes:
             raise UnsupportedError(
                 f"{self.variant.name} trains one lane at a time; lane {self.lanes[0]} is there already"

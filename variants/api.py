@@ -1,19 +1,39 @@
 """Types and helpers that most variants need, imported as `from variants import api`."""
 
-from variants.base import RANK_MASK, Variant
+from variants.base import Variant
 from variants.batch_invariant import baddbmm, bmm
+from variants.dense_update import DenseUpdate
 from variants.errors import MergeError, UnsupportedError
 from variants.frozen_layer import FrozenLayer, InitialTensors, Layers, Params, shared_settings
+from variants.hooks import (
+    RANK_MASK,
+    AuxiliaryLoss,
+    BiasUpdate,
+    Calibrated,
+    DropoutOnBase,
+    FrozenUpdate,
+    FusesBase,
+    GradientConstants,
+    InitTogether,
+    RankAllocation,
+    RateScales,
+    SharedTensors,
+    StepHooks,
+)
 from variants.lane_views import LaneView, LayerView
 from variants.layer_random import LayerRandom, RandomOf
-from variants.peft_format import PeftMethod
+from variants.low_rank import LowRank
+from variants.peft_format import PeftFormat, PeftMethod
 from variants.seeds import stable_seed
 from variants.traits import AdaptationScope, Batching, CalibrationStatistic, Start, VerifiedBy
 from variants.variant_settings import Choice, ExtraSettings, Flag, Int, Number, VariantSettings
 
 __all__ = [
-    "RANK_MASK", "AdaptationScope", "Batching", "CalibrationStatistic", "Choice", "ExtraSettings", "Flag",
-    "FrozenLayer", "InitialTensors", "Int", "LaneView", "LayerRandom", "LayerView", "Layers", "MergeError",
-    "Number", "Params", "PeftMethod", "RandomOf", "Start", "UnsupportedError", "Variant", "VariantSettings",
-    "VerifiedBy", "baddbmm", "bmm", "shared_settings", "stable_seed",
+    "RANK_MASK", "AdaptationScope", "AuxiliaryLoss", "Batching", "BiasUpdate", "Calibrated",
+    "CalibrationStatistic", "Choice", "DenseUpdate", "DropoutOnBase", "ExtraSettings", "Flag", "FrozenLayer",
+    "FrozenUpdate", "FusesBase", "GradientConstants", "InitTogether", "InitialTensors", "Int", "LaneView",
+    "LayerRandom", "LayerView", "Layers", "LowRank", "MergeError", "Number", "Params", "PeftFormat",
+    "PeftMethod", "RandomOf", "RankAllocation", "RateScales", "SharedTensors", "Start", "StepHooks",
+    "UnsupportedError", "Variant", "VariantSettings", "VerifiedBy", "baddbmm", "bmm", "shared_settings",
+    "stable_seed",
 ]  # fmt: skip

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from variants.api import CalibrationStatistic, VariantSettings
 from variants.attach import Adapters
+from variants.hooks import statistic_of
 from variants.lane_linear import LaneLinear
 
 MEMORY_BUDGET_BYTES = 4 << 30
@@ -48,7 +49,7 @@ def calibrate(
     reduced: dict[str, dict[str, Tensor]] = {}
     # Without alpha: the result serves lanes of all alphas.
     settings = replace(adapters.variant.validate_settings(settings), alpha=None)
-    statistic = adapters.variant.calibration_statistic
+    statistic = statistic_of(adapters.variant)
     if not statistic.needs_data:
         return {
             name: _reduce(layer, settings, layer.frozen_layer.weight.to(layer.frozen_layer.dtype))
@@ -82,7 +83,7 @@ def _split_by_memory(adapters: Adapters, memory_budget: int) -> Iterator[list[La
     group: list[LaneLinear] = []
     size = 0
     for layer in adapters.layers.values():
-        shape = _matrix_shape(layer, adapters.variant.calibration_statistic)
+        shape = _matrix_shape(layer, statistic_of(adapters.variant))
         layer_size = layer.frozen_layer.dtype.itemsize * math.prod(shape)
         if group and size + layer_size > memory_budget:
             yield group

@@ -156,7 +156,7 @@ def _describe(name: str) -> Description:
         batching=variant.batching.value,
         is_control=variant.adaptation_scope is not AdaptationScope.TARGET_LAYERS,
         checked=variant.verified_by.value,
-        peft=variant.peft.peft_type if variant.peft else "",
+        peft=peft.peft_type if (peft := getattr(variant, "peft", None)) else "",
         exports=export_forms(variant),
         calibration=variant.calibration_statistic.value,
         uses_rank=variant.uses_rank,

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from variants.peft_format import PeftFormat, peft_method
 from variants.traits import AdaptationScope
 from variants.variant_settings import VariantSettings
 
@@ -55,10 +56,11 @@ def export_forms(variant: Variant) -> ExportForms:
         variant: The variant. A few conditions depend on the settings, the model or the task; they are in the
             notes.
     """
-    merged = ExportForm(variant.is_mergeable, "" if variant.is_mergeable else variant.merge_obstacle)
+    merged = ExportForm(not variant.merge_obstacle, variant.merge_obstacle)
     if obstacle := peft_obstacle(variant):
         refused = ExportForm(False, obstacle)
         return ExportForms(refused, ExportForm(False, "not in PEFT's format"), merged)
+    assert isinstance(variant, PeftFormat)
     assert variant.peft is not None
     condition = "" if variant.peft.adapts_conv1d else "not on layers of type Conv1D, as in GPT-2"
     peft = ExportForm(True, condition)
@@ -70,12 +72,12 @@ def export_forms(variant: Variant) -> ExportForms:
 
 def peft_obstacle(variant: Variant) -> str:
     """Return why lanes of a variant cannot be exported in PEFT's format; empty if they can."""
-    if variant.peft is not None:
+    if peft_method(variant) is not None:
         return ""
     return {
         AdaptationScope.FULL_MODEL: "every weight of the model is trained, and there is no adapter",
         AdaptationScope.HEAD_ONLY: "only the head is trained, and there is no adapter",
-    }.get(variant.adaptation_scope, variant.peft_obstacle)
+    }.get(variant.adaptation_scope, getattr(variant, "peft_obstacle", PeftFormat.peft_obstacle))
 
 
 def vllm_obstacle(config: Mapping[str, Any]) -> str:

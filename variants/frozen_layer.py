@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from variants.nf4 import NF4Weight
+from variants.nf4 import NF4Weight, open_weight
 from variants.variant_settings import VariantSettings
 
 Params = Mapping[str, Tensor]
@@ -64,6 +64,19 @@ class FrozenLayer:
     def dtype(self) -> torch.dtype:
         """The dtype of a lane's tensors: float64 over a float64 weight, else float32."""
         return torch.float64 if self.stored_weight.dtype == torch.float64 else torch.float32
+
+    def linear(self, x: Tensor, base: Tensor | None = None) -> Tensor:
+        """Return x W^T + bias, or x W^T + base, (..., out).
+
+        Args:
+            x: (..., in) in the dtype of the weight.
+            base: A tensor of the shape of the result, which takes the place of the bias.
+        """
+        with open_weight(self.stored_weight) as weight:
+            if base is None:
+                return torch.nn.functional.linear(x, weight, self.bias)
+            rows = x.reshape(-1, x.shape[-1])
+            return torch.addmm(base.reshape(len(rows), -1), rows, weight.t()).view(base.shape)
 
     def zeros(self, *shape: int) -> Tensor:
         """Return a tensor of zeros on the layer's device, in the lanes' dtype."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from variants.forward_context import (
     draw_dropout_masks,
     split_by_lane,
 )
+from variants.hooks import AuxiliaryLoss, DropoutOnBase, FrozenUpdate, FusesBase, GradientConstants
 from variants.lane_tensors import LaneTensors, stack_by_name
 from variants.nf4 import NF4Linear
 from variants.targets import is_plain_conv1d, view_layer
@@ -45,17 +46,21 @@ class LaneLinear(nn.Module):
         super().__init__()
         self.name, self.base_layer, self.variant = name, base_layer, variant
         self.adapter_state = adapter_state
-        self.own_tensors = LaneTensors(variant.mutable_buffers, variant.hook_only_buffers)
+        self.own_tensors = LaneTensors(variant)
         self.layer_group = layer_group
         self._frozen_layer: FrozenLayer | None = None
+        self._group_layer: FrozenLayer | None = None
         self._weight_version = (0, 0)
+        self._constants = variant if isinstance(variant, GradientConstants) else None
+        self._fused = variant if isinstance(variant, FusesBase) and variant.is_fused else None
 
     @property
     def frozen_layer(self) -> FrozenLayer:
         """The frozen layer as variants see it; a new object after the weight was moved or written."""
-        base = self.base_layer
-        # An nn.Module's attributes have no types.
-        stored: Tensor = base.packed if isinstance(base, NF4Linear) else base.weight  # type: ignore[assignment]
+        base = self._modules["base_layer"]  # the attribute would cost a microsecond
+        assert base is not None
+        stored = base._buffers["packed"] if isinstance(base, NF4Linear) else base._parameters["weight"]
+        assert stored is not None
         version = stored.data_ptr(), stored._version
         if self._frozen_layer is None or self._weight_version != version:
             self._weight_version = version
@@ -65,9 +70,12 @@ class LaneLinear(nn.Module):
 
     def group_layer(self, lanes: tuple[str, ...]) -> FrozenLayer:
         """Return the frozen layer with the settings that K lanes share and the factor s of each."""
-        state, layer = self.adapter_state, self.frozen_layer
+        layer, state = self.frozen_layer, self.adapter_state
         scaling = state.scaling(self.variant, lanes, layer)
-        return replace(layer, settings=state.group_settings, scaling=scaling)
+        found = self._group_layer
+        if found is None or found.scaling is not scaling or found.cache is not layer.cache:
+            found = self._group_layer = replace(layer, settings=state.group_settings, scaling=scaling)
+        return found
 
     def lane_layer(self, lane: str) -> FrozenLayer:
         """Return the frozen layer with the settings and the factor s of one lane."""
@@ -103,71 +111,75 @@ class LaneLinear(nn.Module):
         Returns:
             (K*R, ..., out).
         """
-        context = self.adapter_state.get_context(self.name)
+        state, variant = self.adapter_state, self.variant
+        context = state.get_context(self.name)
         context.called_layers.add(self.name)
         if not context.lanes or x.numel() == 0:
             return self.base_layer(x)
         check_rows(x, context, self.name)
-        if context.dropout_steps is not None and self.variant.has_auxiliary_loss and torch.is_grad_enabled():
-            self._record_auxiliary_loss(split_by_lane(x, context, self.name), context)
-        has_dropout = context.dropout_steps is not None and self.adapter_state.group_settings.dropout > 0
-        layer = self.group_layer(context.lanes)
-        if not has_dropout and self.variant.includes_base(layer) and self._is_plain_product():
-            return self.variant.forward_with_base(x, self._prepare_params(context, layer), layer)
+        in_training, lanes = context.dropout_steps is not None, context.lanes
+        if in_training and isinstance(variant, AuxiliaryLoss) and torch.is_grad_enabled():
+            self._record_auxiliary_loss(variant, split_by_lane(x, context, self.name), context)
+        has_dropout = in_training and state.group_settings.dropout > 0
+        layer = self.group_layer(lanes)
+        fused = None if has_dropout else self._fused
+        if fused is not None and fused.fuses(layer) and self._is_plain_product():
+            return fused.forward_with_base(x, self._prepare_params(context, layer), layer)
         flat, base = split_by_lane(x, context, self.name), self.base_layer(x)
-        flat_base = base.reshape(len(context.lanes), -1, base.shape[-1])
+        flat_base = base.reshape(len(lanes), -1, base.shape[-1])
         if not has_dropout:
-            return self._apply_variant(flat, flat_base, context).view(base.shape)
-        state = self.adapter_state
-        dropped = flat * draw_dropout_masks(
-            flat, state.group_settings.dropout, self.name, context, state.seeds
-        )
-        if not self.variant.dropout_on_base:
-            return self._apply_variant(dropped, flat_base, context, flat).view(base.shape)
-        dropped_base = self.base_layer(dropped)
-        change = self._apply_variant(dropped, dropped_base, context) - dropped_base
-        if self.variant.frozen_update_buffers & self.lane_tensors(context.lanes[0]).keys():
-            # `change` contains the frozen part for the dropped input, but that part has no dropout.
-            update = self.variant.prepare_frozen_update(self._stack_tensors(context.lanes), layer)
-            flat_base = self.variant.forward(flat - dropped, flat_base, update, layer)
-        return (flat_base + change).view(base.shape)
+            return variant.forward(flat, flat_base, self._prepare_params(context, layer), layer).view(
+                base.shape
+            )
+        dropout = state.group_settings.dropout
+        dropped = flat * draw_dropout_masks(flat, dropout, self.name, context, state.seeds)
+        return self._forward_with_dropout(flat, dropped, flat_base, context, layer).view(base.shape)
+
+    def _forward_with_dropout(
+        self, x: Tensor, dropped: Tensor, base: Tensor, context: ForwardContext, layer: FrozenLayer
+    ) -> Tensor:
+        """Compute the lanes' outputs, (K, N, out): dropout applies to the input of the learned update alone.
+
+        Args:
+            x: The layer's input, (K, N, in).
+            dropped: The input after dropout.
+            base: The frozen layer's output for `x`, (K, N, out).
+            context: The context of the call.
+            layer: The layer with the lanes' settings.
+        """
+        variant, stacked = self.variant, self._stack_tensors(context.lanes)
+        frozen: Set[str] = frozenset()
+        if isinstance(variant, FrozenUpdate):
+            frozen = variant.frozen_update_buffers & stacked.keys()
+            frozen_update = variant.prepare_frozen_update(stacked, layer) if frozen else None
+        else:
+            frozen_update = None
+        if isinstance(variant, DropoutOnBase):
+            dropped_base = self.base_layer(dropped)
+            prepared = self._prepare_params(context, layer)
+            change = variant.forward(dropped, dropped_base, prepared, layer) - dropped_base
+            if frozen_update is not None:
+                # `change` contains the frozen part for the dropped input, but that part has no dropout.
+                base = variant.forward(x - dropped, base, frozen_update, layer)
+            return base + change
+        if frozen_update is None:
+            return variant.forward(dropped, base, self._prepare_params(context, layer), layer)
+        base = variant.forward(x, base, frozen_update, layer)
+        learned = {name: tensor for name, tensor in stacked.items() if name not in frozen}
+        return variant.forward(dropped, base, variant.prepare(learned, layer), layer)
 
     def _is_plain_product(self) -> bool:
         """Return whether the frozen layer computes x W^T + bias and nothing else.
 
         Otherwise it must be called: its class has a forward method of its own, or the layer has hooks.
         """
-        base = self.base_layer
+        base = self._modules["base_layer"]
+        assert base is not None
         if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks:
             return False
         if "forward" in vars(base):  # a method that was replaced on the object, as accelerate does
             return False
         return type(base).forward in (nn.Linear.forward, NF4Linear.forward) or is_plain_conv1d(base)
-
-    def _apply_variant(
-        self, x: Tensor, base: Tensor, context: ForwardContext, x_before_dropout: Tensor | None = None
-    ) -> Tensor:
-        """Compute the lanes' outputs.
-
-        Args:
-            x: The layer's input, after dropout if there is any, (K, N, in).
-            base: The frozen layer's output, (K, N, out).
-            context: The context of the call.
-            x_before_dropout: The input before dropout; None if the whole update reads `x`.
-
-        Returns:
-            (K, N, out).
-        """
-        lanes, layer, variant = context.lanes, self.group_layer(context.lanes), self.variant
-        if x_before_dropout is not None and (
-            frozen := variant.frozen_update_buffers & self.lane_tensors(lanes[0]).keys()
-        ):
-            stacked = self._stack_tensors(lanes)
-            update = variant.prepare_frozen_update(stacked, layer)
-            base = variant.forward(x_before_dropout, base, update, layer)
-            unfrozen = {name: tensor for name, tensor in stacked.items() if name not in frozen}
-            return variant.forward(x, base, variant.prepare(unfrozen, layer), layer)
-        return variant.forward(x, base, self._prepare_params(context, layer), layer)
 
     def _prepare_params(self, context: ForwardContext, layer: FrozenLayer) -> Params:
         """Return the result of the variant's `prepare`.
@@ -191,7 +203,7 @@ class LaneLinear(nn.Module):
 
     def _stack_all(self, lanes: tuple[str, ...]) -> Mapping[str, Tensor]:
         """Return the tensors of K lanes and the variant's gradient constants for them, each (K, ...)."""
-        if type(self.variant).gradient_constants is Variant.gradient_constants:
+        if self._constants is None:
             return self._stack_tensors(lanes)
         kept = self.own_tensors.gradient_constants
         versions = {lane: self._versions((lane,)) for lane in lanes}
@@ -199,7 +211,9 @@ class LaneLinear(nn.Module):
         if stale:
             # Training uses them too, which tensors made in inference mode would not permit.
             with torch.inference_mode(False), torch.no_grad():
-                tensors = self.variant.gradient_constants(self._stack_tensors(stale), self.group_layer(stale))
+                tensors = self._constants.gradient_constants(
+                    self._stack_tensors(stale), self.group_layer(stale)
+                )
             for index, lane in enumerate(stale):
                 kept[lane] = versions[lane], {name: t[index] for name, t in tensors.items()}
         constants = [kept[lane][1] for lane in lanes]
@@ -209,12 +223,12 @@ class LaneLinear(nn.Module):
         own = self.own_tensors.stack(lanes)
         return {**self.layer_group.stack(lanes), **own} if self.layer_group else own
 
-    def _record_auxiliary_loss(self, x: Tensor, context: ForwardContext) -> None:
+    def _record_auxiliary_loss(self, variant: AuxiliaryLoss, x: Tensor, context: ForwardContext) -> None:
         x = x.unflatten(1, (context.rows_per_lane or 1, -1))
         attention_mask = x.new_ones(x.shape[:3])
         if context.attention_mask is not None and context.attention_mask.numel() == attention_mask.numel():
             attention_mask = context.attention_mask.view(attention_mask.shape).to(x.dtype)
         params, layer = self._stack_tensors(context.lanes), self.group_layer(context.lanes)
-        term = self.variant.auxiliary_loss(x, attention_mask, params, layer)
+        term = variant.auxiliary_loss(x, attention_mask, params, layer)
         # A recomputation in the backward pass must not add the term a second time.
         context.auxiliary_losses.setdefault(self.name, term)

@@ -8,6 +8,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from variants.base import Variant
+from variants.hooks import StepHooks
+
 MAX_COPIED_STACKS = 2
 """Largest number of copied stacks kept (for lanes that are not adjacent in the storage)."""
 
@@ -37,10 +40,9 @@ class LaneTensors:
             dimension) for the values that its tensors had at these versions.
     """
 
-    def __init__(
-        self, mutable_buffers: frozenset[str] = frozenset(), hook_only_buffers: frozenset[str] = frozenset()
-    ) -> None:
-        self.mutable_buffers, self.hook_only_buffers = mutable_buffers, hook_only_buffers
+    def __init__(self, variant: Variant | None = None) -> None:
+        hooks = variant if isinstance(variant, StepHooks) else StepHooks
+        self.mutable_buffers, self.hook_only_buffers = hooks.mutable_buffers, hooks.hook_only_buffers
         self.trainable: dict[str, dict[str, nn.Parameter]] = {}
         self.frozen: dict[str, dict[str, Tensor]] = {}
         self.gradient_constants: dict[str, tuple[list[int], dict[str, Tensor]]] = {}

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from variants.adapters import Adapters
 from variants.errors import MergeError
+from variants.hooks import BiasUpdate
 from variants.lane_linear import LaneLinear
 from variants.nf4 import NF4Linear
 
@@ -66,10 +67,13 @@ def _bias_updates(adapters: Adapters, lane: str) -> dict[str, Tensor]:
     Raises:
         MergeError: The bias of a layer that has none would change.
     """
-    updates = {}
+    updates: dict[str, Tensor] = {}
+    variant = adapters.variant
+    if not isinstance(variant, BiasUpdate):
+        return updates
     for name, layer in adapters.layers.items():
         view = layer.lane_layer(lane)
-        update = adapters.variant.delta_bias(layer.lane_tensors(lane), view)
+        update = variant.delta_bias(layer.lane_tensors(lane), view)
         if update is None:
             continue
         if view.bias is None and update.any():
@@ -95,7 +99,7 @@ def _check_mergeable(adapters: Adapters, lane: str) -> list[LaneLinear]:
         MergeError: The lane cannot be merged.
     """
     variant = adapters.variant
-    if not variant.is_mergeable:
+    if variant.merge_obstacle:
         raise MergeError(f"{variant.name} cannot be merged: {variant.merge_obstacle}")
     for other in adapters.lanes:
         if other != lane:

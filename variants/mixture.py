@@ -32,9 +32,7 @@ class Mixture(api.Variant):
     `imbalance` (auxiliary loss of one example).
     """
 
-    is_mergeable = False
     merge_obstacle = "its gates depend on the input of the layer"
-    has_auxiliary_loss = True
     shares_rank: ClassVar[bool] = True
 
     def expert_count(self, settings: api.VariantSettings) -> int:
@@ -98,6 +96,13 @@ class Mixture(api.Variant):
         rank_gates = gates.repeat_interleave(b.shape[2] // gates.shape[2], dim=2).to(x.dtype)
         features = self.features(x, params, gates.shape[2])
         return api.baddbmm(base, features * rank_gates, b.transpose(1, 2))
+
+
+class BalancedMixture(api.AuxiliaryLoss, Mixture):
+    """A mixture whose training loss gains a term for experts that are used unevenly.
+
+    A subclass may override `imbalance`, the term of one example.
+    """
 
     def auxiliary_loss(
         self, x: Tensor, attention_mask: Tensor, params: api.Params, layer: api.FrozenLayer

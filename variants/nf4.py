@@ -9,6 +9,8 @@ it takes another kernel for few rows, and on some CPUs it rewrites its weight in
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -132,34 +134,34 @@ class NF4Linear(nn.Module):
         Returns:
             (..., out).
         """
-        result: Tensor = _NF4Product.apply(x, self.bias, *self.quantized_weight)
-        return result
+        with open_weight(self.quantized_weight) as weight:
+            return nn.functional.linear(x, weight, self.bias)
 
 
-class _NF4Product(torch.autograd.Function):
-    """x W^T + bias, whose backward pass dequantizes W again: autograd would keep W between the passes."""
+@contextmanager
+def open_weight(stored: Tensor | NF4Weight) -> Iterator[Tensor]:
+    """Yield a frozen weight (out, in) for products within the context.
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        bias: Tensor | None,
-        packed: Tensor,
-        scales: Tensor,
-        shape: tuple[int, int],
-        dtype: torch.dtype,
-    ) -> Tensor:
-        ctx.save_for_backward(packed, scales)
-        ctx.shape, ctx.dtype = shape, dtype
-        out = nn.functional.linear(x, NF4Weight(packed, scales, shape, dtype).dequantize(), bias)
-        # With a bias `out` is a view, and autograd forbids to write a view that a Function returns in place.
-        return torch.ops.aten._unsafe_view(out, out.shape)
+    Autograd does not keep a dequantized weight for the backward pass, which dequantizes it again.
 
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        packed, scales = ctx.saved_tensors
-        weight = NF4Weight(packed, scales, ctx.shape, ctx.dtype).dequantize()
-        return gradient.matmul(weight), None, None, None, None, None
+    Args:
+        stored: The weight as its layer stores it.
+    """
+    if isinstance(stored, Tensor):
+        yield stored
+        return
+    weight = stored.dequantize()
+    storage = weight.untyped_storage()._cdata
+
+    def pack(tensor: Tensor) -> Any:
+        is_weight = tensor.untyped_storage()._cdata == storage  # or a view of it
+        return (tensor.shape, tensor.stride(), tensor.storage_offset()) if is_weight else tensor
+
+    def unpack(kept: Any) -> Tensor:
+        return kept if isinstance(kept, Tensor) else stored.dequantize().as_strided(*kept)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield weight
 
 
 def quantize_blocks(model: nn.Module, device: torch.device | None = None) -> int:

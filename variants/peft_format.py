@@ -66,13 +66,6 @@ class PeftFormat:
     peft_obstacle: ClassVar[str] = "it has no conversion to PEFT's format"
     """Why a variant without `peft` cannot be exported to PEFT: the rest of a sentence about the variant."""
 
-    def export_rank(self, settings: VariantSettings) -> int:
-        """Return the rank of the exported adapter.
-
-        It exceeds the trained rank if the lane has frozen factors too (PEFT exports PiSSA in this way).
-        """
-        return settings.rank
-
     def to_peft(self, params: Params, layer: FrozenLayer) -> dict[str, Tensor]:
         """Return the tensors of one layer under PEFT's names.
 
@@ -93,7 +86,7 @@ class PeftFormat:
         peft = self.peft
         assert peft is not None
         values = {
-            peft.rank: self.export_rank(settings), peft.alpha: settings.alpha, peft.dropout: settings.dropout
+            peft.rank: settings.rank, peft.alpha: settings.alpha, peft.dropout: settings.dropout
         }  # fmt: skip
         config = {name: value for name, value in values.items() if name is not None}
         own = {name: settings.extra[ours] for ours, name in peft.fields.items()}
@@ -152,3 +145,8 @@ class PeftFormat:
         """
         names = {} if self.peft is None else self.peft.group_names
         return InitialTensors({}, {name: tensors[peft_name] for name, peft_name in names.items()})
+
+
+def peft_method(variant: object) -> PeftMethod | None:
+    """Return the description of a variant's method for PEFT; None if PEFT does not have it."""
+    return variant.peft if isinstance(variant, PeftFormat) else None

@@ -18,7 +18,7 @@ from variants import catalogue
 from variants.adapters import Adapters
 from variants.api import InitialTensors, UnsupportedError, Variant, VariantSettings
 from variants.export_forms import peft_obstacle
-from variants.peft_format import PATTERN_FIELDS, TASK_HEADS, PeftMethod, TaskType
+from variants.peft_format import PATTERN_FIELDS, TASK_HEADS, PeftFormat, PeftMethod, TaskType, peft_method
 from variants.targets import find_target_layers, is_conv1d
 from variants.variant_names import USER_AXIS
 
@@ -131,7 +131,7 @@ def save_peft(
     Raises:
         UnsupportedError: PEFT does not have the method, or not for layers of this type.
     """
-    peft = adapters.variant.peft
+    peft = peft_method(adapters.variant)
     if peft is None:
         raise UnsupportedError(
             f"{adapters.variant.name} cannot be exported: {peft_obstacle(adapters.variant)}"
@@ -169,10 +169,12 @@ def peft_fields(adapters: Adapters, lane: str) -> dict[str, Any]:
         adapters: The adapters that hold the lane, of a variant that PEFT has.
         lane: The lane.
     """
-    fields = adapters.variant.peft_config(adapters.lane_settings(lane))
+    variant = adapters.variant
+    assert isinstance(variant, PeftFormat)
+    fields = variant.peft_config(adapters.lane_settings(lane))
     by_field: dict[str, dict[str, Any]] = {}
     for name, layer in adapters.layers.items():
-        own = adapters.variant.peft_layer_fields(layer.lane_tensors(lane), layer.lane_layer(lane))
+        own = variant.peft_layer_fields(layer.lane_tensors(lane), layer.lane_layer(lane))
         for key, value in own.items():
             by_field.setdefault(key, {})[name] = value
     for key, values in by_field.items():
@@ -186,9 +188,11 @@ def peft_fields(adapters: Adapters, lane: str) -> dict[str, Any]:
 def _convert_layers(adapters: Adapters, lane: str) -> dict[str, Tensor]:
     """Return the layers' tensors by the names in PEFT's file."""
     tensors: dict[str, Tensor] = {}
+    variant = adapters.variant
+    assert isinstance(variant, PeftFormat)
     for name, layer in adapters.layers.items():
         lane_tensors = {key: tensor.detach() for key, tensor in layer.lane_tensors(lane).items()}
-        for key, tensor in adapters.variant.to_peft(lane_tensors, layer.lane_layer(lane)).items():
+        for key, tensor in variant.to_peft(lane_tensors, layer.lane_layer(lane)).items():
             tensors[f"{PEFT_PREFIX}{name}.{key}"] = tensor
     return tensors
 
@@ -200,7 +204,7 @@ def _model_fields(adapters: Adapters) -> dict[str, Any]:
     if model_class.__module__.startswith("transformers."):  # for `AutoPeftModel`, without a task type
         names = {"base_model_class": model_class.__name__, "parent_library": model_class.__module__}
         fields["auto_mapping"] = names
-    peft = adapters.variant.peft
+    peft = peft_method(adapters.variant)
     if peft is not None and peft.adapts_conv1d:  # PEFT's other methods do not have this field
         layers = adapters.layers.values()
         fields["fan_in_fan_out"] = all(is_conv1d(layer.base_layer) for layer in layers)
@@ -264,6 +268,7 @@ def load_peft(model: nn.Module, folder: Path, lane: str = "peft") -> Adapters:
     )
     # Not by attach(): the rank of an exported PiSSA adapter may exceed the size of a layer.
     adapters = Adapters(model, variant, variant.validate_settings(settings), target_layers, heads)
+    assert isinstance(variant, PeftFormat)
     initial = {name: variant.init_from_peft(tensors_by_module[name], settings) for name in adapters.layers}
     initial |= {name: variant.init_group_from_peft(shared, settings) for name in adapters.layer_groups}
     initial |= {name: InitialTensors(tensors_by_module[name]) for name in heads}
@@ -305,7 +310,7 @@ def _match_variant(config: Mapping[str, Any], folder: Path) -> tuple[Variant, Va
     for name in catalogue.names():
         variant = catalogue.get(name)
         peft: PeftMethod | None = vars(type(variant)).get("peft")
-        if peft is not None and peft.describes(config):
+        if peft is not None and isinstance(variant, PeftFormat) and peft.describes(config):
             return variant, variant.settings_from_peft(config)
     raise UnsupportedError(
         f"{folder}: no variant here is PEFT's {config.get('peft_type')} with these settings"

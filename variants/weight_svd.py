@@ -6,11 +6,10 @@ import torch
 from torch import Tensor
 
 from variants import api
-from variants.baseline.lora import LoRA
 from variants.linalg import randomized_svd
 
 
-class WeightSVD(LoRA):
+class WeightSVD(api.Calibrated, api.LowRank):
     """A product of factors that starts from the largest or smallest singular triplets of W = U S V^T.
 
     The triplets are computed once for each base model, rank and `svd`, and do not depend on a lane's seed.

@@ -3,10 +3,10 @@
 from torch import Tensor
 
 from variants import api
-from variants.mixture import Mixture, router_probabilities
+from variants.mixture import BalancedMixture, router_probabilities
 
 
-class AdaMoLE(Mixture):
+class AdaMoLE(BalancedMixture):
     """y = W x + s sum_i g_i(x) B_i A_i x with g_i = max(p_i - t, 0) / sum_j max(p_j - t, 0).
 
     p = softmax(R x) and t = max_threshold * sigmoid(T x + c): the experts above a token's threshold serve it.

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from variants import api
-from variants.mixture import Mixture
+from variants.mixture import BalancedMixture
 
 
-class GOAT(Mixture):
+class GOAT(api.Calibrated, api.FrozenUpdate, BalancedMixture):
     """y = (W - s/E sum_i B0_i A0_i) x + s sum_i g_i(x) B_i A_i x with the gates g = softmax(R x).
 
     The `top_k` largest gates are kept and scaled to a sum of 1. E is the number of experts; see `Mixture` for

@@ -25,7 +25,6 @@ class HydraLoRA(Mixture):
     parameters = "rank * (in + experts * out) + experts * in"
     hyperparameters = {"experts": api.Int(3, minimum=2, help="number of B matrices")}
     verified_by = api.VerifiedBy.AUTHORS_CODE
-    has_auxiliary_loss = False
     shares_rank = False
 
     def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:

@@ -3,10 +3,10 @@
 from torch import Tensor
 
 from variants import api
-from variants.mixture import Mixture
+from variants.mixture import BalancedMixture
 
 
-class LoRAMoE(Mixture):
+class LoRAMoE(BalancedMixture):
     """y = W x + s sum_i g_i(x) B_i A_i x with g = softmax(R x) over the experts, R (experts, in).
 
     It cannot be merged. The experts share `rank` equally: their number is the largest one from 2 to `experts`

@@ -3,13 +3,13 @@
 from torch import Tensor
 
 from variants import api
-from variants.mixture import Mixture, init_experts
+from variants.mixture import BalancedMixture, init_experts
 
 SHAPES = {"inverted_triangle": (2, 4, 6, 8), "triangle": (8, 6, 4, 2), "hourglass": (8, 2, 2, 8),
           "rectangle": (5, 5, 5, 5)}  # fmt: skip
 
 
-class MoLA(Mixture):
+class MoLA(api.InitTogether, api.RankAllocation, BalancedMixture):
     """y = W x + s sum_i g_i(x) B_i A_i x with the `top_k` largest gates of softmax(R x).
 
     The gates are scaled to a sum of 1, and s = alpha / rank, where `rank` is the rank of each expert.
@@ -67,9 +67,6 @@ class MoLA(Mixture):
             experts = SHAPES[settings["shape"]][4 * block // count]
             initial[name] = init_experts(random_of(name), experts, experts * settings.rank)
         return initial
-
-    def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
-        return self.init_layers({layer.name: layer}, lambda name: random)[layer.name]
 
     def imbalance(
         self, gates: Tensor, probabilities: Tensor, mask: Tensor, settings: api.VariantSettings

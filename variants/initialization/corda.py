@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from variants import api
-from variants.baseline.lora import LoRA, start_from
+from variants.low_rank import LowRank, start_from
 
 
-class CorDA(LoRA):
+class CorDA(api.Calibrated, LowRank):
     """W' = W + s (B A - B0 A0) with s = alpha / rank.
 
     Initialization: W C = U S V^T, where C is the mean of X^T X over the samples of `calibration_batches`
@@ -33,7 +33,6 @@ class CorDA(LoRA):
         ),
     }
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
-    subtracts_start = True
     calibration_statistic = api.CalibrationStatistic.INPUT_MOMENT
 
     def reduce_calibration(self, layer: api.FrozenLayer, matrix: Tensor) -> api.Params:

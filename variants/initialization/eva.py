@@ -7,11 +7,10 @@ import torch
 from torch import Tensor
 
 from variants import api
-from variants.baseline.lora import LoRA
 from variants.linalg import randomized_svd
 
 
-class EVA(LoRA):
+class EVA(api.InitTogether, api.RankAllocation, api.Calibrated, api.LowRank):
     """W' = W + s B A with s = alpha / rank, whatever number of ranks a layer has.
 
     PEFT's option `adjust_scaling_factors`, on by default, has the same effect. The authors' own repository
@@ -65,10 +64,6 @@ class EVA(LoRA):
 
     def factors(self, params: api.Params, layer: api.FrozenLayer) -> tuple[Tensor, Tensor]:
         return params["A"], params["B"] * params[api.RANK_MASK].unsqueeze(-2)
-
-    def export_rank(self, settings: api.VariantSettings) -> int:
-        """Return the allocated rank: masked ranks are exported as zeros."""
-        return _max_rank(settings)
 
 
 def _max_rank(settings: api.VariantSettings) -> int:

@@ -5,11 +5,11 @@ import math
 from torch import Tensor
 
 from variants import api
-from variants.baseline.lora import LoRA, start_from
 from variants.linalg import fix_signs, randomized_svd
+from variants.low_rank import LowRank, rank_stabilized, start_from
 
 
-class LoRAGA(LoRA):
+class LoRAGA(api.Calibrated, LowRank):
     """W' = W + s (B A - B0 A0) with s = alpha / sqrt(rank).
 
     s is that of the authors' reproduce/run_exp.py with `use_rslora`, which its Readme requires.
@@ -38,7 +38,6 @@ class LoRAGA(LoRA):
     """
 
     verified_by = api.VerifiedBy.AUTHORS_CODE
-    is_rank_stabilized = subtracts_start = True
     calibration_statistic = api.CalibrationStatistic.MEAN_GRADIENT
     rank_limit = "min(in, out) // 2"
     frozen_update_buffers = frozenset()
@@ -46,6 +45,9 @@ class LoRAGA(LoRA):
         "calibration_batches": api.Int(64, help="batches that the mean gradient is taken over"),
         "gamma": api.Number(16.0, above=0, help="a larger value makes A and B smaller"),
     }
+
+    def scaling(self, settings: api.VariantSettings) -> float:
+        return rank_stabilized(settings)
 
     def reduce_calibration(self, layer: api.FrozenLayer, matrix: Tensor) -> api.Params:
         rank = layer.settings.rank

@@ -4,11 +4,11 @@ import torch
 from torch import Tensor
 
 from variants import api
-from variants.baseline.lora import LoRA
 from variants.linalg import randomized_svd
+from variants.low_rank import rank_stabilized
 
 
-class LoRAOne(LoRA):
+class LoRAOne(api.Calibrated, api.LowRank):
     """W' = W + s B A with s = alpha / sqrt(rank), as in `reinit_lora_modules` of the authors' run_exp.py.
 
     Initialization: G is the mean gradient over `calibration_batches` batches and -G = U S V^T. With the
@@ -29,9 +29,11 @@ class LoRAOne(LoRA):
         "gamma": api.Number(128.0, above=0, help="divisor of the initial product B A"),
     }
     verified_by = api.VerifiedBy.AUTHORS_CODE
-    is_rank_stabilized = True
     start = api.Start.OTHER
     calibration_statistic = api.CalibrationStatistic.MEAN_GRADIENT
+
+    def scaling(self, settings: api.VariantSettings) -> float:
+        return rank_stabilized(settings)
 
     def reduce_calibration(self, layer: api.FrozenLayer, matrix: Tensor) -> api.Params:
         rank = layer.settings.rank

@@ -26,7 +26,6 @@ class NoRA(WeightSVD):
     """
 
     parameters = "2 * rank * min(outer * rank, in, out)"
-    subtracts_start = True
     hyperparameters = {
         **WeightSVD.hyperparameters,
         "outer": api.Int(4, help="rank of the frozen factors as a multiple of the rank"),

@@ -3,10 +3,9 @@
 import math
 
 from variants import api
-from variants.baseline.lora import LoRA
 
 
-class NZLoRA(LoRA):
+class NZLoRA(api.LowRank):
     """W' = W + s B A with s = alpha / rank.
 
     Initialization: A from U(-a, a) and B from U(-b, b) with a = sqrt(`gamma_a` / in) and
@@ -39,6 +38,3 @@ class NZLoRA(LoRA):
             trainable[name] = random.uniform(name, shape, scale / math.sqrt(in_features))
         copies = {f"{name}0": tensor for name, tensor in trainable.items()}
         return api.InitialTensors(trainable, copies if layer.settings["subtract"] else {})
-
-    def export_rank(self, settings: api.VariantSettings) -> int:
-        return settings.rank * (2 if settings["subtract"] else 1)

@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from variants import api
-from variants.baseline.lora import LoRA, start_from
+from variants.low_rank import LowRank, start_from
 
 
-class OLoRA(LoRA):
+class OLoRA(api.Calibrated, LowRank):
     """W' = W + s (B A - B0 A0) with s = alpha / rank.
 
     Initialization: W = Q R; B = B0 = the first `rank` columns of Q, A = A0 = the first `rank` rows of R, so
@@ -20,7 +20,6 @@ class OLoRA(LoRA):
     """
 
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
-    subtracts_start = True
     calibration_statistic = api.CalibrationStatistic.WEIGHT
 
     def reduce_calibration(self, layer: api.FrozenLayer, matrix: Tensor) -> api.Params:

@@ -1,7 +1,7 @@
 """PiSSA (Meng et al. 2024, arXiv 2404.02948): LoRA from the largest singular triplets of the weight."""
 
 from variants import api
-from variants.baseline.lora import start_from
+from variants.low_rank import start_from
 from variants.weight_svd import WeightSVD
 
 
@@ -18,7 +18,6 @@ class PiSSA(WeightSVD):
     """
 
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
-    subtracts_start = True
 
     def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
         u, s, vh = self.triplets(layer)

@@ -7,7 +7,7 @@ from variants import api
 from variants.weight_svd import WeightSVD
 
 
-class SORSA(WeightSVD):
+class SORSA(api.StepHooks, WeightSVD):
     """W' = W + B diag(S) A - B0 A0 with trainable A, B, S (rank,). There is no alpha (the authors set none).
 
     Initialization: with the `rank` largest singular values d of W and their vectors U and V, S = d, A = V^T
@@ -28,7 +28,6 @@ class SORSA(WeightSVD):
     """
 
     parameters = "rank * (in + out + 1)"
-    subtracts_start = True
     hyperparameters = {
         **WeightSVD.hyperparameters,
         "gamma": api.Number(4e-4 / 64, help="weight of the orthonormality loss times the learning rate"),

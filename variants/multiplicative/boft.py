@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from variants import api
-from variants.input_map import InputMap
+from variants.maps import InputMap
 from variants.rotations import cayley_change, multiply_blocks
 
 
-class BOFT(InputMap):
+class BOFT(api.PeftFormat, InputMap):
     """W' = diag(s) W R^T with R = B_m ... B_1, that is, x W'^T = (x R W^T) diag(s).
 
     B_i = P_i D_i P_i^T. D_i is block-diagonal with rotations (I - Q) (I + Q)^-1 of size b = `block_size`,

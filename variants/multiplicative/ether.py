@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from variants import api
-from variants.input_map import LowRankMap
+from variants.maps import LowRankMap
 from variants.rotations import multiply_rank_one, unit_rows
 
 
@@ -48,6 +48,3 @@ class ETHER(LowRankMap):
     def factors(self, params: api.Params, layer: api.FrozenLayer) -> tuple[Tensor, Tensor]:
         u = torch.block_diag(*unit_rows(params["u"]))
         return u, -2 * layer.weight.to(layer.dtype) @ u.t()
-
-    def export_rank(self, settings: api.VariantSettings) -> int:
-        return int(settings["blocks"])

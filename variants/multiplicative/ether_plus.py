@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from variants import api
-from variants.input_map import LowRankMap
+from variants.maps import LowRankMap
 from variants.rotations import multiply_rank_one, unit_rows
 
 
@@ -50,9 +50,6 @@ class ETHERPlus(LowRankMap):
         a_out = torch.cat([rows["d_out"], -rows["u_out"]]) @ (weight + b @ a)
         b_out = torch.cat([rows["v_out"], rows["d_out"]]).t()
         return torch.cat([a, a_out]), torch.cat([b, b_out], dim=1)
-
-    def export_rank(self, settings: api.VariantSettings) -> int:
-        return 4 * settings["blocks"]
 
 
 def _change(x: Tensor, u: Tensor, v: Tensor, d: Tensor) -> Tensor:

@@ -6,11 +6,10 @@ import torch
 from torch import Tensor
 
 from variants import api
-from variants.baseline.lora import LoRA
-from variants.input_map import RowsProduct
+from variants.nf4 import open_weight
 
 
-class HRA(LoRA):
+class HRA(api.LowRank):
     """W' = W H_1 ... H_r with H_i = I - 2 u_i u_i^T / |u_i|^2 and learned columns u_i of U (in, r).
 
     With the unit vectors N = (n_1, ..., n_r), the chain is I - N T N^T, where T is the inverse of I / 2 + the
@@ -65,7 +64,10 @@ class HRA(LoRA):
         basis = eye + pairs  # N = D (I + pairs) with the rows of A as the columns of D
         inner = basis @ torch.linalg.solve_triangular(upper, basis.mT.expand_as(upper), upper=True)
         a = (units - units @ pairs).mT
-        products = RowsProduct.apply(a.to(layer.stored_weight.dtype), layer).to(u.dtype)  # (K, r, out)
+        with open_weight(layer.stored_weight) as weight:
+            products = api.bmm(a.to(weight.dtype), weight.t().expand(len(a), -1, -1)).to(
+                u.dtype
+            )  # (K, r, out)
         b = -products.mT @ inner
         return (a, b) if params["U"].dim() == 3 else (a[0], b[0])
 

@@ -3,10 +3,10 @@
 from torch import Tensor
 
 from variants import api
-from variants.output_map import OutputMap
+from variants.maps import OutputMap
 
 
-class IA3(OutputMap):
+class IA3(api.PeftFormat, OutputMap):
     """W' = diag(l) W and bias' = diag(l) bias, where l (out, 1) has a factor for each output.
 
     Initialization: l = 1, so W' = W. The paper's learning rate is 3e-3, with Adafactor.

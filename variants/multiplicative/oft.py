@@ -6,11 +6,11 @@ from typing import Any
 from torch import Tensor
 
 from variants import api
-from variants.input_map import InputMap
+from variants.maps import InputMap
 from variants.rotations import cayley_change, multiply_blocks, nearest_divisor, neumann_change, skew_symmetric
 
 
-class OFT(InputMap):
+class OFT(api.PeftFormat, InputMap):
     """W' = W R^T, that is, x W'^T = (x R) W^T; R is block-diagonal, and each block is a rotation (b, b).
 
     A block follows from a skew-symmetric Q, whose values above the diagonal learn: R = I + 2 Q + 2 Q^2 +

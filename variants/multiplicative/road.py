@@ -4,12 +4,12 @@ import torch
 from torch import Tensor
 
 from variants import api
-from variants.output_map import OutputMap
+from variants.maps import OutputMap
 
 _ANGLES = {"road_1": 1, "road_2": 2, "road_4": 4}
 
 
-class RoAd(OutputMap):
+class RoAd(api.PeftFormat, OutputMap):
     """W' = R W and bias' = R bias; R turns each pair of outputs (y1, y2) and scales it.
 
     y1' = a11 cos(t11) y1 - a12 sin(t12) y2 and y2' = a21 sin(t21) y1 + a22 cos(t22) y2. By `form` a pair has

@@ -33,7 +33,6 @@ class AuroRA(api.Variant):
         "degree": api.Int(3, help="degree of the splines"),
     }
     verified_by = api.VerifiedBy.PAPER
-    is_mergeable = False
     merge_obstacle = "its update is not linear in the input of the layer"
     rounds_alike = False  # tanh rounds the last values of a tensor according to the tensor's size
 

@@ -9,13 +9,12 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from variants import api
-from variants.baseline.lora import LoRA
 
 NORM_MINIMUM = 1e-4
 """Smallest norm of a row of A or a column of B by which PEFT divides."""
 
 
-class DeLoRA(LoRA):
+class DeLoRA(api.LowRank):
     """W' = W + (lambda / rank) (B N A - B0 N0 A0) diag(w), where N = diag(1 / (|b_i| |a_i|)).
 
     a_i is a row of A, b_i a column of B, and w the norms of W's columns (one for each input). A, B and the
@@ -68,15 +67,15 @@ class DeLoRA(LoRA):
             scaled["A0"] = _scale_rows(params["A0"], params["B0"], strength) * norms
         return super().factors(scaled, layer)
 
-    def export_rank(self, settings: api.VariantSettings) -> int:
-        return settings.rank * (1 if settings["initial"] == "zero" else 2)
-
     def to_peft(self, params: api.Params, layer: api.FrozenLayer) -> dict[str, Tensor]:
         """Return A, B and lambda, or with frozen copies those of one DeLoRA of twice the rank and lambda."""
         if "A0" in params:
             a, b = torch.cat([params["A"], params["A0"]]), torch.cat([params["B"], -params["B0"]], dim=1)
             params = {"A": a, "B": b, "lambda": 2 * params["lambda"]}
         return {peft_name: params[name] for name, peft_name in self.peft.names.items()}
+
+    def peft_layer_fields(self, params: api.Params, layer: api.FrozenLayer) -> dict[str, Any]:
+        return {"r": (2 if "A0" in params else 1) * layer.settings.rank}
 
     def settings_from_peft(self, config: Mapping[str, Any]) -> api.VariantSettings:
         settings = super().settings_from_peft(config)

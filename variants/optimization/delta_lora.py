@@ -4,10 +4,9 @@ import torch
 from torch import Tensor
 
 from variants import api
-from variants.baseline.lora import LoRA
 
 
-class DeltaLoRA(LoRA):
+class DeltaLoRA(api.StepHooks, api.LowRank):
     """W' = Wt + s B A with s = alpha / rank; after each step t > K, Wt gains ratio * s * (change of B A).
 
     The first step is t = 0. Wt is never written. The sum of the changes telescopes:
@@ -55,6 +54,3 @@ class DeltaLoRA(LoRA):
             torch.cat([a, followed, a0], dim=-2),
             torch.cat([b, ratio * still, ratio * (still - b0)], dim=-1),
         )
-
-    def export_rank(self, settings: api.VariantSettings) -> int:
-        return 3 * settings.rank

@@ -4,14 +4,14 @@ import torch
 from torch import Tensor
 
 from variants import api
-from variants.baseline.lora import LORA_PEFT, LoRA
 from variants.batch_invariant import pad_rank_one
+from variants.low_rank import LORA_PEFT, LowRank
 
 CAST_NUMEL = 1 << 22
 """Number of values of W that are cast to the lanes' dtype at once: 16 MiB in float32."""
 
 
-class DoRA(LoRA):
+class DoRA(api.GradientConstants, api.DropoutOnBase, LowRank):
     """W' = (m / n) (W + s B A) with n = row norms of W + s B A and s = alpha / rank.
 
     Initialization: A and B as in LoRA, m = row norms of W (one for each output), so W' = W exactly.
@@ -25,7 +25,6 @@ class DoRA(LoRA):
 
     parameters = "rank * (in + out) + out"
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
-    dropout_on_base = True
     peft = api.PeftMethod(
         "LORA",
         {**LORA_PEFT.names, "m": "lora_magnitude_vector"},
@@ -44,7 +43,7 @@ class DoRA(LoRA):
     def prepare(self, params: api.Params, layer: api.FrozenLayer) -> api.Params:
         a, b = pad_rank_one(*self.factors(params, layer))
         gain = params["m"] / params["n"]
-        prepared = {"A": a, "sB": b * (gain.unsqueeze(2) * layer.scaling), "more": gain.unsqueeze(1) - 1}
+        prepared = {"A": a, "B": b * (gain.unsqueeze(2) * layer.scaling), "more": gain.unsqueeze(1) - 1}
         return self.round_once(prepared, layer)
 
     def forward(self, x: Tensor, base: Tensor, params: api.Params, layer: api.FrozenLayer) -> Tensor:
@@ -52,14 +51,8 @@ class DoRA(LoRA):
         scaled = torch.addcmul(base, params["more"].to(x.dtype), unbiased)
         return super().forward(x, scaled, params, layer)
 
-    def includes_base(self, layer: api.FrozenLayer) -> bool:
-        return type(self).forward is DoRA.forward
-
-    def delta_weight(self, params: api.Params, layer: api.FrozenLayer) -> Tensor:
-        (a, b), weight = self.factors(params, layer), layer.weight.to(layer.dtype)
-        norm = _row_norms(a[None], b[None], layer.add_lane_dimension())
-        gain = (params["m"] / norm[0]).unsqueeze(1)
-        return (gain - 1) * weight + gain * layer.scaling * (b @ a)
+    forward_with_base = LowRank.forward_with_base  # it scales the frozen layer's output by "more", too
+    delta_weight = api.Variant.delta_weight
 
 
 def _squared_row_norms(layer: api.FrozenLayer) -> Tensor:

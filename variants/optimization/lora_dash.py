@@ -2,15 +2,13 @@
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from variants import api
-from variants.baseline.lora import LoRA
 
 DIRECTIONS = frozenset({"U", "V"})
 
 
-class LoRADash(LoRA):
+class LoRADash(api.StepHooks, api.LowRank):
     """W' = W + s B A + U diag(d) V with s = alpha / rank; U (out, k), d (k,), V (k, in) for k = `directions`.
 
     After the fraction `warmup` of the steps, and after one step at least, each layer selects the k singular
@@ -65,15 +63,6 @@ class LoRADash(LoRA):
     def factors(self, params: api.Params, layer: api.FrozenLayer) -> tuple[Tensor, Tensor]:
         scaled = params["U"] * params["d"].unsqueeze(-2)
         return torch.cat([params["A"], params["V"]], dim=-2), torch.cat([params["B"], scaled], dim=-1)
-
-    def export_rank(self, settings: api.VariantSettings) -> int:
-        return settings.rank + settings["directions"]
-
-    def to_peft(self, params: api.Params, layer: api.FrozenLayer) -> dict[str, Tensor]:
-        """Return A and B under PEFT's names, with zeros for directions that a small layer does not have."""
-        a, b = self.factors(params, layer)
-        missing = self.export_rank(layer.settings) - len(a)
-        return {"lora_A.weight": pad(a, (0, 0, 0, missing)), "lora_B.weight": pad(b, (0, missing))}
 
 
 def _selection_step(lane: api.LaneView) -> int:

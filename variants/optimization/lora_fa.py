@@ -3,13 +3,12 @@
 import torch
 
 from variants import api
-from variants.baseline.lora import LoRA
 
 DAMPING = 1e-8
 """Added to the diagonal of A A^T, as in PEFT."""
 
 
-class LoRAFA(LoRA):
+class LoRAFA(api.StepHooks, api.LowRank):
     """W' = W + s B A with s = alpha / rank, where A is frozen.
 
     The optimizer gets g_B (A A^T + 1e-8 I)^-1 / s^2 in place of the gradient g_B. With gradient descent, W'

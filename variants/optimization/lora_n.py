@@ -3,10 +3,9 @@
 from torch import Tensor
 
 from variants import api
-from variants.dense_update import DenseUpdate
 
 
-class LoRAN(DenseUpdate):
+class LoRAN(api.DenseUpdate):
     """W' = W + s f(B A), elementwise, with f(z) = z + amplitude z sin(frequency z) and s = alpha / rank.
 
     Initialization: A from U(-1/sqrt(in), 1/sqrt(in)), B = 0, so W' = W.

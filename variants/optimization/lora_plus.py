@@ -1,10 +1,9 @@
 """LoRA+ (Hayou et al. 2024, arXiv 2402.12354): LoRA with a higher learning rate for B than for A."""
 
 from variants import api
-from variants.baseline.lora import LoRA
 
 
-class LoRAPlus(LoRA):
+class LoRAPlus(api.RateScales, api.LowRank):
     """W' = W + s B A with s = alpha / rank; B's learning rate is `ratio` times the lane's, A's is the lane's.
 
     Initialization: as in LoRA, so W' = W. Default: `ratio` 16 is the survey's; the authors' code has none.

@@ -4,14 +4,13 @@ import torch
 from torch import Tensor
 
 from variants import api
-from variants.baseline.lora import LoRA
 
 DAMPING = 1e-8
 """Added to the diagonals of A A^T and B^T B before they are inverted, as in the authors' code."""
 MOMENTS = frozenset({"exp_avg", "exp_avg_sq"})
 
 
-class LoRAPro(LoRA):
+class LoRAPro(api.StepHooks, api.LowRank):
     """W' = W + s B A with s = alpha / rank; AdamW runs on a full-size gradient instead of those of A and B.
 
     For gradients g_A and g_B, the pair (d_A, d_B) whose first-order change of the update, s (B d_A + d_B A),

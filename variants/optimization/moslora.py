@@ -3,10 +3,9 @@
 from torch import Tensor
 
 from variants import api
-from variants.baseline.lora import LoRA
 
 
-class MoSLoRA(LoRA):
+class MoSLoRA(api.LowRank):
     """W' = W + s B M A with s = alpha / rank and the mixer M (rank, rank).
 
     Initialization: A from U(-1/sqrt(in), 1/sqrt(in)), M from U(-1/sqrt(rank), 1/sqrt(rank)) (Kaiming-uniform

@@ -3,10 +3,9 @@
 from torch import Tensor
 
 from variants import api
-from variants.baseline.lora import LoRA
 
 
-class MultiLoRA(LoRA):
+class MultiLoRA(api.LowRank):
     """W' = W + s sum_i diag(g_i) B_i A_i with s = alpha / rank; `rank` is the rank of each module i.
 
     Shapes: A (modules * rank, in) and B (out, modules * rank) hold the factors of all modules, and
@@ -39,6 +38,3 @@ class MultiLoRA(LoRA):
     def factors(self, params: api.Params, layer: api.FrozenLayer) -> tuple[Tensor, Tensor]:
         scales = params["g"].transpose(-1, -2).repeat_interleave(layer.settings.rank, dim=-1)
         return params["A"], params["B"] * scales
-
-    def export_rank(self, settings: api.VariantSettings) -> int:
-        return settings["modules"] * settings.rank

@@ -3,10 +3,9 @@
 import torch
 
 from variants import api
-from variants.baseline.lora import LoRA
 
 
-class RPLoRA(LoRA):
+class RPLoRA(api.StepHooks, api.LowRank):
     """W' = W + s B A with s = alpha / rank; the optimizer gets preconditioned gradients.
 
     g_A is replaced by (B^T B + delta I)^-1 g_A, and g_B by g_B (A A^T + delta I)^-1.

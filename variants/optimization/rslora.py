@@ -3,15 +3,17 @@
 from dataclasses import replace
 
 from variants import api
-from variants.baseline.lora import LORA_PEFT, LoRA
+from variants.low_rank import LORA_PEFT, LowRank, rank_stabilized
 
 
-class RsLoRA(LoRA):
+class RsLoRA(LowRank):
     """W' = W + s B A with s = alpha / sqrt(rank), so that the update does not shrink as the rank grows.
 
     At rank 8 and alpha 16, s is 5.66 (LoRA: 2). Initialization: as in LoRA, so W' = W.
     """
 
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
-    is_rank_stabilized = True
     peft = replace(LORA_PEFT, constants={**LORA_PEFT.constants, "use_rslora": True})
+
+    def scaling(self, settings: api.VariantSettings) -> float:
+        return rank_stabilized(settings)

@@ -5,10 +5,9 @@ import math
 from torch import Tensor
 
 from variants import api
-from variants.dense_update import DenseUpdate
 
 
-class SineLoRA(DenseUpdate):
+class SineLoRA(api.DenseUpdate):
     """W' = W + s sin(omega B A) / sqrt(in), elementwise, with s = alpha / rank and the frequency omega.
 
     Initialization: A from U(-1/sqrt(in), 1/sqrt(in)), B = 0, so W' = W.

@@ -6,10 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from variants import api
-from variants.baseline.lora import LoRA
 
 INIT_STD = 0.02
 """Standard deviation of the initial A and B."""
@@ -18,7 +16,7 @@ EMA_DECAY = 0.85
 AVERAGE_BUFFERS = frozenset(f"{kind} {name}" for kind in ("importance", "uncertainty") for name in "AEB")
 
 
-class AdaLoRA(LoRA):
+class AdaLoRA(api.StepHooks, api.RankAllocation, api.AuxiliaryLoss, api.LowRank):
     """W' = W + s B diag(E) A with s = alpha / (initial rank + 1e-5), as in PEFT.
 
     Initialization: A and B from N(0, 0.02^2), E = 0, so W' = W. Every layer begins with `initial` * rank
@@ -44,7 +42,7 @@ class AdaLoRA(LoRA):
 
     parameters = "rank * (in + out + 1)"
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
-    has_auxiliary_loss = True
+    numerics = 2
     typical_lr_scale = 10.0
     hook_only_buffers = AVERAGE_BUFFERS
     mutable_buffers = AVERAGE_BUFFERS | {api.RANK_MASK}
@@ -82,7 +80,11 @@ class AdaLoRA(LoRA):
     def auxiliary_loss(
         self, x: Tensor, attention_mask: Tensor, params: api.Params, layer: api.FrozenLayer
     ) -> Tensor:
-        return _OrthogonalityLoss.apply(params["A"], params["B"], layer.settings["orthogonality"])
+        a, b = params["A"], params["B"]
+        products = torch.cat([torch.bmm(a, a.mT), torch.bmm(b.mT, b)])
+        identity = torch.eye(a.shape[1], dtype=a.dtype, device=a.device)
+        norms = torch.linalg.vector_norm(products - identity, dim=(1, 2))
+        return layer.settings["orthogonality"] / 2 * norms.view(2, -1).sum(0)
 
     def before_step(self, lane: api.LaneView) -> None:
         if lane.step >= _pruning_steps(lane.settings, lane.total_steps)[1]:
@@ -170,33 +172,6 @@ def _triplet_budget(layer_count: int, settings: api.VariantSettings, step: int, 
     if step <= start:
         return begin
     return end + int((begin - end) * (1 - (step - start) / (pruning_end - start)) ** 3)
-
-
-class _OrthogonalityLoss(torch.autograd.Function):
-    """An autograd node that computes the loss term weight * (|A A^T - I| + |B^T B - I|) / 2 of each lane.
-
-    The norms are Frobenius norms. A A^T - I is symmetric, so the gradient of its norm is
-    2 (A A^T - I) A / |A A^T - I|. Eager autograd would compute two products, one for each factor of A A^T.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor, weight: float) -> Tensor:
-        """Compute the loss of each lane, (K,), for A (K, rank, in) and B (K, out, rank)."""
-        difference = torch.cat([torch.bmm(a, a.transpose(1, 2)), torch.bmm(b.transpose(1, 2), b)])
-        difference.diagonal(dim1=1, dim2=2).sub_(1)
-        norms = torch.linalg.vector_norm(difference.flatten(1), dim=1)
-        ctx.weight = weight
-        ctx.save_for_backward(a, b, difference, norms)
-        return norms.view(2, -1).sum(0) * weight / 2
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        """Compute the gradients of A and B; a norm of 0 has the gradient 0."""
-        a, b, difference, norms = ctx.saved_tensors
-        factors = (grad * ctx.weight).repeat(2) / norms.clamp_min(torch.finfo(norms.dtype).tiny)
-        scaled = difference * factors.view(-1, 1, 1)
-        return torch.bmm(scaled[: len(a)], a), torch.bmm(b, scaled[len(a) :]), None
 
 
 def _update_importance(views: Sequence[api.LayerView]) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from variants import api
 
 
-class C3A(api.Variant):
+class C3A(api.PeftFormat, api.Variant):
     """W' = W + [C(w_mn)] / in, a grid of circulant blocks (b, b) with C(w)[i, j] = w[(j - i) mod b].
 
     "w" is (out / b, in / b, b): w_mn (b,) defines the block in row m and column n of the grid. b is the
@@ -52,12 +52,6 @@ class C3A(api.Variant):
         lanes = zip(x.to(layer.dtype), params["w"], strict=True)
         update = torch.stack([_multiply(rows, w) for rows, w in lanes])
         return base + (update / layer.shape[1]).to(base.dtype)
-
-    def delta_weight(self, params: api.Params, layer: api.FrozenLayer) -> Tensor:
-        w = params["w"]
-        position = torch.arange(w.shape[2], device=w.device)
-        blocks = w[..., (position - position.unsqueeze(1)) % w.shape[2]]
-        return blocks.transpose(1, 2).reshape(layer.shape) / layer.shape[1]
 
     def peft_layer_fields(self, params: api.Params, layer: api.FrozenLayer) -> dict[str, Any]:
         return {"block_size": params["w"].shape[2]}

@@ -4,10 +4,9 @@ from torch import Tensor
 from torch.nn.functional import gelu
 
 from variants import api
-from variants.shared_factors import SharedFactors
 
 
-class DenseLoRA(SharedFactors, api.Variant):
+class DenseLoRA(api.SharedTensors, api.Variant):
     """y = x W^T + s gelu(gelu(x A^T) M^T B^T), with M (r, r) of one layer, and shared A (r, in), B (out, r).
 
     All layers whose names differ only in indices share A and B. r = `rank_factor` * rank, and
@@ -25,7 +24,6 @@ class DenseLoRA(SharedFactors, api.Variant):
     parameters = "rank * rank_factor * rank * rank_factor"
     shared_parameters = "rank * rank_factor * (in + out)"
     hyperparameters = {"rank_factor": api.Int(24, help="size r of M, divided by the rank")}
-    is_mergeable = False
     merge_obstacle = "its update is not linear in the input of the layer"
     rank_limit = ""
     verified_by = api.VerifiedBy.AUTHORS_CODE

@@ -4,11 +4,10 @@ import torch
 from torch import Tensor
 
 from variants import api
-from variants.dense_update import DenseUpdate
 from variants.linalg import fill_positions
 
 
-class FourierFT(DenseUpdate):
+class FourierFT(api.InitTogether, api.PeftFormat, api.DenseUpdate):
     """W' = W + scale * real part of IDFT(F), where F (out, in) has `frequencies` trainable entries, others 0.
 
     The inverse discrete Fourier transform in two dimensions includes the factor 1 / (in * out). There is
@@ -45,7 +44,7 @@ class FourierFT(DenseUpdate):
         return api.InitialTensors({"entries": entries}, {"locations": locations})
 
     def init_layers(self, layers: api.Layers, random_of: api.RandomOf) -> dict[str, api.InitialTensors]:
-        found = super().init_layers(layers, random_of)
+        found = {name: self.init(layer, random_of(name)) for name, layer in layers.items()}
         first: dict[tuple[int, int], Tensor] = {}
         for name, layer in layers.items():
             shared = first.setdefault(layer.shape, found[name].frozen["locations"])

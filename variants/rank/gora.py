@@ -7,10 +7,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from variants import api
-from variants.baseline.lora import LoRA
+from variants.low_rank import rank_stabilized
 
 
-class GoRA(LoRA):
+class GoRA(api.InitTogether, api.RankAllocation, api.Calibrated, api.LowRank):
     """W' = W + s_l B A with s_l = alpha / sqrt(r_l), where r_l is the rank of layer l.
 
     G is the mean gradient over `calibration_batches` batches. The importance of a layer is the mean of
@@ -33,7 +33,6 @@ class GoRA(LoRA):
     """
 
     verified_by = api.VerifiedBy.PAPER
-    is_rank_stabilized = True
     start = api.Start.OTHER
     calibration_statistic = api.CalibrationStatistic.MEAN_GRADIENT
     hyperparameters = {
@@ -42,6 +41,9 @@ class GoRA(LoRA):
         "smallest": api.Number(0.5, above=0, maximum=1, help="smallest rank of a layer, relative to `rank`"),
         "largest": api.Number(4.0, minimum=1, help="largest rank of a layer, relative to `rank`"),
     }
+
+    def scaling(self, settings: api.VariantSettings) -> float:
+        return rank_stabilized(settings)
 
     def reduce_calibration(self, layer: api.FrozenLayer, matrix: Tensor) -> api.Params:
         random = api.LayerRandom(layer, api.stable_seed(layer.name))
@@ -86,10 +88,6 @@ class GoRA(LoRA):
         self, layer_count: int, settings: api.VariantSettings, step: int, total_steps: int
     ) -> None:
         """Return None, because the ranks are rounded for each layer."""
-
-    def export_rank(self, settings: api.VariantSettings) -> int:
-        """Return the allocated rank: masked ranks are exported as zeros."""
-        return _largest_rank(settings)
 
 
 def _largest_rank(settings: api.VariantSettings) -> int:

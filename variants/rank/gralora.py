@@ -1,12 +1,11 @@
 """GraLoRA (Jung et al. 2025, arXiv 2505.20355): a LoRA for each block of a grid over the weight."""
 
-import torch
 from torch import Tensor
 
 from variants import api
 
 
-class GraLoRA(api.Variant):
+class GraLoRA(api.PeftFormat, api.Variant):
     """W' = W + s [B_jn A_jn], a grid of k x k blocks (j of the outputs, n of the inputs), s = alpha / rank.
 
     Each block has a LoRA of rank / k, so that the update has a rank of up to k * rank with LoRA's number of
@@ -83,9 +82,3 @@ class GraLoRA(api.Variant):
             ha, hb = (params[name].to(x.dtype).transpose(1, 2) for name in ("HA", "HB"))
             base = api.baddbmm(base, api.bmm(x, ha), hb)
         return base + update
-
-    def delta_weight(self, params: api.Params, layer: api.FrozenLayer) -> Tensor:
-        a = params["A"].unflatten(2, (layer.settings["blocks"], -1))  # (n, in / k, j, rank / k)
-        b = params["B"].unflatten(1, (layer.settings["blocks"], -1))  # (j, n, rank / k, out / k)
-        update = torch.einsum("ncji,jnio->jonc", a, b).reshape(layer.shape)
-        return layer.scaling * (update + params["HB"] @ params["HA"] if "HA" in params else update)

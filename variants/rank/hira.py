@@ -4,10 +4,9 @@ import torch
 from torch import Tensor
 
 from variants import api
-from variants.dense_update import DenseUpdate
 
 
-class HiRA(DenseUpdate):
+class HiRA(api.PeftFormat, api.DenseUpdate):
     """W' = W + W * (B A), elementwise; the update has a high rank although B A does not. There is no alpha.
 
     Initialization: A from U(-1/sqrt(in), 1/sqrt(in)), B = 0, so W' = W.
@@ -20,17 +19,11 @@ class HiRA(DenseUpdate):
 
     parameters = "rank * (in + out)"
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
+    numerics = 2
     uses_alpha = False
     typical_lr_scale = 10.0
-    stacks_lanes = True
-    uses_model_dtype = True
     peft = api.PeftMethod("HIRA", {"A": "hira_A", "B": "hira_B"}, alpha=None, dropout="hira_dropout")
 
     def matrix(self, params: api.Params, layer: api.FrozenLayer) -> Tensor:
-        return layer.weight * torch.bmm(params["B"], params["A"])
-
-    def matrix_gradients(self, gradient: Tensor, params: api.Params, layer: api.FrozenLayer) -> api.Params:
-        product = gradient.mul_(layer.weight)
-        # The transposed product: a CPU computes a result of few rows faster than one of few columns.
-        grad_b = torch.bmm(params["A"], product.transpose(1, 2)).transpose(1, 2)
-        return {"A": torch.bmm(params["B"].transpose(1, 2), product), "B": grad_b}
+        a, b = (params[name].to(layer.weight.dtype) for name in "AB")
+        return layer.weight * torch.bmm(b, a)

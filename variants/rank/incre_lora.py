@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from variants import api
-from variants.baseline.lora import LoRA
 
 EMA_DECAY = 0.85
 """Decay of the running averages of importance and uncertainty (the paper's beta1 and beta2)."""
@@ -15,7 +14,7 @@ RESERVE_VALUE = 1e-5
 HOOK_TENSORS = frozenset({"old A", "old B", "old E", "age", "age E", "importance", "uncertainty"})
 
 
-class IncreLoRA(LoRA):
+class IncreLoRA(api.StepHooks, api.RankAllocation, api.AuxiliaryLoss, api.LowRank):
     """W' = W + s B diag(E) A with s = alpha / (r + 1e-5), where r is the present rank of the layer.
 
     A triplet is a row of A, an entry of E and a column of B. Each layer begins with `initial` triplets. In
@@ -52,7 +51,6 @@ class IncreLoRA(LoRA):
 
     parameters = "rank * (in + out + 1)"
     verified_by = api.VerifiedBy.AUTHORS_CODE
-    has_auxiliary_loss = True
     mutable_buffers = HOOK_TENSORS | {api.RANK_MASK, "live"}
     hook_only_buffers = HOOK_TENSORS
     hyperparameters = {
@@ -77,7 +75,7 @@ class IncreLoRA(LoRA):
         return settings
 
     def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
-        (out_features, in_features), allocated = layer.shape, self.export_rank(layer.settings)
+        (out_features, in_features), allocated = layer.shape, _largest_rank(layer.settings)
         trainable = {
             "A": random.normal("A", (allocated, in_features), 0.02),
             "B": random.normal("B", (out_features, allocated), 0.02),
@@ -129,7 +127,7 @@ class IncreLoRA(LoRA):
         scores = [float(view.frozen["importance"] * view.frozen["uncertainty"]) for view in views]
         order = sorted(range(len(views)), key=scores.__getitem__, reverse=True)
         ranks = [int(view.frozen[api.RANK_MASK].sum()) for view in views]
-        limits = [min(self.export_rank(settings), *view.layer.shape) for view in views]
+        limits = [min(_largest_rank(settings), *view.layer.shape) for view in views]
         while sum(ranks) < budget:
             count = min(_layers_per_round(len(views), settings), budget - sum(ranks))
             for index in [i for i in order if ranks[i] < limits[i]][:count]:
@@ -153,9 +151,9 @@ class IncreLoRA(LoRA):
         intervals = math.floor(round((rounds + 1) * done, 9))
         return min(final, initial + max(0, intervals - 1) * per_round)
 
-    def export_rank(self, settings: api.VariantSettings) -> int:
-        """Return the allocated number of triplets; those that are not in use are exported as zeros."""
-        return round(settings.rank * settings["largest"])
+
+def _largest_rank(settings: api.VariantSettings) -> int:
+    return round(settings.rank * settings["largest"])
 
 
 def _layers_per_round(layer_count: int, settings: api.VariantSettings) -> int:

@@ -3,10 +3,9 @@
 from torch import Tensor
 
 from variants import api
-from variants.dense_update import DenseUpdate
 
 
-class LoHa(DenseUpdate):
+class LoHa(api.PeftFormat, api.DenseUpdate):
     """W' = W + s (B1 A1) * (B2 A2), elementwise, with s = alpha / rank; the update's rank is up to rank^2.
 
     A1 and A2 are (rank, in), B1 and B2 (out, rank).

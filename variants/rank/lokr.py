@@ -5,13 +5,12 @@ It is KronA (Edalati et al. 2022, arXiv 2212.10650) where the second factor is n
 
 import math
 
-import torch
 from torch import Tensor
 
 from variants import api
 
 
-class LoKr(api.Variant):
+class LoKr(api.PeftFormat, api.Variant):
     """W' = W + s kron(C, D) with C (out1, in1), D (out2, in2) and s = alpha / rank.
 
     in1 is the largest divisor of `in` up to its square root and up to `factor`, or `factor` itself where it
@@ -67,11 +66,6 @@ class LoKr(api.Variant):
         columns = rows.view(*x.shape[:2], c.shape[2], -1).transpose(2, 3)  # (K, N, out2, in1)
         update = api.bmm(columns.reshape(len(x), -1, c.shape[2]), c.transpose(1, 2))
         return base + update.view(*columns.shape[:3], -1).transpose(2, 3).reshape(base.shape)
-
-    def delta_weight(self, params: api.Params, layer: api.FrozenLayer) -> Tensor:
-        return layer.scaling * torch.kron(
-            params["C"], params["D"] if "D" in params else params["B"] @ params["A"]
-        )
 
 
 def _divide(side: int, factor: int) -> tuple[int, int]:

@@ -4,10 +4,9 @@ import torch
 from torch import Tensor
 
 from variants import api
-from variants.baseline.lora import LoRA
 
 
-class MELoRA(LoRA):
+class MELoRA(api.LowRank):
     """W' = W + s diag(B_1 A_1, ..., B_n A_n): part i of the inputs changes part i of the outputs.
 
     A is (n, rank, in / n) and B is (n, out / n, rank), so the update has the rank n * rank and as many values
@@ -31,9 +30,6 @@ class MELoRA(LoRA):
 
     def factors(self, params: api.Params, layer: api.FrozenLayer) -> tuple[Tensor, Tensor]:
         return _block_diagonal(params["A"]), _block_diagonal(params["B"])
-
-    def export_rank(self, settings: api.VariantSettings) -> int:
-        return settings["blocks"] * settings.rank
 
 
 def _block_diagonal(blocks: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from torch import Tensor
 from variants import api
 
 
-class MiSS(api.Variant):
+class MiSS(api.PeftFormat, api.Variant):
     """W' = W + [D D ... D]^T with D (rank, out): W[i, j] changes by D[j mod rank, i]. There is no alpha.
 
     Initialization: D = 0, so W' = W. It involves no noise.
@@ -36,6 +36,3 @@ class MiSS(api.Variant):
         rank = layer.settings.rank
         pieces = torch.nn.functional.pad(x, (0, -x.shape[2] % rank)).unflatten(2, (-1, rank))
         return api.baddbmm(base, pieces.sum(2), params["D"].to(x.dtype))
-
-    def delta_weight(self, params: api.Params, layer: api.FrozenLayer) -> Tensor:
-        return params["D"].t().repeat(1, -(-layer.shape[1] // layer.settings.rank))[:, : layer.shape[1]]

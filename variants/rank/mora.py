@@ -60,21 +60,6 @@ class MoRA(api.Variant):
             update = api.bmm(pieces.flatten(1, 2), m).view(*x.shape[:2], -1)
         return base + update.repeat(1, 1, -(-layer.shape[0] // update.shape[2]))[..., : layer.shape[0]]
 
-    def delta_weight(self, params: api.Params, layer: api.FrozenLayer) -> Tensor:
-        (out_features, in_features), m = layer.shape, params["M"]
-        count = -(-in_features // len(m))
-        if layer.settings["maps"] == "sharing":
-            wide = m.repeat(1, count)
-        else:
-            cos, sin = (part.unsqueeze(1) for part in _rotation(layer, count, len(m)))
-            first, second = m.chunk(2, dim=1)
-            wide = torch.block_diag(
-                *torch.cat([first * cos + second * sin, second * cos - first * sin], dim=2)
-            )
-        update = wide[:, :in_features].clone()
-        update[:, : wide.shape[1] - in_features] += wide[:, in_features:]
-        return update.repeat(-(-out_features // len(wide)), 1)[:out_features]
-
 
 def _size_step(settings: api.VariantSettings) -> int:
     """Return the number of which d is a multiple: values are rotated in pairs."""

@@ -4,10 +4,9 @@ import torch
 from torch import Tensor
 
 from variants import api
-from variants.baseline.lora import LoRA
 
 
-class PRoLoRA(LoRA):
+class PRoLoRA(api.LowRank):
     """W' = W + s (B A + B_c A_c) with s = alpha / rank, where A_c and B_c consist of copies.
 
     A (unshared, in) and B (out, unshared) are LoRA's. A_c is [C, roll(C, -t), roll(C, -2 t), ...] with

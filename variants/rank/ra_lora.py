@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from variants import api
-from variants.baseline.lora import LoRA
 
 
-class RaLoRA(LoRA):
+class RaLoRA(api.Calibrated, api.LowRank):
     """W' = W + s diag(B_1 A_1, ..., B_n A_n) with s = alpha / rank: n diagonal blocks of equal size.
 
     A_i is (rank, in / n) and B_i (out / n, rank). They are stored side by side as A (rank, in) and
@@ -56,9 +55,6 @@ class RaLoRA(LoRA):
         a = (params["A"].unsqueeze(-3) * in_in.unsqueeze(-2)).flatten(-3, -2)
         b = (params["B"].unsqueeze(-2) * in_out.transpose(-1, -2).unsqueeze(-1)).flatten(-2)
         return a, b
-
-    def export_rank(self, settings: api.VariantSettings) -> int:
-        return settings.rank * 2 ** settings["max_power"]
 
 
 def _block_membership(blocks: Tensor, size: int, most: int) -> Tensor:

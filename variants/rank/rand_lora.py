@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from variants import api
-from variants.baseline.lora import LoRA
-from variants.shared_factors import largest_sides
+from variants.hooks import largest_sides
 
 
-class RandLoRA(LoRA):
+class RandLoRA(api.SharedTensors, api.LowRank):
     """W' = W + D, or W' = W + D^T if out < in, with D = s / sqrt(n) sum_i B_i diag(l_i) A diag(g_i).
 
     With p = min(out, in) and q = max(out, in), A (r, p) and the n matrices B_i (q, r) are frozen and random,
@@ -80,9 +79,6 @@ class RandLoRA(LoRA):
         b = params["B"][..., :q, :n, :].flatten(-2)
         return (a, b) if layer.shape[1] == p else (b.mT, a.mT)
 
-    def export_rank(self, settings: api.VariantSettings) -> int:
-        return _basis_rank(settings)
-
     def to_peft(self, params: api.Params, layer: api.FrozenLayer) -> dict[str, Tensor]:
         n, p = params["g"].shape
         if n * _basis_rank(layer.settings) < p:
@@ -92,9 +88,9 @@ class RandLoRA(LoRA):
         g = params["g"] / math.sqrt(n) if layer.settings["normalized"] else params["g"]
         return {"randlora_lambda": params["l"], "randlora_gamma": g}
 
-    def peft_config(self, settings: api.VariantSettings) -> dict[str, Any]:
-        alpha = self.scaling(settings) * _basis_rank(settings)
-        return {**super().peft_config(settings), "randlora_alpha": alpha}
+    def peft_layer_fields(self, params: api.Params, layer: api.FrozenLayer) -> dict[str, Any]:
+        rank = _basis_rank(layer.settings)
+        return {"r": rank, "randlora_alpha": self.scaling(layer.settings) * rank}
 
     def settings_from_peft(self, config: Mapping[str, Any]) -> api.VariantSettings:
         extra = {"rank_factor": 1, "base_limit": 1 << 30, "normalized": False}

@@ -1,17 +1,15 @@
 """RaSA (He et al. 2025, arXiv 2503.12576): layers of one type give some ranks to a pool that all use."""
 
 from collections import Counter
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from variants import api
-from variants.baseline.lora import LoRA
-from variants.shared_factors import SharedFactors, largest_sides
+from variants.hooks import largest_sides
 
 
-class RaSA(SharedFactors, LoRA):
+class RaSA(api.InitTogether, api.SharedTensors, api.LowRank):
     """W' = W + [B, sB] diag(E) [A; sA], with a pool sA (k L, in), sB (out, k L) for the L layers of one type.
 
     A (rank - k, in), B (out, rank - k) and E (rank - k + k L, 1) belong to one layer. A type is all layers
@@ -68,7 +66,3 @@ class RaSA(SharedFactors, LoRA):
         a = torch.cat([params["A"], params["sA"][..., :in_features]], dim=-2)
         b = torch.cat([params["B"], params["sB"][..., :out_features, :]], dim=-1)
         return params["E"] * a, b
-
-    def peft_layer_fields(self, params: api.Params, layer: api.FrozenLayer) -> dict[str, Any]:
-        rank = len(params["E"])
-        return {"r": rank, "lora_alpha": rank}

@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 
 from variants import api
-from variants.baseline.lora import LoRA
 
 
-class ReLoRA(LoRA):
+class ReLoRA(api.StepHooks, api.RateScales, api.LowRank):
     """W' = W + s (B A + sum over i of Bi Ai) with s = alpha / rank.
 
     The update is a sum of rank up to rank * (merges + 1).
@@ -101,9 +100,6 @@ class ReLoRA(LoRA):
 
     def frozen_factors(self, params: api.Params) -> tuple[Tensor, Tensor]:
         return params["merged A"], params["merged B"]
-
-    def export_rank(self, settings: api.VariantSettings) -> int:
-        return settings.rank * (settings["merges"] + 1)
 
 
 def _merge_steps(total_steps: int, settings: api.VariantSettings) -> list[int]:

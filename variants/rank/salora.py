@@ -6,13 +6,12 @@ import torch
 from torch import Tensor
 
 from variants import api
-from variants.baseline.lora import LoRA
 
 TAU, GAMMA, ZETA = 1.0, -0.1, 1.1
 """Temperature and limits of the hard concrete distribution, which is cut off at 0 and 1."""
 
 
-class SaLoRA(LoRA):
+class SaLoRA(api.StepHooks, api.RateScales, api.RankAllocation, api.LowRank):
     """W' = W + s B diag(z) A with s = alpha / rank, where z_i is a gate in [0, 1] with a trainable log d_i.
 
     z_i = min(1, max(0, (zeta - gamma) sigmoid((e_i + log d_i) / tau) + gamma)) with tau = 1, gamma = -0.1 and
@@ -97,9 +96,6 @@ class SaLoRA(LoRA):
         self, layer_count: int, settings: api.VariantSettings, step: int, total_steps: int
     ) -> int | None:
         return None
-
-    def export_rank(self, settings: api.VariantSettings) -> int:
-        return _initial_rank(settings)
 
 
 def _initial_rank(settings: api.VariantSettings) -> int:

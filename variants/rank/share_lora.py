@@ -3,11 +3,9 @@
 from torch import Tensor
 
 from variants import api
-from variants.baseline.lora import LoRA
-from variants.shared_factors import SharedFactors
 
 
-class ShareLoRA(SharedFactors, LoRA):
+class ShareLoRA(api.SharedTensors, api.LowRank):
     """W' = W + s B A with s = alpha / rank, where all layers of one type have the same A, B, or both.
 
     A type is all layers whose names differ only in indices. In the formulas for the number of parameters, a

@@ -3,11 +3,10 @@
 from torch import Tensor
 
 from variants import api
-from variants.dense_update import DenseUpdate
 from variants.linalg import fill_positions
 
 
-class SHiRA(DenseUpdate):
+class SHiRA(api.PeftFormat, api.DenseUpdate):
     """W' = W + S, where the sparse matrix S has rank * (in + out) trainable values, as many as LoRA.
 
     "indices" (2, values) are the rows and columns of the values in row-major order, drawn without

@@ -3,11 +3,9 @@
 from torch import Tensor
 
 from variants import api
-from variants.baseline.lora import LoRA
-from variants.shared_factors import SharedFactors
 
 
-class TiedLoRA(SharedFactors, LoRA):
+class TiedLoRA(api.SharedTensors, api.LowRank):
     """W' = W + s diag(v) B diag(u) A, with u (rank, 1), v (out, 1) of one layer and A, B of all of its type.
 
     All four are trained (vBuA in the paper). A type is all layers whose names differ only in indices; the

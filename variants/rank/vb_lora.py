@@ -2,20 +2,18 @@
 
 import itertools
 import math
-from collections.abc import Iterable
-from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from variants import api
-from variants.baseline.lora import LoRA
 
 DEFAULT_LENGTH = 256
 """PEFT's length of a vector."""
 
 
-class VBLoRA(LoRA):
+class VBLoRA(api.InitTogether, api.SharedTensors, api.RateScales, api.LowRank):
     """W' = W + B A, where each piece of `vector_length` values in a row of A or a column of B is a mixture.
 
     A mixture is the sum of the `top_k` vectors with the largest logits, weighted by the softmax of these
@@ -70,42 +68,45 @@ class VBLoRA(LoRA):
                 f"{out_features} x {in_features}"
             )
 
-    def fit_settings(
-        self, settings: api.VariantSettings, shapes: Iterable[tuple[int, int]]
-    ) -> api.VariantSettings:
-        length = settings["vector_length"] or math.gcd(DEFAULT_LENGTH, *itertools.chain(*shapes))
-        return replace(settings, extra={**settings.extra, "vector_length": length})
-
     def formula_names(self, settings: api.VariantSettings) -> api.ExtraSettings:
         return {**settings.extra, "vector_length": settings["vector_length"] or DEFAULT_LENGTH}
 
-    def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
-        out_pieces, in_pieces = (side // layer.settings["vector_length"] for side in layer.shape)
-        shapes = {"PA": (layer.settings.rank, in_pieces), "PB": (out_pieces, layer.settings.rank)}
-        return api.InitialTensors(
-            {
-                name: random.normal(name, (*shape, layer.settings["vectors"]), 0.1)
-                for name, shape in shapes.items()
-            }
-        )
+    def init_layers(self, layers: api.Layers, random_of: api.RandomOf) -> dict[str, api.InitialTensors]:
+        initial, length = {}, _vector_length(layers)
+        for name, layer in layers.items():
+            (out_features, in_features), rank = layer.shape, layer.settings.rank
+            shapes = {"PA": (rank, in_features // length), "PB": (out_features // length, rank)}
+            vectors, random = layer.settings["vectors"], random_of(name)
+            initial[name] = api.InitialTensors(
+                {key: random.normal(key, (*shape, vectors), 0.1) for key, shape in shapes.items()}
+            )
+        return initial
 
     def layer_group(self, layer_name: str) -> str:
         return "vb_lora"
 
     def init_layer_group(self, layers: api.Layers, random: api.LayerRandom) -> api.InitialTensors:
         settings = api.shared_settings(layers)
-        shape = settings["vectors"], settings["vector_length"]
+        shape = settings["vectors"], _vector_length(layers)
         return api.InitialTensors({"bank": random.uniform("bank", shape, 0.02)})
 
     def factors(self, params: api.Params, layer: api.FrozenLayer) -> tuple[Tensor, Tensor]:
         a, b = (_mixtures(params[name], params["bank"], layer.settings["top_k"]) for name in ("PA", "PB"))
         return a.flatten(-2), b.transpose(-1, -2).flatten(-3, -2)
 
+    def peft_layer_fields(self, params: api.Params, layer: api.FrozenLayer) -> dict[str, Any]:
+        return {"vector_length": params["bank"].shape[1]}
+
     def init_group_from_peft(self, tensors: api.Params, settings: api.VariantSettings) -> api.InitialTensors:
         return api.InitialTensors({"bank": tensors["vblora_vector_bank"]})
 
     def parameter_lr_scale(self, parameter: str, settings: api.VariantSettings) -> float:
         return 1.0 if parameter == "bank" else settings["logit_lr_ratio"]
+
+
+def _vector_length(layers: api.Layers) -> int:
+    sides = itertools.chain(*(layer.shape for layer in layers.values()))
+    return int(api.shared_settings(layers)["vector_length"]) or math.gcd(DEFAULT_LENGTH, *sides)
 
 
 def _mixtures(logits: Tensor, bank: Tensor, k: int) -> Tensor:

@@ -9,13 +9,10 @@ import torch
 from torch import Tensor
 
 from variants import api
-from variants.baseline.lora import LoRA
-from variants.batch_invariant import pad_rank_one
-from variants.low_rank_product import VectorProduct
-from variants.shared_factors import largest_sides
+from variants.hooks import largest_sides
 
 
-class VeRA(LoRA):
+class VeRA(api.SharedTensors, api.LowRank):
     """W' = W + diag(b) B diag(d) A with trainable vectors b (out,) and d (r,). There is no alpha.
 
     A (r, in) and B (out, r) are slices of two frozen random matrices that all layers share. These have the
@@ -36,6 +33,7 @@ class VeRA(LoRA):
 
     parameters = "rank * rank_factor + out"
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
+    numerics = 2
     rank_limit = ""
     uses_alpha = False
     typical_lr_scale = 10.0
@@ -53,7 +51,7 @@ class VeRA(LoRA):
         b = layer.zeros(layer.shape[0])
         return api.InitialTensors({"d": b.new_full((_vera_rank(layer.settings),), 0.1), "b": b})
 
-    def layer_group(self, layer_name: str) -> str | None:
+    def layer_group(self, layer_name: str) -> str:
         return "vera"
 
     def init_layer_group(self, layers: api.Layers, random: api.LayerRandom) -> api.InitialTensors:
@@ -64,40 +62,27 @@ class VeRA(LoRA):
         b = random.uniform("B", (out_features, rank), math.sqrt(6 / rank))
         return api.InitialTensors({}, {"A": a, "B": b})
 
+    def factors(self, params: api.Params, layer: api.FrozenLayer) -> tuple[Tensor, Tensor]:
+        a, b = self._matrices(params, layer)
+        return params["d"].unsqueeze(-1) * a, params["b"].unsqueeze(-1) * b
+
     def prepare(self, params: api.Params, layer: api.FrozenLayer) -> api.Params:
-        """Return A and diag(b) B diag(d) as "A" and "sB", or in training "A", "B", "b" and "d"."""
-        (out_features, in_features), d = layer.shape, params["d"]
-        a, b = pad_rank_one(params["A"][..., :in_features], params["B"][:, :out_features])
-        if a.shape[1] > d.shape[1]:
-            d = torch.nn.functional.pad(d, (0, 1))
-        prepared = {"A": a, "B": b, "b": params["b"], "d": d}
-        if torch.is_grad_enabled():
-            return prepared
-        return self.round_once({"A": a, "sB": _scaled_b(prepared)}, layer)
+        a, b = self._matrices(params, layer)
+        return {"A": a.mT, "B": b.mT, "d": params["d"].unsqueeze(1), "b": params["b"].unsqueeze(1)}
 
     def forward(self, x: Tensor, base: Tensor, params: api.Params, layer: api.FrozenLayer) -> Tensor:
-        if "sB" not in params:
-            params = {"A": params["A"], "sB": _scaled_b(params)}
-        return super().forward(x, base, params, layer)
+        a, b, gain, inner_gain = (params[name].to(x.dtype) for name in ("A", "B", "b", "d"))
+        return torch.addcmul(base, api.bmm(api.bmm(x, a) * inner_gain, b), gain)
 
-    def includes_base(self, layer: api.FrozenLayer) -> bool:
-        return type(self).forward is VeRA.forward
-
-    def forward_with_base(self, x: Tensor, params: api.Params, layer: api.FrozenLayer) -> Tensor:
-        if "sB" in params:
-            return super().forward_with_base(x, params, layer)
-        return VectorProduct.apply(x, params["b"], params["d"], params["A"], params["B"], layer)
-
-    def delta_weight(self, params: api.Params, layer: api.FrozenLayer) -> Tensor:
+    def _matrices(self, params: api.Params, layer: api.FrozenLayer) -> tuple[Tensor, Tensor]:
         out_features, in_features = layer.shape
-        gains = params["b"].unsqueeze(1) * params["d"]
-        return (gains * params["B"][:out_features]) @ params["A"][:, :in_features]
-
-    def export_rank(self, settings: api.VariantSettings) -> int:
-        return _vera_rank(settings)
+        return params["A"][..., :in_features], params["B"][..., :out_features, :]
 
     def to_peft(self, params: api.Params, layer: api.FrozenLayer) -> dict[str, Tensor]:
         return {peft_name: params[name] for name, peft_name in self.peft.names.items()}
+
+    def peft_layer_fields(self, params: api.Params, layer: api.FrozenLayer) -> dict[str, Any]:
+        return {"r": len(params["d"])}
 
     def settings_from_peft(self, config: Mapping[str, Any]) -> api.VariantSettings:
         return replace(super().settings_from_peft(config), extra={"rank_factor": 1})
@@ -105,8 +90,3 @@ class VeRA(LoRA):
 
 def _vera_rank(settings: api.VariantSettings) -> int:
     return settings.rank * settings["rank_factor"]
-
-
-def _scaled_b(prepared: api.Params) -> Tensor:
-    """Return diag(b) B diag(d), (K, out, r)."""
-    return prepared["b"].unsqueeze(2) * prepared["d"].unsqueeze(1) * prepared["B"]

@@ -19,6 +19,7 @@ from variants.api import CalibrationStatistic, Variant, VariantSettings
 from variants.attach import attach
 from variants.calibrate import calibrate
 from variants.errors import UnsupportedError
+from variants.hooks import parameter_lr_scale, schedule_lr_scale, statistic_of
 from variants.seeds import seeded_generator
 from variants.testing.cases import ROWS, Case
 
@@ -88,7 +89,7 @@ def attach_lanes(
         settings: The settings of each lane; the variant's `law_settings` complete them.
         model: A model to use in place of a new one.
     """
-    settings = replace(settings, extra={**variant.law_settings, **settings.extra})
+    settings = replace(settings, extra={**getattr(variant, "law_settings", {}), **settings.extra})
     heads = ["head"] if case.model == "headed" else []
     adapters = attach(case.build() if model is None else model, variant, settings, heads=heads)
     for lane in range(min(lanes, adapters.max_lanes)):
@@ -101,7 +102,7 @@ def calibrate_lane(case: Case, adapters: Adapters, lane: int) -> CalibrationTens
 
     The result is None if the variant needs no calibration.
     """
-    if adapters.variant.calibration_statistic is CalibrationStatistic.NONE:
+    if statistic_of(adapters.variant) is CalibrationStatistic.NONE:
         return None
 
     def iterate_losses() -> Generator[Tensor, None, None]:
@@ -201,7 +202,7 @@ class LaneOptimizer:
         self.settings, self.steps_taken = adapters.lane_settings(lane), 0
         groups: dict[float, list[nn.Parameter]] = {}
         for name, parameter in adapters.trainable(lane).items():
-            scale = adapters.variant.parameter_lr_scale(name.rpartition(".")[2], self.settings)
+            scale = parameter_lr_scale(adapters.variant, name.rpartition(".")[2], self.settings)
             groups.setdefault(scale, []).append(parameter)
         self.optimizer = torch.optim.AdamW(
             [{"params": parameters, "scale": scale} for scale, parameters in groups.items()],
@@ -216,7 +217,7 @@ class LaneOptimizer:
     def step(self) -> None:
         """Take a step."""
         adapters, taken = self.adapters, self.steps_taken
-        factor = adapters.variant.schedule_lr_scale(taken, self.total_steps, self.settings)
+        factor = schedule_lr_scale(adapters.variant, taken, self.total_steps, self.settings)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate * group["scale"] * factor
         adapters.before_step(self.lane, taken, self.total_steps, self.optimizer)
