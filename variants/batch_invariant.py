@@ -41,11 +41,11 @@ def bmm(x: Tensor, y: Tensor) -> Tensor:
         x: (K, n, m).
         y: (K, m, p).
     """
-    if x.shape[2] == 1:
+    if x.size(2) == 1:
         x, y = pad(x, (0, 1)), pad(y, (0, 0, 0, 1))
-    if y.shape[2] == 1:
+    if y.size(2) == 1:
         return bmm(x, pad(y, (0, 1)))[:, :, :1]
-    if _needs_second_copy(x):
+    if x.dtype is torch.bfloat16 and _needs_second_copy(x):
         return torch.bmm(_twice(x), _twice(y))[:1]
     return torch.bmm(x, y)
 
@@ -58,11 +58,11 @@ def baddbmm(base: Tensor, x: Tensor, y: Tensor) -> Tensor:
         x: (K, n, m).
         y: (K, m, p).
     """
-    if x.shape[2] == 1:
+    if x.size(2) == 1:
         x, y = pad(x, (0, 1)), pad(y, (0, 0, 0, 1))
-    if y.shape[2] == 1:
+    if y.size(2) == 1:
         return base + bmm(x, y)
-    if _needs_second_copy(x):
+    if x.dtype is torch.bfloat16 and _needs_second_copy(x):
         return torch.baddbmm(_twice(base), _twice(x), _twice(y))[:1]
     return torch.baddbmm(base, x, y)
 
@@ -75,14 +75,14 @@ def baddbmm_(base: Tensor, x: Tensor, y: Tensor) -> None:
         x: (K, n, m), m > 1.
         y: (K, m, p), p > 1.
     """
-    if _needs_second_copy(x):
+    if x.dtype is torch.bfloat16 and _needs_second_copy(x):
         base.copy_(baddbmm(base, x, y))
     else:
         base.baddbmm_(x, y)
 
 
 def _needs_second_copy(x: Tensor) -> bool:
-    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and len(x) == 1
+    return x.device.type == "cpu" and len(x) == 1
 
 
 def _twice(x: Tensor) -> Tensor:

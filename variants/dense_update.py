@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from variants.base import Variant
 from variants.frozen_layer import FrozenLayer, Params
@@ -106,7 +105,6 @@ class DenseProduct(torch.autograd.Function):
         return result  # not `out`: a model could not write a view in place
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         """Compute the gradients of x, base and the lanes' tensors."""
         x, *tensors = ctx.saved_tensors

@@ -64,6 +64,7 @@ class AdapterState:
         group_settings: The settings that all lanes share; their alpha is None.
         current_context: The context of the calls being made; None outside any context.
         last_context: The last context that has ended, which a recomputation in the backward pass needs.
+        generation: A number that changes with the set of lanes.
     """
 
     def __init__(self) -> None:
@@ -72,6 +73,7 @@ class AdapterState:
         self.group_settings = VariantSettings(alpha=None)
         self.current_context: ForwardContext | None = None
         self.last_context: ForwardContext | None = None
+        self.generation = 0
         self._scalings: dict[Any, Tensor] = {}
 
     def get_context(self, layer_name: str) -> ForwardContext:
@@ -124,6 +126,7 @@ class AdapterState:
     def invalidate(self) -> None:
         """Delete what depends on the set of lanes, after a lane was added or removed."""
         self._scalings.clear()
+        self.generation += 1
         self.last_context = None
 
 

@@ -49,7 +49,7 @@ class LaneLinear(nn.Module):
         self.own_tensors = LaneTensors(variant)
         self.layer_group = layer_group
         self._frozen_layer: FrozenLayer | None = None
-        self._group_layer: FrozenLayer | None = None
+        self._group_layer: tuple[Any, FrozenLayer] | None = None
         self._weight_version = (0, 0)
         self._constants = variant if isinstance(variant, GradientConstants) else None
         self._fused = variant if isinstance(variant, FusesBase) and variant.is_fused else None
@@ -71,11 +71,12 @@ class LaneLinear(nn.Module):
     def group_layer(self, lanes: tuple[str, ...]) -> FrozenLayer:
         """Return the frozen layer with the settings that K lanes share and the factor s of each."""
         layer, state = self.frozen_layer, self.adapter_state
-        scaling = state.scaling(self.variant, lanes, layer)
-        found = self._group_layer
-        if found is None or found.scaling is not scaling or found.cache is not layer.cache:
-            found = self._group_layer = replace(layer, settings=state.group_settings, scaling=scaling)
-        return found
+        key, found = (state.generation, lanes, layer), self._group_layer
+        if found is None or found[0] != key:
+            scaling = state.scaling(self.variant, lanes, layer)
+            found = key, replace(layer, settings=state.group_settings, scaling=scaling)
+            self._group_layer = found
+        return found[1]
 
     def lane_layer(self, lane: str) -> FrozenLayer:
         """Return the frozen layer with the settings and the factor s of one lane."""
@@ -128,9 +129,8 @@ class LaneLinear(nn.Module):
         flat, base = split_by_lane(x, context, self.name), self.base_layer(x)
         flat_base = base.reshape(len(lanes), -1, base.shape[-1])
         if not has_dropout:
-            return variant.forward(flat, flat_base, self._prepare_params(context, layer), layer).view(
-                base.shape
-            )
+            prepared = self._prepare_params(context, layer)
+            return variant.forward(flat, flat_base, prepared, layer).view(base.shape)
         dropout = state.group_settings.dropout
         dropped = flat * draw_dropout_masks(flat, dropout, self.name, context, state.seeds)
         return self._forward_with_dropout(flat, dropped, flat_base, context, layer).view(base.shape)

@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 from variants.base import Variant
@@ -38,6 +37,7 @@ class LowRank(FusesBase, FrozenUpdate, PeftFormat, Variant):
     """
 
     frozen_update_buffers = frozenset({"A0", "B0"})
+    numerics = 2
     peft: ClassVar[PeftMethod | None] = LORA_PEFT
 
     def factors(self, params: Params, layer: FrozenLayer) -> tuple[Tensor, Tensor]:
@@ -130,10 +130,10 @@ def rank_stabilized(settings: VariantSettings) -> float:
 class LowRankProduct(torch.autograd.Function):
     """The frozen layer's output plus a low-rank update, x (W + s B A)^T + bias, as one autograd node.
 
-    Eager autograd would copy the frozen layer's output before it adds the update, keep s B, add two gradients
-    of x in memory of their own, and transpose the gradients of A and B by a copy. Here the update and its
-    gradient of x are added in place, and only x, A x^T, A and B are kept; x only if A learns. Products with
-    a side of `rank` are computed as (rank, N). MKL takes up to four times as long for (N, rank).
+    Eager autograd would copy the frozen layer's output before it adds the update, keep s B, and add two
+    gradients of x in memory of their own. Here the update and its gradient of x are added in place, and only
+    x, x A^T, A and B are kept; x only if A learns. On a CPU a layer of 576 x 576 takes 0.4 times as long
+    beyond the frozen layer with 1,024 rows, and as long with 128.
     """
 
     @staticmethod
@@ -169,10 +169,10 @@ class LowRankProduct(torch.autograd.Function):
             unbiased = out if layer.bias is None else out - layer.bias
             out = torch.addcmul(out, more.to(x.dtype), unbiased)
         left, right = _multipliers(x.dtype, a, b, *frozen)
-        hidden = bmm(left, x.transpose(1, 2))
-        baddbmm_(out, hidden.transpose(1, 2), right.transpose(1, 2))
+        hidden = bmm(x, left.transpose(1, 2))
+        baddbmm_(out, hidden, right.transpose(1, 2))
         if frozen[1] is not None:
-            hidden = hidden[:, : a.shape[1]] + hidden[:, a.shape[1] :]  # (A - A0) x^T + A0 x^T
+            hidden = hidden[..., : a.shape[1]] + hidden[..., a.shape[1] :]  # x (A - A0)^T + x A0^T
         # If x has the lanes' dtype, the factors are computed again from A and B in the backward pass;
         # otherwise their rounded copies are kept.
         ctx.is_rounded, ctx.layer, ctx.frozen = a.dtype != x.dtype, layer, frozen
@@ -183,7 +183,6 @@ class LowRankProduct(torch.autograd.Function):
         return torch.ops.aten._unsafe_view(out, [*shape[:-1], out.shape[-1]])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         """Compute the gradients of x, A, B and `more`."""
         x, hidden, left, right, more, unbiased = ctx.saved_tensors
@@ -191,21 +190,19 @@ class LowRankProduct(torch.autograd.Function):
         grad_out = grad_out.reshape(*ctx.stacked_shape[:2], -1)
         if not ctx.is_rounded:
             left, right = _multipliers(ctx.dtype, left, right, *ctx.frozen)
-        grad_hidden = bmm(right.transpose(1, 2), grad_out.transpose(1, 2))
+        grad_hidden = bmm(grad_out, right)
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_base = grad_out if more is None else torch.addcmul(grad_out, more.to(ctx.dtype), grad_out)
             grad_x = torch.mm(grad_base.reshape(-1, grad_out.shape[2]), layer.weight).view(ctx.stacked_shape)
-            baddbmm_(grad_x, grad_hidden.transpose(1, 2), left)
+            baddbmm_(grad_x, grad_hidden, left)
             grad_x = grad_x.view(ctx.shape)
         grad_a = grad_b = None  # a factor that does not learn, such as a basis of RandLoRA, needs none
         if ctx.needs_input_grad[1]:
-            grad_a = bmm(grad_hidden[:, : ctx.rank], x).to(layer.dtype)
+            grad_a = bmm(grad_hidden[..., : ctx.rank].transpose(1, 2), x).to(layer.dtype)
         if ctx.needs_input_grad[2]:
-            # Written in the layout of B, because autograd would copy a transposed gradient again.
-            grad_b = torch.empty(*grad_out.shape[::2], ctx.rank, dtype=layer.dtype, device=hidden.device)
-            transposed = bmm(hidden, grad_out).transpose(1, 2)
-            grad_b.copy_(transposed) if scale is None else torch.mul(transposed, scale, out=grad_b)
+            grad_b = bmm(grad_out.transpose(1, 2), hidden).to(layer.dtype)
+            grad_b = grad_b if scale is None else grad_b.mul_(scale)
         grad_more = None if more is None else (grad_out * unbiased).sum(1, keepdim=True).to(more.dtype)
         return grad_x, grad_a, grad_b, grad_more, None, None
 
@@ -225,9 +222,6 @@ def _multipliers(
     """Return the two matrices of each lane whose product is the update, in the dtype of the input."""
     if a0 is not None and b0 is not None:
         a, b = _subtract_start(a, b, a0, b0)
-    if scale is None:
-        return a.to(dtype), b.to(dtype)
-    if torch.is_grad_enabled():
-        return a.to(dtype), (b * scale).to(dtype)
-    # With `out` one kernel multiplies in the lanes' dtype and rounds.
-    return a.to(dtype), torch.mul(b, scale, out=torch.empty_like(b, dtype=dtype))
+    if scale is not None:
+        b = b * scale
+    return (a, b) if a.dtype == dtype else (a.to(dtype), b.to(dtype))

@@ -42,7 +42,6 @@ class AdaLoRA(api.StepHooks, api.RankAllocation, api.AuxiliaryLoss, api.LowRank)
 
     parameters = "rank * (in + out + 1)"
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
-    numerics = 2
     typical_lr_scale = 10.0
     hook_only_buffers = AVERAGE_BUFFERS
     mutable_buffers = AVERAGE_BUFFERS | {api.RANK_MASK}

@@ -33,7 +33,6 @@ class VeRA(api.SharedTensors, api.LowRank):
 
     parameters = "rank * rank_factor + out"
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
-    numerics = 2
     rank_limit = ""
     uses_alpha = False
     typical_lr_scale = 10.0
