@@ -3,7 +3,7 @@
 Shapes: a weight W is (out, in), A is (rank, in), B is (out, rank). A lane is one adapter in training; K lanes
 share one frozen base model.
 
-A variant is one file with one public subclass of `Variant`. It defines `parameters`, `forward`, and, unless
+A variant is one file with one public subclass of `Variant`. It defines `init`, `forward`, and, unless
 `is_mergeable` is False, `delta_weight`; base classes define the last two: `LoRA` (a product of two factors),
 `DenseUpdate` (a matrix of the size of W), `InputMap` and `OutputMap` (a map of the layer's input or output),
 `Mixture` (experts). The choice of layers, the lanes, dropout, merging and
@@ -31,7 +31,6 @@ from variants.errors import UnsupportedError
 from variants.frozen_layer import FrozenLayer, InitialTensors, Layers, Params
 from variants.lane_views import LaneView
 from variants.layer_random import LayerRandom, RandomOf
-from variants.parameter_formula import ParameterCount, evaluate_formula
 from variants.peft_format import PeftFormat
 from variants.traits import AdaptationScope, Batching, CalibrationStatistic, Start, VerifiedBy
 from variants.variant_settings import ExtraSettings, Hyperparameter, VariantSettings, complete_extra
@@ -40,7 +39,7 @@ RANK_MASK = "mask"
 """Name of a layer's frozen tensor with a 1 for each rank in use and a 0 for the others."""
 
 
-class Variant(ParameterCount, PeftFormat):
+class Variant(PeftFormat):
     """A rule that states how a frozen linear layer learns.
 
     A variant has no state: one instance serves all layers and lanes.
@@ -50,10 +49,18 @@ class Variant(ParameterCount, PeftFormat):
     """The name on the command line; by default the name of the file."""
     axis: ClassVar[str]
     """The kind of change that the variant makes to LoRA: the folder of the file."""
+    title: ClassVar[str]
+    """The name for readers; by default that of the class. Neither it nor the next four are inherited."""
+    paper: ClassVar[str] = ""
+    """Authors, and arXiv number, OpenReview id, DOI or venue; empty without a paper."""
+    year: ClassVar[int | None] = None
+    """The year of the paper's first version."""
+    deviations: ClassVar[str] = ""
+    """What differs from the source that the variant follows; "- " begins an item of a list."""
+    verified_by: ClassVar[VerifiedBy] = VerifiedBy.NONE
+    """What the implementation was compared with."""
     hyperparameters: ClassVar[Mapping[str, Hyperparameter]] = {}
     """Hyperparameters that only this variant has: defaults, permitted values and help."""
-    verified_by: ClassVar[VerifiedBy] = VerifiedBy.NONE
-    """Not inherited: a class that does not define this attribute itself is not verified."""
     batching: ClassVar[Batching] = Batching.BATCHED
     numerics: ClassVar[int] = 1
     """Raised by hand when a change alters results; records of a lower number then no longer count."""
@@ -65,8 +72,6 @@ class Variant(ParameterCount, PeftFormat):
     """The content of that file; empty for other variants."""
     adaptation_scope: ClassVar[AdaptationScope] = AdaptationScope.TARGET_LAYERS
     uses_rank: ClassVar[bool] = True
-    rank_limit: ClassVar[str] = "min(in, out)"
-    """Formula of a layer's largest rank, over `in`, `out` and the own hyperparameters; empty for no limit."""
     uses_alpha: ClassVar[bool] = True
     is_rank_stabilized: ClassVar[bool] = False
     """True if s = alpha / sqrt(rank), as in rsLoRA."""
@@ -104,7 +109,9 @@ class Variant(ParameterCount, PeftFormat):
         super().__init_subclass__(**options)
         *_, folder, file = ("", *cls.__module__.split("."))
         cls.name, cls.axis = vars(cls).get("name", file), vars(cls).get("axis", folder)
-        cls.verified_by = vars(cls).get("verified_by", VerifiedBy.NONE)  # not that of the class it extends
+        cls.title, cls.paper = vars(cls).get("title", cls.__name__), vars(cls).get("paper", "")
+        cls.year, cls.deviations = vars(cls).get("year"), vars(cls).get("deviations", "")
+        cls.verified_by = vars(cls).get("verified_by", VerifiedBy.NONE)
 
     @property
     def extra_defaults(self) -> ExtraSettings:
@@ -340,15 +347,13 @@ class Variant(ParameterCount, PeftFormat):
         return layer_count * settings.rank
 
     def largest_rank(self, layer: FrozenLayer) -> int | None:
-        """Return the value of `rank_limit` for a layer, or None if there is no limit."""
-        if not (self.uses_rank and self.rank_limit):
-            return None
-        return evaluate_formula(self.rank_limit, 0, layer.shape, 1, self.formula_names(layer.settings))
+        """Return the largest rank that a layer allows, or None if there is no limit."""
+        return min(layer.shape) if self.uses_rank else None
 
     def check_layer(self, layer: FrozenLayer) -> None:
         """Check that the settings fit a layer, before the model is adapted.
 
-        `rank_limit` and `Int.divides` are checked besides.
+        `largest_rank` and `Int.divides` are checked besides.
 
         Raises:
             UnsupportedError: They do not fit; the message names the layer, the size and the rule.

@@ -1,4 +1,4 @@
-"""LoRA (Hu et al. 2021, arXiv 2106.09685): W' = W + s B A, with s = alpha / rank."""
+"""LoRA: W' = W + s B A, with s = alpha / rank."""
 
 from typing import Any, ClassVar
 
@@ -29,7 +29,9 @@ class LoRA(api.Variant):
     their `frozen_update_buffers` is empty.
     """
 
-    parameters = "rank * (in + out)"
+    title = "LoRA"
+    paper = "Hu et al., arXiv 2106.09685"
+    year = 2021
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
     frozen_update_buffers = frozenset({"A0", "B0"})
     peft: ClassVar[api.PeftMethod | None] = LORA_PEFT

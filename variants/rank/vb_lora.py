@@ -1,4 +1,4 @@
-"""VB-LoRA (Li et al. 2024, arXiv 2405.15179): factors put together from a few vectors of one shared bank."""
+"""VB-LoRA: factors put together from a few vectors of one shared bank."""
 
 import itertools
 import math
@@ -30,8 +30,10 @@ class VBLoRA(LoRA):
     Source: `tuners/vblora/` of PEFT, and `NLU/` of the authors' code (leo-yangli/VB-LoRA).
     """
 
-    parameters = "rank * (in + out) / vector_length * vectors"
-    shared_parameters = "vectors * vector_length"
+    title = "VB-LoRA"
+    paper = "Li et al., arXiv 2405.15179"
+    year = 2024
+    verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
     hyperparameters = {
         "vectors": api.Int(256, help="number of vectors in the bank"),
         "vector_length": api.Int(
@@ -45,7 +47,6 @@ class VBLoRA(LoRA):
     uses_alpha = False
     start = api.Start.OTHER
     typical_lr_scale = 10.0
-    verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
     peft = api.PeftMethod(
         "VBLORA",
         {"PA": "vblora_logits_A", "PB": "vblora_logits_B"},
@@ -75,9 +76,6 @@ class VBLoRA(LoRA):
     ) -> api.VariantSettings:
         length = settings["vector_length"] or math.gcd(DEFAULT_LENGTH, *itertools.chain(*shapes))
         return replace(settings, extra={**settings.extra, "vector_length": length})
-
-    def formula_names(self, settings: api.VariantSettings) -> api.ExtraSettings:
-        return {**settings.extra, "vector_length": settings["vector_length"] or DEFAULT_LENGTH}
 
     def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
         out_pieces, in_pieces = (side // layer.settings["vector_length"] for side in layer.shape)
