@@ -28,7 +28,7 @@ from variants.hooks import MIXINS, GradientConstants, check_mixins
 from variants.layer_random import LayerRandom
 from variants.peft_format import PeftFormat
 from variants.traits import AdaptationScope, Batching, Start, VerifiedBy
-from variants.variant_settings import Hyperparameter, VariantSettings, complete_extra
+from variants.variant_settings import ExtraSettings, Hyperparameter, VariantSettings, complete_extra
 
 
 class Variant:
@@ -48,7 +48,7 @@ class Variant:
     year: ClassVar[int | None] = None
     """The year of the paper's first version."""
     deviations: ClassVar[str] = ""
-    """What differs from the paper or from the reference, and why."""
+    """What differs from the source that the variant follows; "- " begins an item of a list."""
     verified_by: ClassVar[VerifiedBy] = VerifiedBy.NONE
     """Title, paper, year, deviations and this attribute are not inherited."""
     hyperparameters: ClassVar[Mapping[str, Hyperparameter]] = {}
@@ -84,6 +84,11 @@ class Variant:
             if name not in vars(cls):
                 setattr(cls, name, default)
         check_mixins(cls, (*MIXINS, PeftFormat))
+
+    @property
+    def extra_defaults(self) -> ExtraSettings:
+        """Defaults of the hyperparameters that only this variant has."""
+        return {name: each.default for name, each in self.hyperparameters.items()}
 
     def scaling(self, settings: VariantSettings) -> float:
         """Return the factor s in front of the update: alpha / rank, and 1 for a variant without alpha."""

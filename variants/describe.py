@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from variants.api import Variant
 
 RANK, SIDE, LAYERS = 8, 4096, 32
-"""The size at which parameters are counted: the rank, both sides of a layer, and the number of layers (as
-many as a model of 8 billion parameters has of one type)."""
+"""The size at which parameters are counted: the rank, both sides of a layer, and the number of layers, which
+is that of a model of 8 billion parameters. The layers are of one type and in blocks of their own."""
 
 CHECKED_TEXT = {
     VerifiedBy.REFERENCE_IMPLEMENTATION: "PEFT",
@@ -38,9 +38,12 @@ START_TEXT = {
     Start.ROUNDED: "W' = W at step 0, up to rounding",
     Start.OTHER: "W' differs from W at step 0",
 }
-_PAPER_ID = re.compile(
-    r"(?P<arxiv>arXiv \d{4}\.\d{4,5})|(?P<review>openreview \w+)|(?P<doi>doi [\w./]+)", re.IGNORECASE
-)
+_PAPER_ID = re.compile(r"(arXiv|OpenReview|doi) ([\w./]+)$")
+_ADDRESSES = {
+    "arXiv": "https://arxiv.org/abs/",
+    "OpenReview": "https://openreview.net/forum?id=",
+    "doi": "https://doi.org/",
+}
 _INITIALIZATION = re.compile(
     r"Initialization(?P<like> [\w ]*as in [^.;,\n]+)?:?\s*(?P<text>.*?)(?:\n\s*\n|\Z)", re.S
 )
@@ -64,21 +67,18 @@ class Description:
     name: str
     title: str
     axis: str
-    authors: str
-    """Authors and year; empty for a control."""
     paper: str
-    """arXiv number, OpenReview id, DOI or venue; empty for a control."""
+    """Authors, and arXiv number, OpenReview id, DOI or venue; empty for a control."""
+    year: int | None
     summary: str
     """One clause that says what the variant does."""
     rule: str
-    """The docstring of the variant's class: equation, initialization, defaults, deviations."""
-    parameters: str
-    """Formula of the number of trainable values of one layer."""
+    """The docstring of the variant's class: equation, initialization, defaults, sources."""
+    deviations: str
+    """What differs from the source."""
     parameter_count: int | None
-    """Its value at rank `RANK` for a layer with sides `SIDE`, one of `LAYERS`; None without a formula."""
-    shared_parameters: str
-    """The same for each group of layers that share trainable tensors; empty without such tensors."""
-    shared_parameter_count: int | None
+    """Trainable values of `LAYERS` layers with sides `SIDE` at rank `RANK`; None for a control, or if the
+    initialization needs the values of the weights."""
     initialization: str
     """The beginning of the docstring's part on the initialization."""
     start: str
@@ -138,19 +138,19 @@ def _from_json(fields: dict[str, Any]) -> Description:
 
 def _describe(name: str) -> Description:
     variant = catalogue.get(name)
-    title, authors, paper, summary = _read_heading(variant)
+    docstring = inspect.getmodule(type(variant)).__doc__ or ""
+    summary = "the layer of the PEFT library computes the update" if variant.axis == PEFT_AXIS else ""
+    shapes = {f"layers.{block}.linear": (SIDE, SIDE) for block in range(LAYERS)}
     return Description(
         name=name,
-        title=title,
+        title=f"PEFT's {name.removeprefix(PEFT_PREFIX)}" if variant.axis == PEFT_AXIS else variant.title,
         axis=variant.axis,
-        authors=authors,
-        paper=paper,
-        summary=summary,
+        paper=variant.paper,
+        year=variant.year,
+        summary=summary or " ".join(docstring.strip().split("\n\n")[0].split()).partition(": ")[2],
         rule=inspect.cleandoc(type(variant).__doc__ or ""),
-        parameters=variant.parameters,
-        parameter_count=_layer_count(variant),
-        shared_parameters=variant.shared_parameters,
-        shared_parameter_count=_count(variant, variant.shared_parameters),
+        deviations=inspect.cleandoc(variant.deviations),
+        parameter_count=count_parameters(variant, VariantSettings(rank=RANK), shapes),
         initialization=find_initialization(type(variant)),
         start=variant.start.value,
         batching=variant.batching.value,
@@ -169,41 +169,10 @@ def _describe(name: str) -> Description:
     )
 
 
-def _read_heading(variant: Variant) -> tuple[str, str, str, str]:
-    """Return title, authors, paper and summary; without a docstring, the class's name is the title."""
-    if variant.axis == PEFT_AXIS:
-        peft_type = variant.name.removeprefix(PEFT_PREFIX)
-        return f"PEFT's {peft_type}", "", "", "the layer of the PEFT library computes the update"
-    docstring = inspect.getmodule(type(variant)).__doc__ or ""
-    title, authors, paper, summary = parse_module_docstring(docstring)
-    return title or type(variant).__name__, authors, paper, summary
-
-
-def parse_module_docstring(docstring: str) -> tuple[str, str, str, str]:
-    """Return title, authors with the year, paper and summary from "Title (Authors, source): summary"."""
-    first = " ".join(docstring.strip().split("\n\n")[0].split())
-    head, colon, summary = first.partition("): ")
-    if not colon or " (" not in head:
-        title, _, summary = first.partition(": ")
-        return title, "", "", summary
-    title, _, source = head.partition(" (")
-    return title, *split_source(source), summary
-
-
-def split_source(source: str) -> tuple[str, str]:
-    """Split "Hu et al. 2021, arXiv 2106.09685" into authors with the year, and the paper."""
-    found = _PAPER_ID.search(source)
-    paper = found[0] if found else source.rpartition(", ")[2]
-    authors = source[: found.start()] if found else source.rpartition(", ")[0]
-    return authors.strip(" ,"), re.sub("^openreview", "OpenReview", paper, flags=re.IGNORECASE)
-
-
 def paper_link(paper: str) -> str:
-    """Return the address of a paper from its arXiv number, OpenReview id or DOI; empty for a venue."""
-    kind, _, number = paper.partition(" ")
-    address = {"arxiv": "https://arxiv.org/abs/", "openreview": "https://openreview.net/forum?id="}
-    address["doi"] = "https://doi.org/"
-    return address[kind.lower()] + number if _PAPER_ID.fullmatch(paper) else ""
+    """Return the address of a paper from the arXiv number, OpenReview id or DOI at the end of its source."""
+    found = _PAPER_ID.search(paper)
+    return _ADDRESSES[found[1]] + found[2] if found else ""
 
 
 def find_initialization(variant_class: type[Variant]) -> str:
@@ -219,30 +188,48 @@ def find_initialization(variant_class: type[Variant]) -> str:
     return ""
 
 
-def _layer_count(variant: Variant) -> int | None:
-    """Return the number of a layer's trainable values at the size in `RANK`, `SIDE` and `LAYERS`.
+def count_parameters(
+    variant: Variant, settings: VariantSettings, shapes: Mapping[str, tuple[int, int]], has_bias: bool = False
+) -> int | None:
+    """Return the number of trainable values of a lane in the given layers.
 
-    None if the variant has no formula for it and does not count them itself.
+    The layers are initialized on the device "meta", where tensors have shapes and no values. Of a layer with
+    masked ranks, as many ranks count as the settings state, which is their mean at the end of the training.
+
+    Args:
+        variant: The variant.
+        settings: The lane's settings.
+        shapes: (out, in) of each layer by dotted path.
+        has_bias: Whether the layers have a bias.
+
+    Returns:
+        The number; None for a control, for settings that do not fit the layers, or if the number depends on
+        the values of the weights.
     """
     import torch
 
-    from variants.api import FrozenLayer, Variant
+    from variants.api import RANK_MASK, Calibrated, CalibrationStatistic, FrozenLayer, UnsupportedError
+    from variants.adapters import init_lane
 
-    counts_itself = type(variant).layer_parameters is not Variant.layer_parameters
-    if not variant.parameters and not counts_itself:
+    if variant.adaptation_scope is not AdaptationScope.TARGET_LAYERS:
         return None
-    settings = variant.validate_settings(VariantSettings(rank=RANK))
-    weight = torch.empty(SIDE, SIDE, device="meta")
-    layer = FrozenLayer("layer", weight, None, settings=settings)
-    return variant.layer_parameters(layer, RANK, LAYERS)
-
-
-def _count(variant: Variant, formula: str) -> int | None:
-    """Return the value of a formula at the size in `RANK`, `SIDE` and `LAYERS`; None without a formula."""
-    if not formula:
+    settings = variant.validate_settings(settings)
+    layers: dict[str, FrozenLayer] = {}
+    try:
+        for name, shape in shapes.items():
+            weight = torch.empty(shape, device="meta")
+            layer = FrozenLayer(name, weight, weight[:, 0] if has_bias else None, settings=settings)
+            if isinstance(variant, Calibrated) and variant.calibration_statistic.needs_data:
+                rows = shape[variant.calibration_statistic is not CalibrationStatistic.MEAN_GRADIENT]
+                general = layer.with_settings(replace(settings, alpha=None))
+                reduced = variant.reduce_calibration(general, torch.empty(rows, shape[1], device="meta"))
+                layer = replace(layer, calibration=reduced)
+            layers[name] = layer
+        initial = init_lane(variant, layers, seed=0).values()
+    except (RuntimeError, UnsupportedError):
         return None
-    from variants.parameter_formula import evaluate_formula
-
-    settings = variant.validate_settings(VariantSettings(rank=RANK))
-    names = variant.formula_names(settings)
-    return evaluate_formula(formula, RANK, (SIDE, SIDE), LAYERS, names)
+    count = 0
+    for each in initial:
+        size, mask = sum(tensor.numel() for tensor in each.trainable.values()), each.frozen.get(RANK_MASK)
+        count += size if mask is None else size // mask.numel() * settings.rank
+    return count

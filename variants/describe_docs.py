@@ -65,7 +65,7 @@ def write_docs() -> str:
 def catalogue_tables(entries: Sequence[Description]) -> str:
     """Return a table of the entries for each axis."""
     header = (
-        "variant", "what it does", "values per layer", "at r = 8", "initialization", "lanes", "merges",
+        "variant", "what it does", "values", "initialization", "lanes", "merges",
         "checked against", "own hyperparameters",
     )  # fmt: skip
     parts = []
@@ -75,16 +75,11 @@ def catalogue_tables(entries: Sequence[Description]) -> str:
 
 
 def _entry_cells(each: Description) -> tuple[str, ...]:
-    formula = f"`{each.parameters}`" if each.parameters else ""
     count = "" if each.parameter_count is None else format_count(each.parameter_count)
-    if each.shared_parameters:
-        formula += f"; shared by a group of layers: `{each.shared_parameters}`"
-        count += f"; shared: {format_count(each.shared_parameter_count)}"
     mark = {Start.OTHER: " (W' is not W)", Start.ROUNDED: " (W' is W up to rounding)"}
     return (
         f"`{each.name}`" + _link(each.paper),
         each.summary.rstrip("."),
-        formula,
         count,
         each.initialization.rstrip(".") + mark.get(Start(each.start), ""),
         each.batching,
@@ -122,8 +117,8 @@ def exports_table(entries: Iterable[Description]) -> str:
 
 def _link(paper: str) -> str:
     """Return a link to a paper in brackets; its venue if there is no address; nothing without a paper."""
-    link = paper_link(paper)
-    return f" ([{paper.removeprefix('arXiv ')}]({link}))" if link else f" ({paper})" if paper else ""
+    link, number = paper_link(paper), paper.rpartition(" ")[2]
+    return f" ([{number}]({link}))" if link else f" ({paper})" if paper else ""
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -26,7 +26,7 @@ AXES = {
 """What the entries of an axis change, by axis; an axis that is not listed is shown without a description."""
 
 INTRODUCTION = (
-    f"Trainable values of one layer of {SIDE:,} x {SIDE:,} at rank {RANK}, one of {LAYERS} such layers; how "
+    f"Trainable values of {LAYERS} layers of {SIDE:,} x {SIDE:,} at rank {RANK}; how "
     "lanes share a computation; whether the update can be merged into the weight; what the implementation "
     "was checked against. `python -m variants NAME` explains an entry."
 )
@@ -51,21 +51,19 @@ def _entry_lines(each: Description) -> list[str]:
         "yes" if each.exports.merged.possible else "no",
         checked_text(each),
     )
-    formula = f": {each.parameters}" if each.parameters else ""
-    if each.shared_parameters:
-        formula += f", and {each.shared_parameters} shared ({format_count(each.shared_parameter_count)})"
-    lines = [_row(cells), *_wrap(f"{each.title}{_in_brackets(each.paper)}{formula}")]
+    lines = [_row(cells), *_wrap(f"{each.title}{_in_brackets(each.paper)}")]
     start = shorten(each.initialization, WIDTH - len("    start: "))
     return [*lines, f"    start: {start}"] if start else lines
 
 
 def format_entry(each: Description) -> str:
     """Return the explanation of one entry: docstring, hyperparameters and an example."""
-    source = ", ".join(part for part in (each.authors, each.paper) if part)
+    source = f"{each.paper} ({each.year})" if each.paper else ""
     lines = [f"{each.title} ({each.name}), axis {each.axis}"]
     lines += [line for line in (source, each.link) if line]
+    deviations = f"Deviations: {each.deviations}" if each.deviations else ""
     summary = textwrap.wrap(each.summary[:1].upper() + each.summary[1:], WIDTH)
-    for paragraph in (summary, wrap_docstring(each.rule, WIDTH)):
+    for paragraph in (summary, wrap_docstring(each.rule, WIDTH), wrap_docstring(deviations, WIDTH)):
         lines += ["", *paragraph] if paragraph else []
     lines += [""]
     for label, text in _facts(each):
@@ -84,12 +82,8 @@ def _facts(each: Description) -> Iterable[tuple[str, str]]:
     names = [name for name, is_used in used.items() if is_used]
     yield "settings", ", ".join(names) or "none of rank, alpha and dropout"
     if each.parameter_count is not None:
-        formula = f"{each.parameters}; " if each.parameters else ""
         count = format_count(each.parameter_count)
-        yield "parameters", f"{formula}{count} at rank {RANK} and {SIDE} x {SIDE}"
-    if each.shared_parameters:
-        count = format_count(each.shared_parameter_count)
-        yield "shared", f"{each.shared_parameters} per group of layers; {count} at the same size"
+        yield "parameters", f"{count} in {LAYERS} layers of {SIDE:,} x {SIDE:,} at rank {RANK}"
     yield "start", START_TEXT[Start(each.start)]
     if each.calibration != "none":
         yield "calibration", f"computed from each layer's {each.calibration}"

@@ -95,7 +95,7 @@ class LaneTensors:
             with torch.inference_mode(False):  # the stacks of an evaluation are used in training too
                 stack = self._make_stack(lanes)
         if len(lanes) == 1 and torch.is_grad_enabled():
-            # Autograd writes the gradients of one lane itself, which takes less time than the hook of a stack.
+            # Autograd writes the gradients of one lane itself, in less time than the hook of a stack.
             return {**stack, **{name: p.unsqueeze(0) for name, p in self.trainable[lanes[0]].items()}}
         return stack
 

@@ -39,7 +39,7 @@ class LayerRandom:
             shape: The shape of the result.
             bound: The largest absolute value.
         """
-        draw = torch.rand(shape, generator=self.generator(parameter), dtype=torch.float32)
+        draw = self._draw(torch.rand, parameter, shape)
         return draw.mul_(2).sub_(1).mul_(bound).to(self.layer.device, self.layer.dtype)
 
     def kaiming(self, parameter: str, shape: tuple[int, ...], fan_in: int | None = None) -> Tensor:
@@ -60,8 +60,11 @@ class LayerRandom:
             shape: The shape of the result.
             std: The standard deviation.
         """
-        draw = torch.randn(shape, generator=self.generator(parameter), dtype=torch.float32)
-        return draw.mul_(std).to(self.layer.device, self.layer.dtype)
+        return self._draw(torch.randn, parameter, shape).mul_(std).to(self.layer.device, self.layer.dtype)
+
+    def _draw(self, distribution: Callable[..., Tensor], parameter: str, shape: tuple[int, ...]) -> Tensor:
+        device = "meta" if self.layer.device.type == "meta" else "cpu"  # on meta only the shape is needed
+        return distribution(shape, generator=self.generator(parameter), dtype=torch.float32, device=device)
 
     def distinct(self, parameter: str, count: int, below: int) -> Tensor:
         """Draw `count` distinct whole numbers below `below`, in ascending order (int64, on the CPU).

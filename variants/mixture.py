@@ -55,9 +55,6 @@ class Mixture(api.Variant):
             raise api.UnsupportedError(f"top_k {top_k}: there are {experts} experts; 0 weighs all of them")
         return settings
 
-    def formula_names(self, settings: api.VariantSettings) -> api.ExtraSettings:
-        return {**settings.extra, "experts": self.expert_count(settings)}
-
     def scaling(self, settings: api.VariantSettings) -> float:
         assert settings.alpha is not None
         return settings.alpha * (self.expert_count(settings) if self.shares_rank else 1) / settings.rank

@@ -5,7 +5,7 @@ fields of their configs that are hyperparameters.
 """
 
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -47,10 +47,12 @@ class PeftTuner(api.Variant):
     """
 
     batching = api.Batching.EXCLUSIVE
-    rank_limit = ""
     dropout_on_base = True
     config_class: type[Any]
     """PEFT's config."""
+
+    def largest_rank(self, layer: api.FrozenLayer) -> int | None:
+        return None
 
     def scaling(self, settings: api.VariantSettings) -> float:
         """Return alpha; PEFT's layer computes the factor s from it."""
@@ -104,13 +106,6 @@ class PeftTuner(api.Variant):
             build_layer(config, torch.empty(out_features, in_features, device="meta"), None, 0)
         except api.UnsupportedError as error:
             raise api.UnsupportedError(f"{layer.name}: {error}") from error
-
-    def layer_parameters(self, layer: api.FrozenLayer, rank: int, layers: int) -> int:
-        config = self.config(replace(layer.settings, rank=rank), 1.0)
-        device = layer.device if config.peft_type.value in SHAPES_FROM_VALUES else "meta"
-        bias = None if layer.bias is None else layer.bias.to(device)
-        made = build_layer(config, layer.weight.to(device, torch.float32), bias, 0)
-        return sum(tensor.numel() for tensor in split_tensors(made)[0].values())
 
     def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
         config = self.config(layer.settings, self.scaling(layer.settings))

@@ -33,8 +33,6 @@ class StartsElsewhere(LoRA):
 class DeadTensor(LoRA):
     """One trainable tensor never gets a gradient, as in a LoHa whose two B both start at zero."""
 
-    parameters = "rank * (in + out) + out"
-
     def init(self, layer: FrozenLayer, random: LayerRandom) -> InitialTensors:
         initial = super().init(layer, random)
         initial.trainable["C"] = torch.ones(layer.weight.shape[0], dtype=layer.dtype)
@@ -115,9 +113,10 @@ class ScalesAcrossExperts(LoRA):
 
 
 class CountsWrong(LoRA):
-    """The parameter count includes a vector that does not exist."""
+    """A layer's number of trainable values depends on the values of its weight."""
 
-    parameters = "rank * (in + out) + out"
+    def init(self, layer: FrozenLayer, random: LayerRandom) -> InitialTensors:
+        return random.lora(layer.settings.rank + (layer.weight.is_meta or bool(layer.weight[0, 0] > 9)))
 
 
 class GoesUphill(LoRA):

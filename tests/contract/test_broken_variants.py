@@ -25,7 +25,7 @@ MUTANTS: list[tuple[type[Variant], Case, str]] = [
     (broken.ForgetsFrozen, SEVERAL, "saved_lane_is_restored"),
     (broken.LeaksBetweenLanes, SEVERAL, "lanes_are_independent"),
     (broken.ScalesAcrossExperts, SEVERAL, "lanes_are_independent"),
-    (broken.CountsWrong, ONE, "parameter_count_equals_the_formula"),
+    (broken.CountsWrong, ONE, "parameter_count_follows_from_shapes"),
     (broken.GoesUphill, SEVERAL, "fits_a_representable_target"),
     (broken.ExportsWrongAlpha, SEVERAL, "export_loads_in_peft"),
 ]

@@ -11,7 +11,6 @@ from variants.baseline.lora import LoRA
 class Gained(LoRA):
     """W' = W + s diag(g) B A."""
 
-    parameters = "rank * (in + out) + out"
     hyperparameters: ClassVar = {"start": api.Number(1.0, above=0, help="initial gain")}
 
     def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:

@@ -23,8 +23,6 @@ RUNS_OUT_OF_MEMORY = 0.7
 class Watched(LoRA):
     """W' = W + s B A, as in LoRA."""
 
-    parameters = "rank * (in + out)"
-
     def before_step(self, lane: api.LaneView) -> None:
         """Log the step; wait 0.2 s if the file `slow` exists, and while `held` exists; fail at two rates."""
         if lane.total_steps < 12:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from variants import catalogue
 from variants.api import ExtraSettings, FrozenLayer, UnsupportedError, VariantSettings
 from variants.attach import Adapters, attach
+from variants.describe import count_parameters
 from variants.mixture import keep_largest
-from variants.parameter_formula import evaluate_formula
 
 VARIANT = catalogue.get("lora_moe")
 OUT, IN = 20, 12
@@ -98,9 +98,7 @@ def test_the_number_of_experts_divides_the_rank(rank: int, experts: int) -> None
     assert params["R"].shape == (2, experts, IN)
     assert params["A"].shape == (2, rank, IN)
     assert VARIANT.scaling(lane_settings) == pytest.approx(16 * experts / rank)
-    names = VARIANT.formula_names(lane_settings)
-    count = evaluate_formula(VARIANT.parameters, rank, (OUT, IN), 1, names)
-    assert count == rank * (OUT + IN) + experts * IN
+    assert count_parameters(VARIANT, lane_settings, {"x": (OUT, IN)}) == rank * (OUT + IN) + experts * IN
 
 
 @pytest.mark.parametrize(

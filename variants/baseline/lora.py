@@ -1,4 +1,4 @@
-"""LoRA (Hu et al. 2021, arXiv 2106.09685): W' = W + s B A, with s = alpha / rank."""
+"""LoRA: W' = W + s B A, with s = alpha / rank."""
 
 from variants import api
 from variants.low_rank import LORA_PEFT, LowRank
@@ -10,5 +10,8 @@ class LoRA(LowRank):
     Initialization: A from U(-1/sqrt(in), 1/sqrt(in)) (Kaiming-uniform with a = sqrt(5)), B = 0, so W' = W.
     """
 
+    title = "LoRA"
+    paper = "Hu et al., arXiv 2106.09685"
+    year = 2021
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
     peft = LORA_PEFT

@@ -1,4 +1,4 @@
-"""AdaMoLE (Liu and Luo 2024, arXiv 2405.00361): a threshold per token selects its experts."""
+"""AdaMoLE: a threshold per token selects its experts."""
 
 from torch import Tensor
 
@@ -15,19 +15,22 @@ class AdaMoLE(BalancedMixture):
 
     Defaults (the authors' configuration): 8 experts that share `rank`, the largest threshold 1 / experts,
     with which a token has at least one expert, `balance` 0.001 (P_i in `Mixture.imbalance`: mean of p_i - t).
-    Deviations: see `Mixture`; T has the same input as R. The authors train in float32; in a bfloat16 model
-    the logits are rounded to bfloat16, which changes the experts of 0.3 % of random tokens at the start.
     Source: src/adamole/layer.py and configs of zefang-liu/AdaMoLE; the paper's section 4.3 and equations 5 to
     7 (numbers unconfirmed).
     """
 
-    parameters = "rank * (in + out) + (experts + 1) * in + 1"
+    title = "AdaMoLE"
+    paper = "Liu and Luo, arXiv 2405.00361"
+    year = 2024
+    deviations = """See `Mixture`; T has the same input as R. The authors train in float32; in a bfloat16
+    model the logits are rounded to bfloat16, which changes the experts of 0.3 % of random tokens at the
+    start."""
+    verified_by = api.VerifiedBy.AUTHORS_CODE
     hyperparameters = {
         "experts": api.Int(8, minimum=2, help="largest number of experts; the number used divides the rank"),
         "max_threshold": api.Number(0.0, below=1.0, help="largest threshold; 0 stands for 1 / experts"),
         "balance": api.Number(1e-3, help="weight of the balancing loss"),
     }
-    verified_by = api.VerifiedBy.AUTHORS_CODE
     rounds_alike = False  # a sigmoid rounds the last columns of a tensor according to the tensor's size
 
     def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:

@@ -1,4 +1,4 @@
-"""GOAT (Fan et al. 2025, arXiv 2502.16894): experts that start from different parts of the weight's SVD."""
+"""GOAT: experts that start from different parts of the weight's SVD."""
 
 import math
 from dataclasses import replace
@@ -27,14 +27,16 @@ class GOAT(api.Calibrated, api.FrozenUpdate, BalancedMixture):
     used. The theorem is for B = 0, and the authors' code has this scale only with other starts. Further
     defaults: 8 experts, top 2, rho 10, 0.001 of the balancing loss, as in the authors' scripts.
 
-    Deviations: see `Mixture`. The survey's code has s = ceil(alpha / d) / d (equal for d = 1), subtracts
-    B0 A0 without the factor 1 / E, and draws R from U(0, 1), so that one expert has most of the weight.
-
     Source: the paper's equations 13 to 19 (numbers unconfirmed); goat/peta/src/goat/layer.py and
     goat/train_nlg.py (init_cof) of Facico/GOAT-PEFT.
     """
 
-    parameters = "rank * (in + out) + experts * in"
+    title = "GOAT"
+    paper = "Fan et al., arXiv 2502.16894"
+    year = 2025
+    deviations = """See `Mixture`. The survey's code has s = ceil(alpha / d) / d (equal for d = 1), subtracts
+    B0 A0 without the factor 1 / E, and draws R from U(0, 1), so that one expert has most of the weight."""
+    verified_by = api.VerifiedBy.AUTHORS_CODE
     hyperparameters = {
         "experts": api.Int(8, minimum=2, help="largest number of experts; the number used divides the rank"),
         "top_k": api.Int(2, minimum=0, help="experts per token; 0 weighs all"),
@@ -43,7 +45,6 @@ class GOAT(api.Calibrated, api.FrozenUpdate, BalancedMixture):
         "scaling": api.Choice("alpha", ("alpha", "theory"), help="s from alpha or from theorem 3.5"),
         "eta": api.Number(1.0, above=0, help="ratio of learning rates in theorem 3.5"),
     }
-    verified_by = api.VerifiedBy.AUTHORS_CODE
     start = api.Start.OTHER
     calibration_statistic = api.CalibrationStatistic.WEIGHT
     frozen_update_buffers = frozenset({"A0", "B0"})

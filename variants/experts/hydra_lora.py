@@ -1,4 +1,4 @@
-"""HydraLoRA (Tian et al. 2024, arXiv 2404.19245): one A and several B per layer, weighed by a router."""
+"""HydraLoRA: one A and several B per layer, weighed by a router."""
 
 from torch import Tensor
 
@@ -16,15 +16,16 @@ class HydraLoRA(Mixture):
     The default of 3 experts is the average in the paper's table 2 (rank 8). The paper finds the number by
     k-means over the training data; the official script has 4.
 
-    Deviations: see `Mixture` (dropout). As in the official code, there is no balancing loss.
-
     Source: the paper's equations 3 and 4; HydraLoRA/peft/tuners/lora.py of Clin0212/HydraLoRA, which adds s
     and has R in this shape.
     """
 
-    parameters = "rank * (in + experts * out) + experts * in"
-    hyperparameters = {"experts": api.Int(3, minimum=2, help="number of B matrices")}
+    title = "HydraLoRA"
+    paper = "Tian et al., arXiv 2404.19245"
+    year = 2024
+    deviations = "See `Mixture` (dropout). As in the official code, there is no balancing loss."
     verified_by = api.VerifiedBy.AUTHORS_CODE
+    hyperparameters = {"experts": api.Int(3, minimum=2, help="number of B matrices")}
     shares_rank = False
 
     def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:

@@ -1,4 +1,4 @@
-"""LoRAMoE (Dou et al. 2023, arXiv 2312.09979): several LoRAs per layer and a router that weighs them."""
+"""LoRAMoE: several LoRAs per layer and a router that weighs them."""
 
 from torch import Tensor
 
@@ -21,19 +21,21 @@ class LoRAMoE(BalancedMixture):
     The loss gains `balance` times the squared coefficient of variation (var / mean^2) over the experts of the
     sums of their gates over an example's tokens. (The paper's var / mean grows with the number of tokens.)
     The default 0.1 is the paper's beta (from summaries; script: 0); 8 experts are the script's (paper: 6).
-    Deviations: see `Mixture`; the variance is over the experts of an example, not over all experts and
-    examples of a batch; experts have no types. (In the paper and the code a sum is multiplied by 1 + delta if
-    the expert has the type of the example's task, else by 1 - delta; delta: paper 0.1, script 0.)
     Source: peft/tuners/lora.py, run_loramoe.sh and issue 3 (var / mean^2) of Ablustrund/LoRAMoE.
     """
 
-    parameters = "rank * (in + out) + experts * in"
+    title = "LoRAMoE"
+    paper = "Dou et al., arXiv 2312.09979"
+    year = 2023
+    deviations = """See `Mixture`; the variance is over the experts of an example, not over all experts and
+    examples of a batch; experts have no types. (In the paper and the code a sum is multiplied by 1 + delta if
+    the expert has the type of the example's task, else by 1 - delta; delta: paper 0.1, script 0.)"""
+    verified_by = api.VerifiedBy.AUTHORS_CODE
     hyperparameters = {
         "experts": api.Int(8, minimum=2, help="largest number of experts"),
         "top_k": api.Int(0, minimum=0, help="gates that are kept for each token; 0 keeps all"),
         "balance": api.Number(0.1, help="weight of the balance loss"),
     }
-    verified_by = api.VerifiedBy.AUTHORS_CODE
 
     def imbalance(
         self, gates: Tensor, probabilities: Tensor, mask: Tensor, settings: api.VariantSettings

@@ -1,4 +1,4 @@
-"""MoLA (Gao et al. 2024, arXiv 2402.08562): mixtures of LoRA experts, larger ones in later blocks."""
+"""MoLA: mixtures of LoRA experts, larger ones in later blocks."""
 
 from torch import Tensor
 
@@ -17,8 +17,7 @@ class MoLA(api.InitTogether, api.RankAllocation, BalancedMixture):
     Shapes: A (experts * rank, in), B (out, experts * rank), R (experts, in). `shape` gives the number of
     experts in the quarters of the blocks, from the first block to the last: 2, 4, 6, 8 (inverted_triangle),
     8, 6, 4, 2 (triangle), 8, 2, 2, 8 (hourglass) or 5 everywhere (rectangle). A layer's block is the first
-    number in its name; a layer without a number counts as one of the last block. The formula of the number
-    of parameters has the rank of all experts of a layer together.
+    number in its name; a layer without a number counts as one of the last block.
 
     Initialization: A and R from U(-1/sqrt(in), 1/sqrt(in)), B = 0, so y = W x.
 
@@ -27,27 +26,26 @@ class MoLA(api.InitTogether, api.RankAllocation, BalancedMixture):
     mola_training_instruction.py does not. The loss is experts * sum_i f_i P_i, where f_i is the share of the
     selections that fall on expert i and P_i is the mean of its probabilities.
 
-    Deviations: see `Mixture`. Each layer has its own balancing loss, where the official code has one of all
-    adapted layers of a block together, which can be at its minimum although each uses only two experts.
-
     Source: src/mola_lora_hacked.py and src/mola_modeling_llama_hacked.py of GCYZSL/MoLA.
     """
 
-    parameters = "rank * (in + out) + rank / expert_rank * in"
+    title = "MoLA"
+    paper = "Gao et al., arXiv 2402.08562"
+    year = 2024
+    deviations = """See `Mixture`. Each layer has its own balancing loss, where the official code has one of
+    all adapted layers of a block together, which can be at its minimum although each uses only two experts.
+    """
+    verified_by = api.VerifiedBy.AUTHORS_CODE
     hyperparameters = {
         "shape": api.Choice("inverted_triangle", tuple(SHAPES), help="numbers of experts by depth"),
         "top_k": api.Int(2, maximum=2, help="experts per token"),
         "balance": api.Number(1e-3, help="weight of the balancing loss"),
     }
-    verified_by = api.VerifiedBy.AUTHORS_CODE
     shares_rank = False
 
     def expert_count(self, settings: api.VariantSettings) -> int:
         """Return the number of experts of the smallest layers."""
         return min(SHAPES[settings["shape"]])
-
-    def formula_names(self, settings: api.VariantSettings) -> api.ExtraSettings:
-        return {**settings.extra, "expert_rank": settings.rank}
 
     def rank_in_use(self, params: api.Params, settings: api.VariantSettings) -> int:
         return len(params["A"])  # of all experts together

@@ -1,4 +1,4 @@
-"""CorDA (Yang et al. 2024, arXiv 2406.05223): LoRA from the components of W that certain inputs use."""
+"""CorDA: LoRA from the components of W that certain inputs use."""
 
 import torch
 from torch import Tensor
@@ -20,19 +20,21 @@ class CorDA(api.Calibrated, LowRank):
 
     The defaults: 256 batches (the authors: 256 samples) and PEFT's mode.
 
-    Deviation: in the mode "knowledge" the authors take C from samples of another task; here C is always the
-    training data's.
-
     Source: cordalib/act_aware_utils.py and decomposition.py of the authors' code; PEFT's corda.py.
     """
 
+    title = "CorDA"
+    paper = "Yang et al., arXiv 2406.05223"
+    year = 2024
+    deviations = """In the mode "knowledge" the authors take C from samples of another task; here C is always
+    the training data's."""
+    verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
     hyperparameters = {
         "calibration_batches": api.Int(256, help="number of batches of the inputs' second moment"),
         "mode": api.Choice(
             "instruction", ("instruction", "knowledge"), help="largest or smallest components"
         ),
     }
-    verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
     calibration_statistic = api.CalibrationStatistic.INPUT_MOMENT
 
     def reduce_calibration(self, layer: api.FrozenLayer, matrix: Tensor) -> api.Params:
@@ -50,6 +52,8 @@ class CorDA(api.Calibrated, LowRank):
 
 def _invertible(moment: Tensor, layer: api.FrozenLayer) -> tuple[Tensor, Tensor]:
     """Return the moment with an increased diagonal, and the inverse of the result, (in, in) each."""
+    if moment.is_meta:
+        return moment, moment
     identity = torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
     for doublings in range(20):
         damped = moment + 0.01 * 2**doublings * moment.diagonal().mean() * identity

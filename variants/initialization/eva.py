@@ -1,7 +1,4 @@
-"""EVA (Paischer et al. 2024, arXiv 2410.07170): LoRA from the principal directions of a layer's inputs.
-
-Layers whose directions explain more variance get more ranks.
-"""
+"""EVA: LoRA from the principal directions of a layer's inputs."""
 
 import torch
 from torch import Tensor
@@ -23,13 +20,15 @@ class EVA(api.InitTogether, api.RankAllocation, api.Calibrated, api.LowRank):
 
     Principal directions are the right singular vectors of the inputs minus their mean, as in the authors'
     code and PEFT (both use an incremental PCA).
-
-    Deviations: the covariance of all `calibration_batches` batches is decomposed once; the authors' code and
-    PEFT update and truncate the decomposition with each batch until the directions converge (`tau`). Every
-    position except padding counts; PEFT leaves out the prompt by default. Directions with less than about
-    1e-7 of a layer's variance are lost in a covariance in float32.
     """
 
+    title = "EVA"
+    paper = "Paischer et al., arXiv 2410.07170"
+    year = 2024
+    deviations = """The covariance of all `calibration_batches` batches is decomposed once; the authors' code
+    and PEFT update and truncate the decomposition with each batch until the directions converge (`tau`).
+    Every position except padding counts; PEFT leaves out the prompt by default. Directions with less than
+    about 1e-7 of a layer's variance are lost in a covariance in float32."""
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
     calibration_statistic = api.CalibrationStatistic.INPUT_COVARIANCE
     hyperparameters = {
@@ -47,6 +46,8 @@ class EVA(api.InitTogether, api.RankAllocation, api.Calibrated, api.LowRank):
     def init_layers(self, layers: api.Layers, random_of: api.RandomOf) -> dict[str, api.InitialTensors]:
         settings = api.shared_settings(layers)
         shares = [self.calibrated(layer, "shares")[0] for layer in layers.values()]
+        if shares[0].is_meta:
+            return {name: self._init_layer(layer, settings.rank) for name, layer in layers.items()}
         owner = torch.repeat_interleave(torch.tensor([len(each) for each in shares]))
         largest = torch.cat(shares).cpu().argsort(descending=True, stable=True)
         used = owner[largest[: len(layers) * settings.rank]].bincount(minlength=len(layers))

@@ -1,4 +1,4 @@
-"""LoRA-GA (Wang et al. 2024, arXiv 2407.05000): LoRA whose first step approximates full fine-tuning's."""
+"""LoRA-GA: LoRA whose first step approximates full fine-tuning's."""
 
 import math
 
@@ -22,24 +22,25 @@ class LoRAGA(api.Calibrated, LowRank):
     The defaults are those of the authors' PEFT fork, whose batches have 2 rows (here: the rows of a
     micro-batch). Their conf/init/gradient.yaml has 8 batches of 1 row; the Readme's example has `gamma` 64.
 
-    Deviations:
-    - The paper writes W - s B0 A0 into the weight. Here A0 and B0 are frozen tensors beside it. Unlike in
-      PiSSA, dropout applies to B0 A0 as it does to B A, so that W' = W also with dropout. (In the survey
-      dropout broke LoRA-GA.)
-    - G is the gradient without the model's own dropout (the authors': with it).
-    - The SVD is randomized with 4 power iterations and 4 r columns as in the authors' code, but with at
-      least 2 r + 10 columns and its own noise.
-    - An SVD determines a pair (u, v) up to a common sign. A0 and B0 come from different pairs, so the signs
-      affect training. The entry of v with the largest absolute value is made positive; in the authors' code
-      the sign depends on the linear algebra library.
-
     PEFT's `lora_ga` is another method, so it is no reference: it multiplies B0 by the singular values and by
     c, does not scale A0, and divides by `rank` by default.
     """
 
+    title = "LoRA-GA"
+    paper = "Wang et al., arXiv 2407.05000"
+    year = 2024
+    deviations = """
+    - The paper writes W - s B0 A0 into the weight. Here A0 and B0 are frozen tensors beside it. Unlike in
+      PiSSA, dropout applies to B0 A0 as it does to B A, so that W' = W also with dropout. (In the survey
+      dropout broke LoRA-GA.)
+    - G is the gradient without the model's own dropout (the authors': with it).
+    - The SVD is randomized with 4 power iterations and 4 r columns as in the authors' code, but with at least
+      2 r + 10 columns and its own noise.
+    - An SVD determines a pair (u, v) up to a common sign. A0 and B0 come from different pairs, so the signs
+      affect training. The entry of v with the largest absolute value is made positive; in the authors' code
+      the sign depends on the linear algebra library."""
     verified_by = api.VerifiedBy.AUTHORS_CODE
     calibration_statistic = api.CalibrationStatistic.MEAN_GRADIENT
-    rank_limit = "min(in, out) // 2"
     frozen_update_buffers = frozenset()
     hyperparameters = {
         "calibration_batches": api.Int(64, help="batches that the mean gradient is taken over"),
@@ -48,6 +49,9 @@ class LoRAGA(api.Calibrated, LowRank):
 
     def scaling(self, settings: api.VariantSettings) -> float:
         return rank_stabilized(settings)
+
+    def largest_rank(self, layer: api.FrozenLayer) -> int:
+        return min(layer.shape) // 2
 
     def reduce_calibration(self, layer: api.FrozenLayer, matrix: Tensor) -> api.Params:
         rank = layer.settings.rank

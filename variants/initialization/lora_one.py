@@ -1,4 +1,4 @@
-"""LoRA-One (Zhang et al. 2025, arXiv 2502.01235): LoRA that starts after one step along the full gradient."""
+"""LoRA-One: LoRA that starts after one step along the full gradient."""
 
 import torch
 from torch import Tensor
@@ -18,17 +18,19 @@ class LoRAOne(api.Calibrated, api.LowRank):
     authors' code gives NaN).
 
     Defaults of the survey: gamma = 128, as the authors', and 64 batches (the authors: 8 examples).
-
-    Deviation: the authors' preconditioner for the optimizer is not implemented (their code does not
-    have it either). The SVD is randomized with the authors' 16 power iterations, but with rank + 10 columns
-    in place of 512.
     """
 
+    title = "LoRA-One"
+    paper = "Zhang et al., arXiv 2502.01235"
+    year = 2025
+    deviations = """The authors' preconditioner for the optimizer is not implemented (their code does not have
+    it either). The SVD is randomized with the authors' 16 power iterations, but with rank + 10 columns in
+    place of 512."""
+    verified_by = api.VerifiedBy.AUTHORS_CODE
     hyperparameters = {
         "calibration_batches": api.Int(64, help="number of batches of the mean gradient"),
         "gamma": api.Number(128.0, above=0, help="divisor of the initial product B A"),
     }
-    verified_by = api.VerifiedBy.AUTHORS_CODE
     start = api.Start.OTHER
     calibration_statistic = api.CalibrationStatistic.MEAN_GRADIENT
 

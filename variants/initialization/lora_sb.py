@@ -1,4 +1,4 @@
-"""LoRA-SB (Ponkshe et al. 2024, arXiv 2411.19557): LoRA-XS with the factors of a first full update."""
+"""LoRA-SB: LoRA-XS with the factors of a first full update."""
 
 from torch import Tensor
 
@@ -18,19 +18,22 @@ class LoRASB(LoRAXS):
     rate divided by the number of warmup steps in such batches, 1e-4 / 333 = 3e-7. (For commonsense tasks they
     use 170 examples in batches of 10 and a `step_size` of 3e-6, for GLUE 2 examples.)
 
-    Deviations: `step_size` does not follow from the learning rate here, so that all rates of a sweep start
-    from the same calibration. The SVD is randomized with the authors' 10 iterations, but with rank + 10
-    columns (theirs: rank) and not rounded to bfloat16. The survey's code takes the triplets of G and starts
-    from W + s B diag(S) A, a step that increases the loss, unless its option `--lora-reset-weight` is given.
-
     Source: train_arithmetic.py and utils/gradient_utils.py of the authors' code.
     """
 
+    title = "LoRA-SB"
+    paper = "Ponkshe et al., arXiv 2411.19557"
+    year = 2024
+    deviations = """`step_size` does not follow from the learning rate here, so that all rates of a sweep
+    start from the same calibration. The SVD is randomized with the authors' 10 iterations, but with rank + 10
+    columns (theirs: rank) and not rounded to bfloat16. The survey's code takes the triplets of G and starts
+    from W + s B diag(S) A, a step that increases the loss, unless its option `--lora-reset-weight` is given.
+    """
+    verified_by = api.VerifiedBy.AUTHORS_CODE
     hyperparameters = {
         "calibration_batches": api.Int(17, help="number of batches of the mean gradient"),
         "step_size": api.Number(3e-7, above=0, help="size of the first step"),
     }
-    verified_by = api.VerifiedBy.AUTHORS_CODE
     calibration_statistic = api.CalibrationStatistic.MEAN_GRADIENT
     uses_alpha = False
 

@@ -1,4 +1,4 @@
-"""LoRA-XS (Bałazy et al. 2024, arXiv 2405.17604): a small matrix learns between two frozen factors of W."""
+"""LoRA-XS: a small matrix learns between two frozen factors of W."""
 
 from torch import Tensor
 
@@ -15,17 +15,18 @@ class LoRAXS(WeightSVD):
     The authors use alpha = rank for MetaMathQA, alpha = 64 at rank 32 for commonsense tasks and alpha = 16
     at all ranks for GLUE, with learning rates for R of up to 4e-3.
 
-    Deviation: `svd` is exact by default; the authors' is randomized with 10 iterations.
-
     Source: utils/initialization_utils.py and utils/latent_utils.py of the authors' code.
     """
 
-    parameters = "rank * rank"
+    title = "LoRA-XS"
+    paper = "Bałazy et al., arXiv 2405.17604"
+    year = 2024
+    deviations = "`svd` is exact by default; the authors' is randomized with 10 iterations."
+    verified_by = api.VerifiedBy.AUTHORS_CODE
     hyperparameters = {
         **WeightSVD.hyperparameters,
         "init_std": api.Number(1e-5, help="standard deviation of the initial R"),
     }
-    verified_by = api.VerifiedBy.AUTHORS_CODE
     start = api.Start.OTHER
     typical_lr_scale = 10.0
 

@@ -1,4 +1,4 @@
-"""MiLoRA (Wang et al. 2024, arXiv 2406.09044): LoRA from the smallest singular triplets of the weight."""
+"""MiLoRA: LoRA from the smallest singular triplets of the weight."""
 
 from variants import api
 from variants.initialization.pissa import PiSSA
@@ -16,6 +16,9 @@ class MiLoRA(PiSSA):
     Source: `initialize_lora_layer` with the mode "min" in the authors' svd_init.py.
     """
 
+    title = "MiLoRA"
+    paper = "Wang et al., arXiv 2406.09044"
+    year = 2024
     verified_by = api.VerifiedBy.AUTHORS_CODE
     hyperparameters = {}
     smallest = True

@@ -1,4 +1,4 @@
-"""NoRA (Lin et al. 2024, arXiv 2408.10280): a LoRA that learns inside a frozen one from the weight's SVD."""
+"""NoRA: a LoRA that learns inside a frozen one from the weight's SVD."""
 
 from torch import Tensor
 
@@ -25,7 +25,9 @@ class NoRA(WeightSVD):
       version; the inner factors are random, and nothing is subtracted.
     """
 
-    parameters = "2 * rank * min(outer * rank, in, out)"
+    title = "NoRA"
+    paper = "Lin et al., arXiv 2408.10280"
+    year = 2024
     hyperparameters = {
         **WeightSVD.hyperparameters,
         "outer": api.Int(4, help="rank of the frozen factors as a multiple of the rank"),

@@ -1,4 +1,4 @@
-"""NZLoRA (Li et al. 2025, arXiv 2505.23194, Init[AB]): LoRA with both A and B random at the start."""
+"""NZLoRA: LoRA with both A and B random at the start."""
 
 import math
 
@@ -20,13 +20,16 @@ class NZLoRA(api.LowRank):
     method this name. The bounds in the authors' own paper and code were not available for comparison.
     """
 
+    title = "NZLoRA"
+    paper = "Li et al., arXiv 2505.23194, Init[AB]"
+    year = 2025
+    verified_by = api.VerifiedBy.PAPER  # the survey's paper
     hyperparameters = {
         "gamma_a": api.Number(1.0, above=0, help="scale of the initial A"),
         "gamma_b": api.Number(1.0, above=0, help="scale of the initial B"),
         "bound": api.Choice("sqrt", ("sqrt", "linear"), help="sqrt(gamma / in) or gamma / sqrt(in)"),
         "subtract": api.Flag(False, help="subtract the initial product from W"),
     }
-    verified_by = api.VerifiedBy.PAPER  # the survey's paper
     start = api.Start.OTHER
 
     def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:

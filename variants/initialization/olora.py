@@ -1,4 +1,4 @@
-"""OLoRA (Büyükakyüz 2024, arXiv 2406.01775): LoRA from the QR decomposition of the weight."""
+"""OLoRA: LoRA from the QR decomposition of the weight."""
 
 import torch
 from torch import Tensor
@@ -15,10 +15,14 @@ class OLoRA(api.Calibrated, LowRank):
 
     The decomposition is computed once for each base model and rank, and does not depend on a lane's seed.
 
-    PEFT is the reference for layers of type Linear. Deviation: PEFT decomposes the stored weight of a Conv1D
-    layer, W^T, whose factors fit square layers only.
+    PEFT is the reference for layers of type Linear.
     """
 
+    title = "OLoRA"
+    paper = "Büyükakyüz, arXiv 2406.01775"
+    year = 2024
+    deviations = """PEFT decomposes the stored weight of a Conv1D layer, W^T, whose factors fit square layers
+    only."""
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
     calibration_statistic = api.CalibrationStatistic.WEIGHT
 

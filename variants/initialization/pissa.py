@@ -1,4 +1,4 @@
-"""PiSSA (Meng et al. 2024, arXiv 2404.02948): LoRA from the largest singular triplets of the weight."""
+"""PiSSA: LoRA from the largest singular triplets of the weight."""
 
 from variants import api
 from variants.low_rank import start_from
@@ -17,6 +17,9 @@ class PiSSA(WeightSVD):
     scripts use `svd` 16, alpha = rank and no dropout.
     """
 
+    title = "PiSSA"
+    paper = "Meng et al., arXiv 2404.02948"
+    year = 2024
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
 
     def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:

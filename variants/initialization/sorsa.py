@@ -1,4 +1,4 @@
-"""SORSA (Cao et al. 2024, arXiv 2409.00055): the largest singular triplets learn, kept nearly orthonormal."""
+"""SORSA: the largest singular triplets learn, kept nearly orthonormal."""
 
 import torch
 from torch import Tensor
@@ -20,19 +20,21 @@ class SORSA(api.StepHooks, WeightSVD):
     The default of `gamma` is 4e-4 / 64. The authors' script sets 4e-4; their trainer adds the term once a
     step with `accelerator.backward`, which divides it by the number of accumulated batches, 64.
 
-    Deviations: the authors round W - B0 A0 to bfloat16; here W stays as it is. A layer whose A and B have no
-    gradient does not get the gradient of the term either. At the start A and B are orthonormal up to
-    rounding: the authors' term has a gradient of rounding errors, scaled to full size, and here it is zero.
-
     Source: sorsalib/src/sorsa/layer.py and trainer.py of the authors' code.
     """
 
-    parameters = "rank * (in + out + 1)"
+    title = "SORSA"
+    paper = "Cao et al., arXiv 2409.00055"
+    year = 2024
+    deviations = """The authors round W - B0 A0 to bfloat16; here W stays as it is. A layer whose A and B have
+    no gradient does not get the gradient of the term either. At the start A and B are orthonormal up to
+    rounding: the authors' term has a gradient of rounding errors, scaled to full size, and here it is zero.
+    """
+    verified_by = api.VerifiedBy.AUTHORS_CODE
     hyperparameters = {
         **WeightSVD.hyperparameters,
         "gamma": api.Number(4e-4 / 64, help="weight of the orthonormality loss times the learning rate"),
     }
-    verified_by = api.VerifiedBy.AUTHORS_CODE
     uses_alpha = False
 
     def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:

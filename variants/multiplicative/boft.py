@@ -1,7 +1,4 @@
-"""BOFT (Liu et al. 2023, arXiv 2311.06243): OFT with butterfly factors, and a gain for each output.
-
-A product of sparse rotations is a dense rotation with few parameters.
-"""
+"""BOFT: OFT with butterfly factors, and a gain for each output."""
 
 import torch
 from torch import Tensor
@@ -14,6 +11,8 @@ from variants.rotations import cayley_change, multiply_blocks
 class BOFT(api.PeftFormat, InputMap):
     """W' = diag(s) W R^T with R = B_m ... B_1, that is, x W'^T = (x R W^T) diag(s).
 
+    A product of sparse rotations is a dense rotation with few parameters.
+
     B_i = P_i D_i P_i^T. D_i is block-diagonal with rotations (I - Q) (I + Q)^-1 of size b = `block_size`,
     where Q = (M - M^T) / 2 and M (b, b) learns. P_i permutes the inputs within groups of b 2^(i-1): of the
     parts of b / 2 inputs in a group, those with even numbers come first. m is `factors`; for m = 1, BOFT is
@@ -22,21 +21,22 @@ class BOFT(api.PeftFormat, InputMap):
     Initialization: M = 0 and s = 1, so W' = W. Defaults: those of PEFT (b = 4, m = 1). The paper's
     experiments have m > 1.
 
-    Deviation: there is no multiplicative dropout (0 is PEFT's default).
-
     PEFT needs a CUDA extension for m > 1; without it, PEFT takes m = 1, but its config still names the
     larger m. Such an adapter is refused.
 
     Source: paper, Section 4; PEFT, tuners/boft/layer.py.
     """
 
-    parameters = "factors * in * block_size + out"
+    title = "BOFT"
+    paper = "Liu et al., arXiv 2311.06243"
+    year = 2023
+    deviations = "There is no multiplicative dropout (0 is PEFT's default)."
+    verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
     hyperparameters = {
         "block_size": api.Int(4, minimum=2, help="size of the rotations"),
         "factors": api.Int(1, help="number of butterfly factors"),
     }
     uses_rank = uses_alpha = uses_dropout = False
-    verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
     peft = api.PeftMethod(
         "BOFT",
         {"M": "boft_R", "s": "boft_s"},

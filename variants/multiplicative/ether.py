@@ -1,4 +1,4 @@
-"""ETHER (Bini et al. 2024, arXiv 2405.20271): multiplies W by one reflection for each block of inputs."""
+"""ETHER: multiplies W by one reflection for each block of inputs."""
 
 import torch
 from torch import Tensor
@@ -17,23 +17,24 @@ class ETHER(LowRankMap):
     Initialization: u from U(-1/sqrt(in / n), 1/sqrt(in / n)), so W' differs from W at step 0 by a random
     reflection. Default: n = 1, as in the authors' code (with n = 32 the paper trains Llama-2-7B).
 
-    Deviations: for queries, keys and values (its default layers are queries and values) the authors' code
+    Source: paper, Equations 1 and 2; github.com/mwbini/ether, ether-instruct/lit_gpt/ether.py.
+    """
+
+    title = "ETHER"
+    paper = "Bini et al., arXiv 2405.20271"
+    year = 2024
+    deviations = """For queries, keys and values (its default layers are queries and values) the authors' code
     computes H W with blocks of outputs, and u from U(-1/sqrt(out), 1/sqrt(out)): for n > 1 these vectors are
     shorter, and a step turns them sqrt(n) times as far. For n > 1 it cuts W of other layers into blocks of
     rows by a reshape, and applies H_i to row block i at all inputs; here, as in the paper's equation, H_i
     applies to input block i. Its dropout (0 by default) and its option `flip_side` (H on the smaller side)
-    are not offered.
-
-    Source: paper, Equations 1 and 2; github.com/mwbini/ether, ether-instruct/lit_gpt/ether.py.
-    """
-
-    parameters = "in"
+    are not offered."""
+    verified_by = api.VerifiedBy.PAPER
     hyperparameters = {
         "blocks": api.Int(1, divides=("in",), help="number of reflections, each of a block of inputs")
     }
     uses_rank = uses_alpha = uses_dropout = False
     start = api.Start.OTHER
-    verified_by = api.VerifiedBy.PAPER
 
     def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
         size = layer.shape[1] // layer.settings["blocks"]

@@ -1,4 +1,4 @@
-"""ETHER+ (Bini et al. 2024, arXiv 2405.20271): multiplies W on both sides by two opposed projections."""
+"""ETHER+: multiplies W on both sides by two opposed projections."""
 
 import torch
 from torch import Tensor
@@ -11,19 +11,22 @@ from variants.rotations import multiply_rank_one, unit_rows
 class ETHERPlus(LowRankMap):
     """W' = H_out W H_in, both block-diagonal with n = `blocks` blocks I - u u^T / |u|^2 + v v^T / |v|^2.
 
-    u and v (n, in / n) of H_in and `u_out` and `v_out` (n, out / n) of H_out learn. An adapter is exported
-    as a LoRA of rank 4 n.
+    u and v (n, in / n) of H_in and `u_out` and `v_out` (n, out / n) of H_out learn. An adapter is exported as
+    a LoRA of rank 4 n.
     Initialization: u from U(-1/sqrt(in / n), 1/sqrt(in / n)) and v = -u, likewise for the outputs, so W' = W.
     Default: n = 1, as in the authors' code (with n = 32 the paper trains Llama-2-7B).
-    Deviations for n > 1: the blocks of H_in, and for queries, keys and values the length of the vectors, as
-    in `ether`. The blocks of H_out agree with the authors' code. Its dropout (0 by default) is not offered.
     Source: paper, Section 3.3; github.com/mwbini/ether, ether-instruct/lit_gpt/ether.py ("etherplusHH").
     """
 
-    parameters = "2 * (in + out)"
+    title = "ETHER+"
+    paper = "Bini et al., arXiv 2405.20271"
+    year = 2024
+    deviations = """For n > 1: the blocks of H_in, and for queries, keys and values the length of the vectors,
+    as in `ether`. The blocks of H_out agree with the authors' code. Its dropout (0 by default) is not
+    offered."""
+    verified_by = api.VerifiedBy.AUTHORS_CODE
     hyperparameters = {"blocks": api.Int(1, divides=("in", "out"), help="number of blocks on either side")}
     uses_rank = uses_alpha = uses_dropout = False
-    verified_by = api.VerifiedBy.AUTHORS_CODE
 
     def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
         n, (out_features, in_features) = layer.settings["blocks"], layer.shape

@@ -1,4 +1,4 @@
-"""HRA (Yuan et al. 2024, arXiv 2405.17484): multiplies W by a chain of learned Householder reflections."""
+"""HRA: multiplies W by a chain of learned Householder reflections."""
 
 from dataclasses import replace
 
@@ -19,22 +19,25 @@ class HRA(api.LowRank):
     Initialization: u_i from U(-sqrt(2 / r), sqrt(2 / r)) and u_2 = u_1, u_4 = u_3, ... Two equal reflections
     cancel each other, so W' = W up to rounding. r must be even.
 
-    Deviations: PEFT's option `apply_GS`, which makes the vectors orthogonal, is not offered; at equal vectors
-    it divides rounding errors by their length. The paper's loss for orthogonality is not offered either, as
-    in PEFT. The authors' code for LLaMA computes H W, from short independent vectors, divided by
-    sqrt(|u_i|^2 + 1e-4), so that H is near I at step 0; the paper's equation is W H.
-
     Source: paper, Section 3; PEFT, tuners/hra/layer.py; github.com/DaShenZi721/HRA, llama/peft/oft/layer.py.
     """
 
-    parameters = "rank * in"
-    rank_limit = ""  # none, as in PEFT
+    title = "HRA"
+    paper = "Yuan et al., arXiv 2405.17484"
+    year = 2024
+    deviations = """PEFT's option `apply_GS`, which makes the vectors orthogonal, is not offered; at equal
+    vectors it divides rounding errors by their length. The paper's loss for orthogonality is not offered
+    either, as in PEFT. The authors' code for LLaMA computes H W, from short independent vectors, divided by
+    sqrt(|u_i|^2 + 1e-4), so that H is near I at step 0; the paper's equation is W H."""
+    verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
     start = api.Start.ROUNDED
     uses_alpha = uses_dropout = False
-    verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
     peft = api.PeftMethod(
         "HRA", {"U": "hra_u"}, alpha=None, dropout=None, constants={"apply_GS": False}, adapts_conv1d=False
     )
+
+    def largest_rank(self, layer: api.FrozenLayer) -> int | None:
+        return None  # as in PEFT
 
     def validate_settings(self, settings: api.VariantSettings) -> api.VariantSettings:
         settings = super().validate_settings(settings)

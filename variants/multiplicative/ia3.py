@@ -1,4 +1,4 @@
-"""IA3 (Liu et al. 2022, arXiv 2205.05638): multiplies each output of a layer by a learned factor."""
+"""IA3: multiplies each output of a layer by a learned factor."""
 
 from torch import Tensor
 
@@ -15,15 +15,16 @@ class IA3(api.PeftFormat, OutputMap):
     block, these inputs are a product with the outputs of a linear layer (`up_proj`, T5's `wi_1`), which the
     authors' code scales: targets such as k_proj, v_proj and up_proj give the paper's method.
 
-    Deviation: no layer's input is scaled, which a feed-forward block without a gate would need (PEFT's
-    `feedforward_modules`).
-
     Source: paper, Section 3.3; github.com/r-three/t-few, src/models/lora.py and configs/ia3.json.
     """
 
-    parameters = "out"
-    uses_rank = uses_alpha = uses_dropout = False
+    title = "IA3"
+    paper = "Liu et al., arXiv 2205.05638"
+    year = 2022
+    deviations = """No layer's input is scaled, which a feed-forward block without a gate would need (PEFT's
+    `feedforward_modules`)."""
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
+    uses_rank = uses_alpha = uses_dropout = False
     typical_lr_scale = 10.0
     peft = api.PeftMethod(
         "IA3", {"l": "ia3_l"}, rank=None, alpha=None, dropout=None, constants={"feedforward_modules": []}

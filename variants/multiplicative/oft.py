@@ -1,4 +1,4 @@
-"""OFT (Qiu et al. 2023, arXiv 2306.07280): rotates the layer's input in blocks of a fixed size."""
+"""OFT: rotates the layer's input in blocks of a fixed size."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -19,23 +19,24 @@ class OFT(api.PeftFormat, InputMap):
 
     Initialization: Q = 0, so W' = W. Defaults: those of PEFT.
 
-    Deviations: there is no constrained form (COFT, the default of the authors' oft-control), no re-scaled
-    form (a factor for each output) and no Q that all blocks share. PEFT accepts a `module_dropout` for OFT
-    and ignores it; there is none here. In PEFT before 0.18 the last term is 2 Q^4; its adapters with
-    the series are refused.
-
     Source: paper, Section 3; PEFT, tuners/oft/layer.py; github.com/Zeju1997/oft, oft-control/oft.py. For one
     Q, PEFT's two forms rotate in opposite directions. That is kept, so that adapters can be exchanged.
     """
 
-    parameters = "in * (block_size - 1) / 2"
+    title = "OFT"
+    paper = "Qiu et al., arXiv 2306.07280"
+    year = 2023
+    deviations = """There is no constrained form (COFT, the default of the authors' oft-control), no re-scaled
+    form (a factor for each output) and no Q that all blocks share. PEFT accepts a `module_dropout` for OFT
+    and ignores it; there is none here. In PEFT before 0.18 the last term is 2 Q^4; its adapters with the
+    series are refused."""
+    verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
     hyperparameters = {
         "block_size": api.Int(32, minimum=2, help="inputs that are rotated together"),
         "cayley_neumann": api.Flag(True, help="power series in place of a matrix inverse"),
         "terms": api.Int(5, minimum=4, help="powers of Q in the series"),
     }
     uses_rank = uses_alpha = uses_dropout = False
-    verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
     peft = api.PeftMethod(
         "OFT",
         {"Q": "oft_R.weight"},
@@ -60,9 +61,6 @@ class OFT(api.PeftFormat, InputMap):
         if config.get("use_cayley_neumann", True) and not config.get("peft_version"):
             raise api.UnsupportedError("PEFT before 0.18 made the adapter, with another series of rotations")
         return super().settings_from_peft(config)
-
-    def layer_parameters(self, layer: api.FrozenLayer, rank: int, layers: int) -> int:
-        return layer.shape[1] * (nearest_divisor(layer.shape[1], layer.settings["block_size"]) - 1) // 2
 
     def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
         in_features = layer.shape[1]

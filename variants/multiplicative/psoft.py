@@ -1,4 +1,4 @@
-"""PSOFT (Wu et al. 2025, arXiv 2505.11235): rotates and scales W within its principal subspace."""
+"""PSOFT: rotates and scales W within its principal subspace."""
 
 import torch
 from torch import Tensor
@@ -12,19 +12,22 @@ class PSOFT(WeightSVD):
     """W' = W + U diag(S) (diag(b) R diag(a) - I) V^T with the `rank` largest triplets (U, S, V) of W's SVD.
 
     The rotation R = (I + Q) (I - Q)^-1 (rank, rank) follows from a skew-symmetric Q. The values of Q above
-    the diagonal and the vectors a and b (rank,) learn; U diag(S) and V^T are frozen. There is no alpha.
-    An adapter is exported as a plain LoRA: PEFT computes the singular vectors of a PSOFT adapter again when
-    it loads one, and their signs, which it does not fix, decide what Q means.
+    the diagonal and the vectors a and b (rank,) learn; U diag(S) and V^T are frozen. There is no alpha. An
+    adapter is exported as a plain LoRA: PEFT computes the singular vectors of a PSOFT adapter again when it
+    loads one, and their signs, which it does not fix, decide what Q means.
     Initialization: Q = 0 and a = b = 1, so W' = W. Defaults: those of PEFT (exact inverse, both vectors).
-    Deviations: PEFT's other options (a series for R, a free R, fewer vectors, symmetric factors) and rank 1
-    are not offered. The authors' scripts for language models take R = I + 2 Q + ... + 2 Q^5 + Q^6. Dropout
-    applies to the input of W' - W, as in PEFT; theirs to that of U diag(S) diag(b) R diag(a) V^T (it is 0).
     Source: paper, Section 4; PEFT, tuners/psoft/layer.py; github.com/fei407/PSOFT, baselines/psoft.
     """
 
-    parameters = "rank * (rank - 1) / 2 + 2 * rank"
-    uses_alpha = False
+    title = "PSOFT"
+    paper = "Wu et al., arXiv 2505.11235"
+    year = 2025
+    deviations = """PEFT's other options (a series for R, a free R, fewer vectors, symmetric factors) and rank
+    1 are not offered. The authors' scripts for language models take R = I + 2 Q + ... + 2 Q^5 + Q^6. Dropout
+    applies to the input of W' - W, as in PEFT; theirs to that of U diag(S) diag(b) R diag(a) V^T (it is 0).
+    """
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
+    uses_alpha = False
 
     def validate_settings(self, settings: api.VariantSettings) -> api.VariantSettings:
         if settings.rank == 1:

@@ -1,4 +1,4 @@
-"""RoAd (Liao and Monz 2024, arXiv 2409.00119): rotates and scales pairs of the layer's outputs."""
+"""RoAd: rotates and scales pairs of the layer's outputs."""
 
 import torch
 from torch import Tensor
@@ -24,7 +24,10 @@ class RoAd(api.PeftFormat, OutputMap):
     Source: paper, Section 3.2; PEFT, tuners/road/layer.py. The authors' repository has no code.
     """
 
-    parameters = "angles * out"
+    title = "RoAd"
+    paper = "Liao and Monz, arXiv 2409.00119"
+    year = 2024
+    verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
     hyperparameters = {
         "form": api.Choice(
             "road_1", tuple(_ANGLES), help="1, 2 or 4 different angles and scales for each pair"
@@ -32,7 +35,6 @@ class RoAd(api.PeftFormat, OutputMap):
         "group_size": api.Int(2, minimum=2, divides=("out",), help="outputs among which pairs are formed"),
     }
     uses_rank = uses_alpha = uses_dropout = False
-    verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
     typical_lr_scale = 10.0
     peft = api.PeftMethod(
         "ROAD",
@@ -43,9 +45,6 @@ class RoAd(api.PeftFormat, OutputMap):
         fields={"form": "variant", "group_size": "group_size"},
         adapts_conv1d=False,
     )
-
-    def formula_names(self, settings: api.VariantSettings) -> api.ExtraSettings:
-        return {**settings.extra, "angles": _ANGLES[settings["form"]]}
 
     def validate_settings(self, settings: api.VariantSettings) -> api.VariantSettings:
         settings = super().validate_settings(settings)

@@ -1,4 +1,4 @@
-"""AuroRA (Dong et al. 2025, arXiv 2505.18738): tanh and splines between LoRA's factors."""
+"""AuroRA: tanh and splines between LoRA's factors."""
 
 import torch
 from torch import Tensor
@@ -20,19 +20,20 @@ class AuroRA(api.Variant):
     Defaults: cubic splines on 5 intervals; they and the start of H and C are those of the survey's code. The
     paper has no s and uses rank 2; use alpha = rank for s = 1.
 
-    Deviations: the update depends on the input and cannot be merged; the paper (equation 3) and the survey's
-    code merge B f(A), which is another function. In the paper C is a vector; its shape here is that of the
-    survey's code. f is computed in float32 or float64, from A x in the model's dtype.
-
     Source: the paper's equations 4 to 8.
     """
 
-    parameters = "rank * (in + out + rank + intervals + degree)"
+    title = "AuroRA"
+    paper = "Dong et al., arXiv 2505.18738"
+    year = 2025
+    deviations = """The update depends on the input and cannot be merged; the paper (equation 3) and the
+    survey's code merge B f(A), which is another function. In the paper C is a vector; its shape here is that
+    of the survey's code. f is computed in float32 or float64, from A x in the model's dtype."""
+    verified_by = api.VerifiedBy.PAPER
     hyperparameters = {
         "intervals": api.Int(5, help="intervals of the spline's grid on [-1, 1]"),
         "degree": api.Int(3, help="degree of the splines"),
     }
-    verified_by = api.VerifiedBy.PAPER
     merge_obstacle = "its update is not linear in the input of the layer"
     rounds_alike = False  # tanh rounds the last values of a tensor according to the tensor's size
 

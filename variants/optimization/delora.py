@@ -1,4 +1,4 @@
-"""DeLoRA (Bini et al. 2025, arXiv 2503.18225): directions of unit length learn apart from their strength."""
+"""DeLoRA: directions of unit length learn apart from their strength."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -33,12 +33,14 @@ class DeLoRA(api.LowRank):
     Source: `get_ABCD` in the authors' delora.py.
     """
 
-    parameters = "rank * (in + out) + 1"
+    title = "DeLoRA"
+    paper = "Bini et al., arXiv 2503.18225"
+    year = 2025
+    verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
     hyperparameters = {
         "lambda": api.Number(8.0, above=0, help="initial strength"),
         "initial": api.Choice("kaiming", ("kaiming", "zero"), help="initial B"),
     }
-    verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
     uses_alpha = False
     typical_lr_scale = 10.0
     frozen_update_buffers = frozenset()

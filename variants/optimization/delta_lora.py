@@ -1,4 +1,4 @@
-"""Delta-LoRA (Zi et al. 2023, arXiv 2309.02411): the change of B A is also added to the frozen weight."""
+"""Delta-LoRA: the change of B A is also added to the frozen weight."""
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ class DeltaLoRA(api.StepHooks, api.LowRank):
     gradient with respect to B A equals the gradient with respect to W.
     """
 
+    title = "Delta-LoRA"
+    paper = "Zi et al., arXiv 2309.02411"
+    year = 2023
     verified_by = api.VerifiedBy.PAPER
     uses_dropout = False
     mutable_buffers = frozenset({"before A", "before B"})

@@ -1,4 +1,4 @@
-"""DoRA (Liu et al. 2024, arXiv 2402.09353): LoRA for the direction of each row, a vector for its length."""
+"""DoRA: LoRA for the direction of each row, a vector for its length."""
 
 import torch
 from torch import Tensor
@@ -23,7 +23,9 @@ class DoRA(api.GradientConstants, api.DropoutOnBase, LowRank):
     the part of the change that comes from the frozen layer.
     """
 
-    parameters = "rank * (in + out) + out"
+    title = "DoRA"
+    paper = "Liu et al., arXiv 2402.09353"
+    year = 2024
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
     peft = api.PeftMethod(
         "LORA",

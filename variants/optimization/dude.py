@@ -1,4 +1,4 @@
-"""DuDe (Han et al. 2025, arXiv 2505.14367): DoRA whose direction starts as PiSSA does."""
+"""DuDe: DoRA whose direction starts as PiSSA does."""
 
 import torch
 
@@ -18,7 +18,9 @@ class DuDe(DoRA, PiSSA):
     Source: the paper's figure and PEFT, which can combine the two.
     """
 
-    parameters = "rank * (in + out) + out"
+    title = "DuDe"
+    paper = "Han et al., arXiv 2505.14367"
+    year = 2025
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
 
     def prepare_frozen_update(self, params: api.Params, layer: api.FrozenLayer) -> api.Params:

@@ -1,4 +1,4 @@
-"""LoRA-Dash (Si et al. 2024, arXiv 2409.01035): LoRA that also scales the task's directions of the weight."""
+"""LoRA-Dash: LoRA that also scales the task's directions of the weight."""
 
 import torch
 from torch import Tensor
@@ -20,12 +20,14 @@ class LoRADash(api.StepHooks, api.LowRank):
 
     The singular values of W are computed when the directions are selected, for each layer and lane.
 
-    Defaults: 8 directions after 100 of 1,562 steps, as in the survey; the authors use 8 directions after
-    100 forward passes, whereas optimizer steps count here. Deviation: the directions share LoRA's
-    dropout mask; the authors draw two. Source: the authors' code (`layers_LoRA-Dash.py`).
+    Defaults: 8 directions after 100 of 1,562 steps, as in the survey; the authors use 8 directions after 100
+    forward passes, whereas optimizer steps count here. Source: the authors' code (`layers_LoRA-Dash.py`).
     """
 
-    parameters = "rank * (in + out) + min(directions, in, out)"
+    title = "LoRA-Dash"
+    paper = "Si et al., arXiv 2409.01035"
+    year = 2024
+    deviations = "The directions share LoRA's dropout mask; the authors draw two."
     verified_by = api.VerifiedBy.AUTHORS_CODE
     mutable_buffers = DIRECTIONS
     hyperparameters = {

@@ -1,4 +1,4 @@
-"""LoRA-FA (Zhang et al. 2023, arXiv 2308.03303): LoRA with a frozen A and a corrected gradient of B."""
+"""LoRA-FA: LoRA with a frozen A and a corrected gradient of B."""
 
 import torch
 
@@ -17,12 +17,15 @@ class LoRAFA(api.StepHooks, api.LowRank):
 
     Initialization: A from U(-1/sqrt(in), 1/sqrt(in)), B = 0, so W' = W.
 
-    Source: `create_lorafa_optimizer` of PEFT. Deviations: PEFT's AdamW adds epsilon (1e-6 by default) before
-    the bias correction and decays after the step, and PEFT rounds the corrected gradient of a parameter in
-    float32 to bfloat16. The survey's code freezes A and does not correct the gradient.
+    Source: `create_lorafa_optimizer` of PEFT.
     """
 
-    parameters = "rank * out"
+    title = "LoRA-FA"
+    paper = "Zhang et al., arXiv 2308.03303"
+    year = 2023
+    deviations = """PEFT's AdamW adds epsilon (1e-6 by default) before the bias correction and decays after
+    the step, and PEFT rounds the corrected gradient of a parameter in float32 to bfloat16. The survey's code
+    freezes A and does not correct the gradient."""
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
     hook_only_buffers = frozenset({"inverse"})
 

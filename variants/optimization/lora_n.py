@@ -1,4 +1,4 @@
-"""LoRAN (Li et al., EMNLP Findings 2024): a sine-shaped nonlinear function of LoRA's weight update."""
+"""LoRAN: a sine-shaped nonlinear function of LoRA's weight update."""
 
 from torch import Tensor
 
@@ -18,7 +18,9 @@ class LoRAN(api.DenseUpdate):
     and b, as in the authors' adapters (`mlora_use_P` and `mlora_use_b` are false).
     """
 
-    parameters = "rank * (in + out)"
+    title = "LoRAN"
+    paper = "Li et al., EMNLP Findings 2024"
+    year = 2024
     verified_by = api.VerifiedBy.AUTHORS_CODE
     hyperparameters = {
         "amplitude": api.Number(5e-5, help="relative size of the sine"),

@@ -1,4 +1,4 @@
-"""LoRA+ (Hayou et al. 2024, arXiv 2402.12354): LoRA with a higher learning rate for B than for A."""
+"""LoRA+: LoRA with a higher learning rate for B than for A."""
 
 from variants import api
 
@@ -8,10 +8,13 @@ class LoRAPlus(api.RateScales, api.LowRank):
 
     Initialization: as in LoRA, so W' = W. Default: `ratio` 16 is the survey's; the authors' code has none.
 
-    Source: `create_loraplus_optimizer` of PEFT. Deviation: in PEFT and in the authors' code, the biases
-    of a trained head learn at B's rate too.
+    Source: `create_loraplus_optimizer` of PEFT.
     """
 
+    title = "LoRA+"
+    paper = "Hayou et al., arXiv 2402.12354"
+    year = 2024
+    deviations = "In PEFT and in the authors' code, the biases of a trained head learn at B's rate too."
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
     hyperparameters = {"ratio": api.Number(16.0, above=0, help="learning rate of B divided by that of A")}
 

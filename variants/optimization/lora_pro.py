@@ -1,4 +1,4 @@
-"""LoRA-Pro (Wang et al. 2024, arXiv 2407.18242): LoRA whose steps approximate those of full fine-tuning."""
+"""LoRA-Pro: LoRA whose steps approximate those of full fine-tuning."""
 
 import torch
 from torch import Tensor
@@ -28,14 +28,18 @@ class LoRAPro(api.StepHooks, api.LowRank):
 
     Initialization: as in LoRA, so W' = W.
 
-    Source: the authors' code (`lorapro_full_adjustment` in their copy of DeepSpeed). Deviations:
+    Source: the authors' code (`lorapro_full_adjustment` in their copy of DeepSpeed).
+    """
+
+    title = "LoRA-Pro"
+    paper = "Wang et al., arXiv 2407.18242"
+    year = 2024
+    deviations = """
     - The authors' code has a fixed s = 2, counts one step too many in Adam's bias correction, rounds the
       factors, inverses and moments to bfloat16, and has no weight decay.
     - In the authors' code clipping divides the steps by max(1, norm of all g_A and g_B). Here it divides g_A
       and g_B, as for every variant, which Adam largely cancels. Both are equal while the norm is below 1.
-    - A layer without a gradient in a step still takes one, from its present moments.
-    """
-
+    - A layer without a gradient in a step still takes one, from its present moments."""
     verified_by = api.VerifiedBy.AUTHORS_CODE
     batching = api.Batching.EXCLUSIVE
     typical_lr_scale = 0.1

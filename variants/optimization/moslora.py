@@ -1,4 +1,4 @@
-"""MoSLoRA (Wu et al. 2024, arXiv 2406.11909): a trainable matrix between LoRA's factors mixes their ranks."""
+"""MoSLoRA: a trainable matrix between LoRA's factors mixes their ranks."""
 
 from torch import Tensor
 
@@ -16,7 +16,9 @@ class MoSLoRA(api.LowRank):
     Source: commonsense_reasoning/peft/src/peft/tuners/lora.py of wutaiqiang/MoSLoRA.
     """
 
-    parameters = "rank * (in + out + rank)"
+    title = "MoSLoRA"
+    paper = "Wu et al., arXiv 2406.11909"
+    year = 2024
     verified_by = api.VerifiedBy.AUTHORS_CODE
 
     def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:

@@ -1,4 +1,4 @@
-"""MultiLoRA (Wang et al. 2023, arXiv 2311.11501): parallel LoRAs with trainable scales of their outputs."""
+"""MultiLoRA: parallel LoRAs with trainable scales of their outputs."""
 
 from torch import Tensor
 
@@ -21,7 +21,9 @@ class MultiLoRA(api.LowRank):
     known. The equations of MultiLoRA's paper are not confirmed: its scale may be one number per module.
     """
 
-    parameters = "modules * (rank * (in + out) + out)"
+    title = "MultiLoRA"
+    paper = "Wang et al., arXiv 2311.11501"
+    year = 2023
     hyperparameters = {"modules": api.Int(3, help="number of parallel LoRAs")}
 
     def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:

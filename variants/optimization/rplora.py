@@ -1,4 +1,4 @@
-"""RPLoRA (Zhang and Pilanci 2024, arXiv 2402.02347): LoRA whose gradients a Riemannian metric rescales."""
+"""RPLoRA: LoRA whose gradients a Riemannian metric rescales."""
 
 import torch
 
@@ -12,12 +12,15 @@ class RPLoRA(api.StepHooks, api.LowRank):
 
     Initialization: as in LoRA, so W' = W.
 
-    Source: `create_riemannian_optimizer` of PEFT, whose default `delta` is 0.01. Deviations: PEFT takes
-    pseudo-inverses; here a lane diverges if a matrix is singular in its dtype. The authors' AdamW computes
-    the factor of g_B from the A that the same step has already updated, and their `delta` is 1e-6 for GPT-2,
-    4.5 for Mistral 7B and 0 for diffusion models.
+    Source: `create_riemannian_optimizer` of PEFT, whose default `delta` is 0.01.
     """
 
+    title = "RPLoRA"
+    paper = "Zhang and Pilanci, arXiv 2402.02347"
+    year = 2024
+    deviations = """PEFT takes pseudo-inverses; here a lane diverges if a matrix is singular in its dtype. The
+    authors' AdamW computes the factor of g_B from the A that the same step has already updated, and their
+    `delta` is 1e-6 for GPT-2, 4.5 for Mistral 7B and 0 for diffusion models."""
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
     hyperparameters = {"delta": api.Number(0.01, above=0, help="added to the diagonals of B^T B and A A^T")}
 

@@ -1,4 +1,4 @@
-"""SineLoRA (Ji et al. 2024, arXiv 2403.19243): the sine of a low-rank matrix, which has a higher rank."""
+"""SineLoRA: the sine of a low-rank matrix, which has a higher rank."""
 
 import math
 
@@ -20,9 +20,11 @@ class SineLoRA(api.DenseUpdate):
     Source: llm/peft/src/peft/tuners/sinlora.py of samy-ji/Sine-Low-Rank.
     """
 
-    parameters = "rank * (in + out)"
-    hyperparameters = {"frequency": api.Number(600.0, above=0, help="omega in sin(omega B A)")}
+    title = "SineLoRA"
+    paper = "Ji et al., arXiv 2403.19243"
+    year = 2024
     verified_by = api.VerifiedBy.AUTHORS_CODE
+    hyperparameters = {"frequency": api.Number(600.0, above=0, help="omega in sin(omega B A)")}
     typical_lr_scale = 0.03  # at B = 0 the update is omega / sqrt(in) times as steep as LoRA's
 
     def matrix(self, params: api.Params, layer: api.FrozenLayer) -> Tensor:

@@ -1,4 +1,4 @@
-"""AdaLoRA (Zhang et al. 2023, arXiv 2303.10512): an SVD is trained, and unimportant triplets are pruned."""
+"""AdaLoRA: an SVD is trained, and unimportant triplets are pruned."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -35,12 +35,13 @@ class AdaLoRA(api.StepHooks, api.RankAllocation, api.AuxiliaryLoss, api.LowRank)
     Defaults: t_i = 100 and t_f = 900 of T = 1,562 steps and ranks 12 -> 8, as in the survey; pruning at
     every step and averages of 0.85, as in PEFT. Where the initial rank exceeds the smaller side of a layer
     (`rank` must not), the rows cannot all be orthogonal, as in PEFT.
-
-    Deviation: PEFT's orthogonality loss moves the A and B of pruned triplets until T. Here their gradients
-    are zero after T - t_f.
     """
 
-    parameters = "rank * (in + out + 1)"
+    title = "AdaLoRA"
+    paper = "Zhang et al., arXiv 2303.10512"
+    year = 2023
+    deviations = """PEFT's orthogonality loss moves the A and B of pruned triplets until T. Here their
+    gradients are zero after T - t_f."""
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
     typical_lr_scale = 10.0
     hook_only_buffers = AVERAGE_BUFFERS

@@ -1,4 +1,4 @@
-"""C3A (Chen et al. 2024, arXiv 2407.19342): circular convolutions of blocks of the input."""
+"""C3A: circular convolutions of blocks of the input."""
 
 import math
 from typing import Any
@@ -20,13 +20,14 @@ class C3A(api.PeftFormat, api.Variant):
 
     Rule, initialization and default are those of PEFT, which is the authors' code. The blocks are applied by
     FFT, in float32 or float64. PEFT recommends a learning rate of about 0.1.
-
-    Deviations: PEFT refuses a layer whose sides `block_size` does not divide; an exported adapter names b for
-    each such layer. PEFT's backward pass (0.21) has a wrong gradient of the layer's input, which the layers
-    before it receive; here autograd computes it.
     """
 
-    parameters = "in * out / gcd(block_size, in, out)"
+    title = "C3A"
+    paper = "Chen et al., arXiv 2407.19342"
+    year = 2024
+    deviations = """PEFT refuses a layer whose sides `block_size` does not divide; an exported adapter names b
+    for each such layer. PEFT's backward pass (0.21) has a wrong gradient of the layer's input, which the
+    layers before it receive; here autograd computes it."""
     verified_by = api.VerifiedBy.AUTHORS_CODE
     start = api.Start.OTHER
     typical_lr_scale = 100.0

@@ -1,4 +1,4 @@
-"""COLA (Xia et al. 2024, arXiv 2401.04151): LoRAs that are trained and merged one by one."""
+"""COLA: LoRAs that are trained and merged one by one."""
 
 from torch import Tensor
 
@@ -20,6 +20,9 @@ class COLA(ReLoRA):
     The parts of the training have equal lengths.
     """
 
+    title = "COLA"
+    paper = "Xia et al., arXiv 2401.04151"
+    year = 2024
     verified_by = api.VerifiedBy.PAPER
     hyperparameters = {"merges": api.Int(2, help="number of times that B A is merged")}
 

@@ -1,4 +1,4 @@
-"""DenseLoRA (Mu et al. 2025, arXiv 2505.23808): layers of a type share encoder and decoder."""
+"""DenseLoRA: layers of a type share encoder and decoder."""
 
 from torch import Tensor
 from torch.nn.functional import gelu
@@ -16,17 +16,20 @@ class DenseLoRA(api.SharedTensors, api.Variant):
 
     Defaults: at rank 8 and alpha 16, `rank_factor` 24 gives the survey's r = 192 with alpha 384.
 
-    Source: `tuners/lora.py` of the authors' code (mulin-ahu/DenseLoRA), which has the two GELU. Deviation:
-    that code also has dropout before M and after B. It never enables its layers, because two spellings of a
-    flag differ.
+    Source: `tuners/lora.py` of the authors' code (mulin-ahu/DenseLoRA), which has the two GELU.
     """
 
-    parameters = "rank * rank_factor * rank * rank_factor"
-    shared_parameters = "rank * rank_factor * (in + out)"
+    title = "DenseLoRA"
+    paper = "Mu et al., arXiv 2505.23808"
+    year = 2025
+    deviations = """The authors' code also has dropout before M and after B. It never enables its layers,
+    because two spellings of a flag differ."""
+    verified_by = api.VerifiedBy.AUTHORS_CODE
     hyperparameters = {"rank_factor": api.Int(24, help="size r of M, divided by the rank")}
     merge_obstacle = "its update is not linear in the input of the layer"
-    rank_limit = ""
-    verified_by = api.VerifiedBy.AUTHORS_CODE
+
+    def largest_rank(self, layer: api.FrozenLayer) -> int | None:
+        return None
 
     def shared_rank(self, settings: api.VariantSettings) -> int:
         return settings.rank * settings["rank_factor"]

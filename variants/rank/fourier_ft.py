@@ -1,4 +1,4 @@
-"""FourierFT (Gao et al. 2024, arXiv 2405.03003): a few spectral coefficients of the weight's change learn."""
+"""FourierFT: a few spectral coefficients of the weight's change learn."""
 
 import torch
 from torch import Tensor
@@ -22,11 +22,13 @@ class FourierFT(api.InitTogether, api.PeftFormat, api.DenseUpdate):
     A lane is not exported to PEFT, whose file holds the entries without their locations: PEFT draws others
     from a seed in its config, and a file with all in * out entries would be as large as the weights.
     `peft:FOURIERFT` trains with PEFT's locations.
-
-    Deviation: in a layer with fewer than `frequencies` weights, which PEFT refuses, every entry is trainable.
     """
 
-    parameters = "min(frequencies, in * out)"
+    title = "FourierFT"
+    paper = "Gao et al., arXiv 2405.03003"
+    year = 2024
+    deviations = """In a layer with fewer than `frequencies` weights, which PEFT refuses, every entry is
+    trainable."""
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
     start = api.Start.OTHER
     typical_lr_scale = 100.0

@@ -1,4 +1,4 @@
-"""GoRA (He et al. 2025, arXiv 2502.12171): LoRA whose ranks and initial B follow from the mean gradient."""
+"""GoRA: LoRA whose ranks and initial B follow from the mean gradient."""
 
 import math
 
@@ -26,12 +26,16 @@ class GoRA(api.InitTogether, api.RankAllocation, api.Calibrated, api.LowRank):
 
     Defaults: those of the authors' scripts at rank 8 (ranks 4 to 32, gamma 0.05, 32 batches).
 
-    Source: the paper's equations, and the authors' code (`gora.py`). Deviations: the code has a positive B,
-    which is a step of gradient ascent, and rounds ranks down. Without `--gora-features-func sqrt`, which its
-    scripts do not give, it has in + out in place of its root. The scripts use LoRA+'s learning rates besides.
-    Here A is the same for all seeds, because the calibration statistic is reduced before seeds are known.
+    Source: the paper's equations, and the authors' code (`gora.py`).
     """
 
+    title = "GoRA"
+    paper = "He et al., arXiv 2502.12171"
+    year = 2025
+    deviations = """The authors' code has a positive B, which is a step of gradient ascent, and rounds ranks
+    down. Without `--gora-features-func sqrt`, which its scripts do not give, it has in + out in place of its
+    root. The scripts use LoRA+'s learning rates besides. Here A is the same for all seeds, because the
+    calibration statistic is reduced before seeds are known."""
     verified_by = api.VerifiedBy.PAPER
     start = api.Start.OTHER
     calibration_statistic = api.CalibrationStatistic.MEAN_GRADIENT
@@ -54,7 +58,8 @@ class GoRA(api.InitTogether, api.RankAllocation, api.Calibrated, api.LowRank):
 
     def init_layers(self, layers: api.Layers, random_of: api.RandomOf) -> dict[str, api.InitialTensors]:
         settings = api.shared_settings(layers)
-        importance = {name: self.calibrated(layer, "importance")[0].item() for name, layer in layers.items()}
+        tensors = {name: self.calibrated(layer, "importance")[0] for name, layer in layers.items()}
+        importance = {name: 1.0 if each.is_meta else each.item() for name, each in tensors.items()}
         widths = {name: math.sqrt(sum(layer.shape)) for name, layer in layers.items()}
         unit = settings.rank * sum(widths.values()) / (sum(importance.values()) or 1.0)
         smallest = max(1, round(settings.rank * settings["smallest"]))

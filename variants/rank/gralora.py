@@ -1,4 +1,4 @@
-"""GraLoRA (Jung et al. 2025, arXiv 2505.20355): a LoRA for each block of a grid over the weight."""
+"""GraLoRA: a LoRA for each block of a grid over the weight."""
 
 from torch import Tensor
 
@@ -22,7 +22,9 @@ class GraLoRA(api.PeftFormat, api.Variant):
     uses k = 4 from rank 64, and of a total rank of 16 it gives 8 to the hybrid.
     """
 
-    parameters = "(rank + hybrid_rank) * (in + out)"
+    title = "GraLoRA"
+    paper = "Jung et al., arXiv 2505.20355"
+    year = 2025
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
     hyperparameters = {
         "blocks": api.Int(2, divides=("in", "out"), help="number k of blocks along each side of the weight"),

@@ -1,4 +1,4 @@
-"""HiRA (Huang et al., ICLR 2025, openreview TwJrTz9cRS): the weight times a low-rank matrix, elementwise."""
+"""HiRA: the weight times a low-rank matrix, elementwise."""
 
 import torch
 from torch import Tensor
@@ -17,7 +17,9 @@ class HiRA(api.PeftFormat, api.DenseUpdate):
     Source: PEFT's HIRA. The authors' code (hqsiswiliam/hira) has the same rule and initialization.
     """
 
-    parameters = "rank * (in + out)"
+    title = "HiRA"
+    paper = "Huang et al., ICLR 2025, OpenReview TwJrTz9cRS"
+    year = 2025
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
     numerics = 2
     uses_alpha = False

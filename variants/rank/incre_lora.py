@@ -1,4 +1,4 @@
-"""IncreLoRA (Zhang et al. 2023, arXiv 2308.12043): an SVD is trained, and important layers gain triplets."""
+"""IncreLoRA: an SVD is trained, and important layers gain triplets."""
 
 import math
 
@@ -39,17 +39,21 @@ class IncreLoRA(api.StepHooks, api.RankAllocation, api.AuxiliaryLoss, api.LowRan
     Defaults: those of the authors' script for MNLI at rank 8 (from rank 1, 18 of 72 layers in each of 28
     rounds, which are over after 29,000 of 85,904 steps; their other scripts for rank 8 add four triplets at
     once). Source: the authors' code (`increlora.py`, and the loss of `compute_svd_orth_regu` in their
-    trainer, which their scripts use instead of `compute_orth_regu`). Deviations:
-    - The code's importance is the sum of |dW * g_dW| over all entries of the update dW. It needs the gradient
-      with respect to the full matrix, which is not computed here. The sum over the rank-one parts of dW in
-      use replaces the sum over its entries. The code's gradient is that of the last micro-batch before
-      clipping; here it is the clipped gradient of the whole batch.
+    trainer, which their scripts use instead of `compute_orth_regu`).
+    """
+
+    title = "IncreLoRA"
+    paper = "Zhang et al., arXiv 2308.12043"
+    year = 2023
+    deviations = """
+    - The importance in the authors' code is the sum of |dW * g_dW| over all entries of the update dW. It
+      needs the gradient with respect to the full matrix, which is not computed here. The sum over the
+      rank-one parts of dW in use replaces the sum over its entries. The code's gradient is that of the last
+      micro-batch before clipping; here it is the clipped gradient of the whole batch.
     - The number of triplets of a layer is limited, and layers with equal importance do not gain together.
     - After the last round the code keeps the unused reserves in the orthogonality loss.
     - The code's learning rate of added triplets also decays from its full value to zero after their warm-up.
     """
-
-    parameters = "rank * (in + out + 1)"
     verified_by = api.VerifiedBy.AUTHORS_CODE
     mutable_buffers = HOOK_TENSORS | {api.RANK_MASK, "live"}
     hook_only_buffers = HOOK_TENSORS

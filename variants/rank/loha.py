@@ -1,4 +1,4 @@
-"""LoHa (Hyeon-Woo et al. 2021, arXiv 2108.06098): the elementwise product of two low-rank matrices."""
+"""LoHa: the elementwise product of two low-rank matrices."""
 
 from torch import Tensor
 
@@ -17,7 +17,9 @@ class LoHa(api.PeftFormat, api.DenseUpdate):
     N(0, 1) and B1 from N(0, 0.1^2), with B2 = 0.
     """
 
-    parameters = "2 * rank * (in + out)"
+    title = "LoHa"
+    paper = "Hyeon-Woo et al., arXiv 2108.06098"
+    year = 2021
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
     uses_dropout = False
     peft = api.PeftMethod(

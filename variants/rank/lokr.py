@@ -1,7 +1,4 @@
-"""LoKr (Yeh et al. 2023, arXiv 2309.14859): the Kronecker product of a small and a low-rank matrix.
-
-It is KronA (Edalati et al. 2022, arXiv 2212.10650) where the second factor is not low-rank.
-"""
+"""LoKr: the Kronecker product of a small and a low-rank matrix."""
 
 import math
 
@@ -13,6 +10,8 @@ from variants import api
 class LoKr(api.PeftFormat, api.Variant):
     """W' = W + s kron(C, D) with C (out1, in1), D (out2, in2) and s = alpha / rank.
 
+    It is KronA (Edalati et al. 2022, arXiv 2212.10650) where the second factor is not low-rank.
+
     in1 is the largest divisor of `in` up to its square root and up to `factor`, or `factor` itself where it
     divides; in2 = in / in1; likewise for `out`. If rank < max(out2, in2) / 2, D = B A with A (rank, in2) and
     B (out2, rank).
@@ -22,10 +21,12 @@ class LoKr(api.PeftFormat, api.Variant):
 
     Divisors, initialization and default are those of PEFT. The matrix is never formed: an input x, as a
     matrix X (in1, in2), adds s C X D^T to the output.
-
-    Deviation: LyCORIS sets A (or D) to zero in place of C, and has s = 1 if D is not low-rank.
     """
 
+    title = "LoKr"
+    paper = "Yeh et al., arXiv 2309.14859"
+    year = 2023
+    deviations = "LyCORIS sets A (or D) to zero in place of C, and has s = 1 if D is not low-rank."
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
     uses_dropout = False
     hyperparameters = {"factor": api.Int(-1, minimum=-1, help="upper limit of in1 and out1; -1: none")}
@@ -39,10 +40,6 @@ class LoKr(api.PeftFormat, api.Variant):
         optional=frozenset("ABD"),
         adapts_conv1d=False,
     )
-
-    def layer_parameters(self, layer: api.FrozenLayer, rank: int, layers: int) -> int:
-        (out1, out2), (in1, in2) = (_divide(side, layer.settings["factor"]) for side in layer.shape)
-        return out1 * in1 + (rank * (out2 + in2) if 2 * rank < max(out2, in2) else out2 * in2)
 
     def validate_settings(self, settings: api.VariantSettings) -> api.VariantSettings:
         settings = super().validate_settings(settings)

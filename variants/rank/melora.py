@@ -1,4 +1,4 @@
-"""MELoRA (Ren et al. 2024, arXiv 2402.17263): one small LoRA for each block of inputs and outputs."""
+"""MELoRA: one small LoRA for each block of inputs and outputs."""
 
 import torch
 from torch import Tensor
@@ -20,8 +20,11 @@ class MELoRA(api.LowRank):
     Source: `tuners/melora.py` of the authors' code (ChasonShi/MELoRA).
     """
 
-    hyperparameters = {"blocks": api.Int(2, divides=("in", "out"), help="number n of small LoRAs")}
+    title = "MELoRA"
+    paper = "Ren et al., arXiv 2402.17263"
+    year = 2024
     verified_by = api.VerifiedBy.AUTHORS_CODE
+    hyperparameters = {"blocks": api.Int(2, divides=("in", "out"), help="number n of small LoRAs")}
 
     def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
         (out_features, in_features), n = layer.shape, layer.settings["blocks"]

@@ -1,4 +1,4 @@
-"""MiSS (Kang et al. 2024, arXiv 2409.15371): one small matrix, repeated along the inputs of the layer."""
+"""MiSS: one small matrix, repeated along the inputs of the layer."""
 
 import torch
 from torch import Tensor
@@ -16,7 +16,9 @@ class MiSS(api.PeftFormat, api.Variant):
     initialization; PEFT's other forms "bat" (a function of W) and "mini" are not implemented.
     """
 
-    parameters = "rank * out"
+    title = "MiSS"
+    paper = "Kang et al., arXiv 2409.15371"
+    year = 2024
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
     uses_alpha = False
     peft = api.PeftMethod(

@@ -1,4 +1,4 @@
-"""MoRA (Jiang et al. 2024, arXiv 2405.12130): a square matrix between fixed maps of inputs and outputs."""
+"""MoRA: a square matrix between fixed maps of inputs and outputs."""
 
 import math
 
@@ -25,13 +25,12 @@ class MoRA(api.Variant):
     Source: `_apply_mora` in github.com/kongds/MoRA, types 6 (equation 9 of the paper) and 1 (equation 6).
     """
 
-    parameters = "(round(sqrt(rank * (in + out))) // step * step) ** 2"
+    title = "MoRA"
+    paper = "Jiang et al., arXiv 2405.12130"
+    year = 2024
     verified_by = api.VerifiedBy.AUTHORS_CODE
     uses_alpha = False
     hyperparameters = {"maps": api.Choice("rotation", ("rotation", "sharing"), help="the maps C and E")}
-
-    def formula_names(self, settings: api.VariantSettings) -> api.ExtraSettings:
-        return {"step": _size_step(settings)}
 
     def check_layer(self, layer: api.FrozenLayer) -> None:
         out_features, in_features = layer.shape
@@ -61,13 +60,8 @@ class MoRA(api.Variant):
         return base + update.repeat(1, 1, -(-layer.shape[0] // update.shape[2]))[..., : layer.shape[0]]
 
 
-def _size_step(settings: api.VariantSettings) -> int:
-    """Return the number of which d is a multiple: values are rotated in pairs."""
-    return 2 if settings["maps"] == "rotation" else 1
-
-
 def _matrix_size(shape: tuple[int, int], settings: api.VariantSettings) -> int:
-    step = _size_step(settings)
+    step = 2 if settings["maps"] == "rotation" else 1  # values are rotated in pairs
     return round(math.sqrt(settings.rank * sum(shape))) // step * step
 
 

@@ -1,4 +1,4 @@
-"""PeriodicLoRA (Meng et al. 2024, arXiv 2402.16141): a part of LoRA's update is merged after each stage."""
+"""PeriodicLoRA: a part of LoRA's update is merged after each stage."""
 
 from variants import api
 from variants.rank.cola import COLA
@@ -16,13 +16,17 @@ class PeriodicLoRA(COLA):
     Initialization: as in LoRA, so W' = W.
 
     Default: m is 0.1 and there are 3 merges. Source: the survey's code (`plora.py`), since the authors have
-    published none, and the paper's abstract. Deviations: the survey's code merges after every step and keeps
-    the optimizer's state, although the paper reinitializes it after each stage. With m = 1 that code sets A
-    and B to zero, and they stay zero. According to a summary, the paper also restarts the learning-rate
-    schedule in each stage; here one schedule spans all stages. Not confirmed: that the paper too multiplies
-    both A and B by 1 - m, and that its momentum is the merged fraction, not the kept one.
+    published none, and the paper's abstract.
     """
 
+    title = "PeriodicLoRA"
+    paper = "Meng et al., arXiv 2402.16141"
+    year = 2024
+    deviations = """The survey's code merges after every step and keeps the optimizer's state, although the
+    paper reinitializes it after each stage. With m = 1 that code sets A and B to zero, and they stay zero.
+    According to a summary, the paper also restarts the learning-rate schedule in each stage; here one
+    schedule spans all stages. Not confirmed: that the paper too multiplies both A and B by 1 - m, and that
+    its momentum is the merged fraction, not the kept one."""
     hyperparameters = {
         "merges": api.Int(3, help="number of times that a part of B A is merged"),
         "momentum": api.Number(0.1, above=0, maximum=1, help="fraction of B A that is merged"),

@@ -1,4 +1,4 @@
-"""PRoLoRA (Wang et al. 2024, arXiv 2402.16902): factors made of rotated copies of a smaller chunk."""
+"""PRoLoRA: factors made of rotated copies of a smaller chunk."""
 
 import torch
 from torch import Tensor
@@ -23,13 +23,15 @@ class PRoLoRA(api.LowRank):
     Source: `modules/chunkwise_sharing_LoRA.py` of the authors' code (Forence1999/PRoLoRA).
     """
 
-    parameters = "(rank - unshared) * (ceil(in / in_copies) + ceil(out / out_copies)) + unshared * (in + out)"
+    title = "PRoLoRA"
+    paper = "Wang et al., arXiv 2402.16902"
+    year = 2024
+    verified_by = api.VerifiedBy.AUTHORS_CODE
     hyperparameters = {
         "unshared": api.Int(1, minimum=0, help="ranks without copies; below the rank"),
         "in_copies": api.Int(2, help="number m of chunks of A"),
         "out_copies": api.Int(2, help="number n of chunks of B"),
     }
-    verified_by = api.VerifiedBy.AUTHORS_CODE
 
     def validate_settings(self, settings: api.VariantSettings) -> api.VariantSettings:
         settings = super().validate_settings(settings)

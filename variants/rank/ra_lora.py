@@ -1,4 +1,4 @@
-"""RaLoRA (Ye et al., ICLR 2026, openreview kObvnQ6pUx): block-diagonal LoRA by the gradient's rank."""
+"""RaLoRA: block-diagonal LoRA by the gradient's rank."""
 
 import math
 
@@ -23,9 +23,13 @@ class RaLoRA(api.Calibrated, api.LowRank):
     B = 0, so W' = W.
 
     Source: the authors' code (`ralora.py`) with equal ranks; RaLoRA-Pro allocates ranks as GoRA besides.
-    Deviations: the code has no default of `max_power`, and raises an error if n does not divide a side.
     """
 
+    title = "RaLoRA"
+    paper = "Ye et al., ICLR 2026, OpenReview kObvnQ6pUx"
+    year = 2026
+    deviations = """The authors' code has no default of `max_power`, and raises an error if n does not
+    divide a side."""
     verified_by = api.VerifiedBy.AUTHORS_CODE
     calibration_statistic = api.CalibrationStatistic.MEAN_GRADIENT
     hyperparameters = {
@@ -40,7 +44,8 @@ class RaLoRA(api.Calibrated, api.LowRank):
 
     def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
         initial = random.lora()
-        ratio = max(1.0, float(self.calibrated(layer, "effective_rank")[0]) / layer.settings.rank)
+        rank = self.calibrated(layer, "effective_rank")[0]
+        ratio = 1.0 if rank.is_meta else max(1.0, float(rank) / layer.settings.rank)
         power = min(math.floor(math.log2(ratio)), layer.settings["max_power"])
         blocks = math.gcd(2**power, *layer.shape)
         a = initial.trainable["A"].mul_(math.sqrt(blocks))

@@ -1,4 +1,4 @@
-"""RandLoRA (Albert et al. 2025, arXiv 2502.00987): full rank from random bases; scales learn."""
+"""RandLoRA: full rank from random bases; scales learn."""
 
 import math
 from collections.abc import Mapping
@@ -27,14 +27,16 @@ class RandLoRA(api.SharedTensors, api.LowRank):
     Defaults: at rank 8, `rank_factor` 4 gives the basis rank 32 of the survey, which calls `base_limit` U
     and sets it to 1024. Without a limit (`base_limit` at least p) the update can have full rank.
 
-    Deviations: PEFT has no `base_limit`, and no 1 / sqrt(n), which is the authors' (`normalized`). A lane
-    draws A and B from its own seed and keeps them in its checkpoint; PEFT has one `projection_prng_key`.
-    The survey's code draws l from N(0, 1), so it does not start at W, and has g = 1 / q.
-
     Source: `tuners/randlora/` of the authors' code (PaulAlbert31/RandLoRA) and of PEFT.
     """
 
-    parameters = "ceil(min(in, out, base_limit) / (rank * rank_factor)) * (rank * rank_factor + min(in, out))"
+    title = "RandLoRA"
+    paper = "Albert et al., arXiv 2502.00987"
+    year = 2025
+    deviations = """PEFT has no `base_limit`, and no 1 / sqrt(n), which is the authors' (`normalized`). A lane
+    draws A and B from its own seed and keeps them in its checkpoint; PEFT has one `projection_prng_key`. The
+    survey's code draws l from N(0, 1), so it does not start at W, and has g = 1 / q."""
+    verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
     hyperparameters = {
         "rank_factor": api.Int(4, help="rank r of each basis, divided by the rank"),
         "base_limit": api.Int(
@@ -42,8 +44,6 @@ class RandLoRA(api.SharedTensors, api.LowRank):
         ),
         "normalized": api.Flag(True, help="divide by the root of the number of bases (PEFT does not)"),
     }
-    rank_limit = ""
-    verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
     peft = api.PeftMethod(
         "RANDLORA",
         {"l": "randlora_lambda", "g": "randlora_gamma"},
@@ -52,6 +52,9 @@ class RandLoRA(api.SharedTensors, api.LowRank):
         dropout="randlora_dropout",
         constants={"save_projection": True, "bias": "none"},
     )
+
+    def largest_rank(self, layer: api.FrozenLayer) -> int | None:
+        return None
 
     def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
         n, r = _basis_count(layer.shape, layer.settings), _basis_rank(layer.settings)

@@ -1,4 +1,4 @@
-"""RaSA (He et al. 2025, arXiv 2503.12576): layers of one type give some ranks to a pool that all use."""
+"""RaSA: layers of one type give some ranks to a pool that all use."""
 
 from collections import Counter
 
@@ -22,16 +22,16 @@ class RaSA(api.InitTogether, api.SharedTensors, api.LowRank):
 
     Default: k = 1 of `rank` 8, the survey's and the authors'.
 
-    Deviation: the authors' code refuses layers of one type with different shapes; here the pool has the
-    largest shape, and a layer uses a part of it.
-
     Source: `tuners/rasa/` of the authors' code (zwhe99/RaSA).
     """
 
-    parameters = "(rank - shared) * (in + out + 1)"
-    shared_parameters = "shared * layers * (in + out + layers)"  # with the pool's part of each layer's E
-    hyperparameters = {"shared": api.Int(1, help="ranks k that each layer gives to the pool; below the rank")}
+    title = "RaSA"
+    paper = "He et al., arXiv 2503.12576"
+    year = 2025
+    deviations = """The authors' code refuses layers of one type with different shapes; here the pool has the
+    largest shape, and a layer uses a part of it."""
     verified_by = api.VerifiedBy.AUTHORS_CODE
+    hyperparameters = {"shared": api.Int(1, help="ranks k that each layer gives to the pool; below the rank")}
 
     def scaling(self, settings: api.VariantSettings) -> float:
         return 1.0

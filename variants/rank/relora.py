@@ -1,4 +1,4 @@
-"""ReLoRA (Lialin et al. 2023, arXiv 2307.05695): LoRA that is merged and restarted during training."""
+"""ReLoRA: LoRA that is merged and restarted during training."""
 
 import math
 from collections.abc import Mapping
@@ -28,16 +28,18 @@ class ReLoRA(api.StepHooks, api.RateScales, api.LowRank):
     Defaults: 3 merges and a warm-up of 10 of 1,562 steps, as in the survey; pruning as the paper
     states it ("we set 99% of low-magnitude optimizer state values to zero"; the authors' code resets 99.9 %
     at random).
+    """
 
-    Deviations:
+    title = "ReLoRA"
+    paper = "Lialin et al., arXiv 2307.05695"
+    year = 2023
+    deviations = """
     - In the authors' code each moment is pruned by its own magnitude. Then an exp_avg may be kept whose
       exp_avg_sq is not, and it is divided by epsilon, because with B = 0 the gradient of A is zero. After a
       warm-up of one step such a lane diverges.
     - The paper trains at full rank before the first LoRA; here the base model's pretraining takes that place.
     - If a part would have fewer than two steps, there are fewer merges, because A does not move in the first
-      step of a part.
-    """
-
+      step of a part."""
     verified_by = api.VerifiedBy.PAPER
     mutable_buffers = frozenset({"merged A", "merged B"})
     frozen_update_buffers = mutable_buffers

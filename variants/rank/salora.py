@@ -1,4 +1,4 @@
-"""SaLoRA (Hu et al. 2023, Mathematics 11(20) 4317): trainable random gates choose the ranks."""
+"""SaLoRA: trainable random gates choose the ranks."""
 
 import math
 
@@ -35,7 +35,9 @@ class SaLoRA(api.StepHooks, api.RateScales, api.RankAllocation, api.LowRank):
     and the target falls as in FLOP (arXiv 1910.04732), whose gates in training are the same.
     """
 
-    parameters = "components * (in + out + 1)"
+    title = "SaLoRA"
+    paper = "Hu et al., Mathematics 11(20) 4317"
+    year = 2023
     mutable_buffers = frozenset({"noise"})
     law_settings = {"gate_lr": 3.0}
     hyperparameters = {
@@ -45,9 +47,6 @@ class SaLoRA(api.StepHooks, api.RateScales, api.RankAllocation, api.LowRank):
         "orthogonality": api.Number(1e-3, help="weight of the orthogonality term (the survey's lambda)"),
         "gate_lr": api.Number(30.0, above=0, help="learning rate of log d divided by that of A and B"),
     }
-
-    def formula_names(self, settings: api.VariantSettings) -> api.ExtraSettings:
-        return {**settings.extra, "components": _initial_rank(settings)}
 
     def parameter_lr_scale(self, parameter: str, settings: api.VariantSettings) -> float:
         return settings["gate_lr"] if parameter == "log_d" else 1.0

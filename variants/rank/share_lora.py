@@ -1,4 +1,4 @@
-"""ShareLoRA (Song et al. 2024, arXiv 2406.10785): all layers of a type share A, B, or both."""
+"""ShareLoRA: all layers of a type share A, B, or both."""
 
 from torch import Tensor
 
@@ -8,8 +8,7 @@ from variants import api
 class ShareLoRA(api.SharedTensors, api.LowRank):
     """W' = W + s B A with s = alpha / rank, where all layers of one type have the same A, B, or both.
 
-    A type is all layers whose names differ only in indices. In the formulas for the number of parameters, a
-    is 1 if A is shared and 0 otherwise, and b is the same for B.
+    A type is all layers whose names differ only in indices.
 
     Initialization: as in LoRA, so W' = W.
 
@@ -18,14 +17,11 @@ class ShareLoRA(api.SharedTensors, api.LowRank):
     Source: `GLUE/run_glue_share.py` and `sharelora/` of the authors' code (Rain9876/ShareLoRA).
     """
 
-    parameters = "rank * ((1 - a) * in + (1 - b) * out)"
-    shared_parameters = "rank * (a * in + b * out)"
-    hyperparameters = {"part": api.Choice("A", ("A", "B", "AB"), help="the factors that layers share")}
+    title = "ShareLoRA"
+    paper = "Song et al., arXiv 2406.10785"
+    year = 2024
     verified_by = api.VerifiedBy.AUTHORS_CODE
-
-    def formula_names(self, settings: api.VariantSettings) -> api.ExtraSettings:
-        """Return 1 for a shared factor and 0 for a factor of one layer, as "a" and "b"."""
-        return {name.lower(): int(name in settings["part"]) for name in "AB"}
+    hyperparameters = {"part": api.Choice("A", ("A", "B", "AB"), help="the factors that layers share")}
 
     def init_layer_group(self, layers: api.Layers, random: api.LayerRandom) -> api.InitialTensors:
         settings = api.shared_settings(layers)

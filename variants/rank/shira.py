@@ -1,4 +1,4 @@
-"""SHiRA (Bhardwaj et al. 2024, arXiv 2406.13175): a random sparse subset of the weights learns."""
+"""SHiRA: a random sparse subset of the weights learns."""
 
 from torch import Tensor
 
@@ -18,9 +18,10 @@ class SHiRA(api.PeftFormat, api.DenseUpdate):
     gradient or structure are not implemented.
     """
 
-    parameters = "rank * (in + out)"
+    title = "SHiRA"
+    paper = "Bhardwaj et al., arXiv 2406.13175"
+    year = 2024
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
-    rank_limit = "in * out // (in + out)"
     uses_alpha = uses_dropout = False
     peft = api.PeftMethod(
         "SHIRA",
@@ -30,6 +31,10 @@ class SHiRA(api.PeftFormat, api.DenseUpdate):
         constants={"mask_type": "random"},
         adapts_conv1d=False,
     )
+
+    def largest_rank(self, layer: api.FrozenLayer) -> int:
+        out_features, in_features = layer.shape
+        return out_features * in_features // (out_features + in_features)
 
     def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
         count = layer.settings.rank * sum(layer.shape)

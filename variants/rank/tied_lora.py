@@ -1,4 +1,4 @@
-"""Tied-LoRA (Renduchintala et al. 2023, arXiv 2311.09578): layers of one type share A and B."""
+"""Tied-LoRA: layers of one type share A and B."""
 
 from torch import Tensor
 
@@ -17,8 +17,9 @@ class TiedLoRA(api.SharedTensors, api.LowRank):
     Source: the paper's rule. Its authors' code was not found.
     """
 
-    parameters = "rank + out"
-    shared_parameters = "rank * (in + out)"
+    title = "Tied-LoRA"
+    paper = "Renduchintala et al., arXiv 2311.09578"
+    year = 2023
     verified_by = api.VerifiedBy.PAPER
 
     def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:

@@ -1,4 +1,4 @@
-"""VB-LoRA (Li et al. 2024, arXiv 2405.15179): factors put together from a few vectors of one shared bank."""
+"""VB-LoRA: factors put together from a few vectors of one shared bank."""
 
 import itertools
 import math
@@ -28,8 +28,10 @@ class VBLoRA(api.InitTogether, api.SharedTensors, api.RateScales, api.LowRank):
     Source: `tuners/vblora/` of PEFT, and `NLU/` of the authors' code (leo-yangli/VB-LoRA).
     """
 
-    parameters = "rank * (in + out) / vector_length * vectors"
-    shared_parameters = "vectors * vector_length"
+    title = "VB-LoRA"
+    paper = "Li et al., arXiv 2405.15179"
+    year = 2024
+    verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
     hyperparameters = {
         "vectors": api.Int(256, help="number of vectors in the bank"),
         "vector_length": api.Int(
@@ -43,7 +45,6 @@ class VBLoRA(api.InitTogether, api.SharedTensors, api.RateScales, api.LowRank):
     uses_alpha = False
     start = api.Start.OTHER
     typical_lr_scale = 10.0
-    verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
     peft = api.PeftMethod(
         "VBLORA",
         {"PA": "vblora_logits_A", "PB": "vblora_logits_B"},
@@ -67,9 +68,6 @@ class VBLoRA(api.InitTogether, api.SharedTensors, api.RateScales, api.LowRank):
                 f"{layer.name}: vector_length {layer.settings['vector_length']} does not divide "
                 f"{out_features} x {in_features}"
             )
-
-    def formula_names(self, settings: api.VariantSettings) -> api.ExtraSettings:
-        return {**settings.extra, "vector_length": settings["vector_length"] or DEFAULT_LENGTH}
 
     def init_layers(self, layers: api.Layers, random_of: api.RandomOf) -> dict[str, api.InitialTensors]:
         initial, length = {}, _vector_length(layers)

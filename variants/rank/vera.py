@@ -1,4 +1,4 @@
-"""VeRA (Kopiczko et al. 2023, arXiv 2310.11454): two random matrices for all layers; only vectors learn."""
+"""VeRA: two random matrices for all layers; only vectors learn."""
 
 import math
 from collections.abc import Mapping
@@ -25,15 +25,15 @@ class VeRA(api.SharedTensors, api.LowRank):
     rank than LoRA, while a study has one rank for all variants. At rank 8 the default factor of 32 gives 256,
     PEFT's default.
 
-    Deviation: a lane draws A and B from its own seed, while PEFT has one `projection_prng_key` for all. A and
-    B are part of the checkpoint and of the export.
-
     VeRA needs larger learning rates than LoRA.
     """
 
-    parameters = "rank * rank_factor + out"
+    title = "VeRA"
+    paper = "Kopiczko et al., arXiv 2310.11454"
+    year = 2023
+    deviations = """A lane draws A and B from its own seed, while PEFT has one `projection_prng_key` for all.
+    A and B are part of the checkpoint and of the export."""
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
-    rank_limit = ""
     uses_alpha = False
     typical_lr_scale = 10.0
     hyperparameters = {"rank_factor": api.Int(32, help="r divided by the rank of the settings")}
@@ -45,6 +45,9 @@ class VeRA(api.SharedTensors, api.LowRank):
         dropout="vera_dropout",
         constants={"save_projection": True, "bias": "none"},
     )
+
+    def largest_rank(self, layer: api.FrozenLayer) -> int | None:
+        return None
 
     def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
         b = layer.zeros(layer.shape[0])
