@@ -52,8 +52,8 @@ from torch.utils._pytree import tree_leaves
 
 from orchestrator.util.command import main
 from variants import catalogue
+from variants.adapters import Adapters, attach
 from variants.api import CalibrationStatistic, VariantSettings
-from variants.attach import Adapters, attach
 from variants.calibrate import calibrate
 from variants.testing.rig import LaneOptimizer
 

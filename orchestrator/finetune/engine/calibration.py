@@ -25,8 +25,8 @@ from orchestrator.finetune.engine.lane_group import LaneGroup
 from orchestrator.finetune.evaluation.forward import compute_objective
 from orchestrator.study.configuration import Configuration, LRSchedule, OptimizerConfig
 from orchestrator.util.atomic_files import DamagedFileError, canonical_json
+from variants.adapters import Adapters, CalibrationTensors
 from variants.api import CalibrationStatistic
-from variants.attach import Adapters, CalibrationTensors
 from variants.calibrate import calibrate
 
 

@@ -34,8 +34,8 @@ from orchestrator.study.configuration import (
     lr_factor,
     warmup_steps,
 )
+from variants.adapters import Adapters, CalibrationTensors
 from variants.api import VariantSettings
-from variants.attach import Adapters, CalibrationTensors
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STEP_COUNTERS = "step"

@@ -33,7 +33,7 @@ from orchestrator.finetune.process_group import ProcessGroup, copy_without_waiti
 from orchestrator.finetune.tasks.base import Task
 from orchestrator.finetune.tasks.examples import HELD_OUT_SPLITS
 from orchestrator.study.configuration import Configuration
-from variants.attach import Adapters
+from variants.adapters import Adapters
 
 SAMPLED_ROWS = 256
 """The number of training rows whose mean length counts."""
