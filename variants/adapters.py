@@ -1,4 +1,4 @@
-"""Lanes that train on an adapted model."""
+"""Adapters on a model: the choice of its layers, the lanes on them, and the rows that the lanes compute."""
 
 from __future__ import annotations
 
@@ -6,28 +6,225 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from variants.adapted_model import AdaptedModel, CalibrationTensors
-from variants.api import (
-    RANK_MASK,
-    Batching,
-    InitialTensors,
-    LaneView,
-    LayerView,
-    UnsupportedError,
-    VariantSettings,
-)
+from variants import api
 from variants.errors import BypassedLayerError
-from variants.forward_context import ForwardContext
-from variants.full_finetune import MODEL_PREFIX
-from variants.hooks import RankAllocation, StepHooks, statistic_of
+from variants.forward_context import AdapterState, ForwardContext, LaneDropout, TableDropout
+from variants.full_parameters import MODEL_PREFIX, FullModelParameters, LaneHead
+from variants.hooks import statistic_of
+from variants.lane_linear import LaneLinear
+from variants.lane_tensors import LaneTensors
+from variants.nf4 import NF4Linear
+from variants.targets import find_target_layers, view_layer
+
+CalibrationTensors = Mapping[str, Mapping[str, Tensor]]
+"""Layer -> the result of the variant's `reduce_calibration`."""
 
 
-class Adapters(AdaptedModel):
-    """An adapted model and the lanes on it; made by `attach`."""
+def attach(
+    model: nn.Module,
+    variant: api.Variant,
+    settings: api.VariantSettings,
+    targets: str = "blocks",
+    heads: Sequence[str] = (),
+    base_dropout: bool = False,
+) -> Adapters:
+    """Replace the model's target layers by layers that K lanes share, and freeze the model.
+
+    The model must be on its device already.
+
+    Args:
+        model: The model, without adapters.
+        variant: The rule by which the layers learn.
+        settings: Settings that all lanes share (rank, dropout, extra settings). The alpha is checked and
+            otherwise unused.
+        targets: The layers to adapt, as `find_target_layers` takes them.
+        heads: Names of the modules that belong to the task. Each lane trains its own copy of every linear
+            layer in them.
+        base_dropout: True to apply the model's own dropout in training, with separate masks for each lane.
+
+    Raises:
+        UnsupportedError: A target does not exist or cannot be adapted, the settings do not fit a layer, the
+            model carries adapters already, or the variant cannot train this model.
+    """
+    if any(isinstance(module, (LaneLinear, LaneHead)) for module in model.modules()):
+        raise api.UnsupportedError("the model carries adapters already; detach() them first")
+    settings, scope = variant.validate_settings(settings), variant.adaptation_scope
+    head_layers = {
+        f"{head}.{name}" if name else head: module
+        for head in heads
+        for name, module in model.get_submodule(head).named_modules()
+        if isinstance(module, nn.Linear)
+    }
+    if scope is api.AdaptationScope.HEAD_ONLY and not head_layers:
+        raise api.UnsupportedError(f"{variant.name} trains the task's head alone, and this task has none")
+    for name, module in model.named_modules() if scope is api.AdaptationScope.FULL_MODEL else ():
+        if isinstance(module, NF4Linear):
+            raise api.UnsupportedError(
+                f"{variant.name} trains every weight, and {name} has 4 bits per value (nf4); load the "
+                "model in bfloat16 or float32, or take a variant with adapters"
+            )
+    target_layers: dict[str, nn.Module] = {}
+    if scope is api.AdaptationScope.TARGET_LAYERS:
+        found = find_target_layers(model, targets)
+        target_layers = {name: module for name, module in found.items() if name not in head_layers}
+        if not target_layers:
+            raise api.UnsupportedError(
+                f"targets {targets!r}: all of it is the task's head, which is trained in full; "
+                "name other layers"
+            )
+    views = [view_layer(name, layer).with_settings(settings) for name, layer in target_layers.items()]
+    limits = {view.name: limit for view in views if (limit := variant.largest_rank(view)) is not None}
+    if limits and settings.rank > min(limits.values()):
+        name = min(limits, key=limits.__getitem__)
+        raise api.UnsupportedError(
+            f"rank {settings.rank} is larger than layer {name} allows: at most {limits[name]}"
+        )
+    for view in views:
+        check_fit(variant, view)
+    return Adapters(model, variant, settings, target_layers, head_layers, base_dropout)
+
+
+def check_fit(variant: api.Variant, layer: api.FrozenLayer) -> None:
+    """Check a layer, with its settings, against `Int.divides` and the variant's own rules (`check_layer`).
+
+    Raises:
+        UnsupportedError: The settings do not fit.
+    """
+    sides = dict(zip(("out", "in"), layer.shape, strict=True))
+    for name, each in variant.hyperparameters.items():
+        for side in each.divides if isinstance(each, api.Int) else ():
+            if sides[side] % layer.settings[name]:
+                raise api.UnsupportedError(
+                    f"{layer.name} has {sides[side]} {side}puts: {name} {layer.settings[name]} does not "
+                    "divide them"
+                )
+    variant.check_layer(layer)
+
+
+def group_owner(variant: api.SharedTensors, layer_name: str) -> str:
+    """Return the name of the tensors that a layer shares with its group, also in checkpoints."""
+    return f"group:{variant.layer_group(layer_name)}"
+
+
+def init_layers(variant: api.Variant, layers: api.Layers, seed: int) -> dict[str, api.InitialTensors]:
+    """Return one lane's initial tensors of all layers and of the groups that share tensors, by owner.
+
+    Args:
+        variant: The variant.
+        layers: The frozen layers by name, with the lane's settings.
+        seed: The lane's seed.
+    """
+
+    def random_of(name: str) -> api.LayerRandom:
+        return api.LayerRandom(layers[name], api.stable_seed(seed, name))
+
+    if isinstance(variant, api.InitTogether):
+        initial = variant.init_layers(layers, random_of)
+    else:
+        initial = {name: variant.init(layer, random_of(name)) for name, layer in layers.items()}
+    groups: dict[str, dict[str, api.FrozenLayer]] = {}
+    if isinstance(variant, api.SharedTensors):
+        for name, layer in layers.items():
+            groups.setdefault(group_owner(variant, name), {})[name] = layer
+        for owner, members in groups.items():
+            random = api.LayerRandom(next(iter(members.values())), api.stable_seed(seed, owner))
+            initial[owner] = variant.init_layer_group(members, random)
+    return initial
+
+
+class Adapters:
+    """A model whose layers hold the tensors of several lanes; made by `attach`.
+
+    The tensors of a lane belong to owners: an adapted layer, a head, a layer group, or a module of a model
+    that is trained in full. The constructor takes layers and heads by dotted path, and checks nothing.
+
+    Attributes:
+        model: The model, with its target layers and heads replaced.
+        variant: The rule by which the layers learn.
+        state: State that the adapted layers share.
+        settings: Settings that all lanes share (rank, dropout, extra settings).
+        layers: The adapted layers by dotted path.
+        heads: The task's linear layers by dotted path.
+        layer_groups: Tensors that several layers share, by owner.
+        full_model: The lane's copies of all parameters outside the heads; None without full fine-tuning.
+        tensors_by_owner: The tensors of all lanes, by owner.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        variant: api.Variant,
+        settings: api.VariantSettings,
+        target_layers: Mapping[str, nn.Module],
+        heads: Mapping[str, nn.Module],
+        base_dropout: bool = False,
+    ) -> None:
+        self.model, self.variant, self.state = model, variant, AdapterState()
+        self.layers: dict[str, LaneLinear] = {}
+        self.layer_groups: dict[str, LaneTensors] = {}
+        for name, base in target_layers.items():
+            shared = None
+            if isinstance(variant, api.SharedTensors):
+                shared = self.layer_groups.setdefault(group_owner(variant, name), LaneTensors(variant))
+            self.layers[name] = LaneLinear(name, base, variant, self.state, shared)
+        self.settings = variant.validate_settings(settings)
+        self.state.group_settings = replace(self.settings, alpha=None)
+        self.heads = {
+            name: LaneHead(name, base, self.state)  # type: ignore[arg-type]  # attach() admits only Linear
+            for name, base in heads.items()
+        }
+        self._replaced_modules = self._replace_modules(base_dropout)
+        self._original_requires_grad = [(each, each.requires_grad) for each in model.parameters()]
+        model.requires_grad_(False)
+        is_full = variant.adaptation_scope is api.AdaptationScope.FULL_MODEL
+        self.full_model = FullModelParameters(model, self.heads.values()) if is_full else None
+        self.tensors_by_owner: dict[str, LaneTensors] = {
+            **{name: layer.own_tensors for name, layer in self.layers.items()},
+            **self.layer_groups,
+            **{name: head.own_tensors for name, head in self.heads.items()},
+            **(self.full_model.tensors if self.full_model is not None else {}),
+        }
+
+    def _replace_modules(self, base_dropout: bool) -> list[tuple[nn.Module, str, nn.Module]]:
+        """Put the lanes' modules into the model, and return the replaced ones as (parent, key, module)."""
+        wrappers = (*self.layers.values(), *self.heads.values())
+        replacements: dict[int, nn.Module] = {id(wrapper.base_layer): wrapper for wrapper in wrappers}
+        for name, module in list(self.model.named_modules()) if base_dropout else ():
+            if isinstance(module, nn.Dropout) and module.p > 0:
+                is_table = isinstance(module, TableDropout)
+                replacements[id(module)] = LaneDropout(name, module.p, self.state, is_table)
+            if hasattr(module, "is_causal"):  # an attention module of transformers
+                module.lane_dropout = LaneDropout(f"{name}.probabilities", 0.0, self.state)
+                module.training = True  # otherwise it passes dropout 0 to its attention function
+        # A module may have several parents (tied layers): it is replaced in all of them.
+        replaced = [
+            (parent, key, child)
+            for parent in self.model.modules()
+            for key, child in parent._modules.items()
+            if child is not None and id(child) in replacements
+        ]
+        for parent, key, child in replaced:
+            parent._modules[key] = replacements[id(child)]
+        return replaced
+
+    def detach(self) -> None:
+        """Restore the model bit for bit and remove all lanes; a second call has no effect."""
+        for parent, key, child in self._replaced_modules:
+            parent._modules[key] = child
+        for parameter, required in self._original_requires_grad:
+            parameter.requires_grad_(required)
+        for module in self.model.modules():
+            if hasattr(module, "lane_dropout"):
+                del module.lane_dropout
+                module.training = False
+        self._replaced_modules, self._original_requires_grad = [], []
+        for lane in self.lanes:
+            self.remove_lane(lane)
 
     @property
     def lanes(self) -> tuple[str, ...]:
@@ -37,9 +234,9 @@ class Adapters(AdaptedModel):
     @property
     def max_lanes(self) -> int:
         """The largest permitted number of lanes."""
-        return 1 if self.variant.batching is Batching.EXCLUSIVE else sys.maxsize
+        return 1 if self.variant.batching is api.Batching.EXCLUSIVE else sys.maxsize
 
-    def lane_settings(self, lane: str) -> VariantSettings:
+    def lane_settings(self, lane: str) -> api.VariantSettings:
         """Return a lane's settings, with all defaults filled in."""
         return self.state.settings[self._require_lane(lane)]
 
@@ -48,7 +245,11 @@ class Adapters(AdaptedModel):
         return self.state.seeds[self._require_lane(lane)]
 
     def add_lane(
-        self, lane: str, settings: VariantSettings, seed: int, calibration: CalibrationTensors | None = None
+        self,
+        lane: str,
+        settings: api.VariantSettings,
+        seed: int,
+        calibration: CalibrationTensors | None = None,
     ) -> None:
         """Add a lane at step 0.
 
@@ -66,26 +267,26 @@ class Adapters(AdaptedModel):
                 lane, or the calibration is missing.
             ValueError: The lane exists already.
         """
-        settings = self._validate_new_lane(lane, settings)
+        settings = self._check_new_lane(lane, settings)
         statistic = statistic_of(self.variant)
         if statistic.needs_data and calibration is None:
-            raise UnsupportedError(f"{self.variant.name} starts from {statistic}: calibrate first")
-        self._store_lane(lane, self.initial_tensors(settings, seed, calibration or {}), settings, seed)
+            raise api.UnsupportedError(f"{self.variant.name} starts from {statistic}: calibrate first")
+        self._store_lane(lane, self._initial_tensors(settings, seed, calibration or {}), settings, seed)
 
     def restore_lane(
         self,
         lane: str,
         trainable: Mapping[str, Tensor],
         frozen: Mapping[str, Tensor],
-        settings: VariantSettings,
+        settings: api.VariantSettings,
         seed: int = 0,
     ) -> None:
         """Add a saved lane, bit for bit.
 
         Args:
             lane: The lane's name.
-            trainable: The result of `trainable` when the lane was saved.
-            frozen: The result of `frozen` when the lane was saved.
+            trainable: What the method `trainable` returned when the lane was saved.
+            frozen: What `frozen` returned.
             settings: The lane's settings.
             seed: The seed of the lane's dropout masks and hooks.
 
@@ -94,22 +295,20 @@ class Adapters(AdaptedModel):
                 differ from those of the lane group, or there is no room for another lane.
             ValueError: The lane exists already.
         """
-        settings = self._validate_new_lane(lane, settings)
-        saved: defaultdict[str, InitialTensors] = defaultdict(lambda: InitialTensors({}))
-        for name, tensor in trainable.items():
-            owner, _, key = name.rpartition(".")
-            saved[owner].trainable[key] = tensor
-        for name, tensor in frozen.items():
-            owner, _, key = name.rpartition(".")
-            saved[owner].frozen[key] = tensor
+        settings = self._check_new_lane(lane, settings)
+        saved: defaultdict[str, api.InitialTensors] = defaultdict(lambda: api.InitialTensors({}))
+        for kind, tensors in (("trainable", trainable), ("frozen", frozen)):
+            for name, tensor in tensors.items():
+                owner, _, key = name.rpartition(".")
+                getattr(saved[owner], kind)[key] = tensor
         owners = self.tensors_by_owner.keys()
         grouped = {name for name, layer in self.layers.items() if layer.layer_group is not None}
         if not grouped & saved.keys():  # the groups may have all tensors of these layers (ShareLoRA)
-            saved |= {name: InitialTensors({}) for name in grouped}
+            saved |= {name: api.InitialTensors({}) for name in grouped}
         problems = [f"layer {owner!r} is not adapted" for owner in sorted(saved.keys() - owners)]
         problems += [f"layer {owner!r} is missing" for owner in sorted(owners - saved.keys())]
         if problems:
-            raise UnsupportedError(f"lane {lane}: its tensors do not fit the model: {problems[0]}")
+            raise api.UnsupportedError(f"lane {lane}: its tensors do not fit the model: {problems[0]}")
         self._store_lane(lane, saved, settings, seed)
 
     def remove_lane(self, lane: str) -> None:
@@ -118,6 +317,10 @@ class Adapters(AdaptedModel):
         for owner_tensors in self.tensors_by_owner.values():
             owner_tensors.remove_lane(lane)
         self.state.invalidate()
+
+    def init_heads(self, seed: int) -> dict[str, dict[str, Tensor]]:
+        """Return the initial weights of each head for a lane with this seed."""
+        return {name: head.init(api.stable_seed(seed, name)) for name, head in self.heads.items()}
 
     def trainable(self, lane: str) -> dict[str, nn.Parameter]:
         """Return a lane's parameters by "<owner>.<parameter>".
@@ -143,23 +346,15 @@ class Adapters(AdaptedModel):
         return parameter.rpartition(".")[0] in self.heads
 
     def owning_module(self, parameter: str) -> nn.Module | None:
-        """Return the module of the model that owns a parameter trained by full fine-tuning.
-
-        Args:
-            parameter: A key of `trainable`.
-
-        Returns:
-            None for parameters of adapters and heads.
-        """
+        """Return the module whose parameter full fine-tuning trains under a key of `trainable`, or None."""
         owner = parameter.rpartition(".")[0]
-        if not owner.startswith(MODEL_PREFIX):
-            return None
-        return self.model.get_submodule(owner.removeprefix(MODEL_PREFIX))
+        is_full = owner.startswith(MODEL_PREFIX)
+        return self.model.get_submodule(owner.removeprefix(MODEL_PREFIX)) if is_full else None
 
     def ranks_in_use(self, lane: str) -> dict[str, int]:
         """Return the number of unmasked ranks of each layer."""
         settings, variant = self.lane_settings(lane), self.variant
-        if not isinstance(variant, RankAllocation):
+        if not isinstance(variant, api.RankAllocation):
             return dict.fromkeys(self.layers, settings.rank)
         tensors = {name: layer.lane_tensors(lane) for name, layer in self.layers.items()}
         return {name: variant.rank_in_use(own, settings) for name, own in tensors.items()}
@@ -170,7 +365,7 @@ class Adapters(AdaptedModel):
         count = 0
         for owner, own in self.tensors_by_owner.items():
             size = sum(parameter.numel() for parameter in own.trainable[lane].values())
-            mask = own.frozen[lane].get(RANK_MASK)
+            mask = own.frozen[lane].get(api.RANK_MASK)
             if mask is not None:  # all tensors of such a layer have one slice for each rank
                 size = size // mask.numel() * self.ranks_in_use(lane)[owner]
             count += size
@@ -190,13 +385,8 @@ class Adapters(AdaptedModel):
     def after_step(self, lane: str, step: int, total_steps: int, optimizer: torch.optim.Optimizer) -> None:
         """Mark the lane's parameters as written, and run the variant's hook after an optimizer step.
 
-        Call this method after every step, also for a variant without the hook.
-
-        Args:
-            lane: The lane that took the step.
-            step: The number of steps taken so far, this one included.
-            total_steps: The number of steps that the lane takes in all.
-            optimizer: The lane's AdamW.
+        Call this method after every step, also for a variant without the hook. Arguments are those of
+        `before_step`; `step` includes the step just taken.
         """
         for owner_tensors in self.tensors_by_owner.values():
             owner_tensors.after_write(lane)
@@ -205,14 +395,16 @@ class Adapters(AdaptedModel):
     def _run_hook(
         self, hook: str, lane: str, step: int, total_steps: int, optimizer: torch.optim.Optimizer
     ) -> None:
-        if not isinstance(self.variant, StepHooks):
+        if not isinstance(self.variant, api.StepHooks):
             return
-        settings = self.lane_settings(lane)
-        views = {}
-        for name, layer in self.layers.items():
-            own = layer.own_tensors
-            views[name] = LayerView(layer.lane_layer(lane), own.trainable[lane], own.frozen[lane])
-        view = LaneView(views, settings, self.lane_seed(lane), step, total_steps, optimizer)
+        views = {
+            name: api.LayerView(layer.lane_layer(lane), own.trainable[lane], own.frozen[lane])
+            for name, layer in self.layers.items()
+            for own in (layer.own_tensors,)
+        }
+        view = api.LaneView(
+            views, self.lane_settings(lane), self.lane_seed(lane), step, total_steps, optimizer
+        )
         with torch.no_grad():
             getattr(self.variant, hook)(view)
 
@@ -235,11 +427,10 @@ class Adapters(AdaptedModel):
             lanes: K lanes, each once.
             dropout_step: The optimizer step of all lanes or of each lane, which determines the dropout masks;
                 None for evaluation, which has neither dropout nor auxiliary losses.
-            micro_batch: The number of the micro-batch within the step.
-            rows_per_lane: R; if None, layers check only that their number of rows is a multiple of K.
-            shard: (first, total) if a worker computes only the rows from `first` on of the `total` rows that
-                each lane has on all workers together.
-            attention_mask: (K*R, L), False at padding.
+            micro_batch: See `ForwardContext`, and for the arguments after it too.
+            rows_per_lane: R.
+            shard: (first, total).
+            attention_mask: (K*R, L).
 
         Yields:
             The context, which holds the auxiliary losses after the forward pass.
@@ -258,10 +449,9 @@ class Adapters(AdaptedModel):
             raise ValueError(f"{len(steps)} dropout steps for {len(lanes)} lanes")
         context = ForwardContext(tuple(lanes), steps, micro_batch, rows_per_lane, shard, attention_mask)
         full_model = self.full_model.swap_in(lanes[0]) if self.full_model is not None else nullcontext()
-        with self._activate(context), full_model:
+        with self.state.activate(context), full_model:
             yield context
-            bypassed = sorted(context.weight_reads - context.called_layers)
-            if bypassed:
+            if bypassed := sorted(context.weight_reads - context.called_layers):
                 raise BypassedLayerError(
                     f"{bypassed[0]}: the model reads the layer's weight and never calls the layer; "
                     "target other layers"
@@ -282,46 +472,45 @@ class Adapters(AdaptedModel):
             attention_mask: (rows, L), False at padding.
         """
         context = ForwardContext((), head_weights=head_weights or {}, attention_mask=attention_mask)
-        with self._activate(context):
+        with self.state.activate(context):
             yield
-
-    def detach(self) -> None:
-        """Restore the model bit for bit and remove all lanes."""
-        super().detach()
-        for lane in self.lanes:
-            self.remove_lane(lane)
-
-    @contextmanager
-    def _activate(self, context: ForwardContext) -> Iterator[None]:
-        before, self.state.current_context = self.state.current_context, context
-        try:
-            yield
-        finally:
-            self.state.current_context = before
 
     def _require_lane(self, lane: str) -> str:
         if lane not in self.state.settings:
             raise KeyError(f"no lane {lane!r}; there are: {', '.join(self.lanes) or 'none'}")
         return lane
 
-    def _validate_new_lane(self, lane: str, settings: VariantSettings) -> VariantSettings:
+    def _check_new_lane(self, lane: str, settings: api.VariantSettings) -> api.VariantSettings:
+        """Return the lane's settings with all defaults, if the lane fits into the group."""
         if lane in self.state.settings:
             raise ValueError(f"lane {lane!r} is there already")
         settings = self.variant.validate_settings(settings)
         if len(self.lanes) >= self.max_lanes:
-            raise UnsupportedError(
+            raise api.UnsupportedError(
                 f"{self.variant.name} trains one lane at a time; lane {self.lanes[0]} is there already"
             )
         for field in ("rank", "dropout", "extra"):
             value, group_value = getattr(settings, field), getattr(self.settings, field)
             if value != group_value:
-                raise UnsupportedError(
+                raise api.UnsupportedError(
                     f"lane {lane}: {field} {value!r} differs from the lane group's {group_value!r}"
                 )
         return settings
 
+    @torch.no_grad()
+    def _initial_tensors(
+        self, settings: api.VariantSettings, seed: int, calibration: CalibrationTensors
+    ) -> dict[str, api.InitialTensors]:
+        layers = {
+            name: replace(layer.frozen_layer, calibration=calibration.get(name, {}), settings=settings)
+            for name, layer in self.layers.items()
+        }
+        whole = {**self.init_heads(seed), **(self.full_model.init() if self.full_model is not None else {})}
+        initial = init_layers(self.variant, layers, seed)
+        return initial | {owner: api.InitialTensors(tensors) for owner, tensors in whole.items()}
+
     def _store_lane(
-        self, lane: str, tensors: Mapping[str, InitialTensors], settings: VariantSettings, seed: int
+        self, lane: str, tensors: Mapping[str, api.InitialTensors], settings: api.VariantSettings, seed: int
     ) -> None:
         device = next(self.model.parameters()).device
         for owner, own in tensors.items():

@@ -10,8 +10,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from variants.adapters import Adapters
 from variants.api import CalibrationStatistic, VariantSettings
-from variants.attach import Adapters
 from variants.hooks import statistic_of
 from variants.lane_linear import LaneLinear
 

@@ -208,8 +208,8 @@ def count_parameters(
     """
     import torch
 
+    from variants.adapters import init_layers
     from variants.api import RANK_MASK, Calibrated, CalibrationStatistic, FrozenLayer, UnsupportedError
-    from variants.adapters import init_lane
 
     if variant.adaptation_scope is not AdaptationScope.TARGET_LAYERS:
         return None
@@ -225,7 +225,7 @@ def count_parameters(
                 reduced = variant.reduce_calibration(general, torch.empty(rows, shape[1], device="meta"))
                 layer = replace(layer, calibration=reduced)
             layers[name] = layer
-        initial = init_lane(variant, layers, seed=0).values()
+        initial = init_layers(variant, layers, seed=0).values()
     except (RuntimeError, UnsupportedError):
         return None
     count = 0

@@ -1,14 +1,14 @@
-"""The rows that a call of the model computes: their lanes and their dropout masks."""
+"""The rows that a call of the model computes: their lanes, their dropout masks, the model's own dropout."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from variants.api import FrozenLayer, Params, Variant, VariantSettings, stable_seed
 from variants.errors import UnassignedRowsError
@@ -49,6 +49,12 @@ class ForwardContext:
     the same parameters serve many calls."""
     auxiliary_losses: dict[str, Tensor] = field(default_factory=dict)
     """Layer -> auxiliary loss of each lane, (K,)."""
+    row_multiple: int = field(init=False)
+    """The number of rows of every layer's input is a multiple of this; 0 if it may be any number."""
+
+    def __post_init__(self) -> None:
+        is_split = len(self.lanes) > 1 or self.rows_per_lane
+        self.row_multiple = len(self.lanes) * (self.rows_per_lane or 1) if is_split else 0
 
     def auxiliary_loss(self) -> Tensor | None:
         """Return the mean auxiliary loss over layers, (K,), or None if no layer has computed one."""
@@ -93,6 +99,15 @@ class AdapterState:
             f"{layer_name} was called outside activate_lanes() and disable_adapters(): "
             "its rows belong to no lane"
         )
+
+    @contextmanager
+    def activate(self, context: ForwardContext) -> Iterator[None]:
+        """Let calls of the model compute the rows of a context."""
+        before, self.current_context = self.current_context, context
+        try:
+            yield
+        finally:
+            self.current_context = before
 
     def checkpoint_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """Return the two context managers that `context_fn` of `torch.utils.checkpoint` has to return.
@@ -168,16 +183,14 @@ def check_rows(x: Tensor, context: ForwardContext, layer_name: str) -> None:
     Args:
         x: The input of a layer, (K*R, ..., features).
         context: The context of the call.
-        layer_name: The layer's name, for the error message.
+        layer_name: The layer's name.
 
     Raises:
         UnassignedRowsError: The number of rows is not a multiple of the number of lanes, or of K * R.
     """
-    lane_count = len(context.lanes)
-    size = lane_count * (context.rows_per_lane or 1)
-    if (lane_count > 1 or context.rows_per_lane) and (x.dim() < 2 or x.shape[0] % size):
+    if context.row_multiple and (x.dim() < 2 or x.shape[0] % context.row_multiple):
         raise UnassignedRowsError(
-            f"{layer_name} was called with {x.shape[0]} rows, not a multiple of {lane_count} lanes x "
+            f"{layer_name} was called with {x.shape[0]} rows, not a multiple of {len(context.lanes)} lanes x "
             f"{context.rows_per_lane or 1} rows: the other rows belong to no lane"
         )
 
@@ -225,3 +238,62 @@ def draw_dropout_masks(
         mask = torch.empty_like(like).bernoulli_(1 - p, generator=generator).div_(1 - p)
         masks.append(mask[local_slice])
     return torch.stack(masks)
+
+
+class TableDropout(nn.Dropout):
+    """Dropout whose input is a table (T, features) that all rows of a batch share.
+
+    The class only marks such modules for `LaneDropout`. DeBERTa's embeddings of T relative positions are an
+    example.
+    """
+
+
+class LaneDropout(nn.Module):
+    """Dropout of the model with separate masks for each lane.
+
+    It replaces an `nn.Dropout` of the model. Every attention module of transformers also gets one as
+    `lane_dropout`, for the attention probabilities. The input is returned unchanged unless lanes are in
+    training.
+    """
+
+    def __init__(self, name: str, p: float, adapter_state: AdapterState, is_table: bool = False) -> None:
+        """Create the module.
+
+        Args:
+            name: The module's path in the model, which determines the masks.
+            p: The probability of a zero.
+            adapter_state: The state that all adapted layers share.
+            is_table: True if the module replaces a `TableDropout`.
+        """
+        super().__init__()
+        self.name, self.p, self.adapter_state, self.is_table = name, p, adapter_state, is_table
+
+    @property
+    def active(self) -> bool:
+        """Whether the rows of the current context belong to lanes in training."""
+        context = self.adapter_state.get_context(self.name)
+        return bool(context.lanes) and context.dropout_steps is not None
+
+    def forward(self, x: Tensor, p: float | None = None) -> Tensor:
+        """Apply dropout if lanes are in training.
+
+        Args:
+            x: The rows of K lanes, (K*R, ...), one lane after the other; or a table, (T, features).
+            p: A probability to use in place of the module's own.
+
+        Returns:
+            `x` with some values zeroed and the others divided by 1 - p. A table in training becomes
+            (K*R, T, features), with one mask per lane.
+        """
+        p = self.p if p is None else p
+        if p == 0 or not self.active:
+            return x
+        context = self.adapter_state.get_context(self.name)
+        if self.is_table:
+            lane_tables = x.expand(len(context.lanes), -1, -1)
+            unsharded = replace(context, shard=None)
+            masks = draw_dropout_masks(lane_tables, p, self.name, unsharded, self.adapter_state.seeds)
+            return (lane_tables * masks).repeat_interleave(context.rows_per_lane or 1, dim=0)
+        flat = split_by_lane(x, context, self.name)
+        masks = draw_dropout_masks(flat, p, self.name, context, self.adapter_state.seeds)
+        return (flat * masks).view(x.shape)

@@ -88,7 +88,7 @@ def synthetic_curve(configuration: Configuration) -> SimulatedCurve:
 
 
 class _SimulatedAdapters:
-    """Stand-in for `variants.attach.Adapters`: each lane has one parameter whose gradient is always zero."""
+    """Stand-in for `variants.adapters.Adapters`: a lane has one parameter, whose gradient is zero."""
 
     max_lanes = 10_000
 

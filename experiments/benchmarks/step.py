@@ -52,9 +52,10 @@ from torch.utils._pytree import tree_leaves
 
 from orchestrator.util.command import main
 from variants import catalogue
+from variants.adapters import Adapters, attach
 from variants.api import CalibrationStatistic, VariantSettings
-from variants.attach import Adapters, attach
 from variants.calibrate import calibrate
+from variants.hooks import statistic_of
 from variants.testing.rig import LaneOptimizer
 
 RANK, ALPHA, LEARNING_RATE, TOTAL_STEPS = 8, 16, 1e-4, 1000
@@ -215,7 +216,7 @@ class BaseStep:
 
 
 def _calibrate(adapters: Adapters, settings: VariantSettings, ids: Tensor) -> Any:
-    if adapters.variant.calibration_statistic is CalibrationStatistic.NONE:
+    if statistic_of(adapters.variant) is CalibrationStatistic.NONE:
         return None
 
     def iterate_losses() -> Iterator[Tensor]:

@@ -32,8 +32,8 @@ from orchestrator.study.configuration import (
     VariantChoice,
 )
 from variants import catalogue
+from variants.adapters import attach
 from variants.api import Batching, VariantSettings
-from variants.attach import attach
 
 STEPS = 1562
 """Optimizer steps of a lane of the default study."""

@@ -24,8 +24,8 @@ from variants.variant_names import FILE_SUFFIX, short_name
 if TYPE_CHECKING:
     from orchestrator.finetune.models.base_model import BaseModel
     from orchestrator.finetune.tasks.base import Task
+    from variants.adapters import Adapters
     from variants.api import Variant
-    from variants.attach import Adapters
     from variants.peft_format import TaskType
 
 CARD_FILE = "README.md"
@@ -191,7 +191,7 @@ def _load_lane(
     from orchestrator.finetune.engine.lane import variant_settings
     from orchestrator.finetune.engine.tensor_files import restore_adapter
     from orchestrator.finetune.models import loading
-    from variants.attach import attach
+    from variants.adapters import attach
 
     base_model = loading.load_base_model(configuration.model, store.bases, "cpu", task)
     settings, targets = variant_settings(configuration), configuration.variant.targets

@@ -129,7 +129,7 @@ model = PeftModel.from_pretrained(base, "FOLDER")"""
     return f"""from transformers import {model_class}
 from variants import catalogue
 from variants.api import VariantSettings
-from variants.attach import attach
+from variants.adapters import attach
 from variants.storage import load_lane
 
 {base}

@@ -14,9 +14,9 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
+from variants.adapters import Adapters
 from variants.api import ExtraSettings, Variant, VariantSettings
-from variants.attach import Adapters
-from variants.full_finetune import MODEL_PREFIX
+from variants.full_parameters import MODEL_PREFIX
 from variants.targets import is_conv1d
 from variants.testing.cases import Case
 from variants.testing.rig import LaneOptimizer, attach_lanes, model_output

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from variants import catalogue
+from variants.adapters import Adapters
 from variants.api import AdaptationScope, Batching, VariantSettings
-from variants.attach import Adapters
 from variants.testing.cases import CASES, Case
 from variants.testing.rig import (
     attach_lanes,

@@ -18,8 +18,8 @@ from torch import nn
 
 from orchestrator.util.errors import install_hint
 from variants import catalogue
+from variants.adapters import Adapters, attach
 from variants.api import FrozenLayer, MergeError, UnsupportedError, Variant, VariantSettings
-from variants.attach import Adapters, attach
 from variants.merging import merge_and_detach
 from variants.peft_fields import FIXED_FIELDS, OWN_ENTRIES, REFUSED_TYPES, REFUSED_VALUES
 from variants.peft_layers import build_layer, split_tensors

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from variants import catalogue
+from variants.adapters import Adapters
 from variants.api import Batching, UnsupportedError, VariantSettings
-from variants.attach import Adapters
 from variants.testing.cases import Case
 from variants.testing.rig import attach_lanes, lane_inputs, model_output, perturb_lanes
 

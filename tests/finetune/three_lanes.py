@@ -15,9 +15,9 @@ from orchestrator.finetune.evaluation.evaluate import EvaluationSplit
 from orchestrator.finetune.models.base_model import BaseModel
 from orchestrator.finetune.tasks.base import Example, Task
 from variants import catalogue as variants
+from variants.adapters import Adapters, attach
 from variants.api import VariantSettings
 from variants.api import stable_seed as seed_of
-from variants.attach import Adapters, attach
 
 NAMES = ("x", "y", "z")
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from variants import catalogue
+from variants.adapters import Adapters, attach
 from variants.api import MergeError, UnsupportedError, VariantSettings
-from variants.attach import Adapters, attach
 from variants.baseline.lora import LoRA
 from variants.errors import BypassedLayerError, UnassignedRowsError
 from variants.merging import merge_and_detach

@@ -13,9 +13,8 @@ from transformers import OlmoConfig, OlmoForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from variants import catalogue
-from variants.adapters import Adapters
+from variants.adapters import Adapters, attach
 from variants.api import AdaptationScope, Start, VariantSettings
-from variants.attach import attach
 from variants.nf4 import NF4Linear
 from variants.testing.cases import Case
 from variants.testing.rig import attach_lanes, perturb_lanes

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from variants import catalogue
+from variants.adapters import Adapters, attach
 from variants.api import CalibrationStatistic, FrozenLayer, Params, UnsupportedError, VariantSettings
-from variants.attach import Adapters, attach
 from variants.baseline.lora import LoRA
 from variants.calibrate import calibrate
 from variants.testing import Case

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from variants import catalogue
+from variants.adapters import Adapters, attach
 from variants.api import AdaptationScope, CalibrationStatistic, VariantSettings
-from variants.attach import Adapters, attach
 from variants.baseline.lora import LoRA
 from variants.forward_context import draw_dropout_masks
 

@@ -10,8 +10,8 @@ from rule import initial_tensors
 from torch import Tensor, nn
 
 from variants import catalogue
+from variants.adapters import Adapters, attach
 from variants.api import ExtraSettings, FrozenLayer, UnsupportedError, VariantSettings
-from variants.attach import Adapters, attach
 from variants.describe import count_parameters
 from variants.mixture import keep_largest
 

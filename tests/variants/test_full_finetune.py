@@ -8,8 +8,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from variants import catalogue
+from variants.adapters import Adapters, attach
 from variants.api import UnsupportedError, VariantSettings
-from variants.attach import Adapters, attach
 
 SETTINGS = VariantSettings()
 IDS = torch.arange(24).view(8, 3)

@@ -22,8 +22,8 @@ from transformers import (
 )
 
 from variants import catalogue
+from variants.adapters import Adapters, attach
 from variants.api import UnsupportedError, VariantSettings
-from variants.attach import Adapters, attach
 from variants.calibrate import calibrate
 from variants.export_forms import export_forms
 from variants.merging import merge_and_detach

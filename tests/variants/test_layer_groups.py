@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from variants import catalogue
+from variants.adapters import Adapters, attach
 from variants.api import VariantSettings
-from variants.attach import Adapters, attach
 
 SETTINGS = VariantSettings(2, None, extra={"rank_factor": 8})
 SHAPES = {"blocks.0": (6, 9), "blocks.1": (12, 6), "blocks.2": (9, 12)}

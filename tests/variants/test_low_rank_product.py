@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from variants.low_rank_product import Constants, LowRankProduct, VectorProduct
 
 from variants import catalogue
 from variants.api import FrozenLayer, Params, VariantSettings
 from variants.baseline.lora import LoRA
-from variants.low_rank_product import Constants, LowRankProduct, VectorProduct
 from variants.testing.cases import CASES, ROWS, Case
 from variants.testing.rig import (
     attach_lanes,

@@ -23,6 +23,7 @@ from peft import (
 from torch import nn
 
 from variants import catalogue
+from variants.adapters import attach
 from variants.api import (
     FrozenLayer,
     InitialTensors,
@@ -31,7 +32,6 @@ from variants.api import (
     UnsupportedError,
     VariantSettings,
 )
-from variants.attach import attach
 from variants.baseline.lora import LoRA
 from variants.peft_format import PeftFormat
 from variants.storage import load_lane, load_peft, save_lane, save_peft

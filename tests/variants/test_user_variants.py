@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from variants import catalogue, variant_names
+from variants.adapters import attach
 from variants.api import UnsupportedError, VariantSettings
-from variants.attach import attach
 from variants.storage import load_lane, save_lane
 from variants.testing import Case
 from variants.testing.rig import tensors_equal

@@ -12,8 +12,8 @@ from peft import PeftModel
 from torch import Tensor
 
 from variants import catalogue
+from variants.adapters import Adapters
 from variants.api import FrozenLayer, UnsupportedError, VariantSettings
-from variants.attach import Adapters
 from variants.merging import merge_and_detach
 from variants.storage import load_peft, save_peft
 from variants.testing.cases import CASES, Case

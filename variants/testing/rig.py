@@ -13,10 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from variants.adapted_model import CalibrationTensors
-from variants.adapters import Adapters
+from variants.adapters import Adapters, CalibrationTensors, attach
 from variants.api import CalibrationStatistic, Variant, VariantSettings
-from variants.attach import attach
 from variants.calibrate import calibrate
 from variants.errors import UnsupportedError
 from variants.hooks import parameter_lr_scale, schedule_lr_scale, statistic_of

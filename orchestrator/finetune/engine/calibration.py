@@ -25,9 +25,10 @@ from orchestrator.finetune.engine.lane_group import LaneGroup
 from orchestrator.finetune.evaluation.forward import compute_objective
 from orchestrator.study.configuration import Configuration, LRSchedule, OptimizerConfig
 from orchestrator.util.atomic_files import DamagedFileError, canonical_json
+from variants.adapters import Adapters, CalibrationTensors
 from variants.api import CalibrationStatistic
-from variants.attach import Adapters, CalibrationTensors
 from variants.calibrate import calibrate
+from variants.hooks import statistic_of
 
 
 def ensure_calibration(lane_group: LaneGroup, configuration: Configuration, folder: Path) -> Path | None:
@@ -45,7 +46,7 @@ def ensure_calibration(lane_group: LaneGroup, configuration: Configuration, fold
         The file for `read_calibration`; None for a variant that initializes without such tensors.
     """
     adapters = lane_group.adapters
-    statistic = adapters.variant.calibration_statistic
+    statistic = statistic_of(adapters.variant)
     if statistic is CalibrationStatistic.NONE:
         return None
     key = _data_key(configuration) if statistic.needs_data else _weight_key(configuration, adapters)
@@ -120,7 +121,7 @@ def _calibration_losses(lane_group: LaneGroup, configuration: Configuration) -> 
     adapters: Adapters = lane_group.adapters
     heads = adapters.init_heads(configuration.seed)
     count = int(adapters.settings.extra["calibration_batches"])
-    needs_gradient = adapters.variant.calibration_statistic is CalibrationStatistic.MEAN_GRADIENT
+    needs_gradient = statistic_of(adapters.variant) is CalibrationStatistic.MEAN_GRADIENT
     with nullcontext() if needs_gradient else torch.no_grad():
         for number in range(count):
             batch = lane_group.calibration_batch(configuration, number)

@@ -31,8 +31,8 @@ from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.finetune.tasks.base import Task
 from orchestrator.finetune.tasks.examples import HELD_OUT_SPLITS, Split
 from orchestrator.study.configuration import Configuration, ModelChoice
+from variants.adapters import Adapters, attach
 from variants.api import Batching, Variant
-from variants.attach import Adapters, attach
 
 
 class Engine:

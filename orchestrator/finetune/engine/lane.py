@@ -34,8 +34,9 @@ from orchestrator.study.configuration import (
     lr_factor,
     warmup_steps,
 )
+from variants.adapters import Adapters, CalibrationTensors
 from variants.api import VariantSettings
-from variants.attach import Adapters, CalibrationTensors
+from variants.hooks import parameter_lr_scale, schedule_lr_scale
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STEP_COUNTERS = "step"
@@ -281,7 +282,7 @@ class Lane:
             if self.adapters.is_head(name):
                 scale = 1.0 if head is None else head / options.learning_rate
             else:
-                scale = self.adapters.variant.parameter_lr_scale(name.rpartition(".")[2], self.settings)
+                scale = parameter_lr_scale(self.adapters.variant, name.rpartition(".")[2], self.settings)
             decay = options.weight_decay if has_weight_decay(name, self.adapters) else 0.0
             groups.setdefault((scale, decay), []).append(parameter)
         parameter_groups = [
@@ -297,7 +298,7 @@ class Lane:
     def learning_rate(self) -> float:
         """The learning rate of the next step, before the scales of parameter groups."""
         schedule = self.configuration.lr_schedule
-        variant_scale = self.adapters.variant.schedule_lr_scale(self.step, schedule.steps, self.settings)
+        variant_scale = schedule_lr_scale(self.adapters.variant, self.step, schedule.steps, self.settings)
         return self.configuration.optimizer.learning_rate * lr_factor(schedule, self.step) * variant_scale
 
     def take_optimizer_step(self, result: BackwardResult) -> str | None:

@@ -33,7 +33,8 @@ from orchestrator.finetune.process_group import ProcessGroup, copy_without_waiti
 from orchestrator.finetune.tasks.base import Task
 from orchestrator.finetune.tasks.examples import HELD_OUT_SPLITS
 from orchestrator.study.configuration import Configuration
-from variants.attach import Adapters
+from variants.adapters import Adapters
+from variants.api import AuxiliaryLoss
 
 SAMPLED_ROWS = 256
 """The number of training rows whose mean length counts."""
@@ -269,7 +270,7 @@ class LaneGroup:
             share.micro_batch,
             rows_per_lane=row_count,
             shard=(share.first_row, share.row_count),
-            attention_mask=batch.attention_mask if self.adapters.variant.has_auxiliary_loss else None,
+            attention_mask=batch.attention_mask if isinstance(self.adapters.variant, AuxiliaryLoss) else None,
         ) as now:
             objective, losses = compute_objective(self.base_model, self.data.task, batch)
             if (extra := now.auxiliary_loss()) is not None:

@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 from orchestrator.util.atomic_files import DamagedFileError, replace_atomically
+from variants.adapters import Adapters
 from variants.api import VariantSettings
-from variants.attach import Adapters
 from variants.errors import UnsupportedError
 
 METADATA_KEY = "about"

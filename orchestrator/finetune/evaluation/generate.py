@@ -30,7 +30,7 @@ from orchestrator.finetune.failures import Fault, classify_error, free_memory
 from orchestrator.finetune.models.base_model import BaseModel
 from orchestrator.finetune.process_group import ProcessGroup
 from orchestrator.finetune.tasks.base import Task
-from variants.attach import Adapters
+from variants.adapters import Adapters
 
 log = logging.getLogger(__name__)
 

@@ -2,7 +2,7 @@
 
 Some base models have dropout of their own: RoBERTa, BERT, DeBERTa and GPT-2 have a rate of 0.1. In training
 mode transformers draws its masks from the global random state, so a lane's numbers would depend on the other
-lanes of its group. `variants.base_dropout` therefore replaces the dropout modules of the model. PyTorch's
+lanes of its group. `variants.forward_context` therefore replaces the dropout modules of the model. PyTorch's
 fused attention draws masks by itself, so attention with dropout is computed here.
 
 DeBERTa (He et al. 2021, arXiv 2006.03654) projects its table of relative position embeddings once per batch.
@@ -37,7 +37,7 @@ from transformers.models.deberta_v2 import modeling_deberta_v2
 from orchestrator.finetune.failures import Fault, classify_error
 from orchestrator.util.errors import UsageError, require_package
 from variants.api import UnsupportedError
-from variants.base_dropout import TableDropout
+from variants.forward_context import TableDropout
 
 SUPPORTED_MODEL_TYPES = ("bert", "deberta", "deberta-v2", "distilbert", "electra", "gpt2", "roberta")
 """Values of `config.model_type` of models that have dropout only in `nn.Dropout` modules and in attention."""
@@ -80,7 +80,7 @@ def check_dropout_supported(model: Any, name: str) -> None:
 def enable_lane_dropout(model: Any) -> None:
     """Make the attention of a model apply the lanes' dropout masks to its probabilities.
 
-    `variants.attach.attach` must have been called with `base_dropout`, which gives every attention module a
+    `variants.adapters.attach` must have been called with `base_dropout`, which gives every attention module a
     `LaneDropout`.
     """
     from transformers import AttentionInterface, AttentionMaskInterface

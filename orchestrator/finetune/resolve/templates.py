@@ -290,7 +290,7 @@ def check_attach(configurations: Sequence[Configuration], task: Task, bases: Pat
     from orchestrator.finetune.data.batches import compute_max_row_length
     from orchestrator.finetune.engine.lane import variant_settings
     from orchestrator.finetune.models import changes
-    from variants.attach import attach
+    from variants.adapters import attach
 
     choice = configurations[0].model
     model, heads = loading.build_meta_model(choice, bases, task)

@@ -18,8 +18,8 @@ from orchestrator.finetune.process_group import SINGLE_PROCESS_GROUP
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.finetune.tasks.letters import VOCABULARY, tokenizer
 from variants import catalogue
+from variants.adapters import attach
 from variants.api import VariantSettings
-from variants.attach import attach
 
 OPTIONS = {
     "vocab_size": len(VOCABULARY),

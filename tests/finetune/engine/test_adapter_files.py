@@ -21,7 +21,7 @@ from orchestrator.finetune.engine.lane import variant_settings
 from orchestrator.record.store import Store, adapter_file_name
 from orchestrator.study.configuration import Configuration
 from orchestrator.util.atomic_files import DamagedFileError
-from variants.attach import Adapters
+from variants.adapters import Adapters
 
 VARIANTS = ("lora", "pissa", "hydra_lora", "full")
 """A batched variant, one with frozen factors, one without PEFT's format, and one that trains the model."""

@@ -28,8 +28,8 @@ from orchestrator.finetune.process_group import ProcessGroup
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.study.configuration import Configuration, LRSchedule
 from variants import catalogue
+from variants.adapters import attach
 from variants.api import VariantSettings
-from variants.attach import attach
 
 STEPS = 20
 

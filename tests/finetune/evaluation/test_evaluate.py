@@ -18,8 +18,8 @@ from orchestrator.finetune.tasks.base import IGNORE_INDEX, Example, Task
 from orchestrator.study.configuration import ModelChoice
 from orchestrator.util.errors import UsageError
 from variants import catalogue as variants
+from variants.adapters import attach
 from variants.api import VariantSettings
-from variants.attach import attach
 
 
 def split_of(task: Task, base_model: BaseModel, size: int = 24) -> EvaluationSplit:

@@ -21,8 +21,8 @@ from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.finetune.tasks import letters
 from orchestrator.finetune.tasks.base import IGNORE_INDEX
 from variants import catalogue as variants
+from variants.adapters import attach
 from variants.api import VariantSettings
-from variants.attach import attach
 
 CPU = torch.device("cpu")
 SIZE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from orchestrator.finetune.evaluation import forward
 from orchestrator.finetune.models import changes
 from variants import catalogue
+from variants.adapters import attach
 from variants.api import VariantSettings
-from variants.attach import attach
 
 SIZES = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,

@@ -23,8 +23,8 @@ from orchestrator.finetune.tasks.base import Task
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import ModelChoice
 from variants import catalogue
+from variants.adapters import Adapters, attach
 from variants.api import VariantSettings
-from variants.attach import Adapters, attach
 
 SETTINGS = VariantSettings(rank=4, alpha=8.0, dropout=0.3)
 ROWS, LENGTH = 8, 12

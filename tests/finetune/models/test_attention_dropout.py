@@ -31,9 +31,9 @@ from orchestrator.finetune.sources import base_store
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration
-from variants import base_dropout, catalogue, forward_context
+from variants import catalogue, forward_context
+from variants.adapters import Adapters, attach
 from variants.api import VariantSettings
-from variants.attach import Adapters, attach
 
 SETTINGS = VariantSettings(rank=4, alpha=8.0)
 ROWS, LENGTH = 8, 12
@@ -93,12 +93,13 @@ def test_outputs_equal_those_of_transformers_in_training_mode_with_the_same_mask
     real = torch.arange(LENGTH).expand(ROWS, LENGTH) < torch.tensor([[LENGTH], [LENGTH - 5]] * (ROWS // 2))
     given = {"input_ids": ids, "attention_mask": real.long()}
     masks: list[Tensor] = []
+    draw_dropout_masks = forward_context.draw_dropout_masks
 
     def drawn(*args: Any) -> Tensor:
-        masks.append(forward_context.draw_dropout_masks(*args))
+        masks.append(draw_dropout_masks(*args))
         return masks[-1]
 
-    monkeypatch.setattr(base_dropout, "draw_dropout_masks", drawn)
+    monkeypatch.setattr(forward_context, "draw_dropout_masks", drawn)
     with lane_with_dropout(model) as adapters, torch.no_grad():
         with adapters.activate_lanes(["lane"], 2, rows_per_lane=ROWS):
             ours = model(**given).logits

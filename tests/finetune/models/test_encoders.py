@@ -25,8 +25,8 @@ from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration, ModelChoice
 from orchestrator.util.errors import UsageError
 from variants import catalogue as variants
+from variants.adapters import attach
 from variants.api import VariantSettings
-from variants.attach import attach
 
 HEADS = {
     "roberta": ("classifier",),

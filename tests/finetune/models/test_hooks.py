@@ -18,8 +18,8 @@ from orchestrator.finetune.process_group import ProcessGroup
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.study.configuration import Configuration
 from variants import catalogue
+from variants.adapters import attach
 from variants.api import LaneView, Variant, VariantSettings
-from variants.attach import attach
 from variants.baseline.lora import LoRA
 
 

@@ -29,8 +29,8 @@ from orchestrator.finetune.tasks.digits import Digits
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration, ModelChoice
 from variants import catalogue as variants
+from variants.adapters import attach
 from variants.api import Batching, VariantSettings
-from variants.attach import attach
 
 pytestmark = pytest.mark.xdist_group("pair")
 

@@ -12,8 +12,8 @@ from rule import adapt, check_update, layer_of
 from torch import Tensor, nn
 
 from variants import catalogue
+from variants.adapters import check_fit
 from variants.api import FrozenLayer, UnsupportedError, VariantSettings
-from variants.attach import check_fit
 from variants.rotations import nearest_divisor
 
 # BOFT with one and with several butterfly factors, whose permutations are those of PEFT.

@@ -11,9 +11,8 @@ from rule import check_update, initial_tensors, record_step
 from torch import Tensor
 
 from variants import catalogue
-from variants.adapters import Adapters
+from variants.adapters import Adapters, attach
 from variants.api import FrozenLayer, InitialTensors, Params, UnsupportedError, VariantSettings
-from variants.attach import attach
 from variants.storage import load_lane, save_lane
 from variants.testing.cases import Case
 from variants.testing.rig import LaneOptimizer, attach_lanes, lane_outputs, perturb_lanes

@@ -16,8 +16,8 @@ from rule import adapt, check_output, check_update
 from torch import Tensor, nn
 
 from variants import catalogue
+from variants.adapters import attach
 from variants.api import MergeError, Params, UnsupportedError, VariantSettings
-from variants.attach import attach
 from variants.merging import merge_and_detach
 from variants.storage import load_peft, save_peft
 from variants.testing.cases import Case
