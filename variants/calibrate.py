@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from variants.adapters import Adapters
-from variants.api import CalibrationStatistic, VariantSettings
+from variants.api import Calibrated, CalibrationStatistic, VariantSettings
 from variants.hooks import statistic_of
 from variants.lane_linear import LaneLinear
 
@@ -74,6 +74,7 @@ def calibrate(
 
 
 def _reduce(layer: LaneLinear, settings: VariantSettings, matrix: Tensor) -> dict[str, Tensor]:
+    assert isinstance(layer.variant, Calibrated)
     tensors = layer.variant.reduce_calibration(layer.frozen_layer.with_settings(settings), matrix)
     return {key: tensor.cpu() for key, tensor in tensors.items()}
 

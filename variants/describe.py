@@ -158,7 +158,7 @@ def _describe(name: str) -> Description:
         checked=variant.verified_by.value,
         peft=peft.peft_type if (peft := getattr(variant, "peft", None)) else "",
         exports=export_forms(variant),
-        calibration=variant.calibration_statistic.value,
+        calibration=str(getattr(variant, "calibration_statistic", "none")),
         uses_rank=variant.uses_rank,
         uses_alpha=variant.uses_alpha,
         uses_dropout=variant.uses_dropout,

@@ -90,7 +90,7 @@ class LaneTensors:
         Lanes that lie side by side, in the order in which they were added, get views of the common storage;
         other lanes get a copy, which is made again after a write of one of their tensors.
         """
-        stack = self._view_stacks.get(lanes)
+        stack: Mapping[str, Tensor] | None = self._view_stacks.get(lanes)
         if stack is None:
             with torch.inference_mode(False):  # the stacks of an evaluation are used in training too
                 stack = self._make_stack(lanes)

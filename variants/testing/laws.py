@@ -20,7 +20,7 @@ from variants.adapters import Adapters
 from variants.api import RANK_MASK, AdaptationScope, Batching, Start, Variant, VariantSettings
 from variants.describe import count_parameters
 from variants.errors import MergeError, UnsupportedError
-from variants.hooks import RankAllocation, parameter_lr_scale
+from variants.hooks import RankAllocation, StepHooks, parameter_lr_scale
 from variants.merging import merge_and_detach
 from variants.peft_format import TaskType
 from variants.storage import load_lane, load_peft, save_lane, save_peft
@@ -395,7 +395,8 @@ def _expected_parameter_count(case: Case, adapters: Adapters, ranks: dict[str, i
 
 
 def _immutable_buffers(adapters: Adapters, lane: str) -> dict[str, Tensor]:
-    mutable = getattr(adapters.variant, "mutable_buffers", frozenset())
+    variant = adapters.variant
+    mutable = variant.mutable_buffers if isinstance(variant, StepHooks) else frozenset()
     return {n: t.clone() for n, t in adapters.frozen(lane).items() if n.rpartition(".")[2] not in mutable}
 
 
