@@ -14,8 +14,8 @@ class UniLoRA(LoRA):
     entries of A and B, over all layers, that share a place, so the map from theta to them keeps lengths.
     "norm" (length,) is 1 / sqrt(n). There is no alpha.
 
-    Initialization: theta from U(-0.02, 0.02), so W' is close to W and not equal. Places are random, and n
-    differs by at most 1 between them.
+    Initialization: theta from U(-0.02, 0.02), so W' differs from W. Places are random, and n differs by at
+    most 1 between them.
 
     Source: `tuners/unilora/` of PEFT, with its defaults. Deviation: a lane draws the places from its own
     seed, while PEFT has one `proj_seed` for all. The places are part of the checkpoint and of the export.
@@ -48,23 +48,16 @@ class UniLoRA(LoRA):
     def init_layers(self, layers: api.Layers, random_of: api.RandomOf) -> dict[str, api.InitialTensors]:
         settings = api.shared_settings(layers)
         rank, length = settings.rank, settings["length"]
-        shapes = [
-            shape
-            for layer in layers.values()
-            for out, into in [layer.shape]
-            for shape in ((rank, into), (out, rank))
-        ]
-        total = sum(rows * columns for rows, columns in shapes)
+        sizes = [rank * side for layer in layers.values() for side in layer.shape]
         generator = random_of(next(iter(layers))).generator("places")
-        places = torch.randperm(total, generator=generator).remainder_(length).int()
-        counts = torch.bincount(places, minlength=length).clamp_(min=1)
-        pieces = iter(places.split([rows * columns for rows, columns in shapes]))
+        places = torch.randperm(sum(sizes), generator=generator).remainder_(length).int()
+        norm = torch.bincount(places, minlength=length).clamp_(min=1).double().rsqrt()
+        pieces = iter(places.split(sizes))
         initial = {}
         for name, layer in layers.items():
-            a, b = next(pieces).view(rank, -1), next(pieces).view(-1, rank)
-            norm = counts.to(layer.device, layer.dtype).rsqrt()
-            frozen = {"IA": a.to(layer.device), "IB": b.to(layer.device), "norm": norm}
-            initial[name] = api.InitialTensors({}, frozen)
+            tensors = {"IB": next(pieces).view(-1, rank), "IA": next(pieces).view(rank, -1)}
+            frozen = {key: tensor.to(layer.device) for key, tensor in tensors.items()}
+            initial[name] = api.InitialTensors({}, {**frozen, "norm": norm.to(layer.device, layer.dtype)})
         return initial
 
     def factors(self, params: api.Params, layer: api.FrozenLayer) -> tuple[Tensor, Tensor]:
