@@ -21,16 +21,17 @@ class LoFT(LoRA):
     whose old values are projected too, because A has changed. In B's turn, D is the quotient of M and the
     roots of the diagonals of all V_i, with Adam's bias corrections, and B changes by the learning rate times
     D A^T (A A^T)^-1. A's moments and turns are those of the transposed problem. B has the first turn.
-    If rank is `in` and `out`, and B is not singular, these are the steps of AdamW on W'.
+    If rank is `in` and `out`, B is not singular, and nothing decays, these are Adam's steps for W'.
 
-    M and V are kept in coordinates of A's rows, (out, rank) and (out, rank, rank). Betas, epsilon and weight
-    decay are those of the lane's optimizer. There is no alpha.
+    M and V are kept in coordinates of A's rows, (out, rank) and (out, rank, rank), so that a lane grows with
+    the square of the rank. Betas, epsilon and weight decay are those of the lane's optimizer. There is no
+    alpha.
 
     Initialization: as in LoRA, so W' = W.
 
     Source: the authors' code (tnurbek/loft). Deviations:
     - There P V_i P has the transposed change of coordinates, and in A's turn B's moments are projected on the
-      A of after the step. In both cases the steps at full rank are not AdamW's.
+      A of after the step. In both cases the steps at full rank are not Adam's.
     - There epsilon is 1e-4, weight decay is not multiplied by the learning rate, and clipping takes the norm
       of the projected gradients of the factors in turn.
     """
