@@ -28,6 +28,7 @@ from peft import (
     RandLoraConfig,
     RoadConfig,
     ShiraConfig,
+    UniLoraConfig,
     VBLoRAConfig,
     VeraConfig,
     initialize_lora_eva_weights,
@@ -500,6 +501,29 @@ REFERENCES["shira"] = Reference(
     {"shira_weight": "values"},
     init=_init_shira,
     models=("llama",),
+)
+
+
+# PEFT's Uni-LoRA, whose places in its vector are copied to the lane.
+
+
+def _init_uni_lora(reference_model: PeftModel, adapters: Adapters, case: Case) -> None:
+    modules, frozen = dict(reference_model.get_base_model().named_modules()), adapters.frozen("0")
+    for name in adapters.layers:
+        for factor in "AB":
+            places = getattr(modules[name], f"unilora_indices_{factor}")["default"]
+            frozen[f"{name}.I{factor}"].copy_(places)
+            scales = getattr(modules[name], f"unilora_scales_{factor}")
+            counts = scales["default"].double().pow(-2).round()
+            assert set(counts.unique().tolist()) == set(frozen[f"{name}.norm"].pow(-2).round().tolist())
+            scales["default"] = frozen[f"{name}.norm"][places] = counts.rsqrt()  # PEFT's are float32
+
+
+REFERENCES["uni_lora"] = Reference(
+    lambda targets: UniLoraConfig(r=RANK, theta_d_length=300, target_modules=targets),
+    {"unilora_theta_d": "theta"},
+    extra={"length": 300},
+    init=_init_uni_lora,
 )
 
 

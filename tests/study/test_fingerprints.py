@@ -19,10 +19,11 @@ from orchestrator.finetune.resolve.option_names import resolve_options
 from orchestrator.finetune.resolve.templates import build_configuration_templates
 from orchestrator.study.configuration import Configuration
 from orchestrator.study.options import StudyOptions
-from variants import catalogue
 
 FILE = Path(__file__).parents[1] / "data" / "fingerprints.json"
 TASKS = ("reviews", "letters", "digits")
+VARIANTS = ("eva", "fourier_ft", "full", "head_only", "lora", "rslora", "vb_lora", "vera")
+"""One of each kind of settings: without a rank, an alpha, or layers; with own ones; fitted to the layers."""
 OPTIONS: dict[str, dict[str, Any]] = {
     "defaults": {},
     "others": {
@@ -42,14 +43,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def configurations(bases: Path) -> Iterator[tuple[str, Configuration]]:
     """Yield resolved configurations of tasks without downloaded data, each with a unique name.
 
-    Each variant is there once, and LoRA on other tasks and with other options.
+    Each of `VARIANTS` is there once, and LoRA on other tasks and with other options.
 
     Args:
         bases: An empty folder, so that no base model is prepared and all count as having the same content.
     """
     for task, (name, options) in product(TASKS, OPTIONS.items()):
         is_first = (task, name) == (TASKS[0], "defaults")
-        typed = StudyOptions(task=task, variants=catalogue.names() if is_first else ("lora",), **options)
+        typed = StudyOptions(task=task, variants=VARIANTS if is_first else ("lora",), **options)
         chosen = resolve_options(typed, task, bases)
         for found in build_configuration_templates(typed, chosen, model_catalogue.UNPREPARED, bases):
             yield f"{task} {name} {found.variant.name}", found

@@ -10,7 +10,7 @@ from rule import initial_tensors
 from torch import Tensor
 
 from variants import catalogue
-from variants.api import FrozenLayer, VariantSettings
+from variants.api import FrozenLayer, LayerRandom, VariantSettings
 
 
 def layer(out_features: int = 40, in_features: int = 25, dtype: torch.dtype = torch.float32) -> FrozenLayer:
@@ -112,3 +112,28 @@ def test_pissa_keeps_changes_that_bfloat16_would_round_away() -> None:
     output = variant.forward(x, torch.zeros(1, 9, 64).bfloat16(), variant.prepare(one, group), group)
     true = x.double() @ (2 * (start["B"].double() - start["B0"].double()) @ start["A0"].double()).T
     assert (output.double() - true).norm() < 0.01 * true.norm()
+
+
+@pytest.mark.parametrize(("count", "below"), [(2, 12), (5, 6), (6, 6), (1, 40)])
+def test_distinct_numbers_are_ascending_and_equally_likely(count: int, below: int) -> None:
+    draws = 3000
+    counts = torch.zeros(below)
+    for seed in range(draws):
+        numbers = LayerRandom(layer(), seed).distinct("places", count, below)
+        assert numbers.shape == (count,)
+        assert (numbers.diff() > 0).all()
+        assert numbers[0] >= 0
+        assert numbers[-1] < below
+        counts[numbers] += 1
+    expected = draws * count / below
+    assert ((counts - expected).abs() < 5 * expected**0.5).all()
+
+
+def test_pairs_of_distinct_numbers_are_equally_likely() -> None:
+    draws = 6000
+    counts = torch.zeros(9, 9)
+    for seed in range(draws):
+        first, second = LayerRandom(layer(), seed).distinct("places", 2, 9)
+        counts[first, second] += 1
+    pairs = counts[torch.triu(torch.ones(9, 9), 1).bool()]
+    assert ((pairs - draws / 36).abs() < 5 * (draws / 36) ** 0.5).all()

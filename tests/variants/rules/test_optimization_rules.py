@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from variants.optimization.aurora import spline_basis
 from variants.optimization.lora_pro import _projected_pair, _solve_sylvester
 from variants.storage import load_peft, save_peft
 from variants.testing.cases import Case
-from variants.testing.rig import LaneOptimizer, attach_lanes, lane_outputs, perturb_lanes
+from variants.testing.rig import LaneOptimizer, attach_lanes, lane_outputs, model_output, perturb_lanes
 
 # AuroRA's nonlinear layer, with splines in closed form.
 
@@ -282,6 +283,64 @@ def test_dude_dropout_is_that_of_peft() -> None:
         torch.testing.assert_close(own_x.grad, x.grad)
         for name, parameter in own.items():
             torch.testing.assert_close(tensors[name].grad, parameter.grad)
+
+
+# LoFT: Adam's moments of full size, projected at each step, in float64.
+
+
+def test_loft_steps_are_adams_on_the_projected_gradient() -> None:
+    case = Case("tall", out_features=12, in_features=10, dtype=torch.float64)
+    adapters = attach_lanes(case, catalogue.get("loft"), 1, VariantSettings(3))
+    optimizer = LaneOptimizer(adapters, "0", RATE, 6)
+    moments: dict[str, tuple[Tensor, Tensor]] = {}
+    for step in range(1, 7):
+        before, gradients = record_step(case, adapters, optimizer)
+        for layer, factor in product(adapters.layers, "AB"):
+            name, other = f"{layer}.{factor}", f"{layer}.{'BA'['AB'.index(factor)]}"
+            turned = [t.T if factor == "A" else t for t in (before[name], gradients[name])]
+            basis = before[other].T if factor == "A" else before[other]
+            damping = {"A": 1e-6, "B": 1e-8}[factor] * torch.eye(3, dtype=basis.dtype)
+            lift = torch.linalg.inv(basis @ basis.T + damping)
+            onto, full = basis.T @ lift @ basis, turned[1] @ lift @ basis  # full is G projected
+            first, second = moments.get(
+                name, (torch.zeros_like(full), full.new_zeros(*full.shape, len(onto)))
+            )
+            first = BETAS[0] * first @ onto + (1 - BETAS[0]) * full
+            rows = torch.einsum("ni,nj->nij", full, full)
+            second = BETAS[1] * onto @ second @ onto + (1 - BETAS[1]) * rows
+            moments[name] = first, second
+            unbiased = (second.diagonal(dim1=1, dim2=2) / (1 - BETAS[1] ** step)).clamp(
+                min=0
+            ).sqrt() + EPSILON
+            move = first / (1 - BETAS[0] ** step) / unbiased @ basis.T @ lift
+            expected = turned[0] * (1 - RATE * DECAY) - RATE * move if factor == "AB"[step % 2] else turned[0]
+            found = adapters.trainable("0")[name]
+            torch.testing.assert_close(found.T if factor == "A" else found, expected, rtol=1e-7, atol=1e-10)
+
+
+def test_loft_at_full_rank_is_adam_on_the_weight() -> None:
+    case = Case("square", out_features=8, in_features=8, dtype=torch.float64)
+    adapters = attach_lanes(case, catalogue.get("loft"), 1, VariantSettings(8))
+    noise = torch.Generator().manual_seed(3)
+    for parameter in adapters.trainable("0").values():
+        parameter.data = torch.linalg.qr(torch.randn(8, 8, generator=noise, dtype=torch.float64)).Q
+    model = case.build()
+    for name, layer in adapters.layers.items():
+        lane = layer.lane_tensors("0")
+        model.get_submodule(name).weight.data += (lane["B"] @ lane["A"]).detach()
+    start = model_output(model, case.rows(0)).detach()
+    optimizer = LaneOptimizer(adapters, "0", 0.01, 10)
+    optimizer.optimizer.param_groups[0]["weight_decay"] = 0.0
+    adam = torch.optim.Adam(model.parameters(), lr=0.01)
+    for step in range(10):
+        record_step(case, adapters, optimizer)
+        adam.zero_grad()
+        case.loss(model_output(model, case.rows(0, step)), case.rows(0, step)).backward()
+        adam.step()
+    expected = model_output(model, case.rows(0)).detach()
+    change = lane_outputs(case, adapters) - start
+    torch.testing.assert_close(change, expected - start, rtol=1e-4, atol=1e-4)
+    assert change.abs().max() > 0.1
 
 
 # LoRA-Dash: the selected directions, their update, and the steps in which they learn.

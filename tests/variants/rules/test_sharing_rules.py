@@ -443,3 +443,23 @@ def test_tied_lora_layers_of_one_type_share_a_and_b_and_have_their_own_vectors()
     }
     assert (tensors["model.layers.0.mlp.down_proj.u"] == 1).all()
     assert (tensors["model.layers.0.mlp.down_proj.v"] == 1).all()
+
+
+# Uni-LoRA's places; its rule is compared with PEFT in tests/contract.
+
+
+def test_uni_lora_the_factors_are_an_isometry_of_one_vector() -> None:
+    """The map from theta to all factors keeps lengths, and its places differ between lanes."""
+    adapters = attach_lanes(Case("llama", model="llama"), catalogue.get("uni_lora"), 2)
+    assert list(adapters.trainable("0")) == ["group:uni_lora.theta"]
+    for lane in ("0", "1"):
+        theta = adapters.trainable(lane)["group:uni_lora.theta"]
+        assert 0.0195 < theta.abs().max() <= 0.02
+        pairs = [
+            adapters.variant.factors(layer.lane_tensors(lane), layer.lane_layer(lane))
+            for layer in adapters.layers.values()
+        ]
+        size = sum(factor.square().sum() for pair in pairs for factor in pair)
+        torch.testing.assert_close(size, theta.square().sum())
+    first, second = (adapters.frozen(lane)["model.layers.0.mlp.down_proj.IA"] for lane in ("0", "1"))
+    assert (first != second).float().mean() > 0.9
