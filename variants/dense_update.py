@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from variants.base import Variant
+from variants.batch_invariant import refuse_second_derivative
 from variants.frozen_layer import FrozenLayer, Params
 from variants.hooks import FusesBase
 from variants.traits import Batching
@@ -107,6 +108,7 @@ class DenseProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         """Compute the gradients of x, base and the lanes' tensors."""
+        refuse_second_derivative()
         x, *tensors = ctx.saved_tensors
         variant, layer, names = ctx.inputs
         layer = replace(layer, stored_weight=layer.weight)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from variants.base import Variant
-from variants.batch_invariant import baddbmm, baddbmm_, bmm, pad_rank_one
+from variants.batch_invariant import baddbmm, baddbmm_, bmm, pad_rank_one, refuse_second_derivative
 from variants.frozen_layer import FrozenLayer, InitialTensors, Params
 from variants.hooks import FrozenUpdate, FusesBase
 from variants.peft_format import PeftFormat, PeftMethod
@@ -185,6 +185,7 @@ class LowRankProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         """Compute the gradients of x, A, B and `more`."""
+        refuse_second_derivative()
         x, hidden, left, right, more, unbiased = ctx.saved_tensors
         layer, scale = ctx.layer, ctx.frozen[0]
         grad_out = grad_out.reshape(*ctx.stacked_shape[:2], -1)

@@ -1,17 +1,16 @@
-"""LoFT (Tastan et al. 2025, arXiv 2505.21289): LoRA whose steps are Adam's on W, projected."""
+"""LoFT: LoRA whose steps are Adam's on W, projected."""
 
 import torch
 from torch import Tensor
 
 from variants import api
-from variants.baseline.lora import LoRA
 
 DAMPING = {"A": 1e-6, "B": 1e-8}
 """Added to the diagonal of B^T B for steps of A, and of A A^T for steps of B, as in the authors' code."""
 STATE = frozenset(f"{kind} {factor}" for kind in ("exp_avg", "exp_avg_sq", "basis") for factor in "AB")
 
 
-class LoFT(LoRA):
+class LoFT(api.StepHooks, api.LowRank):
     """W' = W + B A; B and A take turns in Adam's steps for W, projected on what the factor can change.
 
     B can change W' by rows of A: P = A^T (A A^T)^-1 A projects on them. With G the gradient with respect to
@@ -29,12 +28,17 @@ class LoFT(LoRA):
 
     Initialization: as in LoRA, so W' = W.
 
-    Source: the authors' code (tnurbek/loft). Deviations:
-    - There P V_i P has the transposed change of coordinates, and in A's turn B's moments are projected on the
-      A of after the step. In both cases the steps at full rank are not Adam's.
-    - There epsilon is 1e-4, weight decay is not multiplied by the learning rate, and clipping takes the norm
-      of the projected gradients of the factors in turn.
+    Source: the authors' code (tnurbek/loft).
     """
+
+    title = "LoFT"
+    paper = "Tastan et al., arXiv 2505.21289"
+    year = 2025
+    deviations = """
+    - In the authors' code P V_i P has the transposed change of coordinates, and in A's turn B's moments are
+      projected on the A of after the step. In both cases the steps at full rank are not Adam's.
+    - There epsilon is 1e-4, weight decay is not multiplied by the learning rate, and clipping takes the norm
+      of the projected gradients of the factors in turn."""
 
     verified_by = api.VerifiedBy.AUTHORS_CODE
     uses_alpha = False

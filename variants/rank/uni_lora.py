@@ -1,13 +1,12 @@
-"""Uni-LoRA (Li et al. 2025, arXiv 2506.00799): one vector fills the factors of all layers."""
+"""Uni-LoRA: one vector fills the factors of all layers."""
 
 import torch
 from torch import Tensor
 
 from variants import api
-from variants.baseline.lora import LoRA
 
 
-class UniLoRA(LoRA):
+class UniLoRA(api.InitTogether, api.SharedTensors, api.LowRank):
     """W' = W + B A, where each entry of A and B is an entry of one trainable vector theta over sqrt(n).
 
     "IA" (rank, in) and "IB" (out, rank) hold the place in theta (length,) of each entry. n is the number of
@@ -17,12 +16,14 @@ class UniLoRA(LoRA):
     Initialization: theta from U(-0.02, 0.02), so W' differs from W. Places are random, and n differs by at
     most 1 between them.
 
-    Source: `tuners/unilora/` of PEFT, with its defaults. Deviation: a lane draws the places from its own
-    seed, while PEFT has one `proj_seed` for all. The places are part of the checkpoint and of the export.
+    Source: `tuners/unilora/` of PEFT, with its defaults.
     """
 
-    parameters = "0"
-    shared_parameters = "length"
+    title = "Uni-LoRA"
+    paper = "Li et al., arXiv 2506.00799"
+    year = 2025
+    deviations = """A lane draws the places from its own seed, while PEFT has one `proj_seed` for all. The places
+    are part of the checkpoint and of the export."""
     hyperparameters = {"length": api.Int(256, help="length of theta: the number of trainable values")}
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
     uses_alpha = False
