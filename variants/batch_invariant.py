@@ -23,7 +23,7 @@ from torch.nn.functional import pad
 
 
 def refuse_second_derivative() -> None:
-    """Raise an error in the backward pass of a hand-written autograd node if it is to be differentiated again.
+    """Refuse to differentiate the backward pass of a hand-written autograd node.
 
     `once_differentiable` of PyTorch does the same, and takes some microseconds per layer.
 

@@ -113,7 +113,7 @@ class LaneLinear(nn.Module):
             (K*R, ..., out).
         """
         state, variant = self.adapter_state, self.variant
-        context = state.get_context(self.name)
+        context = state.current_context or state.get_context(self.name)
         context.called_layers.add(self.name)
         if not context.lanes or x.numel() == 0:
             return self.base_layer(x)
