@@ -3,11 +3,19 @@
 from variants.base import RANK_MASK, Variant
 from variants.batch_invariant import baddbmm, bmm
 from variants.errors import MergeError, UnsupportedError
-from variants.frozen_layer import FrozenLayer, InitialTensors, Layers, Params, shared_settings
-from variants.lane_views import LaneView, LayerView
-from variants.layer_random import LayerRandom, RandomOf
+from variants.frozen_layer import (
+    FrozenLayer,
+    InitialTensors,
+    LaneView,
+    LayerRandom,
+    Layers,
+    LayerView,
+    Params,
+    RandomOf,
+    shared_settings,
+    stable_seed,
+)
 from variants.peft_format import PeftMethod
-from variants.seeds import stable_seed
 from variants.traits import AdaptationScope, Batching, CalibrationStatistic, Start, VerifiedBy
 from variants.variant_settings import Choice, ExtraSettings, Flag, Int, Number, VariantSettings
 

@@ -28,9 +28,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from variants.errors import UnsupportedError
-from variants.frozen_layer import FrozenLayer, InitialTensors, Layers, Params
-from variants.lane_views import LaneView
-from variants.layer_random import LayerRandom, RandomOf
+from variants.frozen_layer import FrozenLayer, InitialTensors, LaneView, LayerRandom, Layers, Params, RandomOf
 from variants.parameter_formula import ParameterCount, evaluate_formula
 from variants.peft_format import PeftFormat
 from variants.traits import AdaptationScope, Batching, CalibrationStatistic, Start, VerifiedBy
@@ -77,12 +75,8 @@ class Variant(ParameterCount, PeftFormat):
     """False if the update is not a matrix that could be added to the weight."""
     merge_obstacle: ClassVar[str] = "its update is not a matrix"
     """If `is_mergeable` is False, why: a clause that follows "NAME cannot be merged: "."""
-    rounds_alike: ClassVar[bool] = True
-    """False if a lane in a group equals the same lane alone only up to rounding, and not bit for bit."""
     typical_lr_scale: ClassVar[float] = 1.0
     """Order of magnitude of the best learning rate divided by LoRA's."""
-    law_settings: ClassVar[ExtraSettings] = {}
-    """Own hyperparameters for the laws' small layers, where the defaults suit large layers only."""
     calibration_statistic: ClassVar[CalibrationStatistic] = CalibrationStatistic.NONE
     """Input of the initialization. If it needs data, `hyperparameters` must have `calibration_batches`."""
     mutable_buffers: ClassVar[frozenset[str]] = frozenset()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from variants.api import FrozenLayer
-from variants.layer_random import LayerRandom
+from variants.frozen_layer import LayerRandom
 
 LAYER = FrozenLayer("layer", torch.zeros(2, 2), None)
 

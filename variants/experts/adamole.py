@@ -28,7 +28,6 @@ class AdaMoLE(Mixture):
         "balance": api.Number(1e-3, help="weight of the balancing loss"),
     }
     verified_by = api.VerifiedBy.AUTHORS_CODE
-    rounds_alike = False  # a sigmoid rounds the last columns of a tensor according to the tensor's size
 
     def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
         initial, n = super().init(layer, random), layer.shape[1]
