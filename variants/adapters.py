@@ -222,14 +222,10 @@ class Adapters:
     ) -> None:
         """Add a lane at step 0.
 
-        The noise depends only on the seed and the names of layer and parameter, so that every variant and
-        learning rate gets the same noise.
-
-        Args:
-            lane: The new lane's name.
-            settings: The lane's settings, of which only alpha may differ from those of other lanes.
-            seed: The seed of the lane's initial tensors, dropout masks and hooks.
-            calibration: The result of `calibrate`; None for a variant that needs no data.
+        Of the settings only alpha may differ from those of other lanes. The seed is for initial tensors,
+        dropout masks and hooks: the noise depends only on it and on the names of layer and parameter, so that
+        every variant and learning rate gets the same noise. A variant that starts from data needs the result
+        of `calibrate`.
 
         Raises:
             UnsupportedError: The settings differ from those of the lane group, there is no room for another
@@ -250,14 +246,7 @@ class Adapters:
         settings: api.VariantSettings,
         seed: int = 0,
     ) -> None:
-        """Add a saved lane, bit for bit.
-
-        Args:
-            lane: The lane's name.
-            trainable: What the method `trainable` returned when the lane was saved.
-            frozen: What `frozen` returned.
-            settings: The lane's settings.
-            seed: The seed of the lane's dropout masks and hooks.
+        """Add a saved lane, bit for bit: what `trainable` and `frozen` returned when it was saved.
 
         Raises:
             UnsupportedError: The model has no such owner, an owner of the model has no tensors, the settings
@@ -338,21 +327,13 @@ class Adapters:
         return count
 
     def before_step(self, lane: str, step: int, total_steps: int, optimizer: torch.optim.Optimizer) -> None:
-        """Run the variant's hook before an optimizer step.
-
-        Args:
-            lane: The lane that takes the step.
-            step: The number of steps taken so far.
-            total_steps: The number of steps that the lane takes in all.
-            optimizer: The lane's AdamW.
-        """
+        """Run the variant's hook before an optimizer step of the lane's AdamW, after `step` earlier steps."""
         self._run_hook("before_step", lane, step, total_steps, optimizer)
 
     def after_step(self, lane: str, step: int, total_steps: int, optimizer: torch.optim.Optimizer) -> None:
         """Mark the lane's parameters as written, and run the variant's hook after an optimizer step.
 
-        Call this method after every step, also for a variant without the hook. Arguments are those of
-        `before_step`; `step` includes the step just taken.
+        Call this method after every step, also for a variant without the hook; `step` includes it.
         """
         for owner_tensors in self.tensors_by_owner.values():
             owner_tensors.after_write(lane)
@@ -423,7 +404,6 @@ class Adapters:
                     "target other layers"
                 )
         context.prepared_params.clear()
-        self.state.last_context = context
 
     @contextmanager
     def disable_adapters(
