@@ -316,14 +316,12 @@ class Adapters:
 
     def parameter_count(self, lane: str) -> int:
         """Return the number of trainable values of a lane, without masked ranks."""
-        self._require_lane(lane)
-        count = 0
+        count, ranks = 0, self.ranks_in_use(lane)
         for owner, own in self.tensors_by_owner.items():
             size = sum(parameter.numel() for parameter in own.trainable[lane].values())
             mask = own.frozen[lane].get(api.RANK_MASK)
-            if mask is not None:  # all tensors of such a layer have one slice for each rank
-                size = size // mask.numel() * self.ranks_in_use(lane)[owner]
-            count += size
+            # All tensors of a layer with a mask have one slice for each rank.
+            count += size if mask is None else size // mask.numel() * ranks[owner]
         return count
 
     def before_step(self, lane: str, step: int, total_steps: int, optimizer: torch.optim.Optimizer) -> None:
@@ -344,14 +342,11 @@ class Adapters:
     ) -> None:
         if getattr(type(self.variant), hook) is getattr(api.Variant, hook):
             return  # the variant does not define it
-        views = {
-            name: api.LayerView(layer.lane_layer(lane), own.trainable[lane], own.frozen[lane])
-            for name, layer in self.layers.items()
-            for own in (layer.own_tensors,)
-        }
-        view = api.LaneView(
-            views, self.lane_settings(lane), self.lane_seed(lane), step, total_steps, optimizer
-        )
+        views, settings, seed = {}, self.lane_settings(lane), self.lane_seed(lane)
+        for name, layer in self.layers.items():
+            own = layer.own_tensors
+            views[name] = api.LayerView(layer.lane_layer(lane), own.trainable[lane], own.frozen[lane])
+        view = api.LaneView(views, settings, seed, step, total_steps, optimizer)
         with torch.no_grad():
             getattr(self.variant, hook)(view)
 
@@ -370,17 +365,9 @@ class Adapters:
         Inside the context the model is called with K*R rows: lane i has rows i*R to (i+1)*R - 1. The backward
         pass may run inside the context or after it; for full fine-tuning it has to run inside.
 
-        Args:
-            lanes: K lanes, each once.
-            dropout_step: The optimizer step of all lanes or of each lane, which determines the dropout masks;
-                None for evaluation, which has neither dropout nor auxiliary losses.
-            micro_batch: See `ForwardContext`, and for the arguments after it too.
-            rows_per_lane: R.
-            shard: (first, total).
-            attention_mask: (K*R, L).
-
-        Yields:
-            The context, which holds the auxiliary losses after the forward pass.
+        The arguments are the fields of the context, which is yielded. There are K lanes, each once.
+        `dropout_step` is the step of all lanes or of each lane, and None for evaluation. The context has the
+        auxiliary losses after the forward pass.
 
         Raises:
             BypassedLayerError: The model read the weight of an adapted layer without calling the layer.
@@ -413,9 +400,7 @@ class Adapters:
     ) -> Iterator[None]:
         """Let calls of the model compute the frozen base model, with any number of rows.
 
-        Args:
-            head_weights: Head -> parameter -> value, in place of the model's own head.
-            attention_mask: (rows, L), False at padding.
+        `head_weights`, head -> parameter -> value, take the place of the model's own head.
         """
         context = ForwardContext((), head_weights=head_weights or {}, attention_mask=attention_mask)
         with self.state.activate(context):

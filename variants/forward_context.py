@@ -115,14 +115,14 @@ class AdapterState:
     def scaling(self, variant: Variant, lanes: tuple[str, ...], layer: FrozenLayer) -> Tensor:
         """Return the factor s of each of K lanes, (K, 1, 1), with the layer's device and lane dtype."""
         key = (lanes, layer.device, layer.dtype)
-        if key not in self._scalings:
+        if (found := self._scalings.get(key)) is None:
             factors = [variant.scaling(self.settings[lane]) for lane in lanes]
             # Filled on the device: for the copy of a tensor from the CPU, the host would wait for a GPU.
             # Training uses the factors too, which tensors made in inference mode would not permit.
             with torch.inference_mode(False):
                 filled = [torch.full((1, 1, 1), f, dtype=layer.dtype, device=layer.device) for f in factors]
-                self._scalings[key] = torch.cat(filled)
-        return self._scalings[key]
+                found = self._scalings[key] = torch.cat(filled)
+        return found
 
     def invalidate(self) -> None:
         """Delete what depends on the set of lanes, after a lane was added or removed."""
