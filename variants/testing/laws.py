@@ -75,19 +75,12 @@ def every_tensor_gets_a_gradient(variant: Variant, case: Case) -> None:
     """Within two steps each trainable tensor of each lane gets a non-zero gradient."""
     adapters = attach_lanes(case, variant, case.lanes)
     optimizers = {lane: LaneOptimizer(adapters, lane, 0.01, 2) for lane in adapters.lanes}
+    parameters = {(lane, name): p for lane in adapters.lanes for name, p in adapters.trainable(lane).items()}
     reached = set()
     for _ in range(2):
         train_step(case, adapters, optimizers)
-        for lane in adapters.lanes:
-            for name, parameter in adapters.trainable(lane).items():
-                if parameter.grad is not None and parameter.grad.count_nonzero():
-                    reached.add((lane, name))
-    expected = {
-        (lane, name)
-        for lane in adapters.lanes
-        for name in adapters.trainable(lane)
-        if _has_rank(adapters, lane, name.rpartition(".")[0])
-    }
+        reached |= {key for key, p in parameters.items() if p.grad is not None and p.grad.count_nonzero()}
+    expected = {(lane, name) for lane, name in parameters if _has_rank(adapters, lane, name)}
     assert expected
     assert reached == expected, f"without a gradient: {sorted(expected - reached)}"
 
@@ -315,9 +308,9 @@ def _refused(variant: Variant, refusal: ValueError) -> Exception:
     return AssertionError(f"the refusal does not name the variant: {refusal}")
 
 
-def _has_rank(adapters: Adapters, lane: str, owner: str) -> bool:
-    """Return whether a layer has a rank in use; EVA may mask all ranks of a layer."""
-    mask = adapters.frozen(lane).get(f"{owner}.{RANK_MASK}")
+def _has_rank(adapters: Adapters, lane: str, parameter: str) -> bool:
+    """Return whether the parameter's layer has a rank in use; EVA may mask all ranks of a layer."""
+    mask = adapters.frozen(lane).get(f"{parameter.rpartition('.')[0]}.{RANK_MASK}")
     return mask is None or bool(mask.any())
 
 
@@ -330,9 +323,8 @@ def _fit_teacher(variant: Variant, case: Case, highest_rate: float) -> float:
     learning_rate = highest_rate / max(variant.parameter_lr_scale(name, learner.settings) for name in names)
     optimizer = LaneOptimizer(learner, "0", learning_rate, 150)
     x = torch.cat([case.rows(0, step) for step in range(8)])
-    with torch.no_grad(), teacher.activate_lanes(["0"], None):
+    with torch.no_grad(), teacher.activate_lanes(["0"], None), learner.activate_lanes(["0"], None):
         target = model_output(teacher.model, x)
-    with torch.no_grad(), learner.activate_lanes(["0"], None):
         unit = (model_output(learner.model, x) - target).square().mean()
     losses = []
     for step in range(150):
