@@ -253,14 +253,10 @@ class Adapters:
     ) -> None:
         """Add a lane at step 0.
 
-        The noise depends only on the seed and the names of layer and parameter, so that every variant and
-        learning rate gets the same noise.
-
-        Args:
-            lane: The new lane's name.
-            settings: The lane's settings, of which only alpha may differ from those of other lanes.
-            seed: The seed of the lane's initial tensors, dropout masks and hooks.
-            calibration: The result of `calibrate`; None for a variant that needs no data.
+        Of the settings only alpha may differ from those of other lanes. The seed is for initial tensors,
+        dropout masks and hooks: the noise depends only on it and on the names of layer and parameter, so that
+        every variant and learning rate gets the same noise. A variant that starts from data needs the result
+        of `calibrate`.
 
         Raises:
             UnsupportedError: The settings differ from those of the lane group, there is no room for another
@@ -281,14 +277,7 @@ class Adapters:
         settings: api.VariantSettings,
         seed: int = 0,
     ) -> None:
-        """Add a saved lane, bit for bit.
-
-        Args:
-            lane: The lane's name.
-            trainable: What the method `trainable` returned when the lane was saved.
-            frozen: What `frozen` returned.
-            settings: The lane's settings.
-            seed: The seed of the lane's dropout masks and hooks.
+        """Add a saved lane, bit for bit: what `trainable` and `frozen` returned when it was saved.
 
         Raises:
             UnsupportedError: The model has no such owner, an owner of the model has no tensors, the settings
@@ -361,32 +350,22 @@ class Adapters:
 
     def parameter_count(self, lane: str) -> int:
         """Return the number of trainable values of a lane, without masked ranks."""
-        self._require_lane(lane)
-        count = 0
+        count, ranks = 0, self.ranks_in_use(lane)
         for owner, own in self.tensors_by_owner.items():
             size = sum(parameter.numel() for parameter in own.trainable[lane].values())
             mask = own.frozen[lane].get(api.RANK_MASK)
-            if mask is not None:  # all tensors of such a layer have one slice for each rank
-                size = size // mask.numel() * self.ranks_in_use(lane)[owner]
-            count += size
+            # All tensors of a layer with a mask have one slice for each rank.
+            count += size if mask is None else size // mask.numel() * ranks[owner]
         return count
 
     def before_step(self, lane: str, step: int, total_steps: int, optimizer: torch.optim.Optimizer) -> None:
-        """Run the variant's hook before an optimizer step.
-
-        Args:
-            lane: The lane that takes the step.
-            step: The number of steps taken so far.
-            total_steps: The number of steps that the lane takes in all.
-            optimizer: The lane's AdamW.
-        """
+        """Run the variant's hook before an optimizer step of the lane's AdamW, after `step` earlier steps."""
         self._run_hook("before_step", lane, step, total_steps, optimizer)
 
     def after_step(self, lane: str, step: int, total_steps: int, optimizer: torch.optim.Optimizer) -> None:
         """Mark the lane's parameters as written, and run the variant's hook after an optimizer step.
 
-        Call this method after every step, also for a variant without the hook. Arguments are those of
-        `before_step`; `step` includes the step just taken.
+        Call this method after every step, also for a variant without the hook; `step` includes it.
         """
         for owner_tensors in self.tensors_by_owner.values():
             owner_tensors.after_write(lane)
@@ -397,14 +376,11 @@ class Adapters:
     ) -> None:
         if not isinstance(self.variant, api.StepHooks):
             return
-        views = {
-            name: api.LayerView(layer.lane_layer(lane), own.trainable[lane], own.frozen[lane])
-            for name, layer in self.layers.items()
-            for own in (layer.own_tensors,)
-        }
-        view = api.LaneView(
-            views, self.lane_settings(lane), self.lane_seed(lane), step, total_steps, optimizer
-        )
+        views, settings, seed = {}, self.lane_settings(lane), self.lane_seed(lane)
+        for name, layer in self.layers.items():
+            own = layer.own_tensors
+            views[name] = api.LayerView(layer.lane_layer(lane), own.trainable[lane], own.frozen[lane])
+        view = api.LaneView(views, settings, seed, step, total_steps, optimizer)
         with torch.no_grad():
             getattr(self.variant, hook)(view)
 
@@ -423,17 +399,9 @@ class Adapters:
         Inside the context the model is called with K*R rows: lane i has rows i*R to (i+1)*R - 1. The backward
         pass may run inside the context or after it; for full fine-tuning it has to run inside.
 
-        Args:
-            lanes: K lanes, each once.
-            dropout_step: The optimizer step of all lanes or of each lane, which determines the dropout masks;
-                None for evaluation, which has neither dropout nor auxiliary losses.
-            micro_batch: See `ForwardContext`, and for the arguments after it too.
-            rows_per_lane: R.
-            shard: (first, total).
-            attention_mask: (K*R, L).
-
-        Yields:
-            The context, which holds the auxiliary losses after the forward pass.
+        The arguments are the fields of the context, which is yielded. There are K lanes, each once.
+        `dropout_step` is the step of all lanes or of each lane, and None for evaluation. The context has the
+        auxiliary losses after the forward pass.
 
         Raises:
             BypassedLayerError: The model read the weight of an adapted layer without calling the layer.
@@ -457,7 +425,6 @@ class Adapters:
                     "target other layers"
                 )
         context.prepared_params.clear()
-        self.state.last_context = context
 
     @contextmanager
     def disable_adapters(
@@ -467,9 +434,7 @@ class Adapters:
     ) -> Iterator[None]:
         """Let calls of the model compute the frozen base model, with any number of rows.
 
-        Args:
-            head_weights: Head -> parameter -> value, in place of the model's own head.
-            attention_mask: (rows, L), False at padding.
+        `head_weights`, head -> parameter -> value, take the place of the model's own head.
         """
         context = ForwardContext((), head_weights=head_weights or {}, attention_mask=attention_mask)
         with self.state.activate(context):

@@ -4,7 +4,18 @@ from variants.base import Variant
 from variants.batch_invariant import baddbmm, bmm
 from variants.dense_update import DenseUpdate
 from variants.errors import MergeError, UnsupportedError
-from variants.frozen_layer import FrozenLayer, InitialTensors, Layers, Params, shared_settings
+from variants.frozen_layer import (
+    FrozenLayer,
+    InitialTensors,
+    LaneView,
+    LayerRandom,
+    Layers,
+    LayerView,
+    Params,
+    RandomOf,
+    shared_settings,
+    stable_seed,
+)
 from variants.hooks import (
     RANK_MASK,
     AuxiliaryLoss,
@@ -20,11 +31,8 @@ from variants.hooks import (
     SharedTensors,
     StepHooks,
 )
-from variants.lane_views import LaneView, LayerView
-from variants.layer_random import LayerRandom, RandomOf
 from variants.low_rank import LowRank
 from variants.peft_format import PeftFormat, PeftMethod
-from variants.seeds import stable_seed
 from variants.traits import AdaptationScope, Batching, CalibrationStatistic, Start, VerifiedBy
 from variants.variant_settings import Choice, ExtraSettings, Flag, Int, Number, VariantSettings
 

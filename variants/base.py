@@ -23,9 +23,8 @@ import torch
 from torch import Tensor
 
 from variants.errors import UnsupportedError
-from variants.frozen_layer import FrozenLayer, InitialTensors, Params
+from variants.frozen_layer import FrozenLayer, InitialTensors, LayerRandom, Params
 from variants.hooks import MIXINS, GradientConstants, check_mixins
-from variants.layer_random import LayerRandom
 from variants.peft_format import PeftFormat
 from variants.traits import AdaptationScope, Batching, Start, VerifiedBy
 from variants.variant_settings import ExtraSettings, Hyperparameter, VariantSettings, complete_extra

@@ -34,14 +34,8 @@ def calibrate(
     A statistic of the weight needs no batches. The mean gradient is the mean over batches, the moment of the
     inputs is the mean over samples, and the covariance of the inputs is over all positions. Padding does not
     count in inputs. A layer's matrix has the shape (out, in) for gradients and (in, in) for inputs, in the
-    lanes' dtype. Layers are processed in groups whose matrices fit into the memory budget, with one pass over
-    the batches per group.
-
-    Args:
-        adapters: The adapters, whose lanes do not take part.
-        settings: The settings that `reduce_calibration` uses.
-        iterate_losses: Starts a pass over the same batches at every call.
-        memory_budget: The bytes that the matrices of one pass may take.
+    lanes' dtype. Layers are processed in groups whose matrices fit into the memory budget, in bytes, with one
+    pass over the same batches per group. The lanes do not take part.
 
     Returns:
         Layer -> the tensors of `reduce_calibration`, on the CPU.
@@ -56,19 +50,19 @@ def calibrate(
             for name, layer in adapters.layers.items()
         }
     for group in _split_by_memory(adapters, memory_budget):
-        accumulators = {layer.name: _StatisticAccumulator(layer, statistic) for layer in group}
+        accumulators = [_StatisticAccumulator(layer, statistic) for layer in group]
+        batches = 0
         try:
-            batches = 0
             with closing(iterate_losses()) as losses:  # closing ends its `disable_adapters` after an error
                 for loss in losses:
                     batches += 1
                     if statistic is CalibrationStatistic.MEAN_GRADIENT:
                         loss.backward()
         finally:
-            for accumulator in accumulators.values():
+            for accumulator in accumulators:
                 accumulator.handle.remove()
-        for name, accumulator in accumulators.items():
-            reduced[name] = _reduce(adapters.layers[name], settings, accumulator.compute(batches))
+        for layer, accumulator in zip(group, accumulators, strict=True):
+            reduced[layer.name] = _reduce(layer, settings, accumulator.compute(batches))
             accumulator.matrix = torch.empty(0)
     return reduced
 
@@ -104,13 +98,11 @@ class _StatisticAccumulator:
     """Accumulation of one layer's matrix in a hook of the layer, while the model runs."""
 
     def __init__(self, layer: LaneLinear, statistic: CalibrationStatistic) -> None:
-        frozen = layer.frozen_layer
-        self.adapter_state = layer.adapter_state
-        self.matrix = torch.zeros(_matrix_shape(layer, statistic), device=frozen.device, dtype=frozen.dtype)
-        self.positions = self.samples = 0
+        self.adapter_state, self.statistic = layer.adapter_state, statistic
+        self.matrix = layer.frozen_layer.zeros(*_matrix_shape(layer, statistic))
+        self.count = 0  # positions for the covariance, samples for the moment
         self.shift: Tensor | None = None  # for the covariance, the first batch's mean, to reduce cancellation
         self.shifted_sum = torch.zeros_like(self.matrix[0])
-        self.statistic = statistic
         hook = {
             CalibrationStatistic.MEAN_GRADIENT: self._accumulate_gradient,
             CalibrationStatistic.INPUT_COVARIANCE: self._accumulate_covariance,
@@ -135,7 +127,7 @@ class _StatisticAccumulator:
         x = x - self.shift
         self.shifted_sum += x.sum(0)
         self.matrix.addmm_(x.t(), x)
-        self.positions += len(x)
+        self.count += len(x)
 
     def _accumulate_moment(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         mask = self._mask(args[0])
@@ -144,16 +136,15 @@ class _StatisticAccumulator:
         largest = x.new_full((len(mask),), -math.inf).scatter_reduce(0, sample, x.amax(1), "amax").abs()
         x = x / largest.where(largest > 0, 1.0)[sample].unsqueeze(1)
         self.matrix.addmm_(x.t(), x)
-        self.samples += int(mask.any(1).sum())
+        self.count += int(mask.any(1).sum())
 
     def compute(self, batch_count: int) -> Tensor:
         """Return the mean gradient over the batches, or the covariance or moment of the inputs."""
-        if self.statistic is CalibrationStatistic.MEAN_GRADIENT:
-            return self.matrix.div_(max(1, batch_count))
-        if self.statistic is CalibrationStatistic.INPUT_MOMENT:
-            return self.matrix.div_(max(1, self.samples))
-        offset = self.shifted_sum / self.positions
-        return self.matrix.div_(self.positions).addr_(offset, offset, alpha=-1)
+        if self.statistic is not CalibrationStatistic.INPUT_COVARIANCE:
+            is_gradient = self.statistic is CalibrationStatistic.MEAN_GRADIENT
+            return self.matrix.div_(max(1, batch_count if is_gradient else self.count))
+        offset = self.shifted_sum / self.count
+        return self.matrix.div_(self.count).addr_(offset, offset, alpha=-1)
 
     def _accumulate_gradient(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         x = args[0].detach().flatten(0, -2)

@@ -41,9 +41,8 @@ class ForwardContext:
     mask_draws: dict[str, int] = field(default_factory=dict)
     """Module -> number of times that its masks were drawn. A model may call a module twice, and each call has
     its own masks."""
-    recomputed_mask_draws: dict[str, int] | None = None
-    """The value of `mask_draws` at the present point of a recomputation by gradient checkpointing (see
-    `AdapterState.checkpoint_contexts`); None outside of it."""
+    is_recomputation: bool = False
+    """True where gradient checkpointing calls a part of the model again, in the backward pass."""
     prepared_params: dict[str, tuple[list[int], Params]] = field(default_factory=dict)
     """Layer -> (versions of the parameters, result of `Variant.prepare`). It is used without gradients, where
     the same parameters serve many calls."""
@@ -69,7 +68,6 @@ class AdapterState:
         seeds: Lane -> seed.
         group_settings: The settings that all lanes share; their alpha is None.
         current_context: The context of the calls being made; None outside any context.
-        last_context: The last context that has ended, which a recomputation in the backward pass needs.
         generation: A number that changes with the set of lanes.
     """
 
@@ -78,7 +76,6 @@ class AdapterState:
         self.seeds: dict[str, int] = {}
         self.group_settings = VariantSettings(alpha=None)
         self.current_context: ForwardContext | None = None
-        self.last_context: ForwardContext | None = None
         self.generation = 0
         self._scalings: dict[Any, Tensor] = {}
 
@@ -88,17 +85,12 @@ class AdapterState:
         Raises:
             UnassignedRowsError: The layer was called outside any context.
         """
-        if self.current_context is not None:
-            return self.current_context
-        # Gradient checkpointing calls the model again during the backward pass, when activate_lanes() may
-        # have ended. It recomputes the last call, since a training loop runs the backward pass of one call
-        # before the forward pass of the next.
-        if self.last_context is not None and torch._C._current_graph_task_id() != -1:
-            return self.last_context
-        raise UnassignedRowsError(
-            f"{layer_name} was called outside activate_lanes() and disable_adapters(): "
-            "its rows belong to no lane"
-        )
+        if self.current_context is None:
+            raise UnassignedRowsError(
+                f"{layer_name} was called outside activate_lanes() and disable_adapters(): "
+                "its rows belong to no lane"
+            )
+        return self.current_context
 
     @contextmanager
     def activate(self, context: ForwardContext) -> Iterator[None]:
@@ -113,77 +105,35 @@ class AdapterState:
         """Return the two context managers that `context_fn` of `torch.utils.checkpoint` has to return.
 
         The first is for the computation of a part of the model, which starts right after this call. The
-        second is for the recomputation in the backward pass, which then draws the same masks.
+        second is for the recomputation in the backward pass, when `activate_lanes` may have ended. It draws
+        the same masks, because it counts the draws from where they stand now.
         """
-        context = self.current_context or self.last_context
-        return nullcontext(), nullcontext() if context is None else _count_recomputed_draws(
-            context, dict(context.mask_draws)
-        )
+        context = self.current_context
+        if context is None:
+            return nullcontext(), nullcontext()
+        again = replace(context, mask_draws=dict(context.mask_draws), is_recomputation=True)
+        return nullcontext(), self.activate(again)
 
     def scaling(self, variant: Variant, lanes: tuple[str, ...], layer: FrozenLayer) -> Tensor:
-        """Return the factor s of each lane, (K, 1, 1), with the layer's device and lane dtype.
-
-        Args:
-            variant: The variant that defines the factor.
-            lanes: K lanes.
-            layer: The layer.
-        """
+        """Return the factor s of each of K lanes, (K, 1, 1), with the layer's device and lane dtype."""
         key = (lanes, layer.device, layer.dtype)
-        if key not in self._scalings:
+        if (found := self._scalings.get(key)) is None:
             factors = [variant.scaling(self.settings[lane]) for lane in lanes]
             # Filled on the device: for the copy of a tensor from the CPU, the host would wait for a GPU.
             # Training uses the factors too, which tensors made in inference mode would not permit.
             with torch.inference_mode(False):
                 filled = [torch.full((1, 1, 1), f, dtype=layer.dtype, device=layer.device) for f in factors]
-                self._scalings[key] = torch.cat(filled)
-        return self._scalings[key]
+                found = self._scalings[key] = torch.cat(filled)
+        return found
 
     def invalidate(self) -> None:
         """Delete what depends on the set of lanes, after a lane was added or removed."""
         self._scalings.clear()
         self.generation += 1
-        self.last_context = None
-
-
-@contextmanager
-def _count_recomputed_draws(context: ForwardContext, draws: dict[str, int]) -> Iterator[None]:
-    """Count the masks that a recomputation draws, starting from the counts in `draws`."""
-    context.recomputed_mask_draws = draws
-    try:
-        yield
-    finally:
-        context.recomputed_mask_draws = None
-
-
-def _next_call_key(name: str, context: ForwardContext) -> str:
-    """Return the module's name, followed by the number of its earlier calls unless this is the first.
-
-    Raises:
-        RuntimeError: The call is a recomputation, and it is unknown which of several calls it repeats.
-    """
-    if torch._C._current_graph_task_id() == -1:
-        draws = context.mask_draws
-    elif context.recomputed_mask_draws is not None:
-        draws = context.recomputed_mask_draws
-    elif context.mask_draws.get(name, 0) > 1:
-        raise RuntimeError(
-            f"{name} was called {context.mask_draws[name]} times; it is unknown which call is recomputed: "
-            "use orchestrator.finetune.models.changes and no other gradient checkpointing"
-        )
-    else:
-        draws = {}
-    earlier_calls = draws.get(name, 0)
-    draws[name] = earlier_calls + 1
-    return f"{name} {earlier_calls}" if earlier_calls else name
 
 
 def check_rows(x: Tensor, context: ForwardContext, layer_name: str) -> None:
-    """Check that every row belongs to a lane.
-
-    Args:
-        x: The input of a layer, (K*R, ..., features).
-        context: The context of the call.
-        layer_name: The layer's name.
+    """Check that every row of a layer's input (K*R, ..., features) belongs to a lane.
 
     Raises:
         UnassignedRowsError: The number of rows is not a multiple of the number of lanes, or of K * R.
@@ -219,24 +169,31 @@ def draw_dropout_masks(
 
     Returns:
         (K, N, features), each value 0 or 1 / (1 - p).
+
+    Raises:
+        RuntimeError: Another gradient checkpointing than `AdapterState.checkpoint_contexts` recomputes the
+            call, so that it is unknown which masks it drew.
     """
     assert context.dropout_steps is not None
-    call_key = _next_call_key(name, context)
-    like, local_slice = x[0], slice(None)
-    if context.shard is not None and context.rows_per_lane is not None:
-        first, total_rows = context.shard
-        positions_per_row = x.shape[1] // context.rows_per_lane
-        like, local_slice = (
-            x.new_empty(total_rows * positions_per_row, x.shape[2]),
-            slice(first * positions_per_row, (first + context.rows_per_lane) * positions_per_row),
+    if not context.is_recomputation and torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            f"{name} is called again in the backward pass, and the masks of its first call are unknown: "
+            "use orchestrator.finetune.models.changes and no other gradient checkpointing"
         )
+    earlier_calls = context.mask_draws.get(name, 0)
+    context.mask_draws[name] = earlier_calls + 1
+    call_key = f"{name} {earlier_calls}" if earlier_calls else name
+    like, first, count = x[0], 0, x.shape[1]
+    if context.shard is not None and context.rows_per_lane is not None:
+        positions_per_row = count // context.rows_per_lane
+        first, total = (rows * positions_per_row for rows in context.shard)
+        like = x.new_empty(total, x.shape[2])
     masks = []
     for lane, step in zip(context.lanes, context.dropout_steps, strict=True):
-        generator = torch.Generator(x.device).manual_seed(
-            stable_seed(seeds[lane], step, call_key, context.micro_batch)
-        )
+        seed = stable_seed(seeds[lane], step, call_key, context.micro_batch)
+        generator = torch.Generator(x.device).manual_seed(seed)
         mask = torch.empty_like(like).bernoulli_(1 - p, generator=generator).div_(1 - p)
-        masks.append(mask[local_slice])
+        masks.append(mask[first : first + count])
     return torch.stack(masks)
 
 
@@ -251,20 +208,12 @@ class TableDropout(nn.Dropout):
 class LaneDropout(nn.Module):
     """Dropout of the model with separate masks for each lane.
 
-    It replaces an `nn.Dropout` of the model. Every attention module of transformers also gets one as
-    `lane_dropout`, for the attention probabilities. The input is returned unchanged unless lanes are in
-    training.
+    It replaces an `nn.Dropout` of the model, or a `TableDropout` if `is_table`. Every attention module of
+    transformers also gets one as `lane_dropout`, for the attention probabilities. The input is returned
+    unchanged unless lanes are in training. The masks depend on the module's path in the model, `name`.
     """
 
     def __init__(self, name: str, p: float, adapter_state: AdapterState, is_table: bool = False) -> None:
-        """Create the module.
-
-        Args:
-            name: The module's path in the model, which determines the masks.
-            p: The probability of a zero.
-            adapter_state: The state that all adapted layers share.
-            is_table: True if the module replaces a `TableDropout`.
-        """
         super().__init__()
         self.name, self.p, self.adapter_state, self.is_table = name, p, adapter_state, is_table
 
@@ -275,25 +224,20 @@ class LaneDropout(nn.Module):
         return bool(context.lanes) and context.dropout_steps is not None
 
     def forward(self, x: Tensor, p: float | None = None) -> Tensor:
-        """Apply dropout if lanes are in training.
+        """Zero some values, and divide the others by 1 - p, if lanes are in training.
 
         Args:
-            x: The rows of K lanes, (K*R, ...), one lane after the other; or a table, (T, features).
+            x: The rows of K lanes, (K*R, ...), one lane after the other; or a table, (T, features), which in
+                training becomes (K*R, T, features), with one mask per lane.
             p: A probability to use in place of the module's own.
-
-        Returns:
-            `x` with some values zeroed and the others divided by 1 - p. A table in training becomes
-            (K*R, T, features), with one mask per lane.
         """
         p = self.p if p is None else p
         if p == 0 or not self.active:
             return x
-        context = self.adapter_state.get_context(self.name)
+        context, seeds = self.adapter_state.get_context(self.name), self.adapter_state.seeds
         if self.is_table:
-            lane_tables = x.expand(len(context.lanes), -1, -1)
-            unsharded = replace(context, shard=None)
-            masks = draw_dropout_masks(lane_tables, p, self.name, unsharded, self.adapter_state.seeds)
-            return (lane_tables * masks).repeat_interleave(context.rows_per_lane or 1, dim=0)
+            tables = x.expand(len(context.lanes), -1, -1)
+            masks = draw_dropout_masks(tables, p, self.name, replace(context, shard=None), seeds)
+            return (tables * masks).repeat_interleave(context.rows_per_lane or 1, dim=0)
         flat = split_by_lane(x, context, self.name)
-        masks = draw_dropout_masks(flat, p, self.name, context, self.adapter_state.seeds)
-        return (flat * masks).view(x.shape)
+        return (flat * draw_dropout_masks(flat, p, self.name, context, seeds)).view(x.shape)

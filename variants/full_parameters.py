@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from variants.forward_context import AdapterState, split_by_lane
+from variants.frozen_layer import seeded_generator
 from variants.lane_tensors import LaneTensors
-from variants.seeds import seeded_generator
 
 INIT_STD = 0.02
 """Standard deviation of a head's initial weights, the default of transformers for BERT and most others."""

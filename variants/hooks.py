@@ -12,9 +12,16 @@ from typing import ClassVar
 from torch import Tensor
 
 from variants.errors import UnsupportedError
-from variants.frozen_layer import FrozenLayer, InitialTensors, Layers, Params, shared_settings
-from variants.lane_views import LaneView
-from variants.layer_random import LayerRandom, RandomOf
+from variants.frozen_layer import (
+    FrozenLayer,
+    InitialTensors,
+    LaneView,
+    LayerRandom,
+    Layers,
+    Params,
+    RandomOf,
+    shared_settings,
+)
 from variants.traits import CalibrationStatistic
 from variants.variant_settings import VariantSettings
 

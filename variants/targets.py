@@ -35,6 +35,7 @@ def find_target_layers(model: nn.Module, targets: str) -> dict[str, nn.Module]:
             expression is invalid or takes too long.
     """
     modules = {name: module for name, module in model.named_modules() if name}
+    names_layers = targets != "blocks" and not targets.startswith("re:")
     if targets == "blocks":
         lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
         prefixes = tuple(f"{name}." if name else "" for name in lists)
@@ -43,12 +44,15 @@ def find_target_layers(model: nn.Module, targets: str) -> dict[str, nn.Module]:
             raise UnsupportedError(
                 "targets 'blocks': the model has no ModuleList of blocks; list the layers by name"
             )
-    elif targets.startswith("re:"):
-        scope = _match_pattern(modules, targets)
     else:
-        scope = _match_suffixes(modules, targets)
+        scope = (_match_suffixes if names_layers else _match_pattern)(modules, targets)
     for name in scope:
         _check_adaptable(name, modules, match_all=targets == "blocks")
+        if names_layers and not is_linear(modules[name]):
+            kind = type(modules[name]).__name__
+            raise UnsupportedError(
+                f"target {name!r} is of type {kind}; only Linear and Conv1D carry adapters"
+            )
     found = {name: modules[name] for name in scope if is_linear(modules[name])}
     if not found:
         nearest = _suggest_layer(targets, modules)
@@ -114,13 +118,6 @@ def _match_suffixes(modules: Mapping[str, nn.Module], targets: str) -> list[str]
         if not fits:
             nearest = _suggest_layer(ending, modules)
             raise UnsupportedError(f"target {ending!r}: no module's name ends with it. {nearest}")
-        for name in fits:
-            _check_adaptable(name, modules, match_all=False)
-            if not is_linear(modules[name]):
-                kind = type(modules[name]).__name__
-                raise UnsupportedError(
-                    f"target {name!r} is of type {kind}; only Linear and Conv1D carry adapters"
-                )
         scope += [name for name in fits if name not in scope]
     return scope
 
@@ -134,14 +131,10 @@ def _suggest_layer(name: str, modules: Mapping[str, nn.Module]) -> str:
 def _check_adaptable(name: str, modules: Mapping[str, nn.Module], match_all: bool) -> None:
     """Raise UnsupportedError for a module that adapters cannot be applied to.
 
-    Args:
-        name: The module's path.
-        modules: All modules by path.
-        match_all: True to look for 3-D weights of experts in every module; False to look for them only in
-            linear layers.
+    3-D weights of experts are looked for in linear layers, with `match_all` in every module.
     """
-    parents = [".".join(name.split(".")[:end]) for end in range(1, name.count(".") + 1)]
-    for path in [*parents, name]:
+    parts = name.split(".")
+    for path in (".".join(parts[:end]) for end in range(1, len(parts) + 1)):
         if isinstance(modules[path], nn.MultiheadAttention):
             raise UnsupportedError(
                 f"{path} is an nn.MultiheadAttention, which reads its weights without calling the layers"

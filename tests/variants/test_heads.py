@@ -28,6 +28,7 @@ from variants.calibrate import calibrate
 from variants.export_forms import export_forms
 from variants.merging import merge_and_detach
 from variants.storage import load_lane, load_peft, save_lane, save_peft
+from variants.testing.cases import LAW_SETTINGS
 
 SETTINGS = VariantSettings(rank=2, alpha=4.0)
 IDS = torch.arange(16).view(8, 2)
@@ -192,7 +193,7 @@ def test_auto_classes_load_the_head_of_an_export_and_of_a_merged_model(
     inputs = {"pixel_values": torch.randn(8, 3, 8, 8)} if is_image else {"input_ids": IDS + 2}
 
     variant = catalogue.get(name)
-    settings = VariantSettings(4, 8.0, extra=variant.law_settings)
+    settings = VariantSettings(4, 8.0, extra=LAW_SETTINGS.get(name, {}))
     adapters = attach(auto.from_pretrained(base, **labels).eval(), variant, settings, heads=heads)
 
     def losses() -> Generator[Tensor, None, None]:

@@ -31,7 +31,6 @@ class AdaMoLE(BalancedMixture):
         "max_threshold": api.Number(0.0, below=1.0, help="largest threshold; 0 stands for 1 / experts"),
         "balance": api.Number(1e-3, help="weight of the balancing loss"),
     }
-    rounds_alike = False  # a sigmoid rounds the last columns of a tensor according to the tensor's size
 
     def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
         initial, n = super().init(layer, random), layer.shape[1]

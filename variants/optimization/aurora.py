@@ -35,7 +35,6 @@ class AuroRA(api.Variant):
         "degree": api.Int(3, help="degree of the splines"),
     }
     merge_obstacle = "its update is not linear in the input of the layer"
-    rounds_alike = False  # tanh rounds the last values of a tensor according to the tensor's size
 
     def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
         initial, rank = random.lora(), layer.settings.rank

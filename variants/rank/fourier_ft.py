@@ -32,7 +32,6 @@ class FourierFT(api.InitTogether, api.PeftFormat, api.DenseUpdate):
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
     start = api.Start.OTHER
     typical_lr_scale = 100.0
-    law_settings = {"frequencies": 60, "scale": 5.0}
     uses_rank = uses_alpha = uses_dropout = False
     hyperparameters = {
         "frequencies": api.Int(1000, help="number of trainable spectral entries of a layer"),

@@ -39,7 +39,6 @@ class SaLoRA(api.StepHooks, api.RateScales, api.RankAllocation, api.LowRank):
     paper = "Hu et al., Mathematics 11(20) 4317"
     year = 2023
     mutable_buffers = frozenset({"noise"})
-    law_settings = {"gate_lr": 3.0}
     hyperparameters = {
         "initial": api.Number(1.5, minimum=1, help="initial rank divided by the final mean rank"),
         "budget": api.Number(5.0, help="weight of the budget term (the survey's beta)"),

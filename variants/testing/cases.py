@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import Tensor, nn
 
+from variants.api import ExtraSettings
 from variants.nf4 import NF4Linear, quantize_blocks
 
 ROWS, LENGTH, VOCABULARY, CLASSES = 8, 5, 64, 6
 """Rows per lane, positions per row, size of the vocabulary, outputs of a head. With fewer than 8 rows a
 matrix product on a CPU may round differently for several lanes than for one."""
+
+LAW_SETTINGS: Mapping[str, ExtraSettings] = {
+    "fourier_ft": {"frequencies": 60, "scale": 5.0},
+    "salora": {"gate_lr": 3.0},
+}
+"""Variant -> its own hyperparameters for the small layers here, where its defaults suit large layers only."""
+
+ROUNDS_BY_SIZE = ("adamole", "aurora")
+"""Variants whose lane in a group equals the same lane alone only up to rounding, and not bit for bit.
+PyTorch's sigmoid and tanh round the last values of a tensor according to the tensor's size."""
 
 
 @dataclass(frozen=True)
@@ -61,29 +73,17 @@ class Case:
         return model
 
     def rows(self, lane: int, step: int = 0) -> Tensor:
-        """Return a lane's input at one of its steps.
-
-        Args:
-            lane: The lane's number.
-            step: The lane's own step.
-
-        Returns:
-            (ROWS, LENGTH, in) values, or (ROWS, LENGTH) token ids.
-        """
+        """Return a lane's input at one of its steps, (ROWS, LENGTH, in), or token ids (ROWS, LENGTH)."""
         noise = torch.Generator().manual_seed(1000 * lane + step)
         if self.is_language_model:
             return torch.randint(0, VOCABULARY, (ROWS, LENGTH), generator=noise).to(self.device)
         return torch.randn(ROWS, LENGTH, self.in_features, generator=noise).to(self.device, self.dtype)
 
     def loss(self, output: Tensor, rows: Tensor) -> Tensor:
-        """Return a lane's loss, a scalar.
+        """Return a lane's loss, a scalar, of the model's output for these rows.
 
         Language models predict the next token. Other models predict their input with its features rolled by
         one position.
-
-        Args:
-            output: The model's output for the lane's rows.
-            rows: The lane's input.
         """
         wide = torch.promote_types(output.dtype, torch.float32)
         if self.is_language_model:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import sys
-import tempfile
 import traceback
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +15,9 @@ from variants.adapters import Adapters, CalibrationTensors, attach
 from variants.api import CalibrationStatistic, Variant, VariantSettings
 from variants.calibrate import calibrate
 from variants.errors import UnsupportedError
+from variants.frozen_layer import seeded_generator
 from variants.hooks import parameter_lr_scale, schedule_lr_scale, statistic_of
-from variants.seeds import seeded_generator
-from variants.testing.cases import ROWS, Case
+from variants.testing.cases import LAW_SETTINGS, ROWS, Case
 
 SETTINGS = VariantSettings(rank=4, alpha=8.0)
 
@@ -45,32 +43,6 @@ def model_output(model: nn.Module, x: Tensor) -> Tensor:
     return out if isinstance(out, Tensor) else out.logits
 
 
-def refused(variant: Variant, refusal: ValueError) -> Exception:
-    """Return the exception that a law raises if a merge or an export is refused.
-
-    Args:
-        variant: The variant.
-        refusal: The error of the merge or the export.
-
-    Returns:
-        NotApplicableError, or AssertionError if the refusal does not name the variant.
-    """
-    if variant.name in str(refusal):
-        return NotApplicableError(str(refusal))
-    return AssertionError(f"the refusal does not name the variant: {refusal}")
-
-
-def reload_model(model: Any) -> nn.Module:
-    """Save a language model with transformers, and load it again."""
-    from transformers import AutoModelForCausalLM
-
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(folder)
-    reloaded: nn.Module = loaded.to(model.device)
-    return reloaded
-
-
 def attach_lanes(
     case: Case,
     variant: Variant,
@@ -84,10 +56,10 @@ def attach_lanes(
         case: The case that builds the model.
         variant: The variant.
         lanes: The number of lanes; a variant that permits fewer gets as many as it permits.
-        settings: The settings of each lane; the variant's `law_settings` complete them.
+        settings: The settings of each lane; `LAW_SETTINGS` completes them.
         model: A model to use in place of a new one.
     """
-    settings = replace(settings, extra={**getattr(variant, "law_settings", {}), **settings.extra})
+    settings = replace(settings, extra={**LAW_SETTINGS.get(variant.name, {}), **settings.extra})
     heads = ["head"] if case.model == "headed" else []
     adapters = attach(case.build() if model is None else model, variant, settings, heads=heads)
     for lane in range(min(lanes, adapters.max_lanes)):
@@ -122,10 +94,6 @@ def perturb_lanes(case: Case, adapters: Adapters) -> None:
     is smaller for a variant with a `typical_lr_scale` below 1, because noise that is large for the parameters
     of such a variant changes the output by far more than 20 % at once.
 
-    Args:
-        case: The case that the adapters were attached for.
-        adapters: The adapters.
-
     Raises:
         AssertionError: The parameters do not affect the output.
     """
@@ -146,14 +114,6 @@ def perturb_lanes(case: Case, adapters: Adapters) -> None:
 
 
 @torch.no_grad()
-def has_update(adapters: Adapters) -> bool:
-    """Return whether the first lane changes the weight of some layer, however little."""
-    lane, variant = adapters.lanes[0], adapters.variant
-    inputs = ((layer.lane_tensors(lane), layer.lane_layer(lane)) for layer in adapters.layers.values())
-    return any(variant.delta_weight(*each).count_nonzero() for each in inputs)
-
-
-@torch.no_grad()
 def lane_outputs(case: Case, adapters: Adapters, lanes: Sequence[str] | None = None) -> Tensor:
     """Return the outputs (K * ROWS, ...) of some or all lanes, each for its own rows."""
     lanes = adapters.lanes if lanes is None else lanes
@@ -162,13 +122,7 @@ def lane_outputs(case: Case, adapters: Adapters, lanes: Sequence[str] | None = N
 
 
 def lane_inputs(case: Case, lanes: Sequence[str], steps: Sequence[int] | None = None) -> Tensor:
-    """Return the rows (K * ROWS, ...) of several lanes.
-
-    Args:
-        case: The case that draws the rows.
-        lanes: K lanes.
-        steps: Each lane's step; 0 by default.
-    """
+    """Return the rows (K * ROWS, ...) of K lanes, each at its own step (0 by default)."""
     steps = steps or [0] * len(lanes)
     return torch.cat([case.rows(int(lane), step) for lane, step in zip(lanes, steps, strict=True)])
 
@@ -184,17 +138,9 @@ def base_outputs(case: Case, adapters: Adapters) -> Tensor:
 
 
 class LaneOptimizer:
-    """AdamW for one lane with its variant's learning-rate factors and hooks."""
+    """AdamW for one lane with its variant's learning-rate factors and hooks, which assume `total_steps`."""
 
     def __init__(self, adapters: Adapters, lane: str, learning_rate: float, total_steps: int) -> None:
-        """Create the optimizer's state.
-
-        Args:
-            adapters: The adapters that hold the lane.
-            lane: The lane.
-            learning_rate: The lane's learning rate.
-            total_steps: The number of steps that the variant's hooks assume.
-        """
         self.adapters, self.lane = adapters, lane
         self.learning_rate, self.total_steps = learning_rate, total_steps
         self.settings, self.steps_taken = adapters.lane_settings(lane), 0
@@ -225,13 +171,7 @@ class LaneOptimizer:
 
 
 def train_step(case: Case, adapters: Adapters, optimizers: Mapping[str, LaneOptimizer]) -> None:
-    """Take one optimizer step of several lanes together.
-
-    Args:
-        case: The case that draws the rows.
-        adapters: The adapters.
-        optimizers: The lanes that take part, with their optimizers.
-    """
+    """Take one optimizer step of several lanes together."""
     lanes, steps = tuple(optimizers), [each.steps_taken for each in optimizers.values()]
     x = lane_inputs(case, lanes, steps)
     for optimizer in optimizers.values():
@@ -246,13 +186,7 @@ def train_step(case: Case, adapters: Adapters, optimizers: Mapping[str, LaneOpti
 
 
 def train(case: Case, adapters: Adapters, steps: int) -> None:
-    """Train all lanes together for a number of steps, at a learning rate of 0.01.
-
-    Args:
-        case: The case that draws the rows.
-        adapters: The adapters.
-        steps: The number of optimizer steps.
-    """
+    """Train all lanes together for a number of steps, at a learning rate of 0.01."""
     optimizers = {lane: LaneOptimizer(adapters, lane, 0.01, steps) for lane in adapters.lanes}
     for _ in range(steps):
         train_step(case, adapters, optimizers)
@@ -261,21 +195,14 @@ def train(case: Case, adapters: Adapters, steps: int) -> None:
 def find_fault(variant: Variant, settings: VariantSettings) -> str:
     """Attach a variant to a small model on the CPU, take one optimizer step, and return what went wrong.
 
-    Args:
-        variant: The variant.
-        settings: Valid settings of its lanes.
-
-    Returns:
-        A clause with the line in the variant's file and the error. It is empty if there was no error, or if
-        the variant does not support the layers of the small model.
+    The result is a clause with the line in the variant's file and the error. It is empty if there was no
+    error, or if the variant does not support the layers of the small model.
     """
     size = 64 * max(1, -(-2 * settings.rank // 64))
     case = Case("trial", model="headed", out_features=size, in_features=2 * size, bias=True)
     own_file = variant.source_path or getattr(sys.modules.get(type(variant).__module__), "__file__", None)
     try:
-        adapters = attach(case.build(), variant, settings, heads=["head"])
-        for lane in range(min(2, adapters.max_lanes)):
-            adapters.add_lane(str(lane), settings, lane, calibrate_lane(case, adapters, lane))
+        adapters = attach_lanes(case, variant, 2, settings)
         train_step(case, adapters, {lane: LaneOptimizer(adapters, lane, 0.01, 2) for lane in adapters.lanes})
     except UnsupportedError:
         return ""

@@ -23,6 +23,7 @@ from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration
 from variants import catalogue
 from variants.api import AdaptationScope
+from variants.testing.cases import LAW_SETTINGS
 
 FILE = Path(__file__).with_name("golden_curves.json")
 
@@ -45,7 +46,7 @@ def point(variant: str) -> Configuration:
     alpha = 8.0 if chosen.uses_alpha else None
     rate = 1e-2 * chosen.typical_lr_scale
     c = configuration(variant=variant, alpha=alpha, rate=rate, steps=6, evaluations=1, task=task)
-    return replace(c, variant=replace(c.variant, extra=dict(chosen.law_settings)))
+    return replace(c, variant=replace(c.variant, extra=dict(LAW_SETTINGS.get(variant, {}))))
 
 
 def curve(c: Configuration, folder: Path, **options: Any) -> list[float]:

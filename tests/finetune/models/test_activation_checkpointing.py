@@ -39,14 +39,9 @@ def bert() -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         config = BertConfig(
-            vocab_size=25,
-            hidden_size=32,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            intermediate_size=64,
-            hidden_dropout_prob=0.5,
-            attention_probs_dropout_prob=0.5,
-        )
+            vocab_size=25, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64,
+            hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5,
+        )  # fmt: skip
         return BertForSequenceClassification(config).eval().requires_grad_(False)
 
 

@@ -31,6 +31,7 @@ from orchestrator.study.configuration import Configuration, ModelChoice
 from variants import catalogue as variants
 from variants.adapters import attach
 from variants.api import Batching, VariantSettings
+from variants.testing.cases import LAW_SETTINGS, ROUNDS_BY_SIZE
 
 pytestmark = pytest.mark.xdist_group("pair")
 
@@ -74,7 +75,7 @@ def test_only_the_image_tower_is_loaded_and_it_gets_a_head_of_zeros(image_folder
 def point(variant: str = "lora", **options: object) -> Configuration:
     alpha = 8.0 if variants.get(variant).uses_alpha else None
     one = configuration(task="digits", variant=variant, alpha=alpha, **options)  # type: ignore[arg-type]
-    extra = {**variants.get(variant).extra_defaults, **variants.get(variant).law_settings}
+    extra = {**variants.get(variant).extra_defaults, **LAW_SETTINGS.get(variant, {})}
     if "calibration_batches" in extra:
         extra["calibration_batches"] = 2
     return replace(one, variant=replace(one.variant, extra=extra))
@@ -114,15 +115,14 @@ def test_a_lane_in_a_group_gets_the_numbers_of_a_lane_alone(
         record = store.get(one.fingerprint)
         assert record is not None
         assert record.state == "finished", record.traceback
-        assert (record.provenance.lane_group_size > 1) == (
-            variants.get(variant).batching is not Batching.EXCLUSIVE
-        )
+        is_grouped = variants.get(variant).batching is not Batching.EXCLUSIVE
+        assert (record.provenance.lane_group_size > 1) == is_grouped
         alone = solo(one, tmp_path, **options)
-        if variants.get(variant).rounds_alike:
-            assert numbers_of(record) == numbers_of(alone)
-        else:
+        if variant in ROUNDS_BY_SIZE:
             losses = ([step.loss for step in each.curve] for each in (record, alone))
             assert next(losses) == pytest.approx(next(losses), rel=1e-4)
+        else:
+            assert numbers_of(record) == numbers_of(alone)
         assert record.baseline_scores["test"]["loss"] == pytest.approx(math.log(5))
         assert set(record.items["test"].answers) <= set(Digits.labels)
 
