@@ -1,4 +1,4 @@
-"""Hook of MkDocs: files outside `docs` that pages link to become part of the site; options become tables.
+"""Hook of MkDocs: files outside `docs` that pages link to become part of the site; two lists become tables.
 
 The pages are also read on git hosts, so their links to other files of the repository are relative
 (`../README.md`). On the site such a file is below `repository/`: a Markdown file as a page, any other file as
@@ -16,9 +16,13 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
+from variants.describe import catalogue_tables, taxonomy_table
+
 LINK = re.compile(r"(?<=\]\()[^)#\s]+")
 OPTIONS = "<!-- options -->"
 """The place of the tables in options.md."""
+VARIANTS, TAXONOMY = "<!-- variants -->", "<!-- taxonomy -->"
+"""The places of the tables in variants.md."""
 ELSEWHERE = "repository/"
 """Folder of the site for files outside `docs`."""
 
@@ -49,7 +53,10 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         on_site = target.removeprefix("docs/") if target.startswith("docs/") else ELSEWHERE + target
         return posixpath.relpath(on_site, here or ".") if on_site in files.src_uris else match[0]
 
-    return LINK.sub(rewrite, markdown).replace(OPTIONS, _option_tables() if OPTIONS in markdown else "")
+    markdown = LINK.sub(rewrite, markdown)
+    for mark, table in ((OPTIONS, _option_tables), (VARIANTS, catalogue_tables), (TAXONOMY, taxonomy_table)):
+        markdown = markdown.replace(mark, table()) if mark in markdown else markdown
+    return markdown
 
 
 def _option_tables() -> str:

@@ -17,10 +17,9 @@ from torch import Tensor, nn
 from variants import catalogue
 from variants.adapters import Adapters
 from variants.api import InitialTensors, UnsupportedError, Variant, VariantSettings
-from variants.export_forms import peft_obstacle
 from variants.peft_format import PATTERN_FIELDS, TASK_HEADS, PeftMethod, TaskType
 from variants.targets import find_target_layers, is_conv1d
-from variants.variant_names import USER_AXIS
+from variants.traits import USER_AXIS
 
 CONFIG_FILE, TENSORS_FILE = "adapter_config.json", "adapter_model.safetensors"
 """Names of the files that PEFT writes for an adapter."""
@@ -134,7 +133,7 @@ def save_peft(
     peft = adapters.variant.peft
     if peft is None:
         raise UnsupportedError(
-            f"{adapters.variant.name} cannot be exported: {peft_obstacle(adapters.variant)}"
+            f"{adapters.variant.name} cannot be exported: {adapters.variant.peft_obstacle}"
         )
     if not peft.adapts_conv1d and any(is_conv1d(layer.base_layer) for layer in adapters.layers.values()):
         raise UnsupportedError(

@@ -18,3 +18,4 @@ class Full(api.Variant):
     batching = api.Batching.EXCLUSIVE
     adaptation_scope = api.AdaptationScope.FULL_MODEL
     uses_rank = uses_alpha = False
+    peft_obstacle = "every weight of the model is trained, and there is no adapter"

@@ -14,3 +14,4 @@ class HeadOnly(api.Variant):
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
     adaptation_scope = api.AdaptationScope.HEAD_ONLY
     uses_rank = uses_alpha = False
+    peft_obstacle = "only the head is trained, and there is no adapter"
