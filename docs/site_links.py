@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import posixpath
 import re
+from collections.abc import Iterable, Sequence
+from itertools import groupby
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
-from variants.describe import catalogue_tables, taxonomy_table
+from variants.describe import AXES, describe_all, form_text, paper_link, read_methods, value_text
+from variants.traits import USER_AXIS
 
 LINK = re.compile(r"(?<=\]\()[^)#\s]+")
 OPTIONS = "<!-- options -->"
@@ -54,7 +57,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         return posixpath.relpath(on_site, here or ".") if on_site in files.src_uris else match[0]
 
     markdown = LINK.sub(rewrite, markdown)
-    for mark, table in ((OPTIONS, _option_tables), (VARIANTS, catalogue_tables), (TAXONOMY, taxonomy_table)):
+    for mark, table in ((OPTIONS, _option_tables), (VARIANTS, _variant_tables), (TAXONOMY, _taxonomy_table)):
         markdown = markdown.replace(mark, table()) if mark in markdown else markdown
     return markdown
 
@@ -91,6 +94,51 @@ def _option_tables() -> str:
     for name, each in free_hyperparameters(options_of("study")).items():
         lines.append(f"| `{flag(name)}` | {each.help} |")
     return "\n".join(lines)
+
+
+def _variant_tables() -> str:
+    """Return a table for each axis of the catalogue, without the variants of other packages."""
+    header = ("variant", "what it does", "values", "lanes", "PEFT", "vLLM", "merged", "checked", "settings")
+    entries = [each for each in describe_all() if each.axis != USER_AXIS]
+    parts = []
+    for axis, group in groupby(entries, lambda each: each.axis):
+        rows = [
+            (
+                f"`{each.name}`{_paper(each.paper)}",
+                each.summary,
+                "" if each.parameter_count is None else f"{each.parameter_count:,}",
+                each.batching,
+                *map(form_text, each.exports.values()),
+                each.checked_text,
+                ", ".join(f"`{own['name']}` {value_text(own['default'])}" for own in each.hyperparameters),
+            )
+            for each in group
+        ]
+        parts.append(f"### {axis.capitalize()}: {AXES[axis]}\n\n{_table(header, rows)}")
+    return "\n\n".join(parts)
+
+
+def _taxonomy_table() -> str:
+    rows = (
+        (
+            f"{each.axis}: {each.leaf}".replace("_", " "),
+            each.title + _paper(each.paper),
+            "trained" if each.evaluated else "code" if each.survey_code else "",
+            f"`{each.variant}`" if each.variant else each.reason,
+        )
+        for each in read_methods()
+    )
+    return _table(("axis: leaf", "method", "survey", "entry, or why there is none"), rows)
+
+
+def _paper(paper: str) -> str:
+    link, number = paper_link(paper), paper.rpartition(" ")[2]
+    return f" ([{number}]({link}))" if link else f" ({paper})" if paper else ""
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _target(page: str, link: str) -> str:

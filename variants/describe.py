@@ -1,6 +1,6 @@
 """Descriptions of the catalogue's entries and of the survey's taxonomy.
 
-`python -m variants` prints them, and the site has them as tables (docs/site_links.py).
+`python -m variants` prints them, and docs/site_links.py makes the site's tables of them.
 """
 
 from __future__ import annotations
@@ -8,15 +8,14 @@ from __future__ import annotations
 import inspect
 import re
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cache
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from variants import catalogue
-from variants.traits import PEFT_AXIS, PEFT_PREFIX, USER_AXIS, AdaptationScope, Start, VerifiedBy
+from variants.traits import PEFT_AXIS, PEFT_PREFIX, AdaptationScope, Start, VerifiedBy
 from variants.variant_settings import VariantSettings
 
 if TYPE_CHECKING:
@@ -36,7 +35,6 @@ AXES = {
     "experts": "several adapters, mixed for each token",
     "multiplicative": "a learned map of the layer's input or output, outside the survey",
     "user": "variants of installed packages",
-    "beyond_layers": "changes of other parts of the model than linear layers",
 }
 """What the entries of an axis change."""
 STARTS = {
@@ -307,49 +305,3 @@ def value_text(value: float | int | str | bool) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
-def catalogue_tables() -> str:
-    """Return the catalogue in Markdown: a table for each axis, without the entries of other packages."""
-    header = ("variant", "what it does", "values", "lanes", "PEFT", "vLLM", "merged", "checked", "settings")
-    entries = [each for each in describe_all() if each.axis != USER_AXIS]
-    parts = []
-    for axis, group in groupby(entries, lambda each: each.axis):
-        rows = [
-            (
-                f"`{each.name}`{_link(each.paper)}",
-                each.summary,
-                "" if each.parameter_count is None else f"{each.parameter_count:,}",
-                each.batching,
-                *map(form_text, each.exports.values()),
-                each.checked_text,
-                ", ".join(f"`{own['name']}` {value_text(own['default'])}" for own in each.hyperparameters),
-            )
-            for each in group
-        ]
-        parts.append(f"### {axis.capitalize()}: {AXES[axis]}\n\n{_table(header, rows)}")
-    return "\n\n".join(parts)
-
-
-def taxonomy_table() -> str:
-    """Return the taxonomy in Markdown."""
-    rows = (
-        (
-            f"{each.axis}: {each.leaf}".replace("_", " "),
-            each.title + _link(each.paper),
-            "trained" if each.evaluated else "code" if each.survey_code else "",
-            f"`{each.variant}`" if each.variant else each.reason,
-        )
-        for each in read_methods()
-    )
-    return _table(("axis: leaf", "method", "survey", "entry, or why there is none"), rows)
-
-
-def _link(paper: str) -> str:
-    link, number = paper_link(paper), paper.rpartition(" ")[2]
-    return f" ([{number}]({link}))" if link else f" ({paper})" if paper else ""
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -15,11 +15,9 @@ from variants.__main__ import main
 from variants.api import RANK_MASK, FrozenLayer, InitialTensors, LayerRandom, VariantSettings
 from variants.baseline.lora import LoRA
 from variants.describe import (
-    catalogue_tables,
     count_parameters,
     describe,
     export_forms,
-    taxonomy_table,
     vllm_obstacle,
 )
 from variants.storage import save_peft
@@ -134,15 +132,6 @@ def test_the_taxonomy_names_entries_and_reasons(capsys: pytest.CaptureFixture[st
     assert "QLoRA (arXiv 2305.14314) LoRA over a base model in 4 bits" in text
     found = json.loads(output(capsys, "--taxonomy", "--json"))
     assert sum(each["survey_code"] for each in found) == 54
-
-
-def test_the_tables_of_the_site_have_a_row_for_each_entry_and_method() -> None:
-    rows = [line for line in catalogue_tables().splitlines() if line.startswith("| `")]
-    assert len(rows) == len(catalogue.built_in_names())
-    assert all(line.count(" | ") == 8 for line in rows)
-    assert (
-        "| ReLoRA ([2307.05695](https://arxiv.org/abs/2307.05695)) | trained | `relora` |" in taxonomy_table()
-    )
 
 
 def test_what_is_kept_of_the_variants_is_what_they_are(

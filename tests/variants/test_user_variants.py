@@ -138,18 +138,15 @@ def test_a_package_registers_a_variant(tmp_path: Path) -> None:
     install(tmp_path, **{"my-scaled": "my_package:Scaled"})
     code = """
 from variants.__main__ import main
-from variants.describe import catalogue_tables
 print('my_scaled' in catalogue.names(), catalogue.axis('my_scaled'), 'torch' in sys.modules)
 v = catalogue.get('my_scaled')
 print(v.name, dict(v.extra_defaults), len(v.revision))
 main([])
-print('docs', catalogue_tables().count('my_scaled'))
 """
     first, second, *rest = run(tmp_path, code)
     assert first == "True user False"
     assert second == "my_scaled {'factor': 2.0} 16"
     assert any(line.startswith("my_scaled") for line in rest)
-    assert rest[-1] == "docs 0"
 
 
 @pytest.mark.slow  # a process that imports torch

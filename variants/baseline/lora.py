@@ -29,7 +29,6 @@ class LoRA(api.Variant):
     their `frozen_update_buffers` is empty.
     """
 
-    title = "LoRA"
     paper = "Hu et al., arXiv 2106.09685"
     year = 2021
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION

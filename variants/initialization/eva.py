@@ -23,7 +23,6 @@ class EVA(LoRA):
     code and PEFT (both use an incremental PCA).
     """
 
-    title = "EVA"
     paper = "Paischer et al., arXiv 2410.07170"
     year = 2024
     deviations = """The covariance of all `calibration_batches` batches is decomposed once; the authors' code

@@ -22,7 +22,6 @@ class NZLoRA(LoRA):
     not available for comparison.
     """
 
-    title = "NZLoRA"
     paper = "Li et al., arXiv 2505.23194"
     year = 2025
     verified_by = api.VerifiedBy.PAPER  # the survey's paper

@@ -34,7 +34,6 @@ class DeLoRA(LoRA):
     Source: `get_ABCD` in the authors' delora.py.
     """
 
-    title = "DeLoRA"
     paper = "Bini et al., arXiv 2503.18225"
     year = 2025
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION

@@ -17,7 +17,6 @@ class MoSLoRA(LoRA):
     Source: commonsense_reasoning/peft/src/peft/tuners/lora.py of wutaiqiang/MoSLoRA.
     """
 
-    title = "MoSLoRA"
     paper = "Wu et al., arXiv 2406.11909"
     year = 2024
     verified_by = api.VerifiedBy.AUTHORS_CODE

@@ -21,7 +21,6 @@ class SineLoRA(DenseUpdate):
     Source: llm/peft/src/peft/tuners/sinlora.py of samy-ji/Sine-Low-Rank.
     """
 
-    title = "SineLoRA"
     paper = "Ji et al., arXiv 2403.19243"
     year = 2024
     verified_by = api.VerifiedBy.AUTHORS_CODE

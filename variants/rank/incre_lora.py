@@ -43,7 +43,6 @@ class IncreLoRA(LoRA):
     trainer, which their scripts use instead of `compute_orth_regu`).
     """
 
-    title = "IncreLoRA"
     paper = "Zhang et al., arXiv 2308.12043"
     year = 2023
     deviations = """

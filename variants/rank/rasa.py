@@ -27,7 +27,6 @@ class RaSA(SharedFactors, LoRA):
     Source: `tuners/rasa/` of the authors' code (zwhe99/RaSA).
     """
 
-    title = "RaSA"
     paper = "He et al., arXiv 2503.12576"
     year = 2025
     deviations = """The authors' code refuses layers of one type with different shapes; here the pool has the

@@ -31,7 +31,6 @@ class ReLoRA(LoRA):
     at random).
     """
 
-    title = "ReLoRA"
     paper = "Lialin et al., arXiv 2307.05695"
     year = 2023
     deviations = """
