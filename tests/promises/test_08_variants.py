@@ -140,7 +140,10 @@ def test_adapters_load_in_peft_and_give_the_scores_of_their_records(
 
 OWN = Path(__file__).with_name("gained.py").read_text()
 BROKEN = {
-    "count": ('"rank * (in + out) + out"', '"rank * (in + out)"'),
+    "count": (
+        "layer.ones(layer.shape[0], 1)",
+        "layer.ones(layer.shape[0] if layer.weight.is_meta else 1, 1)",
+    ),
     "start": ("return initial", 'initial.trainable["B"] += 0.1; return initial'),
     "merge": (
         "    def factors",

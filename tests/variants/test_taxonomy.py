@@ -10,9 +10,8 @@ from peft import PeftType
 
 from orchestrator.analyze.published import published_variants
 from variants import catalogue
-from variants.describe import describe
+from variants.describe import Method, describe, read_methods
 from variants.peft_fields import REFUSED_TYPES
-from variants.taxonomy import Method, read_methods
 
 METHODS = read_methods()
 CONTROLS = {"full", "head_only"}
