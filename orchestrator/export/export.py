@@ -19,7 +19,6 @@ from orchestrator.study.names import store_command
 from orchestrator.util import atomic_files
 from orchestrator.util.atomic_files import DamagedFileError
 from orchestrator.util.errors import UsageError
-from variants.peft_format import peft_method, peft_obstacle
 from variants.traits import FILE_SUFFIX, short_name
 
 if TYPE_CHECKING:
@@ -130,6 +129,8 @@ def _choose_form(variant: Variant, form: Form | None, name: str, notify: Callabl
     Raises:
         UsageError: The variant cannot be merged; the message names a form that is possible.
     """
+    from variants.peft_format import peft_method, peft_obstacle  # torch
+
     if form == "merged" and variant.merge_obstacle:
         written = "its adapter is written" if peft_method(variant) else "its exact tensors are written"
         raise UsageError(

@@ -263,7 +263,7 @@ MUTATIONS += [
         "variants/initialization/pissa.py",
         'paper = "Meng et al., arXiv 2404.02948"',
         'paper = ""',
-        "test_08_variants.py::test_the_catalogue_names_69_variants_with_paper_and_year_and_two_controls",
+        "test_08_variants.py::test_the_catalogue_names_its_variants_with_paper_and_year_and_two_controls",
     ),
     Mutation(
         "a law about the start that accepts any",
