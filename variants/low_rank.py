@@ -37,7 +37,6 @@ class LowRank(FusesBase, FrozenUpdate, PeftFormat, Variant):
     """
 
     frozen_update_buffers = frozenset({"A0", "B0"})
-    numerics = 2
     peft: ClassVar[PeftMethod | None] = LORA_PEFT
 
     def factors(self, params: Params, layer: FrozenLayer) -> tuple[Tensor, Tensor]:
@@ -132,8 +131,8 @@ class LowRankProduct(torch.autograd.Function):
 
     Eager autograd would copy the frozen layer's output before it adds the update, keep s B, and add two
     gradients of x in memory of their own. Here the update and its gradient of x are added in place, and only
-    x, x A^T, A and s B are kept; x only if A learns. On a CPU a layer of 576 x 576 takes 0.4 times as long
-    beyond the frozen layer with 1,024 rows, and as long with 128.
+    x, A x^T, A and s B are kept; x only if A learns. Products with a side of `rank` are computed as
+    (rank, N): some CPUs take up to four times as long for (N, rank).
     """
 
     @staticmethod
@@ -168,10 +167,10 @@ class LowRankProduct(torch.autograd.Function):
             unbiased = out if layer.bias is None else out - layer.bias
             out = torch.addcmul(out, more.to(x.dtype), unbiased)
         left, right = _multipliers(x.dtype, a, b, *frozen)
-        hidden = bmm(x, left.transpose(1, 2))
-        baddbmm_(out, hidden, right.transpose(1, 2))
+        hidden = bmm(left, x.transpose(1, 2))
+        baddbmm_(out, hidden.transpose(1, 2), right.transpose(1, 2))
         if frozen[1] is not None:
-            hidden = hidden[..., : a.shape[1]] + hidden[..., a.shape[1] :]  # x (A - A0)^T + x A0^T
+            hidden = hidden[:, : a.shape[1]] + hidden[:, a.shape[1] :]  # (A - A0) x^T + A0 x^T
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, hidden, left, right, more, unbiased)
         ctx.layer, ctx.scale, ctx.rank = layer, frozen[0], a.shape[1]
         ctx.shape, ctx.stacked_shape = shape, x.shape
@@ -185,20 +184,22 @@ class LowRankProduct(torch.autograd.Function):
         x, hidden, left, right, more, unbiased = ctx.saved_tensors
         layer, scale, needs_input_grad = ctx.layer, ctx.scale, ctx.needs_input_grad
         grad_out = grad_out.reshape(*ctx.stacked_shape[:2], -1)
-        grad_hidden = bmm(grad_out, right)
+        grad_hidden = bmm(right.transpose(1, 2), grad_out.transpose(1, 2))
         grad_x = None
         if needs_input_grad[0]:
             gain = None if more is None else more.to(grad_out.dtype)
             grad_base = grad_out if gain is None else torch.addcmul(grad_out, gain, grad_out)
             grad_x = torch.mm(grad_base.reshape(-1, grad_out.shape[2]), layer.weight).view(ctx.stacked_shape)
-            baddbmm_(grad_x, grad_hidden, left)
+            baddbmm_(grad_x, grad_hidden.transpose(1, 2), left)
             grad_x = grad_x.view(ctx.shape)
         grad_a = grad_b = None  # a factor that does not learn, such as a basis of RandLoRA, needs none
         if needs_input_grad[1]:
-            grad_a = bmm(grad_hidden[..., : ctx.rank].transpose(1, 2), x).to(layer.dtype)
+            grad_a = bmm(grad_hidden[:, : ctx.rank], x).to(layer.dtype)
         if needs_input_grad[2]:
-            grad_b = bmm(grad_out.transpose(1, 2), hidden).to(layer.dtype)
-            grad_b = grad_b if scale is None else grad_b.mul_(scale)
+            # Written in the layout of B, because autograd would copy a transposed gradient again.
+            grad_b = torch.empty(*grad_out.shape[::2], ctx.rank, dtype=layer.dtype, device=hidden.device)
+            transposed = bmm(hidden, grad_out).transpose(1, 2)
+            grad_b.copy_(transposed) if scale is None else torch.mul(transposed, scale, out=grad_b)
         grad_more = None if more is None else (grad_out * unbiased).sum(1, keepdim=True).to(more.dtype)
         return grad_x, grad_a, grad_b, grad_more, None, None
 
