@@ -40,8 +40,7 @@ def attach(
     Args:
         model: The model, without adapters.
         variant: The rule by which the layers learn.
-        settings: Settings that all lanes share (rank, dropout, extra settings). The alpha is checked and
-            otherwise unused.
+        settings: Settings that all lanes share; the alpha is checked and otherwise unused.
         targets: The layers to adapt, as `find_target_layers` takes them.
         heads: Names of the modules that belong to the task. Each lane trains its own copy of every linear
             layer in them.
@@ -145,8 +144,6 @@ class Adapters:
 
     Attributes:
         model: The model, with its target layers and heads replaced.
-        variant: The rule by which the layers learn.
-        state: State that the adapted layers share.
         settings: Settings that all lanes share (rank, dropout, extra settings).
         layers: The adapted layers by dotted path.
         heads: The task's linear layers by dotted path.
@@ -178,6 +175,7 @@ class Adapters:
             name: LaneHead(name, base, self.state)  # type: ignore[arg-type]  # attach() admits only Linear
             for name, base in heads.items()
         }
+        self._attention_modules: list[nn.Module] = []
         self._replaced_modules = self._replace_modules(base_dropout)
         self._original_requires_grad = [(each, each.requires_grad) for each in model.parameters()]
         model.requires_grad_(False)
@@ -201,6 +199,7 @@ class Adapters:
             if hasattr(module, "is_causal"):  # an attention module of transformers
                 module.lane_dropout = LaneDropout(f"{name}.probabilities", 0.0, self.state)
                 module.training = True  # otherwise it passes dropout 0 to its attention function
+                self._attention_modules.append(module)
         # A module may have several parents (tied layers): it is replaced in all of them.
         replaced = [
             (parent, key, child)
@@ -218,11 +217,10 @@ class Adapters:
             parent._modules[key] = child
         for parameter, required in self._original_requires_grad:
             parameter.requires_grad_(required)
-        for module in self.model.modules():
-            if hasattr(module, "lane_dropout"):
-                del module.lane_dropout
-                module.training = False
-        self._replaced_modules, self._original_requires_grad = [], []
+        for module in self._attention_modules:
+            del module.lane_dropout
+            module.training = False
+        self._replaced_modules, self._original_requires_grad, self._attention_modules = [], [], []
         for lane in self.lanes:
             self.remove_lane(lane)
 

@@ -44,8 +44,10 @@ def find_target_layers(model: nn.Module, targets: str) -> dict[str, nn.Module]:
             raise UnsupportedError(
                 "targets 'blocks': the model has no ModuleList of blocks; list the layers by name"
             )
+    elif names_layers:
+        scope = _match_suffixes(modules, targets)
     else:
-        scope = (_match_suffixes if names_layers else _match_pattern)(modules, targets)
+        scope = _match_pattern(modules, targets)
     for name in scope:
         _check_adaptable(name, modules, match_all=targets == "blocks")
         if names_layers and not is_linear(modules[name]):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from variants import catalogue
 from variants.adapters import Adapters, attach
@@ -88,6 +89,14 @@ def test_masks_repeat_for_the_same_step_and_differ_otherwise() -> None:
     assert not torch.equal(first[0], first[1])
     # Evaluation has no dropout.
     assert torch.equal(update(adapters, step=None), update(adapters, "1", step=None))
+
+
+def test_another_gradient_checkpointing_cannot_change_the_masks() -> None:
+    adapters, x = adapted(), torch.ones(16, 64, requires_grad=True)
+    with adapters.activate_lanes(["0"], 0):
+        y = checkpoint(adapters.model, x, use_reentrant=False)
+        with pytest.raises(RuntimeError, match="no other gradient checkpointing"):
+            y.sum().backward()
 
 
 @pytest.mark.parametrize("name", ["lora", "rslora", "hira"])

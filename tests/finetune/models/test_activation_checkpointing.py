@@ -50,17 +50,10 @@ def deberta() -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         config = DebertaV2Config(
-            vocab_size=25,
-            hidden_size=32,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            intermediate_size=64,
-            relative_attention=True,
-            pos_att_type="p2c|c2p",
-            position_buckets=32,
-            share_att_key=True,
+            vocab_size=25, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64,
+            relative_attention=True, pos_att_type="p2c|c2p", position_buckets=32, share_att_key=True,
             type_vocab_size=0,
-        )
+        )  # fmt: skip
         model = DebertaV2ForSequenceClassification(config)
     patch_deberta_attention(model)
     return model.eval().requires_grad_(False)
