@@ -13,6 +13,7 @@ from variants.api import (
     LaneView,
     LayerRandom,
     Params,
+    StepHooks,
     VariantSettings,
 )
 from variants.baseline.lora import LoRA
@@ -58,7 +59,7 @@ class RoundsTheBase(LoRA):
         return super().init(layer, random)
 
 
-class MovesFrozen(PiSSA):
+class MovesFrozen(StepHooks, PiSSA):
     """The hook writes a frozen tensor that is not in `mutable_buffers`."""
 
     def init(self, layer: FrozenLayer, random: LayerRandom) -> InitialTensors:
