@@ -144,7 +144,7 @@ def check_scale_of_experts(variant: Variant) -> None:
 def normal_start(kind: type[Variant]) -> Variant:
     """Return the variant with A from N(0, 1): the name of the initialization was lost on the way."""
 
-    class NormalStart(InitTogether, kind):  # type: ignore[misc, valid-type]
+    class NormalStart(kind, InitTogether):  # type: ignore[misc, valid-type]
         def init_layers(self, layers: Layers, random_of: RandomOf) -> dict[str, InitialTensors]:
             initial = init_layers(kind(), layers, random_of)
             for tensors in initial.values():

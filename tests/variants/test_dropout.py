@@ -13,7 +13,7 @@ from variants.api import (
     Calibrated,
     CalibrationStatistic,
     DropoutOnBase,
-    FrozenUpdate,
+    LowRank,
     VariantSettings,
 )
 from variants.forward_context import draw_dropout_masks
@@ -121,7 +121,7 @@ def test_dora_applies_dropout_to_the_change_of_the_base_output() -> None:
 WITH_FROZEN_UPDATE = [
     n
     for n in catalogue.names()
-    if isinstance(catalogue.get(n), FrozenUpdate) and catalogue.get(n).frozen_update_buffers & tensor_names(n)
+    if isinstance(catalogue.get(n), LowRank) and catalogue.get(n).frozen_update_buffers & tensor_names(n)
 ]
 
 

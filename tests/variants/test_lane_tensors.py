@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from variants import catalogue
+from variants.api import StepHooks, Variant
 from variants.lane_tensors import LaneTensors
 from variants.testing.cases import CASES, ROWS
 from variants.testing.rig import LaneOptimizer, attach_lanes, lane_inputs, lane_outputs, model_output, train
@@ -17,9 +18,15 @@ CPU = torch.device("cpu")
 LANES = ("a", "b", "c", "d")
 
 
+class WritesF(StepHooks, Variant):
+    """A variant whose hooks write the frozen tensor "f"."""
+
+    mutable_buffers = frozenset({"f"})
+
+
 def make_lanes(lanes: Sequence[str] = LANES) -> LaneTensors:
     """Return lanes with a parameter "w" and a frozen tensor "f" of random values."""
-    tensors = LaneTensors(mutable_buffers=frozenset({"f"}))
+    tensors = LaneTensors(WritesF())
     for lane in lanes:
         add_lane(tensors, lane)
     return tensors

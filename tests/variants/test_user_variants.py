@@ -137,11 +137,11 @@ def run(folder: Path, code: str) -> list[str]:
 def test_a_package_registers_a_variant(tmp_path: Path) -> None:
     install(tmp_path, **{"my-scaled": "my_package:Scaled"})
     code = """
-from variants.__main__ import main
-from variants.describe_docs import DOCS_FILE, render
 print('my_scaled' in catalogue.names(), catalogue.axis('my_scaled'), 'torch' in sys.modules)
 v = catalogue.get('my_scaled')
 print(v.name, dict(v.extra_defaults), len(v.revision))
+from variants.__main__ import main
+from variants.describe_docs import DOCS_FILE, render
 main([])
 print('docs', render(DOCS_FILE.read_text()).count('my_scaled'))
 """
