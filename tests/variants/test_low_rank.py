@@ -85,10 +85,10 @@ def test_the_gradient_of_one_factor_does_not_depend_on_whether_the_other_learns(
 
 
 @pytest.mark.parametrize("variant", ["lora", "pissa", "lora_fa"])
-def test_only_the_input_and_the_hidden_values_are_kept(variant: str) -> None:
-    """The lane's own tensors are not counted. A copy of s B or factors of twice the rank would be counted.
+def test_only_the_input_the_hidden_values_and_computed_factors_are_kept(variant: str) -> None:
+    """The lane's own tensors, such as LoRA's A, are not counted; s B is computed.
 
-    Where A does not learn (LoRA-FA), the input is not kept.
+    PiSSA's factors have twice the rank. Where A does not learn (LoRA-FA), the input is not kept.
     """
     case = Case("low rank", out_features=40, in_features=24)
     adapters = attach_lanes(case, catalogue.get(variant), 1, VariantSettings(3, 6.0))
@@ -112,8 +112,9 @@ def test_only_the_input_and_the_hidden_values_are_kept(variant: str) -> None:
     with adapters.activate_lanes(adapters.lanes, 0, rows_per_lane=ROWS), hooks:
         layer(x)
     own = Counter(t.numel() for t in kept if t.untyped_storage().data_ptr() not in resident)
-    rows = x.numel() // 24
-    assert own == ({3 * rows: 1} if variant == "lora_fa" else {x.numel(): 1, 3 * rows: 1})
+    factors = [6 * 24, 40 * 6] if variant == "pissa" else [40 * 3]
+    inputs = [] if variant == "lora_fa" else [x.numel()]
+    assert own == Counter([*factors, *inputs, 3 * x.numel() // 24])
 
 
 def _gradients(product: Callable[..., Tensor], tensors: list[Tensor], lanes: slice) -> list[Tensor]:
@@ -169,6 +170,17 @@ def test_lanes_without_dropout_train_as_they_do_alone(name: str, case: Case) -> 
         alone.add_lane(lane, alone.settings, int(lane), calibrate_lane(case, alone, int(lane)))
         train(case, alone, steps=3)
         assert tensors_equal(grouped.trainable(lane), alone.trainable(lane))
+
+
+def test_a_second_derivative_is_refused() -> None:
+    case = Case("low rank", out_features=40, in_features=24)
+    for name in ("lora", "hira"):
+        adapters = attach_lanes(case, catalogue.get(name), 1)
+        x = lane_inputs(case, adapters.lanes).requires_grad_()
+        with adapters.activate_lanes(adapters.lanes, 0, rows_per_lane=ROWS):
+            loss = model_output(adapters.model, x).square().sum()
+        with pytest.raises(RuntimeError, match="a second derivative through an adapted layer"):
+            torch.autograd.grad(loss, x, create_graph=True)
 
 
 class Doubled(LoRA):
