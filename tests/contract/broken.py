@@ -13,7 +13,7 @@ from variants.api import (
     LaneView,
     LayerRandom,
     Params,
-    VariantSettings,
+    StepHooks,
 )
 from variants.baseline.lora import LoRA
 from variants.batch_invariant import pad_rank_one
@@ -58,7 +58,7 @@ class RoundsTheBase(LoRA):
         return super().init(layer, random)
 
 
-class MovesFrozen(PiSSA):
+class MovesFrozen(StepHooks, PiSSA):
     """The hook writes a frozen tensor that is not in `mutable_buffers`."""
 
     def init(self, layer: FrozenLayer, random: LayerRandom) -> InitialTensors:
@@ -109,7 +109,7 @@ class ScalesAcrossExperts(LoRA):
     def prepare(self, params: Params, layer: FrozenLayer) -> Params:
         experts = len(layer.scaling)
         b = params["B"].unsqueeze(1).expand(-1, experts, -1, -1)
-        return {"A": params["A"], "sB": (b * layer.scaling).mean(1)}
+        return {"A": params["A"], "B": (b * layer.scaling).mean(1)}
 
 
 class CountsWrong(LoRA):
@@ -130,8 +130,8 @@ class GoesUphill(LoRA):
 class ExportsWrongAlpha(LoRA):
     """The export states the rank as alpha."""
 
-    def peft_config(self, settings: VariantSettings) -> dict[str, Any]:
-        return {**super().peft_config(settings), "lora_alpha": settings.rank}
+    def peft_layer_fields(self, params: Params, layer: FrozenLayer) -> dict[str, Any]:
+        return {**super().peft_layer_fields(params, layer), "lora_alpha": layer.settings.rank}
 
 
 class AttachedNorm(DoRA):
@@ -141,4 +141,4 @@ class AttachedNorm(DoRA):
         a, b = pad_rank_one(params["A"], params["B"])
         adapted = layer.weight + layer.scaling * torch.bmm(b, a)
         gain = params["m"] / adapted.norm(dim=2)
-        return {"A": a, "sB": b * (gain.unsqueeze(2) * layer.scaling), "more": gain.unsqueeze(1) - 1}
+        return {"A": a, "B": b * (gain.unsqueeze(2) * layer.scaling), "more": gain.unsqueeze(1) - 1}

@@ -12,6 +12,7 @@ from references import ADALORA_FIXED_RANKS, OTHER_SETTINGS, REFERENCES, replace_
 
 from variants import catalogue
 from variants.api import VerifiedBy
+from variants.peft_format import peft_method
 from variants.testing.cases import Case
 
 
@@ -62,7 +63,7 @@ def test_variants_verified_by_a_reference_implementation_are_compared_with_one()
 
 @pytest.mark.parametrize("name", REFERENCES)
 def test_peft_refuses_conv1d_exactly_where_the_variant_says_so(name: str) -> None:
-    peft, config = catalogue.get(name).peft, REFERENCES[name].config
+    peft, config = peft_method(catalogue.get(name)), REFERENCES[name].config
     if peft is None or config is None:
         pytest.skip("without PEFT's method")
     if config(["c_attn"]).peft_type != peft.peft_type:

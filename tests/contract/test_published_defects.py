@@ -11,10 +11,20 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from rule import initial_tensors
+from rule import init_layers, initial_tensors
 from torch import Generator, Tensor
 
-from variants.api import FrozenLayer, InitialTensors, LayerRandom, Params, Variant, VariantSettings
+from variants.api import (
+    FrozenLayer,
+    InitialTensors,
+    InitTogether,
+    LayerRandom,
+    Layers,
+    Params,
+    RandomOf,
+    Variant,
+    VariantSettings,
+)
 from variants.experts.goat import GOAT
 from variants.experts.lora_moe import LoRAMoE
 from variants.experts.mola import MoLA
@@ -55,9 +65,6 @@ class SineOfTheOutput(SineLoRA):
     def forward(self, x: Tensor, base: Tensor, params: Params, layer: FrozenLayer) -> Tensor:
         phase = layer.settings["frequency"] * (x @ params["A"].to(x.dtype).mT @ params["B"].to(x.dtype).mT)
         return base + (layer.scaling * phase.sin() / math.sqrt(layer.shape[0])).to(base.dtype)
-
-    def includes_base(self, layer: FrozenLayer) -> bool:
-        return False
 
 
 class MergesWithoutE(AdaLoRA):
@@ -137,9 +144,9 @@ def check_scale_of_experts(variant: Variant) -> None:
 def normal_start(kind: type[Variant]) -> Variant:
     """Return the variant with A from N(0, 1): the name of the initialization was lost on the way."""
 
-    class NormalStart(kind):  # type: ignore[misc, valid-type]
-        def init_layers(self, layers: object, generator_of: object) -> dict[str, InitialTensors]:
-            initial: dict[str, InitialTensors] = super().init_layers(layers, generator_of)
+    class NormalStart(kind, InitTogether):  # type: ignore[misc, valid-type]
+        def init_layers(self, layers: Layers, random_of: RandomOf) -> dict[str, InitialTensors]:
+            initial = init_layers(kind(), layers, random_of)
             for tensors in initial.values():
                 for name in tensors.trainable.keys() & {"A", "A1"}:
                     tensors.trainable[name].normal_(generator=Generator().manual_seed(2))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from variants import catalogue
 from variants.adapters import Adapters
-from variants.api import Batching, UnsupportedError, VariantSettings
+from variants.api import AuxiliaryLoss, Batching, UnsupportedError, VariantSettings
 from variants.testing.cases import Case
 from variants.testing.rig import attach_lanes, lane_inputs, model_output, perturb_lanes
 
@@ -28,7 +28,7 @@ def gradients(adapters: Adapters, lanes: tuple[str, ...]) -> dict[str, Tensor]:
     with adapters.activate_lanes(lanes, 0) as context:
         loss = model_output(adapters.model, lane_inputs(CASE, lanes)).square().sum()
         auxiliary = context.auxiliary_loss()
-        assert (auxiliary is not None) == adapters.variant.has_auxiliary_loss
+        assert (auxiliary is not None) == isinstance(adapters.variant, AuxiliaryLoss)
         (loss if auxiliary is None else loss + auxiliary.sum()).backward()
     return {n: p.grad.clone() for n, p in adapters.trainable("1").items() if p.grad is not None}
 

@@ -189,8 +189,7 @@ def test_an_output_layer_that_shares_its_weight_with_the_embeddings_gets_its_own
 
 class Unmergeable(LoRA):
     name = "unmergeable"
-
-    is_mergeable = False
+    merge_obstacle = "its update is no matrix"
 
 
 def test_a_refused_merge_changes_nothing() -> None:
@@ -198,7 +197,7 @@ def test_a_refused_merge_changes_nothing() -> None:
     before = model.blocks[0].weight.clone()
     adapters = attach(model, Unmergeable(), SETTINGS)
     adapters.add_lane("a", SETTINGS, 0)
-    with pytest.raises(MergeError, match="unmergeable cannot be merged"):
+    with pytest.raises(MergeError, match="unmergeable cannot be merged: its update is no matrix"):
         merge_and_detach(adapters, "a")
     assert torch.equal(model.blocks[0].weight, before)
     assert adapters.lanes == ("a",)

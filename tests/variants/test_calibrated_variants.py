@@ -12,18 +12,26 @@ from transformers.pytorch_utils import Conv1D
 
 from variants import catalogue
 from variants.adapters import Adapters, attach
-from variants.api import CalibrationStatistic, FrozenLayer, Params, UnsupportedError, VariantSettings
+from variants.api import (
+    Calibrated,
+    CalibrationStatistic,
+    FrozenLayer,
+    Params,
+    UnsupportedError,
+    VariantSettings,
+)
 from variants.baseline.lora import LoRA
 from variants.calibrate import calibrate
+from variants.hooks import statistic_of
 from variants.testing import Case
 
-CALIBRATED = [name for name in catalogue.names() if catalogue.get(name).calibration_statistic.needs_data]
+CALIBRATED = [name for name in catalogue.names() if statistic_of(catalogue.get(name)).needs_data]
 BATCHES = 3
 GPT2 = Case("gpt2", model="gpt2")
 """A model with layers of type Conv1D. The attention layers have the shape (32, 96)."""
 
 
-class Gradients(LoRA):
+class Gradients(Calibrated, LoRA):
     """A variant whose calibration tensor is the unchanged statistic."""
 
     calibration_statistic = CalibrationStatistic.MEAN_GRADIENT

@@ -9,8 +9,14 @@ from torch.utils.checkpoint import checkpoint
 
 from variants import catalogue
 from variants.adapters import Adapters, attach
-from variants.api import AdaptationScope, CalibrationStatistic, VariantSettings
-from variants.baseline.lora import LoRA
+from variants.api import (
+    AdaptationScope,
+    Calibrated,
+    CalibrationStatistic,
+    DropoutOnBase,
+    LowRank,
+    VariantSettings,
+)
 from variants.forward_context import draw_dropout_masks
 
 SETTINGS = VariantSettings(rank=8, alpha=16.0, dropout=0.25)
@@ -48,7 +54,7 @@ def validated_settings(name: str) -> VariantSettings:
 def random_calibration(adapters: Adapters) -> dict[str, dict[str, Tensor]] | None:
     """Return calibration tensors computed from a random matrix, or None if the variant needs none."""
     variant = adapters.variant
-    if variant.calibration_statistic is CalibrationStatistic.NONE:
+    if not isinstance(variant, Calibrated):
         return None
     found = {}
     for name, layer in adapters.layers.items():
@@ -124,7 +130,7 @@ def test_dora_applies_dropout_to_the_change_of_the_base_output() -> None:
 WITH_FROZEN_UPDATE = [
     n
     for n in catalogue.names()
-    if isinstance(catalogue.get(n), LoRA) and catalogue.get(n).frozen_update_buffers & tensor_names(n)
+    if isinstance(catalogue.get(n), LowRank) and catalogue.get(n).frozen_update_buffers & tensor_names(n)
 ]
 
 
@@ -134,7 +140,9 @@ def test_only_variants_with_a_residual_or_merged_factors_have_a_frozen_update() 
 
 
 # rules/ compares DuDe, whose update also reads the frozen layer's output, with a computation in float64.
-@pytest.mark.parametrize("name", [n for n in WITH_FROZEN_UPDATE if not catalogue.get(n).dropout_on_base])
+@pytest.mark.parametrize(
+    "name", [n for n in WITH_FROZEN_UPDATE if not isinstance(catalogue.get(n), DropoutOnBase)]
+)
 def test_dropout_does_not_apply_to_the_frozen_update(name: str) -> None:
     """W' x = (W + frozen part) x + s B A dropout(x), with the lane's own mask."""
     model, settings = Block(), validated_settings(name)

@@ -25,6 +25,7 @@ from variants import catalogue
 from variants.adapters import Adapters, attach
 from variants.api import UnsupportedError, VariantSettings
 from variants.calibrate import calibrate
+from variants.hooks import statistic_of
 from variants.merging import merge_and_detach
 from variants.storage import load_lane, load_peft, save_lane, save_peft
 from variants.testing.cases import LAW_SETTINGS
@@ -199,7 +200,7 @@ def test_auto_classes_load_the_head_of_an_export_and_of_a_merged_model(
         with adapters.disable_adapters(head_weights=adapters.init_heads(0)):
             yield adapters.model(**inputs).logits.square().mean()
 
-    needs_data = variant.calibration_statistic.needs_data
+    needs_data = statistic_of(variant).needs_data
     adapters.add_lane("0", settings, 0, calibrate(adapters, settings, losses) if needs_data else None)
     perturb(adapters)
     with torch.no_grad(), adapters.activate_lanes(["0"], None, rows_per_lane=len(IDS)):

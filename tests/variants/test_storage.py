@@ -33,9 +33,11 @@ from variants.api import (
     VariantSettings,
 )
 from variants.baseline.lora import LoRA
+from variants.low_rank import LowRank
 from variants.peft_format import PeftFormat
-from variants.storage import load_lane, load_peft, save_lane, save_peft
+from variants.storage import load_lane, load_peft, peft_fields, save_lane, save_peft
 from variants.testing import Case
+from variants.testing.rig import attach_lanes
 
 LLAMA, GPT2 = Case("llama", model="llama"), Case("gpt2", model="gpt2")
 IDS = torch.randint(0, 16, (8, 5), generator=torch.Generator().manual_seed(0))
@@ -237,16 +239,19 @@ def test_a_subclass_does_not_load_plain_lora_adapters(
 
 @pytest.mark.parametrize(
     "name",
-    [*(n for n in catalogue.names() if isinstance(v := catalogue.get(n), LoRA) and v.peft), "thirds"],
+    [*(n for n in catalogue.names() if isinstance(v := catalogue.get(n), LowRank) and v.peft), "thirds"],
 )
 def test_the_exported_alpha_gives_the_variants_scaling(name: str) -> None:
     variant = Thirds() if name == "thirds" else catalogue.get(name)
-    settings = variant.validate_settings(VariantSettings(4, 6.0))
-    config = variant.peft_config(settings)
+    adapters = attach_lanes(LLAMA, variant, 1, VariantSettings(4, 6.0))
+    config = peft_fields(adapters, "0")
     if config["peft_type"] != "LORA":
         pytest.skip("PEFT scales this method by other rules")
-    rank = config["r"] ** 0.5 if config["use_rslora"] else config["r"]
-    assert config["lora_alpha"] / rank == pytest.approx(variant.scaling(settings))
+    scaling = variant.scaling(adapters.lane_settings("0"))
+    for layer in adapters.layers:
+        rank = config.get("rank_pattern", {}).get(layer, config["r"])
+        alpha = config.get("alpha_pattern", {}).get(layer, config["lora_alpha"])
+        assert alpha / (rank**0.5 if config["use_rslora"] else rank) == pytest.approx(scaling)
 
 
 class LinearOnly(LoRA):
@@ -291,6 +296,6 @@ def test_a_lane_of_other_numerics_is_refused(tmp_path: Path, monkeypatch: pytest
     adapters = attach(LLAMA.build(), catalogue.get("lora"), VariantSettings(2))
     adapters.add_lane("a", VariantSettings(2), seed=5)
     save_lane(adapters, "a", tmp_path / "a.safetensors")
-    monkeypatch.setattr(type(adapters.variant), "numerics", 2)
-    with pytest.raises(UnsupportedError, match="saved with numerics 1 of lora; this version has 2"):
+    monkeypatch.setattr(type(adapters.variant), "numerics", 3)
+    with pytest.raises(UnsupportedError, match="saved with numerics 2 of lora; this version has 3"):
         load_lane(adapters, "b", tmp_path / "a.safetensors")

@@ -16,8 +16,9 @@ from orchestrator.finetune.tasks.base import Task
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration, ModelChoice
 from variants import catalogue
+from variants.hooks import statistic_of
 
-CALIBRATED = [n for n in catalogue.names() if catalogue.get(n).calibration_statistic.needs_data]
+CALIBRATED = [n for n in catalogue.names() if statistic_of(catalogue.get(n)).needs_data]
 
 
 def point(variant: str, *, rate: float = 1e-2, seed: int = 0, batches: int = 3) -> Configuration:

@@ -19,11 +19,11 @@ from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.study.configuration import Configuration
 from variants import catalogue
 from variants.adapters import attach
-from variants.api import LaneView, Variant, VariantSettings
+from variants.api import LaneView, StepHooks, Variant, VariantSettings
 from variants.baseline.lora import LoRA
 
 
-class Riemannian(LoRA):
+class Riemannian(StepHooks, LoRA):
     """Preconditioned LoRA (Zhang and Pilanci 2024, arXiv 2402.02347) that records the gradients it receives.
 
     g_A becomes (B^T B + d I)^-1 g_A, and g_B becomes g_B (A A^T + d I)^-1.

@@ -9,7 +9,17 @@ from torch import Tensor
 
 from variants import catalogue
 from variants.adapters import Adapters
-from variants.api import FrozenLayer, InitialTensors, LayerRandom, Layers, Variant, VariantSettings
+from variants.api import (
+    BiasUpdate,
+    FrozenLayer,
+    InitialTensors,
+    InitTogether,
+    LayerRandom,
+    Layers,
+    RandomOf,
+    Variant,
+    VariantSettings,
+)
 from variants.testing.cases import Case
 from variants.testing.rig import LaneOptimizer, attach_lanes, model_output, perturb_lanes
 
@@ -50,7 +60,14 @@ def initial_layers(
 ) -> dict[str, InitialTensors]:
     """Return the initial tensors of one lane; every layer gets the same random values."""
     layers = {name: layer.with_settings(settings) for name, layer in layers.items()}
-    return variant.init_layers(layers, lambda name: LayerRandom(layers[name], seed))
+    return init_layers(variant, layers, lambda name: LayerRandom(layers[name], seed))
+
+
+def init_layers(variant: Variant, layers: Layers, random_of: RandomOf) -> dict[str, InitialTensors]:
+    """Return the initial tensors of one lane in all layers, whether they start together or one by one."""
+    if isinstance(variant, InitTogether):
+        return variant.init_layers(layers, random_of)
+    return {name: variant.init(layer, random_of(name)) for name, layer in layers.items()}
 
 
 def initial_tensors(
@@ -94,9 +111,9 @@ def check_update(
         merged = adapters.variant.delta_weight(tensors, frozen.with_settings(lane, scaling))
         expected = change(tensors, frozen.weight, lane, scaling)
         torch.testing.assert_close(merged, expected, rtol=TOLERANCE, atol=TOLERANCE)
-        merged_bias = adapters.variant.delta_bias(tensors, frozen.with_settings(lane, scaling))
-        assert (merged_bias is None) == (change_bias is None)
-        if change_bias is not None:
+        assert isinstance(adapters.variant, BiasUpdate) == (change_bias is not None)
+        if isinstance(adapters.variant, BiasUpdate):
+            merged_bias = adapters.variant.delta_bias(tensors, frozen.with_settings(lane, scaling))
             expected = change_bias(tensors, frozen.bias, lane)
             torch.testing.assert_close(merged_bias, expected, rtol=TOLERANCE, atol=TOLERANCE)
 
