@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from variants.adapters import Adapters
 from variants.api import ExtraSettings, Variant, VariantSettings
 from variants.full_parameters import MODEL_PREFIX
+from variants.peft_format import peft_method
 from variants.targets import is_conv1d
 from variants.testing.cases import Case
 from variants.testing.rig import LaneOptimizer, attach_lanes, model_output
@@ -170,7 +171,7 @@ def _peft_parameters(
 ) -> dict[str, nn.Parameter]:
     """Return PEFT's parameters by our names."""
     found = {}
-    peft = adapters.variant.peft
+    peft = peft_method(adapters.variant)
     shared = set() if peft is None else set(peft.group_names.values())
     for key, parameter in reference_model.named_parameters():
         if not parameter.requires_grad:

@@ -27,6 +27,7 @@ from variants.api import UnsupportedError, VariantSettings
 from variants.calibrate import calibrate
 from variants.hooks import statistic_of
 from variants.merging import merge_and_detach
+from variants.peft_format import peft_method
 from variants.storage import load_lane, load_peft, save_lane, save_peft
 from variants.testing.cases import LAW_SETTINGS
 
@@ -167,7 +168,7 @@ def headed_exports() -> list[Any]:
 
     The default run has LoRA on all models and VeRA (shared tensors) on one, the slow run each variant on one.
     """
-    names = [name for name in catalogue.names() if catalogue.get(name).peft]
+    names = [name for name in catalogue.names() if peft_method(catalogue.get(name))]
     found = []
     for i, name in enumerate(names):
         for j, model in enumerate(HEADED):

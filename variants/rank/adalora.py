@@ -81,10 +81,12 @@ class AdaLoRA(api.StepHooks, api.RankAllocation, api.AuxiliaryLoss, api.LowRank)
         self, x: Tensor, attention_mask: Tensor, params: api.Params, layer: api.FrozenLayer
     ) -> Tensor:
         a, b = params["A"], params["B"]
-        products = torch.cat([torch.bmm(a, a.mT), torch.bmm(b.mT, b)])
+        # |X X^T - I| has twice the gradient that it has through one of the two X, which takes one product.
+        products = torch.cat([torch.bmm(a, a.detach().mT), torch.bmm(b.detach().mT, b)])
         identity = torch.eye(a.shape[1], dtype=a.dtype, device=a.device)
-        norms = torch.linalg.vector_norm(products - identity, dim=(1, 2))
-        return layer.settings["orthogonality"] / 2 * norms.view(2, -1).sum(0)
+        norms = torch.linalg.vector_norm((products - identity).flatten(1), dim=1)
+        doubled = 2 * norms - norms.detach()
+        return doubled.view(2, -1).sum(0) * layer.settings["orthogonality"] / 2
 
     def before_step(self, lane: api.LaneView) -> None:
         if lane.step >= _pruning_steps(lane.settings, lane.total_steps)[1]:

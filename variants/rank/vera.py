@@ -70,11 +70,12 @@ class VeRA(api.SharedTensors, api.LowRank):
 
     def prepare(self, params: api.Params, layer: api.FrozenLayer) -> api.Params:
         a, b = self._matrices(params, layer)
-        return {"A": a.mT, "B": b.mT, "d": params["d"].unsqueeze(1), "b": params["b"].unsqueeze(1)}
+        prepared = {"A": a.mT, "B": b.mT, "d": params["d"].unsqueeze(1), "b": params["b"].unsqueeze(1)}
+        return {name: tensor.to(layer.stored_weight.dtype) for name, tensor in prepared.items()}
 
     def forward(self, x: Tensor, base: Tensor, params: api.Params, layer: api.FrozenLayer) -> Tensor:
-        a, b, gain, inner_gain = (params[name].to(x.dtype) for name in ("A", "B", "b", "d"))
-        return torch.addcmul(base, api.bmm(api.bmm(x, a) * inner_gain, b), gain)
+        update = api.bmm(api.bmm(x, params["A"]) * params["d"], params["B"])
+        return torch.addcmul(base, update, params["b"])
 
     def _matrices(self, params: api.Params, layer: api.FrozenLayer) -> tuple[Tensor, Tensor]:
         out_features, in_features = layer.shape
