@@ -1,4 +1,4 @@
-"""Hook of MkDocs: files outside `docs` that pages link to become part of the site; options become tables.
+"""Hook of MkDocs: files outside `docs` that pages link to become part of the site; two lists become tables.
 
 The pages are also read on git hosts, so their links to other files of the repository are relative
 (`../README.md`). On the site such a file is below `repository/`: a Markdown file as a page, any other file as
@@ -10,15 +10,22 @@ from __future__ import annotations
 
 import posixpath
 import re
+from collections.abc import Iterable, Sequence
+from itertools import groupby
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
+from variants.describe import AXES, describe_all, form_text, paper_link, read_methods, value_text
+from variants.traits import USER_AXIS
+
 LINK = re.compile(r"(?<=\]\()[^)#\s]+")
 OPTIONS = "<!-- options -->"
 """The place of the tables in options.md."""
+VARIANTS, TAXONOMY = "<!-- variants -->", "<!-- taxonomy -->"
+"""The places of the tables in variants.md."""
 ELSEWHERE = "repository/"
 """Folder of the site for files outside `docs`."""
 
@@ -49,7 +56,10 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         on_site = target.removeprefix("docs/") if target.startswith("docs/") else ELSEWHERE + target
         return posixpath.relpath(on_site, here or ".") if on_site in files.src_uris else match[0]
 
-    return LINK.sub(rewrite, markdown).replace(OPTIONS, _option_tables() if OPTIONS in markdown else "")
+    markdown = LINK.sub(rewrite, markdown)
+    for mark, table in ((OPTIONS, _option_tables), (VARIANTS, _variant_tables), (TAXONOMY, _taxonomy_table)):
+        markdown = markdown.replace(mark, table()) if mark in markdown else markdown
+    return markdown
 
 
 def _option_tables() -> str:
@@ -84,6 +94,51 @@ def _option_tables() -> str:
     for name, each in free_hyperparameters(options_of("study")).items():
         lines.append(f"| `{flag(name)}` | {each.help} |")
     return "\n".join(lines)
+
+
+def _variant_tables() -> str:
+    """Return a table for each axis of the catalogue, without the variants of other packages."""
+    header = ("variant", "what it does", "values", "lanes", "PEFT", "vLLM", "merged", "checked", "settings")
+    entries = [each for each in describe_all() if each.axis != USER_AXIS]
+    parts = []
+    for axis, group in groupby(entries, lambda each: each.axis):
+        rows = [
+            (
+                f"`{each.name}`{_paper(each.paper)}",
+                each.summary,
+                "" if each.parameter_count is None else f"{each.parameter_count:,}",
+                each.batching,
+                *map(form_text, each.exports.values()),
+                each.checked_text,
+                ", ".join(f"`{own['name']}` {value_text(own['default'])}" for own in each.hyperparameters),
+            )
+            for each in group
+        ]
+        parts.append(f"### {axis.capitalize()}: {AXES[axis]}\n\n{_table(header, rows)}")
+    return "\n\n".join(parts)
+
+
+def _taxonomy_table() -> str:
+    rows = (
+        (
+            f"{each.axis}: {each.leaf}".replace("_", " "),
+            each.title + _paper(each.paper),
+            "trained" if each.evaluated else "code" if each.survey_code else "",
+            f"`{each.variant}`" if each.variant else each.reason,
+        )
+        for each in read_methods()
+    )
+    return _table(("axis: leaf", "method", "survey", "entry, or why there is none"), rows)
+
+
+def _paper(paper: str) -> str:
+    link, number = paper_link(paper), paper.rpartition(" ")[2]
+    return f" ([{number}]({link}))" if link else f" ({paper})" if paper else ""
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _target(page: str, link: str) -> str:

@@ -5,7 +5,6 @@ python -m variants lora_plus        # one entry: equation, hyperparameters, an e
 python -m variants peft:LOHA        # a tuner of the PEFT library; likewise ./my_variant.py, a file of yours
 python -m variants --taxonomy       # the survey's methods, with the reason where one has no entry
 python -m variants --json           # all entries for programs (also with a name or --taxonomy)
-python -m variants --write-docs     # the tables of docs/variants.md, from the same source
 """
 
 from __future__ import annotations
@@ -14,13 +13,32 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from itertools import groupby
 
-from variants.variant_names import FILE_SUFFIX, canonical_name
+from variants import catalogue
+from variants.describe import (
+    AXES,
+    LAYERS,
+    RANK,
+    SIDE,
+    STARTS,
+    Description,
+    Method,
+    describe,
+    describe_all,
+    form_text,
+    paper_link,
+    read_methods,
+    value_text,
+)
+from variants.traits import FILE_SUFFIX, Start, canonical_name
 
 EXIT_USAGE = 2
 """Exit code for a name that does not exist, and for options that exclude each other."""
+WIDTH = 80
 
 
 def main(words: Sequence[str]) -> int:
@@ -37,12 +55,11 @@ def main(words: Sequence[str]) -> int:
     for option, text in (
         ("--taxonomy", "list the methods of the survey, of its code and of the PEFT library"),
         ("--json", "print JSON: an object for an entry, a list of objects otherwise"),
-        ("--write-docs", "write the tables of docs/variants.md again; only in a checkout of the repository"),
     ):
         parser.add_argument(option, action="store_true", help=text)
     arguments = parser.parse_args(words)
     try:
-        text = _text(arguments)
+        text = _text(arguments.name, arguments.taxonomy, arguments.json)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USAGE
@@ -53,41 +70,130 @@ def main(words: Sequence[str]) -> int:
     return 0
 
 
-def _text(arguments: argparse.Namespace) -> str:
+def _text(name: str, taxonomy: bool, as_json: bool) -> str:
     """Return what a command prints.
 
     Raises:
         ValueError: There is no entry of the given name, or the options exclude each other.
     """
-    if sum((bool(arguments.name), arguments.taxonomy, arguments.write_docs)) > 1:
-        raise ValueError("a name, --taxonomy and --write-docs exclude each other")
-    if arguments.taxonomy:
-        from variants.describe_text import format_taxonomy
-        from variants.taxonomy import read_methods
-
-        methods = read_methods()
-        return _to_json(list(methods)) if arguments.json else format_taxonomy(methods)
-    if arguments.write_docs:
-        from variants.describe_docs import write_docs
-
-        return write_docs()
-    from variants import catalogue
-    from variants.describe import describe, describe_all
-    from variants.describe_text import format_catalogue, format_entry
-
-    if not arguments.name:
-        entries = describe_all()
-        return _to_json(entries) if arguments.json else format_catalogue(entries)
-    if arguments.name.endswith(FILE_SUFFIX):
-        catalogue.load(arguments.name)
-    entry = describe(canonical_name(arguments.name))
-    return _to_json(entry) if arguments.json else format_entry(entry)
+    if name and taxonomy:
+        raise ValueError("a name and --taxonomy exclude each other")
+    if name:
+        if name.endswith(FILE_SUFFIX):
+            catalogue.load(name)
+        entry = describe(canonical_name(name))
+        return json.dumps(asdict(entry), indent=1) if as_json else format_entry(entry)
+    found: Sequence[Method | Description] = read_methods() if taxonomy else describe_all()
+    if as_json:
+        return json.dumps([asdict(each) for each in found], indent=1)
+    return format_taxonomy() if taxonomy else format_catalogue()
 
 
-def _to_json(found: object) -> str:
-    """Return a dataclass, or a list of dataclasses, as JSON."""
-    values = [asdict(each) for each in found] if isinstance(found, list) else asdict(found)  # type: ignore[call-overload]
-    return json.dumps(values, indent=1)
+def format_catalogue() -> str:
+    """Return the catalogue: a few lines for each entry, by axis."""
+    lines = _fill(
+        f"Trainable values of {LAYERS} layers of {SIDE:,} x {SIDE:,} at rank {RANK}; how lanes share a "
+        "computation; whether the update can be merged into the weight; what the implementation was checked "
+        "against. `python -m variants NAME` explains an entry."
+    )
+    for axis, group in groupby(describe_all(), lambda each: each.axis):
+        lines += ["", f"{axis.upper()}: {AXES[axis]}"]
+        lines.append(_row("", "parameters", "batching", "merges", "checked"))
+        for each in group:
+            merges = "yes" if each.exports["merged"]["possible"] else "no"
+            lines.append(_row(each.name, _count(each), each.batching, merges, each.checked_text))
+            lines += _fill(f"    {each.title}{_in_brackets(each.paper)}: {each.summary}", "      ")
+    return "\n".join(lines)
+
+
+def format_entry(each: Description) -> str:
+    """Return the explanation of one entry: docstring, hyperparameters and an example."""
+    lines = [f"{each.title} ({each.name}), axis {each.axis}"]
+    if each.authors:
+        lines += [line for line in (f"{each.authors}, {each.paper}", paper_link(each.paper)) if line]
+    deviations = "Deviations: " + each.deviations if each.deviations else ""
+    deviations = deviations.replace(": - ", ":\n- ", 1)
+    for text in (f"{each.summary[:1].upper()}{each.summary[1:]}.", each.rule, deviations):
+        lines += ["", *_wrap_docstring(text)] if text else []
+    lines.append("")
+    for label, fact in _facts(each):
+        lines += _fill(f"{label:12} {fact}", " " * 13)
+    if each.hyperparameters:
+        lines += ["", "Hyperparameters of its own:"]
+    for own in each.hyperparameters:
+        meaning = f". {own['help'][:1].upper()}{own['help'][1:]}" if own["help"] else ""
+        lines += _fill(f"    {own['name']} = {value_text(own['default'])}: {own['rule']}{meaning}", "      ")
+    return "\n".join([*lines, "", "Example:", f"  {example_command(each)}"])
+
+
+def _facts(each: Description) -> Iterable[tuple[str, str]]:
+    used = {"rank": each.uses_rank, "alpha": each.uses_alpha, "dropout": each.uses_dropout}
+    yield "settings", ", ".join(name for name in used if used[name]) or "none of rank, alpha and dropout"
+    if each.parameter_count is not None:
+        yield "parameters", f"{_count(each)} in {LAYERS} layers of {SIDE:,} x {SIDE:,} at rank {RANK}"
+    yield "start", STARTS[Start(each.start)]
+    if each.calibration != "none":
+        yield "calibration", f"computed from each layer's {each.calibration}"
+    yield "batching", each.batching
+    merged, peft = each.exports["merged"], each.exports["peft"]
+    yield "merging", "the update can be merged into the weight" if merged["possible"] else form_text(merged)
+    yield "checked", f"against {each.checked_text}"
+    loads = f"exported as {each.peft}, which PeftModel and AutoPeftModel load{_in_brackets(peft['note'])}"
+    yield "PEFT", loads if peft["possible"] else form_text(peft)
+    yield "vLLM", form_text(each.exports["vllm"])
+
+
+def example_command(each: Description) -> str:
+    """Return a command that trains the entry beside LoRA on a small task."""
+    task = " --task reviews" if each.name == "head_only" else ""
+    variants = each.name if each.name == "lora" else f"lora {each.name}"
+    own = next(iter(each.hyperparameters), None)
+    words = f" --set {each.name}.{own['name']}={value_text(own['default'])}" if own else ""
+    return f"lora-orchestrator study --dry-run{task} --variants {variants}{words}"
+
+
+def format_taxonomy() -> str:
+    """Return the taxonomy: a line or two for each method, with the entry or the reason for its absence."""
+    methods = read_methods()
+    there = sum(bool(each.variant) for each in methods)
+    evaluated = sum(each.evaluated for each in methods)
+    lines = _fill(
+        f"{len(methods)} methods by what they change, {there} of them in the catalogue. Marks: e, one of the "
+        f"{evaluated} that the survey (arXiv 2601.22708) evaluated; c, in the survey's code."
+    )
+    for (axis, leaf), group in groupby(methods, lambda each: (each.axis, each.leaf)):
+        lines += ["", f"{axis}: {leaf}".replace("_", " ")]
+        for each in group:
+            marks = ("e" if each.evaluated else " ") + ("c" if each.survey_code else " ")
+            outcome = f"-> {each.variant}" if each.variant else each.reason
+            lines += _fill(f"{marks} {each.title}{_in_brackets(each.paper)} {outcome}", "     ")
+    return "\n".join(lines)
+
+
+def _wrap_docstring(text: str) -> list[str]:
+    """Return the lines of a docstring, its paragraphs and the items of its lists filled."""
+    lines: list[str] = []
+    for paragraph in text.split("\n\n"):
+        for item in paragraph.replace("\n- ", "\0- ").split("\0"):
+            lines += _fill(" ".join(item.split()), "  " if item.startswith("- ") else "")
+        lines.append("")
+    return lines[:-1]
+
+
+def _count(each: Description) -> str:
+    return "-" if each.parameter_count is None else f"{each.parameter_count:,}"
+
+
+def _in_brackets(text: str) -> str:
+    return f" ({text})" if text else ""
+
+
+def _row(name: str, count: str, batching: str, merges: str, checked: str) -> str:
+    return f"{name:18}{count:>13}  {batching:11}{merges:7}{checked}".rstrip()
+
+
+def _fill(text: str, indent: str = "") -> list[str]:
+    return textwrap.wrap(text, WIDTH, subsequent_indent=indent, break_on_hyphens=False)
 
 
 if __name__ == "__main__":

@@ -7,25 +7,37 @@ a user's Python file. torch is imported only when a variant is used, or when its
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import importlib
-from collections.abc import Mapping
+import json
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from variants.errors import suggest_nearest
-from variants.source_cache import cached
-from variants.traits import Traits
-from variants.variant_names import FILE_SUFFIX, PEFT_AXIS, PEFT_PREFIX, USER_AXIS, entry_points_by_name
+from variants.traits import (
+    FILE_SUFFIX,
+    PEFT_AXIS,
+    PEFT_PREFIX,
+    USER_AXIS,
+    Traits,
+    entry_points_by_name,
+)
+from variants.user_files import find_class, load_entry_point, load_variant
 
 if TYPE_CHECKING:
     from variants.api import Variant
 
+_PACKAGE = Path(__file__).parent
+
 
 @cache
 def _axis_by_name() -> dict[str, str]:
-    files = Path(__file__).parent.glob("*/[!_]*.py")
+    files = _PACKAGE.glob("*/[!_]*.py")
     return {file.stem: file.parent.name for file in files if file.parent.name != "testing"}
 
 
@@ -112,9 +124,7 @@ def load(name: str, source: bytes | None = None) -> Variant:
     """
     if not name.endswith(FILE_SUFFIX):
         return _get(name)
-    from variants import user_variants
-
-    variant = user_variants.load_file(name, source)
+    variant = load_variant(name, source)
     known = _loaded_files.get(variant.name)
     if known is None or known.revision != variant.revision:
         _loaded_files[variant.name] = variant
@@ -140,16 +150,13 @@ def _get(name: str) -> Variant:
         from variants.peft_bridge import peft_variant
 
         return peft_variant(name)
-    from variants import user_variants
-
     if name in entry_points_by_name():
-        return user_variants.load_entry_point(name)
+        return load_entry_point(name)
     raise ValueError(_describe_unknown(name))
 
 
 def _get_built_in(name: str) -> Variant:
     from variants.api import Variant
-    from variants.user_files import find_class
 
     module = importlib.import_module(f"variants.{_axis_by_name()[name]}.{name}")
     return find_class(module, Variant)()
@@ -157,3 +164,45 @@ def _get_built_in(name: str) -> Variant:
 
 def _describe_unknown(name: str) -> str:
     return f"no variant {name!r}. {suggest_nearest(name, names())}"
+
+
+def cached(name: str, make: Callable[[], Any], also: str = "") -> Any:
+    """Return a value from the cache, or compute and store it if the source files have changed since.
+
+    The cache, in the user's cache folder, spares the import of torch, which computing the values needs.
+
+    Args:
+        name: The name of the value, which names its file.
+        make: Computes the value, of JSON types. It may depend on the source files and on `also` only. If it
+            raises an exception, nothing is stored.
+        also: Versions of other code on which the value depends.
+    """
+    sources = source_digest(_PACKAGE) + also
+    root = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    if root.startswith("~"):  # this user has no home folder
+        return make()
+    folder = Path(root, "lora-orchestrator")
+    file = folder / f"{name}.json"
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # the file is missing or damaged
+        kept = json.loads(file.read_bytes())
+        if kept["sources"] == sources:
+            return kept["value"]
+    value = make()
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        own = file.with_suffix(f".{os.getpid()}")
+        own.write_text(json.dumps({"sources": sources, "value": value}))
+        own.replace(file)
+    return value
+
+
+@cache
+def source_digest(package: Path) -> str:
+    """Return a digest of the files of a package, without those that Python generates."""
+    digest = hashlib.sha256()
+    for file in sorted(
+        path for path in package.rglob("*.*") if "__pycache__" not in path.parts and path.is_file()
+    ):
+        content = file.read_bytes()
+        digest.update(f"{file.relative_to(package)} {len(content)}\n".encode() + content)
+    return digest.hexdigest()

@@ -22,7 +22,7 @@ from variants.peft_fields import (
     read_hyperparameters,
 )
 from variants.peft_layers import ADAPTER, SHAPES_FROM_VALUES, LayerTemplate, build_layer, split_tensors
-from variants.variant_names import PEFT_AXIS, PEFT_PREFIX
+from variants.traits import PEFT_AXIS, PEFT_PREFIX
 
 _STARTS = {
     **dict.fromkeys(("DEFT", "HRA", "OSF"), api.Start.ROUNDED),

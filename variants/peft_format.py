@@ -150,3 +150,8 @@ class PeftFormat:
 def peft_method(variant: object) -> PeftMethod | None:
     """Return the description of a variant's method for PEFT; None if PEFT does not have it."""
     return variant.peft if isinstance(variant, PeftFormat) else None
+
+
+def peft_obstacle(variant: object) -> str:
+    """Return why the lanes of a variant without `peft_method` cannot be exported."""
+    return variant.peft_obstacle if isinstance(variant, PeftFormat) else PeftFormat.peft_obstacle

@@ -17,10 +17,17 @@ from torch import Tensor, nn
 from variants import catalogue
 from variants.adapters import Adapters
 from variants.api import InitialTensors, UnsupportedError, Variant, VariantSettings
-from variants.export_forms import peft_obstacle
-from variants.peft_format import PATTERN_FIELDS, TASK_HEADS, PeftFormat, PeftMethod, TaskType, peft_method
+from variants.peft_format import (
+    PATTERN_FIELDS,
+    TASK_HEADS,
+    PeftFormat,
+    PeftMethod,
+    TaskType,
+    peft_method,
+    peft_obstacle,
+)
 from variants.targets import find_target_layers, is_conv1d
-from variants.variant_names import USER_AXIS
+from variants.traits import USER_AXIS
 
 CONFIG_FILE, TENSORS_FILE = "adapter_config.json", "adapter_model.safetensors"
 """Names of the files that PEFT writes for an adapter."""

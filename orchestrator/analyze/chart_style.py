@@ -19,7 +19,7 @@ import pandas as pd
 from altair import TopLevelMixin
 from altair.utils.schemapi import debug_mode
 
-from variants import source_cache
+from variants import catalogue
 
 WIDE, PHONE = 1140, 350
 """Widths in pixels of a page on a wide screen and on a phone."""
@@ -114,12 +114,12 @@ def to_svg(chart: Chart) -> str:
 def vega_bundle() -> str:
     """Return the JavaScript that defines `vega`, `vegaLite` and `vegaEmbed` on a page.
 
-    Making the bundle takes seconds, so the user's cache folder keeps it, see `source_cache`.
+    Making the bundle takes seconds, so the user's cache folder keeps it, see `catalogue.cached`.
     """
     import vl_convert
 
     make = cast(Callable[[], str], vl_convert.javascript_bundle)  # its stub lacks the defaults
-    script: str = source_cache.cached("vega", make, also=version("vl-convert-python"))
+    script: str = catalogue.cached("vega", make, also=version("vl-convert-python"))
     return script
 
 

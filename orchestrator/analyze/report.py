@@ -24,7 +24,7 @@ from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile, report_files
 from orchestrator.util import atomic_files
-from variants.source_cache import source_digest
+from variants.catalogue import source_digest
 
 if TYPE_CHECKING:
     from orchestrator.analyze.render import Section

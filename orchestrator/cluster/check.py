@@ -18,7 +18,7 @@ from orchestrator.record import schema
 from orchestrator.record.store import Store
 from orchestrator.util import atomic_files, timeouts
 from orchestrator.util.errors import UsageError, describe_disk_error
-from variants.source_cache import source_digest
+from variants.catalogue import source_digest
 
 T = TypeVar("T")
 MAX_LISTED = 3

@@ -19,7 +19,7 @@ from orchestrator.study.names import store_command
 from orchestrator.util import atomic_files
 from orchestrator.util.atomic_files import DamagedFileError
 from orchestrator.util.errors import UsageError
-from variants.variant_names import FILE_SUFFIX, short_name
+from variants.traits import FILE_SUFFIX, short_name
 
 if TYPE_CHECKING:
     from orchestrator.finetune.models.base_model import BaseModel
@@ -129,16 +129,17 @@ def _choose_form(variant: Variant, form: Form | None, name: str, notify: Callabl
     Raises:
         UsageError: The variant cannot be merged; the message names a form that is possible.
     """
-    from variants.export_forms import export_forms
+    from variants.peft_format import peft_method, peft_obstacle  # torch
 
-    forms = export_forms(variant)
-    if form == "merged" and not forms.merged.possible:
-        written = "its adapter is written" if forms.peft.possible else "its exact tensors are written"
-        raise UsageError(f"--merge: {name} cannot be merged: {forms.merged.note}; without --merge {written}.")
-    if form is not None or forms.peft.possible:
+    if form == "merged" and variant.merge_obstacle:
+        written = "its adapter is written" if peft_method(variant) else "its exact tensors are written"
+        raise UsageError(
+            f"--merge: {name} cannot be merged: {variant.merge_obstacle}; without --merge {written}."
+        )
+    if form is not None or peft_method(variant):
         return form or "peft"
-    form, what = ("merged", "a plain model") if forms.merged.possible else ("raw", "the exact tensors")
-    notify(f"{name} has no adapter in PEFT's format: {forms.peft.note}; {what} will be written")
+    form, what = ("raw", "the exact tensors") if variant.merge_obstacle else ("merged", "a plain model")
+    notify(f"{name} has no adapter in PEFT's format: {peft_obstacle(variant)}; {what} will be written")
     return form
 
 

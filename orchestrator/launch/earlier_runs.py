@@ -22,8 +22,7 @@ from orchestrator.study.option import flag
 from orchestrator.study.options import StudyOptions
 from orchestrator.util.errors import UsageError
 from variants import catalogue
-from variants.traits import VerifiedBy
-from variants.variant_names import FILE_SUFFIX
+from variants.traits import FILE_SUFFIX, VerifiedBy
 
 PLANNED_KINDS = frozenset({"replicates", "factors"})
 """Kinds of studies whose settings are fixed before there are results."""

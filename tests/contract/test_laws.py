@@ -23,7 +23,7 @@ from kinds import KINDS
 
 from variants import catalogue
 from variants.baseline.lora import LoRA
-from variants.export_forms import export_forms
+from variants.describe import export_forms
 from variants.testing import CASES, LAWS, Case, NotApplicableError, applies, check_laws
 
 NAMES = catalogue.names()
@@ -37,7 +37,7 @@ FITTED = ("hira", "lora", "lora_moe")
 """The variants of which the default run checks that they fit a target, which takes hundreds of steps."""
 
 FORMS = {"export_loads_in_peft": "peft", "merged_equals_forward": "merged"}
-"""Law about a form of export -> the field of `ExportForms` that says whether a variant has this form."""
+"""Law about a form of export -> the form of `export_forms` that says whether a variant has this form."""
 SAVED = "llama-float32-several"
 """The case on which these laws are checked for every variant: PEFT and transformers load the files of the
 base model, of the adapter and of the merged model."""
@@ -132,8 +132,8 @@ def check_law(name: str, case: Case, law: str) -> None:
     try:
         LAWS[law](catalogue.get(name), case)
     except NotApplicableError as refusal:
-        form = getattr(export_forms(catalogue.get(name)), FORMS[law]) if law in FORMS else None
-        if form is not None and form.possible and not (case.model == "gpt2" and "Conv1D" in form.note):
+        form = export_forms(catalogue.get(name))[FORMS[law]] if law in FORMS else None
+        if form and form["possible"] and not (case.model == "gpt2" and "Conv1D" in form["note"]):
             raise AssertionError(f"{FORMS[law]} is possible, says the catalogue, but: {refusal}") from None
         raise
 

@@ -27,7 +27,7 @@ from orchestrator.record.study_file import StudyFile
 from orchestrator.study.configuration import Configuration, ModelChoice
 from orchestrator.util.errors import UsageError
 from variants import catalogue
-from variants.source_cache import source_digest
+from variants.catalogue import source_digest
 
 __all__ = ["base", "restored", "run"]
 

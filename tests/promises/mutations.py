@@ -261,9 +261,9 @@ MUTATIONS += [
     Mutation(
         "a variant without its paper",
         "variants/initialization/pissa.py",
-        "PiSSA (Meng et al. 2024, arXiv 2404.02948)",
-        "PiSSA (an example, without a paper)",
-        "test_08_variants.py::test_the_catalogue_names_69_variants_with_paper_and_year_and_two_controls",
+        'paper = "Meng et al., arXiv 2404.02948"',
+        'paper = ""',
+        "test_08_variants.py::test_the_catalogue_names_its_variants_with_paper_and_year_and_two_controls",
     ),
     Mutation(
         "a law about the start that accepts any",

@@ -1,4 +1,4 @@
-"""Promise 8: 69 variants and two controls name their sources, train, and start where they say.
+"""Promise 8: at least 69 variants and two controls name their sources, train, and start where they say.
 
 A user's variant is checked with the laws. tests/contract and tests/variants check the equations.
 """
@@ -64,11 +64,11 @@ def of_variant(trained: Path) -> dict[str, dict[str, Any]]:
     return {r["configuration"]["variant"]["name"]: r for r in as_a_user.records(trained).values()}
 
 
-def test_the_catalogue_names_69_variants_with_paper_and_year_and_two_controls() -> None:
+def test_the_catalogue_names_its_variants_with_paper_and_year_and_two_controls() -> None:
     entries = catalogue()
     controls = {name for name, entry in entries.items() if entry["is_control"]}
     assert controls == {"full", "head_only"}
-    assert len(entries) == 69 + 2
+    assert len(entries) >= 69 + 2
     for name in entries.keys() - controls:
         entry = entries[name]
         assert entry["title"], name
@@ -140,7 +140,10 @@ def test_adapters_load_in_peft_and_give_the_scores_of_their_records(
 
 OWN = Path(__file__).with_name("gained.py").read_text()
 BROKEN = {
-    "count": ('"rank * (in + out) + out"', '"rank * (in + out)"'),
+    "count": (
+        "layer.ones(layer.shape[0], 1)",
+        "layer.ones(layer.shape[0] if layer.weight.is_meta else 1, 1)",
+    ),
     "start": ("return initial", 'initial.trainable["B"] += 0.1; return initial'),
     "merge": (
         "    def factors",

@@ -1,19 +1,27 @@
-"""`python -m variants`: the catalogue as text and JSON, an entry, the taxonomy, the tables of the docs."""
+"""`python -m variants`: the catalogue as text and JSON, an entry, the taxonomy, the forms of export."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
+from safetensors import safe_open
 
 from variants import catalogue
 from variants.__main__ import main
 from variants.api import RANK_MASK, FrozenLayer, InitialTensors, LayerRandom, VariantSettings
 from variants.baseline.lora import LoRA
-from variants.describe import count_parameters, describe
-from variants.testing.cases import Case
+from variants.describe import (
+    count_parameters,
+    describe,
+    export_forms,
+    vllm_obstacle,
+)
+from variants.storage import save_peft
+from variants.testing.cases import CASES, Case
 from variants.testing.rig import attach_lanes
 from variants.traits import Traits
 
@@ -29,15 +37,15 @@ def test_the_catalogue_lists_every_entry_within_80_columns(capsys: pytest.Captur
     assert {line.split()[0] for line in lines if line and line[0].islower()} >= set(catalogue.names())
     lora = next(number for number, line in enumerate(lines) if line.startswith("lora "))
     assert lines[lora].split()[1:5] == ["2,097,152", "batched", "yes", "PEFT"]
-    assert lines[lora + 1].strip() == "LoRA (Hu et al., arXiv 2106.09685)"
+    assert lines[lora + 1].strip() == "LoRA (arXiv 2106.09685): W' = W + s B A, with s = alpha / rank"
 
 
 def test_json_has_an_object_for_each_entry(capsys: pytest.CaptureFixture[str]) -> None:
     found = json.loads(output(capsys, "--json"))
     assert {each["name"] for each in found} == set(catalogue.names())
     lora = next(each for each in found if each["name"] == "lora")
-    assert (lora["axis"], lora["checked"], lora["paper"]) == (
-        "baseline", "reference_implementation", "Hu et al., arXiv 2106.09685",
+    assert (lora["axis"], lora["checked"], lora["authors"], lora["paper"]) == (
+        "baseline", "reference_implementation", "Hu et al. 2021", "arXiv 2106.09685",
     )  # fmt: skip
     assert json.loads(output(capsys, "--json", "lora")) == lora
 
@@ -49,13 +57,13 @@ def test_each_entry_has_a_title_a_summary_and_an_explanation(
     entry = describe(name)
     assert entry.title
     assert entry.summary
-    assert entry.is_control or (entry.paper and entry.year and entry.initialization)
+    assert entry.is_control or (entry.authors and entry.paper)
     text = output(capsys, name)
     assert max(map(len, text.splitlines()[:-1])) <= 80
     assert f"--variants {'' if name == 'lora' else 'lora '}{name}" in text.splitlines()[-1]
     for own in entry.hyperparameters:
-        assert f"{own.name} = " in text
-        assert own.help, f"{name}: {own.name} has no help"
+        assert f"{own['name']} = " in text
+        assert own["help"], f"{name}: {own['name']} has no help"
 
 
 SQUARE = Case("square", out_features=64, in_features=64, lanes=1)
@@ -138,3 +146,38 @@ def test_what_is_kept_of_the_variants_is_what_they_are(
     (tmp_path / "lora-orchestrator" / "traits.json").write_text('{"sources": ')
     catalogue._built_in_traits.cache_clear()
     assert catalogue.traits("lora").uses_rank
+
+
+LORA = {"peft_type": "LORA", "r": 16, "bias": "none", "use_dora": False, "modules_to_save": None}
+
+
+@pytest.mark.parametrize(
+    ("fields", "obstacle"),
+    [
+        ({}, ""),
+        ({"use_rslora": True, "r": 512}, ""),
+        ({"peft_type": "LOHA"}, "loads LoRA, and no other method"),
+        ({"use_dora": True}, "does not load DoRA"),
+        ({"modules_to_save": ["classifier"]}, "loads no trained head"),
+        ({"bias": "all"}, "loads no biases"),
+        ({"r": 513}, "rank 513 is above 512"),
+        ({"rank_pattern": {"q_proj": 8}}, "one rank for all layers"),
+    ],
+)
+def test_vllms_rule_admits_plain_lora_alone(fields: dict[str, Any], obstacle: str) -> None:
+    found = vllm_obstacle({**LORA, **fields})
+    assert (obstacle in found) if obstacle else not found
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in catalogue.names() if export_forms(catalogue.get(n))["vllm"]["possible"]]
+)
+def test_exports_for_vllm_have_loras_tensors_alone(name: str, tmp_path: Path) -> None:
+    save_peft(attach_lanes(CASES[0], catalogue.get(name), 1), "0", tmp_path, "base")
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert not vllm_obstacle(config)
+    with safe_open(tmp_path / "adapter_model.safetensors", framework="pt") as file:
+        shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118 (not a dict)
+    for key, shape in shapes.items():
+        assert key.endswith((".lora_A.weight", ".lora_B.weight"))
+        assert shape["lora_B" in key] == config["r"]

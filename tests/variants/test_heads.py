@@ -25,7 +25,6 @@ from variants import catalogue
 from variants.adapters import Adapters, attach
 from variants.api import UnsupportedError, VariantSettings
 from variants.calibrate import calibrate
-from variants.export_forms import export_forms
 from variants.hooks import statistic_of
 from variants.merging import merge_and_detach
 from variants.storage import load_lane, load_peft, save_lane, save_peft
@@ -168,7 +167,7 @@ def headed_exports() -> list[Any]:
 
     The default run has LoRA on all models and VeRA (shared tensors) on one, the slow run each variant on one.
     """
-    names = [name for name in catalogue.names() if export_forms(catalogue.get(name)).peft.possible]
+    names = [name for name in catalogue.names() if catalogue.get(name).peft]
     found = []
     for i, name in enumerate(names):
         for j, model in enumerate(HEADED):

@@ -3,7 +3,7 @@
 from variants import api
 
 
-class Full(api.Variant):
+class Full(api.PeftFormat, api.Variant):
     """W' = W + dW for every parameter W, including embeddings, norms and biases.
 
     A control without rank and alpha.
@@ -18,3 +18,4 @@ class Full(api.Variant):
     batching = api.Batching.EXCLUSIVE
     adaptation_scope = api.AdaptationScope.FULL_MODEL
     uses_rank = uses_alpha = False
+    peft_obstacle = "every weight of the model is trained, and there is no adapter"

@@ -3,7 +3,7 @@
 from variants import api
 
 
-class HeadOnly(api.Variant):
+class HeadOnly(api.PeftFormat, api.Variant):
     """W' = W; only the task's head learns.
 
     A control without rank and alpha, for tasks with a head (classification). The difference between an
@@ -14,3 +14,4 @@ class HeadOnly(api.Variant):
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
     adaptation_scope = api.AdaptationScope.HEAD_ONLY
     uses_rank = uses_alpha = False
+    peft_obstacle = "only the head is trained, and there is no adapter"

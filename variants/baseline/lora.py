@@ -10,7 +10,6 @@ class LoRA(LowRank):
     Initialization: A from U(-1/sqrt(in), 1/sqrt(in)) (Kaiming-uniform with a = sqrt(5)), B = 0, so W' = W.
     """
 
-    title = "LoRA"
     paper = "Hu et al., arXiv 2106.09685"
     year = 2021
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION

@@ -19,7 +19,6 @@ class AdaMoLE(BalancedMixture):
     7 (numbers unconfirmed).
     """
 
-    title = "AdaMoLE"
     paper = "Liu and Luo, arXiv 2405.00361"
     year = 2024
     deviations = """See `Mixture`; T has the same input as R. The authors train in float32; in a bfloat16

@@ -31,7 +31,6 @@ class GOAT(api.Calibrated, api.FrozenUpdate, BalancedMixture):
     goat/train_nlg.py (init_cof) of Facico/GOAT-PEFT.
     """
 
-    title = "GOAT"
     paper = "Fan et al., arXiv 2502.16894"
     year = 2025
     deviations = """See `Mixture`. The survey's code has s = ceil(alpha / d) / d (equal for d = 1), subtracts

@@ -20,7 +20,6 @@ class HydraLoRA(Mixture):
     and has R in this shape.
     """
 
-    title = "HydraLoRA"
     paper = "Tian et al., arXiv 2404.19245"
     year = 2024
     deviations = "See `Mixture` (dropout). As in the official code, there is no balancing loss."

@@ -24,7 +24,6 @@ class LoRAMoE(BalancedMixture):
     Source: peft/tuners/lora.py, run_loramoe.sh and issue 3 (var / mean^2) of Ablustrund/LoRAMoE.
     """
 
-    title = "LoRAMoE"
     paper = "Dou et al., arXiv 2312.09979"
     year = 2023
     deviations = """See `Mixture`; the variance is over the experts of an example, not over all experts and

@@ -29,7 +29,6 @@ class MoLA(api.InitTogether, api.RankAllocation, BalancedMixture):
     Source: src/mola_lora_hacked.py and src/mola_modeling_llama_hacked.py of GCYZSL/MoLA.
     """
 
-    title = "MoLA"
     paper = "Gao et al., arXiv 2402.08562"
     year = 2024
     deviations = """See `Mixture`. Each layer has its own balancing loss, where the official code has one of

@@ -23,7 +23,6 @@ class CorDA(api.Calibrated, LowRank):
     Source: cordalib/act_aware_utils.py and decomposition.py of the authors' code; PEFT's corda.py.
     """
 
-    title = "CorDA"
     paper = "Yang et al., arXiv 2406.05223"
     year = 2024
     deviations = """In the mode "knowledge" the authors take C from samples of another task; here C is always

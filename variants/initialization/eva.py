@@ -22,7 +22,6 @@ class EVA(api.InitTogether, api.RankAllocation, api.Calibrated, api.LowRank):
     code and PEFT (both use an incremental PCA).
     """
 
-    title = "EVA"
     paper = "Paischer et al., arXiv 2410.07170"
     year = 2024
     deviations = """The covariance of all `calibration_batches` batches is decomposed once; the authors' code

@@ -16,7 +16,6 @@ class MiLoRA(PiSSA):
     Source: `initialize_lora_layer` with the mode "min" in the authors' svd_init.py.
     """
 
-    title = "MiLoRA"
     paper = "Wang et al., arXiv 2406.09044"
     year = 2024
     verified_by = api.VerifiedBy.AUTHORS_CODE

@@ -25,7 +25,6 @@ class NoRA(WeightSVD):
       version; the inner factors are random, and nothing is subtracted.
     """
 
-    title = "NoRA"
     paper = "Lin et al., arXiv 2408.10280"
     year = 2024
     hyperparameters = {

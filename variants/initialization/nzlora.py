@@ -17,11 +17,11 @@ class NZLoRA(api.LowRank):
     according to its code, or "linear" according to its text.
 
     Source: equation 89 ("linear") and the code ("sqrt" and `subtract`) of the survey, which gave the
-    method this name. The bounds in the authors' own paper and code were not available for comparison.
+    method this name (its authors: Init[AB]). The bounds in the authors' own paper and code were
+    not available for comparison.
     """
 
-    title = "NZLoRA"
-    paper = "Li et al., arXiv 2505.23194, Init[AB]"
+    paper = "Li et al., arXiv 2505.23194"
     year = 2025
     verified_by = api.VerifiedBy.PAPER  # the survey's paper
     hyperparameters = {

@@ -18,7 +18,6 @@ class OLoRA(api.Calibrated, LowRank):
     PEFT is the reference for layers of type Linear.
     """
 
-    title = "OLoRA"
     paper = "Büyükakyüz, arXiv 2406.01775"
     year = 2024
     deviations = """PEFT decomposes the stored weight of a Conv1D layer, W^T, whose factors fit square layers

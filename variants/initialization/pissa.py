@@ -17,7 +17,6 @@ class PiSSA(WeightSVD):
     scripts use `svd` 16, alpha = rank and no dropout.
     """
 
-    title = "PiSSA"
     paper = "Meng et al., arXiv 2404.02948"
     year = 2024
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION

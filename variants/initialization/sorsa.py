@@ -23,7 +23,6 @@ class SORSA(api.StepHooks, WeightSVD):
     Source: sorsalib/src/sorsa/layer.py and trainer.py of the authors' code.
     """
 
-    title = "SORSA"
     paper = "Cao et al., arXiv 2409.00055"
     year = 2024
     deviations = """The authors round W - B0 A0 to bfloat16; here W stays as it is. A layer whose A and B have

@@ -27,7 +27,6 @@ class BOFT(api.PeftFormat, InputMap):
     Source: paper, Section 4; PEFT, tuners/boft/layer.py.
     """
 
-    title = "BOFT"
     paper = "Liu et al., arXiv 2311.06243"
     year = 2023
     deviations = "There is no multiplicative dropout (0 is PEFT's default)."

@@ -20,7 +20,6 @@ class ETHER(LowRankMap):
     Source: paper, Equations 1 and 2; github.com/mwbini/ether, ether-instruct/lit_gpt/ether.py.
     """
 
-    title = "ETHER"
     paper = "Bini et al., arXiv 2405.20271"
     year = 2024
     deviations = """For queries, keys and values (its default layers are queries and values) the authors' code

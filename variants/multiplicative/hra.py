@@ -22,7 +22,6 @@ class HRA(api.LowRank):
     Source: paper, Section 3; PEFT, tuners/hra/layer.py; github.com/DaShenZi721/HRA, llama/peft/oft/layer.py.
     """
 
-    title = "HRA"
     paper = "Yuan et al., arXiv 2405.17484"
     year = 2024
     deviations = """PEFT's option `apply_GS`, which makes the vectors orthogonal, is not offered; at equal

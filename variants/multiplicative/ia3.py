@@ -18,7 +18,6 @@ class IA3(api.PeftFormat, OutputMap):
     Source: paper, Section 3.3; github.com/r-three/t-few, src/models/lora.py and configs/ia3.json.
     """
 
-    title = "IA3"
     paper = "Liu et al., arXiv 2205.05638"
     year = 2022
     deviations = """No layer's input is scaled, which a feed-forward block without a gate would need (PEFT's

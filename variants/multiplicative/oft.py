@@ -23,7 +23,6 @@ class OFT(api.PeftFormat, InputMap):
     Q, PEFT's two forms rotate in opposite directions. That is kept, so that adapters can be exchanged.
     """
 
-    title = "OFT"
     paper = "Qiu et al., arXiv 2306.07280"
     year = 2023
     deviations = """There is no constrained form (COFT, the default of the authors' oft-control), no re-scaled

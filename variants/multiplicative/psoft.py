@@ -19,7 +19,6 @@ class PSOFT(WeightSVD):
     Source: paper, Section 4; PEFT, tuners/psoft/layer.py; github.com/fei407/PSOFT, baselines/psoft.
     """
 
-    title = "PSOFT"
     paper = "Wu et al., arXiv 2505.11235"
     year = 2025
     deviations = """PEFT's other options (a series for R, a free R, fewer vectors, symmetric factors) and rank

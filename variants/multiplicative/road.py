@@ -24,7 +24,6 @@ class RoAd(api.PeftFormat, OutputMap):
     Source: paper, Section 3.2; PEFT, tuners/road/layer.py. The authors' repository has no code.
     """
 
-    title = "RoAd"
     paper = "Liao and Monz, arXiv 2409.00119"
     year = 2024
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION

@@ -23,7 +23,6 @@ class AuroRA(api.Variant):
     Source: the paper's equations 4 to 8.
     """
 
-    title = "AuroRA"
     paper = "Dong et al., arXiv 2505.18738"
     year = 2025
     deviations = """The update depends on the input and cannot be merged; the paper (equation 3) and the

@@ -33,7 +33,6 @@ class DeLoRA(api.LowRank):
     Source: `get_ABCD` in the authors' delora.py.
     """
 
-    title = "DeLoRA"
     paper = "Bini et al., arXiv 2503.18225"
     year = 2025
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION

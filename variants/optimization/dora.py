@@ -23,7 +23,6 @@ class DoRA(api.GradientConstants, api.DropoutOnBase, LowRank):
     the part of the change that comes from the frozen layer.
     """
 
-    title = "DoRA"
     paper = "Liu et al., arXiv 2402.09353"
     year = 2024
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION

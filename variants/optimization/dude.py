@@ -18,7 +18,6 @@ class DuDe(DoRA, PiSSA):
     Source: the paper's figure and PEFT, which can combine the two.
     """
 
-    title = "DuDe"
     paper = "Han et al., arXiv 2505.14367"
     year = 2025
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION

@@ -18,7 +18,6 @@ class LoRAN(api.DenseUpdate):
     and b, as in the authors' adapters (`mlora_use_P` and `mlora_use_b` are false).
     """
 
-    title = "LoRAN"
     paper = "Li et al., EMNLP Findings 2024"
     year = 2024
     verified_by = api.VerifiedBy.AUTHORS_CODE

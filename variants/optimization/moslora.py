@@ -16,7 +16,6 @@ class MoSLoRA(api.LowRank):
     Source: commonsense_reasoning/peft/src/peft/tuners/lora.py of wutaiqiang/MoSLoRA.
     """
 
-    title = "MoSLoRA"
     paper = "Wu et al., arXiv 2406.11909"
     year = 2024
     verified_by = api.VerifiedBy.AUTHORS_CODE

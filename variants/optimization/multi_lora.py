@@ -21,7 +21,6 @@ class MultiLoRA(api.LowRank):
     known. The equations of MultiLoRA's paper are not confirmed: its scale may be one number per module.
     """
 
-    title = "MultiLoRA"
     paper = "Wang et al., arXiv 2311.11501"
     year = 2023
     hyperparameters = {"modules": api.Int(3, help="number of parallel LoRAs")}

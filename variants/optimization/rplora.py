@@ -15,7 +15,6 @@ class RPLoRA(api.StepHooks, api.LowRank):
     Source: `create_riemannian_optimizer` of PEFT, whose default `delta` is 0.01.
     """
 
-    title = "RPLoRA"
     paper = "Zhang and Pilanci, arXiv 2402.02347"
     year = 2024
     deviations = """PEFT takes pseudo-inverses; here a lane diverges if a matrix is singular in its dtype. The

@@ -20,7 +20,6 @@ class SineLoRA(api.DenseUpdate):
     Source: llm/peft/src/peft/tuners/sinlora.py of samy-ji/Sine-Low-Rank.
     """
 
-    title = "SineLoRA"
     paper = "Ji et al., arXiv 2403.19243"
     year = 2024
     verified_by = api.VerifiedBy.AUTHORS_CODE

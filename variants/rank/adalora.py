@@ -37,7 +37,6 @@ class AdaLoRA(api.StepHooks, api.RankAllocation, api.AuxiliaryLoss, api.LowRank)
     (`rank` must not), the rows cannot all be orthogonal, as in PEFT.
     """
 
-    title = "AdaLoRA"
     paper = "Zhang et al., arXiv 2303.10512"
     year = 2023
     deviations = """PEFT's orthogonality loss moves the A and B of pruned triplets until T. Here their

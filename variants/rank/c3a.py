@@ -22,7 +22,6 @@ class C3A(api.PeftFormat, api.Variant):
     FFT, in float32 or float64. PEFT recommends a learning rate of about 0.1.
     """
 
-    title = "C3A"
     paper = "Chen et al., arXiv 2407.19342"
     year = 2024
     deviations = """PEFT refuses a layer whose sides `block_size` does not divide; an exported adapter names b

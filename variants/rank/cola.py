@@ -20,7 +20,6 @@ class COLA(ReLoRA):
     The parts of the training have equal lengths.
     """
 
-    title = "COLA"
     paper = "Xia et al., arXiv 2401.04151"
     year = 2024
     verified_by = api.VerifiedBy.PAPER

@@ -19,7 +19,6 @@ class DenseLoRA(api.SharedTensors, api.Variant):
     Source: `tuners/lora.py` of the authors' code (mulin-ahu/DenseLoRA), which has the two GELU.
     """
 
-    title = "DenseLoRA"
     paper = "Mu et al., arXiv 2505.23808"
     year = 2025
     deviations = """The authors' code also has dropout before M and after B. It never enables its layers,

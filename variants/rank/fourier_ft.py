@@ -24,7 +24,6 @@ class FourierFT(api.InitTogether, api.PeftFormat, api.DenseUpdate):
     `peft:FOURIERFT` trains with PEFT's locations.
     """
 
-    title = "FourierFT"
     paper = "Gao et al., arXiv 2405.03003"
     year = 2024
     deviations = """In a layer with fewer than `frequencies` weights, which PEFT refuses, every entry is

@@ -29,7 +29,6 @@ class GoRA(api.InitTogether, api.RankAllocation, api.Calibrated, api.LowRank):
     Source: the paper's equations, and the authors' code (`gora.py`).
     """
 
-    title = "GoRA"
     paper = "He et al., arXiv 2502.12171"
     year = 2025
     deviations = """The authors' code has a positive B, which is a step of gradient ascent, and rounds ranks

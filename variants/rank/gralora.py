@@ -22,7 +22,6 @@ class GraLoRA(api.PeftFormat, api.Variant):
     uses k = 4 from rank 64, and of a total rank of 16 it gives 8 to the hybrid.
     """
 
-    title = "GraLoRA"
     paper = "Jung et al., arXiv 2505.20355"
     year = 2025
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION

@@ -17,7 +17,6 @@ class HiRA(api.PeftFormat, api.DenseUpdate):
     Source: PEFT's HIRA. The authors' code (hqsiswiliam/hira) has the same rule and initialization.
     """
 
-    title = "HiRA"
     paper = "Huang et al., ICLR 2025, OpenReview TwJrTz9cRS"
     year = 2025
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION

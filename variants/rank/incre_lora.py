@@ -42,7 +42,6 @@ class IncreLoRA(api.StepHooks, api.RankAllocation, api.AuxiliaryLoss, api.LowRan
     trainer, which their scripts use instead of `compute_orth_regu`).
     """
 
-    title = "IncreLoRA"
     paper = "Zhang et al., arXiv 2308.12043"
     year = 2023
     deviations = """

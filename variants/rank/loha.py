@@ -17,7 +17,6 @@ class LoHa(api.PeftFormat, api.DenseUpdate):
     N(0, 1) and B1 from N(0, 0.1^2), with B2 = 0.
     """
 
-    title = "LoHa"
     paper = "Hyeon-Woo et al., arXiv 2108.06098"
     year = 2021
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION

@@ -23,7 +23,6 @@ class LoKr(api.PeftFormat, api.Variant):
     matrix X (in1, in2), adds s C X D^T to the output.
     """
 
-    title = "LoKr"
     paper = "Yeh et al., arXiv 2309.14859"
     year = 2023
     deviations = "LyCORIS sets A (or D) to zero in place of C, and has s = 1 if D is not low-rank."

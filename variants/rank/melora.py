@@ -20,7 +20,6 @@ class MELoRA(api.LowRank):
     Source: `tuners/melora.py` of the authors' code (ChasonShi/MELoRA).
     """
 
-    title = "MELoRA"
     paper = "Ren et al., arXiv 2402.17263"
     year = 2024
     verified_by = api.VerifiedBy.AUTHORS_CODE

@@ -16,7 +16,6 @@ class MiSS(api.PeftFormat, api.Variant):
     initialization; PEFT's other forms "bat" (a function of W) and "mini" are not implemented.
     """
 
-    title = "MiSS"
     paper = "Kang et al., arXiv 2409.15371"
     year = 2024
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION

@@ -25,7 +25,6 @@ class MoRA(api.Variant):
     Source: `_apply_mora` in github.com/kongds/MoRA, types 6 (equation 9 of the paper) and 1 (equation 6).
     """
 
-    title = "MoRA"
     paper = "Jiang et al., arXiv 2405.12130"
     year = 2024
     verified_by = api.VerifiedBy.AUTHORS_CODE

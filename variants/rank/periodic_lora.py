@@ -19,7 +19,6 @@ class PeriodicLoRA(COLA):
     published none, and the paper's abstract.
     """
 
-    title = "PeriodicLoRA"
     paper = "Meng et al., arXiv 2402.16141"
     year = 2024
     deviations = """The survey's code merges after every step and keeps the optimizer's state, although the

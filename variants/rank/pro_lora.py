@@ -23,7 +23,6 @@ class PRoLoRA(api.LowRank):
     Source: `modules/chunkwise_sharing_LoRA.py` of the authors' code (Forence1999/PRoLoRA).
     """
 
-    title = "PRoLoRA"
     paper = "Wang et al., arXiv 2402.16902"
     year = 2024
     verified_by = api.VerifiedBy.AUTHORS_CODE

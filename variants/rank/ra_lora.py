@@ -25,7 +25,6 @@ class RaLoRA(api.Calibrated, api.LowRank):
     Source: the authors' code (`ralora.py`) with equal ranks; RaLoRA-Pro allocates ranks as GoRA besides.
     """
 
-    title = "RaLoRA"
     paper = "Ye et al., ICLR 2026, OpenReview kObvnQ6pUx"
     year = 2026
     deviations = """The authors' code has no default of `max_power`, and raises an error if n does not

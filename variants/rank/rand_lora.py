@@ -30,7 +30,6 @@ class RandLoRA(api.SharedTensors, api.LowRank):
     Source: `tuners/randlora/` of the authors' code (PaulAlbert31/RandLoRA) and of PEFT.
     """
 
-    title = "RandLoRA"
     paper = "Albert et al., arXiv 2502.00987"
     year = 2025
     deviations = """PEFT has no `base_limit`, and no 1 / sqrt(n), which is the authors' (`normalized`). A lane

@@ -25,7 +25,6 @@ class RaSA(api.InitTogether, api.SharedTensors, api.LowRank):
     Source: `tuners/rasa/` of the authors' code (zwhe99/RaSA).
     """
 
-    title = "RaSA"
     paper = "He et al., arXiv 2503.12576"
     year = 2025
     deviations = """The authors' code refuses layers of one type with different shapes; here the pool has the

@@ -30,7 +30,6 @@ class ReLoRA(api.StepHooks, api.RateScales, api.LowRank):
     at random).
     """
 
-    title = "ReLoRA"
     paper = "Lialin et al., arXiv 2307.05695"
     year = 2023
     deviations = """

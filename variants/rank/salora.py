@@ -35,7 +35,6 @@ class SaLoRA(api.StepHooks, api.RateScales, api.RankAllocation, api.LowRank):
     and the target falls as in FLOP (arXiv 1910.04732), whose gates in training are the same.
     """
 
-    title = "SaLoRA"
     paper = "Hu et al., Mathematics 11(20) 4317"
     year = 2023
     mutable_buffers = frozenset({"noise"})

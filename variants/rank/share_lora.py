@@ -17,7 +17,6 @@ class ShareLoRA(api.SharedTensors, api.LowRank):
     Source: `GLUE/run_glue_share.py` and `sharelora/` of the authors' code (Rain9876/ShareLoRA).
     """
 
-    title = "ShareLoRA"
     paper = "Song et al., arXiv 2406.10785"
     year = 2024
     verified_by = api.VerifiedBy.AUTHORS_CODE

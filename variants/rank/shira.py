@@ -18,7 +18,6 @@ class SHiRA(api.PeftFormat, api.DenseUpdate):
     gradient or structure are not implemented.
     """
 
-    title = "SHiRA"
     paper = "Bhardwaj et al., arXiv 2406.13175"
     year = 2024
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION

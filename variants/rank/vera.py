@@ -28,7 +28,6 @@ class VeRA(api.SharedTensors, api.LowRank):
     VeRA needs larger learning rates than LoRA.
     """
 
-    title = "VeRA"
     paper = "Kopiczko et al., arXiv 2310.11454"
     year = 2023
     deviations = """A lane draws A and B from its own seed, while PEFT has one `projection_prng_key` for all.

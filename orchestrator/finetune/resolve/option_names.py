@@ -19,8 +19,7 @@ from orchestrator.study.options import StudyOptions
 from orchestrator.study.space import Space
 from orchestrator.util.errors import UsageError, suggest_nearest
 from variants import catalogue
-from variants.traits import AdaptationScope
-from variants.variant_names import FILE_SUFFIX, PEFT_PREFIX, canonical_name
+from variants.traits import FILE_SUFFIX, PEFT_PREFIX, AdaptationScope, canonical_name
 
 MAX_TRIED_RANK = 64
 """The largest rank with which `_try_variant` tries a variant. It keeps the layer small, whose sides are at

@@ -38,7 +38,7 @@ from orchestrator.study.options import StudyOptions
 from orchestrator.study.space import Space, apply_values
 from orchestrator.util.errors import UsageError, format_error, report_user_errors
 from variants import catalogue
-from variants.source_cache import cached, source_digest
+from variants.catalogue import cached, source_digest
 from variants.traits import AdaptationScope
 
 _PROGRAM = Path(__file__).parents[2]
