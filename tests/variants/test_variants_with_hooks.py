@@ -14,6 +14,7 @@ from torch import Tensor
 from variants import catalogue
 from variants.adapters import Adapters
 from variants.api import FrozenLayer, UnsupportedError, VariantSettings
+from variants.baseline.lora import LoRA
 from variants.merging import merge_and_detach
 from variants.storage import load_peft, save_peft
 from variants.testing.cases import CASES, Case
@@ -267,3 +268,8 @@ def test_lanes_are_independent_through_all_phases(name: str) -> None:
 def test_adaloras_phases_are_in_order() -> None:
     with pytest.raises(UnsupportedError, match="warmup and final"):
         catalogue.get("adalora").validate_settings(VariantSettings(extra={"warmup": 0.6, "final": 0.5}))
+
+
+def test_a_hook_without_its_mixin_is_refused_with_the_fix() -> None:
+    with pytest.raises(TypeError, match=r"Mine defines after_step, .*: class Mine\(api\.StepHooks, \.\.\.\)"):
+        type("Mine", (LoRA,), {"after_step": lambda self, lane: None})
