@@ -149,7 +149,9 @@ def _get(name: str) -> Variant:
     if name.startswith(PEFT_PREFIX):
         from variants.peft_bridge import peft_variant
 
-        return peft_variant(name)
+        by_type = {each.replace("_", ""): each for each in _axis_by_name()}
+        own = by_type.get(name.removeprefix(PEFT_PREFIX).lower())
+        return peft_variant(name, None if own is None else _get_built_in(own))
     if name in entry_points_by_name():
         return load_entry_point(name)
     raise ValueError(_describe_unknown(name))

@@ -90,14 +90,10 @@ class LaneTensors:
         Lanes that lie side by side, in the order in which they were added, get views of the common storage;
         other lanes get a copy, which is made again after a write of one of their tensors.
         """
-        stack: Mapping[str, Tensor] | None = self._view_stacks.get(lanes)
-        if stack is None:
-            with torch.inference_mode(False):  # the stacks of an evaluation are used in training too
-                stack = self._make_stack(lanes)
-        if len(lanes) == 1 and torch.is_grad_enabled():
-            # Autograd writes the gradients of one lane itself, in less time than the hook of a stack.
-            return {**stack, **{name: p.unsqueeze(0) for name, p in self.trainable[lanes[0]].items()}}
-        return stack
+        if (views := self._view_stacks.get(lanes)) is not None:
+            return views
+        with torch.inference_mode(False):  # the stacks of an evaluation are used in training too
+            return self._make_stack(lanes)
 
     def _make_stack(self, lanes: tuple[str, ...]) -> Mapping[str, Tensor]:
         if self._storage is None:
