@@ -30,6 +30,9 @@ from variants.hooks import (
     RateScales,
     SharedTensors,
     StepHooks,
+    parameter_lr_scale,
+    schedule_lr_scale,
+    statistic_of,
 )
 from variants.low_rank import LowRank
 from variants.peft_format import PeftFormat, PeftMethod
@@ -42,6 +45,6 @@ __all__ = [
     "FrozenUpdate", "FusesBase", "GradientConstants", "InitTogether", "InitialTensors", "Int", "LaneView",
     "LayerRandom", "LayerView", "Layers", "LowRank", "MergeError", "Number", "Params", "PeftFormat",
     "PeftMethod", "RandomOf", "RankAllocation", "RateScales", "SharedTensors", "Start", "StepHooks",
-    "UnsupportedError", "Variant", "VariantSettings", "VerifiedBy", "baddbmm", "bmm", "shared_settings",
-    "stable_seed",
+    "UnsupportedError", "Variant", "VariantSettings", "VerifiedBy", "baddbmm", "bmm", "parameter_lr_scale",
+    "schedule_lr_scale", "shared_settings", "stable_seed", "statistic_of",
 ]  # fmt: skip
