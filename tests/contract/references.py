@@ -41,8 +41,7 @@ from torch import Tensor, nn
 
 from variants.adapters import Adapters
 from variants.targets import is_conv1d
-from variants.testing.cases import Case
-from variants.testing.rig import model_output
+from variants.testing.rig import Case, model_output
 
 REFERENCES: dict[str, Reference] = {}
 """A trusted implementation of each variant that has one, by the variant's name."""

@@ -12,8 +12,9 @@ from torch import Tensor
 from variants import catalogue
 from variants.adapters import Adapters
 from variants.api import AdaptationScope, Batching, VariantSettings
-from variants.testing.cases import CASES, Case
 from variants.testing.rig import (
+    CASES,
+    Case,
     attach_lanes,
     lane_inputs,
     lane_outputs,

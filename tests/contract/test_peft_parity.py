@@ -13,7 +13,7 @@ from references import ADALORA_FIXED_RANKS, OTHER_SETTINGS, REFERENCES, replace_
 from variants import catalogue
 from variants.api import VerifiedBy
 from variants.peft_format import peft_method
-from variants.testing.cases import Case
+from variants.testing.rig import Case
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,7 @@ from torch import Tensor
 from variants import catalogue
 from variants.adapters import Adapters
 from variants.api import AuxiliaryLoss, Batching, UnsupportedError, VariantSettings
-from variants.testing.cases import Case
-from variants.testing.rig import attach_lanes, lane_inputs, model_output, perturb_lanes
+from variants.testing.rig import Case, attach_lanes, lane_inputs, model_output, perturb_lanes
 
 CASE = Case("rank-one", out_features=64, in_features=48)
 WITHOUT_RANK_ONE = ["adamole", "goat", "gralora", "head_only", "hra", "lora_moe", "pro_lora", "psoft", "rasa"]

@@ -16,8 +16,7 @@ from variants import catalogue
 from variants.adapters import Adapters, attach
 from variants.api import AdaptationScope, Start, VariantSettings
 from variants.nf4 import NF4Linear
-from variants.testing.cases import Case
-from variants.testing.rig import attach_lanes, perturb_lanes
+from variants.testing.rig import Case, attach_lanes, perturb_lanes
 
 NAMES = [n for n in catalogue.names() if catalogue.get(n).adaptation_scope is AdaptationScope.TARGET_LAYERS]
 STARTING_AT_BASE = [name for name in NAMES if catalogue.get(name).start is Start.BASE]

@@ -12,8 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from variants import catalogue
 from variants.api import FrozenLayer, VariantSettings
-from variants.testing.cases import ROWS, Case
-from variants.testing.rig import attach_lanes, lane_inputs, perturb_lanes
+from variants.testing.rig import ROWS, Case, attach_lanes, lane_inputs, perturb_lanes
 
 IN, OUT, RANK, LANES = 24, 40, 3, 2
 

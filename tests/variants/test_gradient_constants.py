@@ -7,8 +7,15 @@ import torch
 
 from variants.api import FrozenLayer, Params, VariantSettings
 from variants.optimization.dora import DoRA
-from variants.testing.cases import ROWS, Case
-from variants.testing.rig import LaneOptimizer, attach_lanes, lane_inputs, lane_outputs, model_output
+from variants.testing.rig import (
+    ROWS,
+    Case,
+    LaneOptimizer,
+    attach_lanes,
+    lane_inputs,
+    lane_outputs,
+    model_output,
+)
 
 CASE = Case("norms")
 LAYERS = 4

@@ -29,7 +29,7 @@ from variants.hooks import statistic_of
 from variants.merging import merge_and_detach
 from variants.peft_format import peft_method
 from variants.storage import load_lane, load_peft, save_lane, save_peft
-from variants.testing.cases import LAW_SETTINGS
+from variants.testing.rig import LAW_SETTINGS
 
 SETTINGS = VariantSettings(rank=2, alpha=4.0)
 IDS = torch.arange(16).view(8, 2)

@@ -11,8 +11,9 @@ from torch import Tensor
 from variants import catalogue
 from variants.api import StepHooks, Variant
 from variants.lane_tensors import LaneTensors
-from variants.testing.cases import CASES, ROWS
 from variants.testing.rig import (
+    CASES,
+    ROWS,
     LaneOptimizer,
     attach_lanes,
     lane_inputs,

@@ -15,8 +15,10 @@ from variants import catalogue
 from variants.api import FrozenLayer, Params, VariantSettings
 from variants.baseline.lora import LoRA
 from variants.low_rank import LowRank, LowRankProduct
-from variants.testing.cases import CASES, ROWS, Case
 from variants.testing.rig import (
+    CASES,
+    ROWS,
+    Case,
     attach_lanes,
     calibrate_lane,
     lane_inputs,

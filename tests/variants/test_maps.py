@@ -16,8 +16,7 @@ from variants.rotations import (
     neumann_change,
     skew_symmetric,
 )
-from variants.testing.cases import Case
-from variants.testing.rig import attach_lanes, lane_outputs
+from variants.testing.rig import Case, attach_lanes, lane_outputs
 
 SHAPE = {"out_features": 40, "in_features": 24, "bias": True}
 

@@ -17,8 +17,9 @@ from variants.api import FrozenLayer, UnsupportedError, VariantSettings
 from variants.baseline.lora import LoRA
 from variants.merging import merge_and_detach
 from variants.storage import load_peft, save_peft
-from variants.testing.cases import CASES, Case
 from variants.testing.rig import (
+    CASES,
+    Case,
     LaneOptimizer,
     attach_lanes,
     lane_outputs,

@@ -20,8 +20,7 @@ from variants.api import (
     Variant,
     VariantSettings,
 )
-from variants.testing.cases import Case
-from variants.testing.rig import LaneOptimizer, attach_lanes, model_output, perturb_lanes
+from variants.testing.rig import Case, LaneOptimizer, attach_lanes, model_output, perturb_lanes
 
 ROWS, TOLERANCE = 8, 1e-9
 

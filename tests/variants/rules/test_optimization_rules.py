@@ -22,8 +22,7 @@ from variants.merging import merge_and_detach
 from variants.optimization.aurora import spline_basis
 from variants.optimization.lora_pro import _projected_pair, _solve_sylvester
 from variants.storage import load_peft, save_peft
-from variants.testing.cases import Case
-from variants.testing.rig import LaneOptimizer, attach_lanes, lane_outputs, model_output, perturb_lanes
+from variants.testing.rig import Case, LaneOptimizer, attach_lanes, lane_outputs, model_output, perturb_lanes
 
 # AuroRA's nonlinear layer, with splines in closed form.
 

@@ -15,8 +15,7 @@ from variants.adapters import Adapters
 from variants.api import FrozenLayer, Params, UnsupportedError, VariantSettings
 from variants.rank.salora import _gate
 from variants.storage import load_lane, save_lane
-from variants.testing.cases import Case
-from variants.testing.rig import LaneOptimizer, attach_lanes, model_output, perturb_lanes, train_step
+from variants.testing.rig import Case, LaneOptimizer, attach_lanes, model_output, perturb_lanes, train_step
 
 # GoRA: ranks by importance, and the initial update as a projected step of gradient descent.
 

@@ -14,8 +14,7 @@ from variants import catalogue
 from variants.adapters import Adapters, attach
 from variants.api import FrozenLayer, InitialTensors, Params, UnsupportedError, VariantSettings
 from variants.storage import load_lane, save_lane
-from variants.testing.cases import Case
-from variants.testing.rig import LaneOptimizer, attach_lanes, lane_outputs, perturb_lanes
+from variants.testing.rig import Case, LaneOptimizer, attach_lanes, lane_outputs, perturb_lanes
 
 # COLA: each LoRA of the chain is trained by a new AdamW on the weight with the earlier LoRAs merged in.
 

@@ -20,8 +20,8 @@ from variants.adapters import attach
 from variants.api import MergeError, Params, UnsupportedError, VariantSettings
 from variants.merging import merge_and_detach
 from variants.storage import load_peft, save_peft
-from variants.testing.cases import Case
 from variants.testing.rig import (
+    Case,
     LaneOptimizer,
     attach_lanes,
     base_outputs,
