@@ -314,17 +314,22 @@ class LaneOptimizer:
 
 def train_step(case: Case, adapters: Adapters, optimizers: Mapping[str, LaneOptimizer]) -> None:
     """Take one optimizer step of several lanes together."""
-    lanes, steps = tuple(optimizers), [each.steps_taken for each in optimizers.values()]
-    x = lane_inputs(case, lanes, steps)
     for optimizer in optimizers.values():
         optimizer.zero_grad()
+    backward(case, adapters, tuple(optimizers), [each.steps_taken for each in optimizers.values()])
+    for optimizer in optimizers.values():
+        optimizer.step()
+
+
+def backward(case: Case, adapters: Adapters, lanes: Sequence[str], steps: Sequence[int]) -> Tensor | None:
+    """Compute the gradients of several lanes, each at its own step, and return their auxiliary losses."""
+    x = lane_inputs(case, lanes, steps)
     with adapters.activate_lanes(lanes, steps, rows_per_lane=ROWS) as context:
         parts = zip(model_output(adapters.model, x).chunk(len(lanes)), x.chunk(len(lanes)), strict=True)
         losses = torch.stack([case.loss(out, rows) for out, rows in parts])
         auxiliary = context.auxiliary_loss()
         (losses if auxiliary is None else losses + auxiliary).sum().backward()
-    for optimizer in optimizers.values():
-        optimizer.step()
+    return auxiliary
 
 
 def train(case: Case, adapters: Adapters, steps: int) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from rule import check_update, initial_tensors, record_step
+from rule import adapt, check_update, initial_tensors, record_step
 from torch import Tensor
 
 from variants import catalogue
@@ -462,3 +462,28 @@ def test_uni_lora_the_factors_are_an_isometry_of_one_vector() -> None:
         torch.testing.assert_close(size, theta.square().sum())
     first, second = (adapters.frozen(lane)["model.layers.0.mlp.down_proj.IA"] for lane in ("0", "1"))
     assert (first != second).float().mean() > 0.9
+
+
+# VeRA's two matrices, which all layers share; tests/contract compares its rule with PEFT's.
+
+
+def test_vera_the_shared_matrices_fit_the_largest_layer_and_are_kaiming_uniform() -> None:
+    adapters = adapt("vera", VariantSettings(8, None), perturb=False)
+    frozen = adapters.frozen("0")
+    assert set(frozen) == {"group:vera.A", "group:vera.B"}
+    for matrix, shape in ((frozen["group:vera.A"], (256, 40)), (frozen["group:vera.B"], (40, 256))):
+        assert matrix.shape == shape
+        assert matrix.abs().max() <= (6 / shape[1]) ** 0.5
+        assert matrix.std().item() == pytest.approx((2 / shape[1]) ** 0.5, rel=0.05)
+
+
+def test_vera_the_shared_matrices_come_with_a_lane_from_its_seed_and_go_with_it() -> None:
+    adapters = adapt("vera", VariantSettings(8, None), perturb=False)
+    for lane, seed in (("other", 1), ("again", 0)):
+        adapters.add_lane(lane, adapters.settings, seed)
+    for name, mine in adapters.frozen("0").items():
+        assert torch.equal(mine, adapters.frozen("again")[name])
+        assert not torch.equal(mine, adapters.frozen("other")[name])
+    adapters.remove_lane("0")
+    (group,) = adapters.layer_groups.values()
+    assert set(group.frozen) == {"other", "again"}
