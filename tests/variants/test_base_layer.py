@@ -89,14 +89,6 @@ def test_a_layer_that_is_more_than_a_product_is_called(name: str) -> None:
                 assert torch.equal(model(x), expected), kind
 
 
-@pytest.mark.parametrize("kind", [nn.Linear, Conv1D, NF4Linear])
-@pytest.mark.parametrize("name", ["lora", "pissa", "dora", "vera", "hira"])
-def test_a_plain_layer_is_computed_without_a_call(name: str, kind: type[nn.Module]) -> None:
-    layer = NF4Linear.from_linear(nn.Linear(32, 32)) if kind is NF4Linear else kind(32, 32)
-    adapters = attach_lanes(CASE, catalogue.get(name), 1, model=OneLayer(layer))
-    assert adapters.layers["there.0"]._is_plain_product()
-
-
 IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu_,
     "clamp": lambda out: out.clamp_(-0.5, 0.5),
