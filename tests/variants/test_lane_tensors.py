@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from variants import catalogue
-from variants.api import StepHooks, Variant
+from variants.api import StepHooks, Variant, baddbmm, bmm
 from variants.lane_tensors import LaneTensors
 from variants.testing.rig import (
     CASES,
@@ -67,6 +67,20 @@ def test_a_parameter_stays_the_same_object_when_lanes_come_and_go() -> None:
         tensors.frozen["b"]["f"].fill_(7)
     assert torch.equal(stack["w"][0], 2 * value)
     assert (tensors.stack(("b", "c"))["f"][0] == 7).all()
+
+
+@pytest.mark.parametrize("lanes", [("b", "c"), ("d",), ("a", "c"), ("d", "a", "b")])
+def test_a_stack_of_some_lanes_has_their_values_after_every_write(lanes: tuple[str, ...]) -> None:
+    tensors = make_lanes()
+    tensors.stack(LANES)
+    for _ in range(2):
+        for name, own in (("w", tensors.trainable), ("f", tensors.frozen)):
+            assert torch.equal(tensors.stack(lanes)[name], torch.stack([own[lane][name] for lane in lanes]))
+        assert tensors.stack(lanes)["w"] is tensors.stack(lanes)["w"]
+        with torch.no_grad():
+            for lane in LANES:
+                tensors.trainable[lane]["w"].add_(1)
+                tensors.frozen[lane]["f"].add_(1)
 
 
 @pytest.mark.parametrize(
@@ -167,3 +181,21 @@ def test_lanes_train_after_an_evaluation_in_inference_mode(name: str, lanes: tup
             assert parameter.grad is not None
             assert expected.grad is not None
             assert torch.equal(parameter.grad, expected.grad)
+
+
+# Batch-invariant products give the same bits for every batch size.
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "sizes", [(4, 40, 24), (24, 40, 4), (40, 4, 24), (40, 24, 1), (40, 1, 24), (40, 1, 1)]
+)
+def test_a_batch_of_one_equals_one_of_several(sizes: tuple[int, int, int], dtype: torch.dtype) -> None:
+    rows, inner, columns = sizes
+    noise = torch.Generator().manual_seed(0)
+    for _ in range(500):
+        x = torch.randn(3, rows, inner, generator=noise).to(dtype)
+        y = torch.randn(3, inner, columns, generator=noise).to(dtype)
+        base = torch.randn(3, rows, columns, generator=noise).to(dtype)
+        assert torch.equal(bmm(x, y)[:1], bmm(x[:1], y[:1]))
+        assert torch.equal(baddbmm(base, x, y)[:1], baddbmm(base[:1], x[:1], y[:1]))

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from rule import weight_change
 from torch import Tensor
 
 from variants import catalogue
@@ -41,15 +42,6 @@ def train_steps(case: Case, adapters: Adapters, steps: int) -> Iterator[int]:
     for step in range(steps):
         train_step(case, adapters, optimizers)
         yield step + 1
-
-
-def delta_weight(adapters: Adapters, name: str, lane: str = "0") -> Tensor:
-    layer, settings = adapters.layers[name], adapters.lane_settings(lane)
-    with torch.no_grad():
-        return adapters.variant.delta_weight(
-            layer.lane_tensors(lane),
-            layer.frozen_layer.with_settings(settings, adapters.variant.scaling(settings)),
-        )
 
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -111,7 +103,7 @@ def test_relora_reaches_a_higher_rank_and_can_be_merged_and_exported(case: Case,
     adapters = attach_lanes(case, catalogue.get("relora"), 1, VariantSettings(2, 8.0))
     train(case, adapters, steps=8)
     name = next(iter(adapters.layers))
-    assert torch.linalg.matrix_rank(delta_weight(adapters, name)) == 2 * 4
+    assert torch.linalg.matrix_rank(weight_change(adapters, name)) == 2 * 4
     out = lane_outputs(case, adapters)
     save_peft(adapters, "0", tmp_path, "base")
     back = load_peft(case.build(), tmp_path, lane="0")
@@ -136,21 +128,21 @@ def test_delta_lora_equals_the_papers_stepwise_accumulation(model: str) -> None:
     adapters, reference = (attach_lanes(case, catalogue.get(name), 1) for name in ("delta_lora", "lora"))
     initial_weights = {name: layer.frozen_layer.weight.clone() for name, layer in adapters.layers.items()}
     k, taken = round(500 / 1562 * steps), train_steps(case, adapters, steps)
-    product = {name: delta_weight(reference, name) for name in initial_weights}
+    product = {name: weight_change(reference, name) for name in initial_weights}
     for t, now in enumerate(train_steps(case, reference, steps)):
         assert next(taken) == now
         for name, layer in reference.layers.items():
-            before, product[name] = product[name], delta_weight(reference, name)
+            before, product[name] = product[name], weight_change(reference, name)
             if t > k:
                 with torch.no_grad():
                     layer.base_layer.weight.add_(2.0 * (product[name] - before))  # type: ignore[operator]
             accumulated = layer.frozen_layer.weight - initial_weights[name] + product[name]
-            torch.testing.assert_close(delta_weight(adapters, name), accumulated, rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(weight_change(adapters, name), accumulated, rtol=1e-9, atol=1e-12)
         for name, tensor in reference.trainable("0").items():
             torch.testing.assert_close(adapters.trainable("0")[name], tensor, rtol=1e-9, atol=1e-12)
     assert k == 4
     for name in initial_weights:
-        assert (delta_weight(adapters, name) - product[name]).norm() > 0.1 * product[name].norm()
+        assert (weight_change(adapters, name) - product[name]).norm() > 0.1 * product[name].norm()
 
 
 def test_delta_lora_has_no_dropout() -> None:

@@ -76,6 +76,26 @@ def initial_tensors(
     return initial_layers(variant, {layer.name: layer}, settings, seed)[layer.name]
 
 
+def start_of(
+    name: str, weight: Tensor, settings: VariantSettings, seed: int = 0, statistic: Tensor | None = None
+) -> InitialTensors:
+    """Return a variant's initial tensors over a weight, calibrated with a statistic if one is given."""
+    variant = catalogue.get(name)
+    settings, layer = variant.validate_settings(settings), FrozenLayer("layer", weight, None)
+    if statistic is not None:
+        found = variant.reduce_calibration(layer.with_settings(settings), statistic)
+        layer = FrozenLayer("layer", weight, None, calibration=found)
+    return initial_tensors(variant, layer, settings, seed)
+
+
+@torch.no_grad()
+def weight_change(adapters: Adapters, layer: str, lane: str = "0") -> Tensor:
+    """Return W' - W of a lane in one layer, which is what a merge adds."""
+    settings, own = adapters.lane_settings(lane), adapters.layers[layer]
+    frozen = own.frozen_layer.with_settings(settings, adapters.variant.scaling(settings))
+    return adapters.variant.delta_weight(own.lane_tensors(lane), frozen)
+
+
 def check_update(
     name: str,
     change: Change,

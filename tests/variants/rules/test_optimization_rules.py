@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from rule import adapt, check_output, check_update, initial_tensors, record_step
+from rule import adapt, check_output, check_update, initial_tensors, record_step, start_of
 from scipy.interpolate import BSpline
 from torch import Tensor, nn
 
@@ -74,9 +74,8 @@ def test_aurora_entries_far_outside_the_grid_have_no_spline() -> None:
 
 
 def test_aurora_the_nonlinear_layer_starts_as_in_the_studys_code() -> None:
-    layer, settings = FrozenLayer("layer", torch.zeros(20, 30), None), VariantSettings(16, 16.0)
-    settings = VARIANT.validate_settings(settings)
-    starts = [initial_tensors(VARIANT, layer, settings, seed=seed) for seed in range(40)]
+    settings = VariantSettings(16, 16.0)
+    starts = [start_of("aurora", torch.zeros(20, 30), settings, seed) for seed in range(40)]
     h = torch.stack([start.trainable["H"] for start in starts])
     c = torch.stack([start.trainable["C"] for start in starts])
     torch.testing.assert_close(h.std(), torch.tensor(0.25), rtol=0.05, atol=0)
@@ -107,10 +106,7 @@ def test_delora_update(initial: str) -> None:
 
 
 def test_delora_both_factors_start_kaiming_uniform() -> None:
-    variant = catalogue.get("delora")
-    settings = variant.validate_settings(VariantSettings(16))
-    layer = FrozenLayer("layer", torch.zeros(400, 900), None)
-    start = initial_tensors(variant, layer, settings)
+    start = start_of("delora", torch.zeros(400, 900), VariantSettings(16))
     for name, bound in (("A", 1 / 30), ("B", 1 / 4)):
         tensor = start.trainable[name]
         assert 0.99 * bound < tensor.abs().max() <= bound
@@ -189,9 +185,7 @@ def test_dude_update_normalizes_the_weight_with_the_residual() -> None:
 
 def test_dude_start_is_that_of_pissa_with_the_norms_of_the_weight() -> None:
     weight = torch.randn(20, 14, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    variant = catalogue.get("dude")
-    settings = variant.validate_settings(VariantSettings(RANK, ALPHA))
-    start = initial_tensors(variant, FrozenLayer("layer", weight, None), settings)
+    start = start_of("dude", weight, VariantSettings(RANK, ALPHA))
     u, s, vh = torch.linalg.svd(weight, full_matrices=False)
     product = start.trainable["B"] @ start.trainable["A"]
     torch.testing.assert_close(ALPHA / RANK * product, (u[:, :RANK] * s[:RANK]) @ vh[:RANK])
@@ -549,11 +543,9 @@ def test_moslora_the_update_is_the_product_of_three_matrices() -> None:
 
 
 def test_moslora_the_mixer_starts_as_kaiming_uniform() -> None:
-    variant, layer = catalogue.get("moslora"), FrozenLayer("layer", torch.zeros(20, 30), None)
     mixers = []
     for seed in range(50):
-        settings = variant.validate_settings(VariantSettings(16, 16.0))
-        initial = initial_tensors(variant, layer, settings, seed=seed).trainable
+        initial = start_of("moslora", torch.zeros(20, 30), VariantSettings(16, 16.0), seed).trainable
         mixers.append(initial["M"])
         assert not initial["B"].any()
     values, bound = torch.stack(mixers), 1 / math.sqrt(16)
@@ -579,9 +571,7 @@ def test_multi_lora_the_update_is_the_scaled_sum_of_the_modules() -> None:
 
 
 def test_multi_lora_only_the_scales_start_at_zero() -> None:
-    variant, layer = catalogue.get("multi_lora"), FrozenLayer("layer", torch.zeros(200, 300), None)
-    settings = variant.validate_settings(VariantSettings(4, 8.0))
-    initial = initial_tensors(variant, layer, settings).trainable
+    initial = start_of("multi_lora", torch.zeros(200, 300), VariantSettings(4, 8.0)).trainable
     assert not initial["g"].any()
     assert 0.99 * 300**-0.5 < initial["A"].abs().max() < 300**-0.5
     assert 0.49 < initial["B"].abs().max() < 0.5

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from rule import adapt, check_update, initial_tensors, record_step
+from rule import adapt, check_update, record_step, start_of, weight_change
 from torch import Tensor
 
 from variants import catalogue
-from variants.adapters import Adapters, attach
+from variants.adapters import attach
 from variants.api import FrozenLayer, InitialTensors, Params, UnsupportedError, VariantSettings
 from variants.storage import load_lane, save_lane
 from variants.testing.rig import Case, LaneOptimizer, attach_lanes, lane_outputs, perturb_lanes
@@ -96,11 +96,7 @@ def test_melora_the_overall_rank_is_the_number_of_blocks_times_the_rank() -> Non
     for name, parameter in adapters.trainable("0").items():
         if name.endswith(".B"):
             torch.nn.init.normal_(parameter)
-    layer = adapters.layers["there.0"]
-    change = adapters.variant.delta_weight(
-        layer.lane_tensors("0"), layer.frozen_layer.with_settings(adapters.settings, 2.0)
-    )
-    assert torch.linalg.matrix_rank(change) == 12
+    assert torch.linalg.matrix_rank(weight_change(adapters, "there.0")) == 12
     assert sum(p.numel() for p in adapters.trainable("0").values()) == 4 * 3 * (24 + 96)
 
 
@@ -135,17 +131,6 @@ def test_periodic_lora_the_update_is_the_sum_of_all_products() -> None:
     check_update("periodic_lora", change)
 
 
-def changes(adapters: Adapters) -> dict[str, Tensor]:
-    settings = adapters.lane_settings("0")
-    with torch.no_grad():
-        return {
-            name: adapters.variant.delta_weight(
-                layer.lane_tensors("0"), layer.frozen_layer.with_settings(settings, 2.0)
-            )
-            for name, layer in adapters.layers.items()
-        }
-
-
 @pytest.mark.parametrize("momentum", [0.1, 0.75, 1.0])
 def test_periodic_lora_a_merge_takes_a_part_of_the_product(momentum: float) -> None:
     """A and B are multiplied by 1 - m, so (1 - m)^2 of the product remains beside the merged part."""
@@ -157,12 +142,12 @@ def test_periodic_lora_a_merge_takes_a_part_of_the_product(momentum: float) -> N
     assert not any(tensor.any() for tensor in adapters.frozen("0").values())
     optimizer.total_steps = 10**6  # without a merge after the fourth step
     record_step(PERIODIC_LORA_CASE, adapters, optimizer)
-    before = changes(adapters)
+    before = {name: weight_change(adapters, name) for name in adapters.layers}
     values = {name: parameter.detach().clone() for name, parameter in adapters.trainable("0").items()}
     adapters.after_step("0", 4, 8, optimizer.optimizer)
-    for name, now in changes(adapters).items():
+    for name, old in before.items():
         remaining = momentum + (1 - momentum) ** 2
-        torch.testing.assert_close(now, remaining * before[name])
+        torch.testing.assert_close(weight_change(adapters, name), remaining * old)
         a, b = (adapters.trainable("0")[f"{name}.{key}"] for key in "AB")
         if momentum < 1:
             torch.testing.assert_close(a, (1 - momentum) * values[f"{name}.A"])
@@ -208,19 +193,11 @@ def test_pro_lora_the_update_has_rotated_copies(unshared: int, in_copies: int, o
 
 
 def test_pro_lora_the_update_has_the_full_rank_with_fewer_values() -> None:
-    adapters = attach_lanes(
-        Case("square", out_features=64, in_features=64),
-        catalogue.get("pro_lora"),
-        1,
-        VariantSettings(8, 16.0),
-    )
+    case = Case("square", out_features=64, in_features=64)
+    adapters = attach_lanes(case, catalogue.get("pro_lora"), 1, VariantSettings(8, 16.0))
     for parameter in adapters.trainable("0").values():
         torch.nn.init.normal_(parameter)
-    layer = adapters.layers["there.0"]
-    change = adapters.variant.delta_weight(
-        layer.lane_tensors("0"), layer.frozen_layer.with_settings(adapters.settings, 2.0)
-    )
-    assert torch.linalg.matrix_rank(change) == 8
+    assert torch.linalg.matrix_rank(weight_change(adapters, "there.0")) == 8
     count = sum(p.numel() for n, p in adapters.trainable("0").items() if n.startswith("there.0."))
     assert count == 7 * (32 + 32) + 64 + 64
 
@@ -263,12 +240,10 @@ def make_gradient(shape: tuple[int, int], rank: int) -> Tensor:
 def init(shape: tuple[int, int], effective_rank: int, settings: VariantSettings) -> InitialTensors:
     weight = torch.zeros(shape, dtype=torch.float64)
     gradient = make_gradient(shape, effective_rank)
-    calibration = RALORA.reduce_calibration(
-        FrozenLayer("layer", weight, None).with_settings(settings), gradient
-    )
-    assert calibration["effective_rank"].item() == pytest.approx(effective_rank, rel=0.01)
-    layer = FrozenLayer("layer", weight, None, calibration=calibration)
-    return initial_tensors(RALORA, layer, settings)
+    layer = FrozenLayer("layer", weight, None).with_settings(settings)
+    found = RALORA.reduce_calibration(layer, gradient)["effective_rank"]
+    assert found.item() == pytest.approx(effective_rank, rel=0.01)
+    return start_of("ra_lora", weight, settings, statistic=gradient)
 
 
 def test_ra_lora_the_update_is_block_diagonal() -> None:
