@@ -92,6 +92,16 @@ def test_lanes_of_rank_one_are_independent(name: str) -> None:
         if name not in WITHOUT_RANK_ONE:
             raise
         pytest.skip(str(refusal))
+    check_equal_bits(adapters)
+
+
+@pytest.mark.parametrize(("rank", "top_k"), [(2, 0), (2, 2), (16, 2)])
+def test_lanes_with_experts_of_rank_one_or_few_gates_are_independent(rank: int, top_k: int) -> None:
+    settings = VariantSettings(rank, 16.0, extra={"top_k": top_k})
+    check_equal_bits(attach_lanes(RANK_ONE, catalogue.get("lora_moe"), 3, settings))
+
+
+def check_equal_bits(adapters: Adapters) -> None:
     perturb_lanes(RANK_ONE, adapters)
     alone, grouped = (gradients(RANK_ONE, adapters, lanes) for lanes in (("1",), ("0", "1", "2")))
     assert alone
