@@ -367,31 +367,6 @@ def test_share_lora_a_lane_without_tensors_in_its_layers_is_restored(tmp_path: P
     assert torch.equal(lane_outputs(case, restored), lane_outputs(case, adapters))
 
 
-def test_share_lora_the_gradient_of_a_shared_factor_is_the_sum_over_its_layers() -> None:
-    case = Case("tall", out_features=24, in_features=16, dtype=torch.float64)
-    adapters = attach_lanes(case, catalogue.get("share_lora"), 1)
-    noise = torch.Generator().manual_seed(1)
-    for parameter in adapters.trainable("0").values():
-        parameter.data.copy_(torch.randn(parameter.shape, generator=noise, dtype=torch.float64))
-    x = case.rows(0)
-    with adapters.activate_lanes(["0"], 0):
-        adapters.model(x).square().sum().backward()
-    tensors = {name: p.detach().clone() for name, p in adapters.trainable("0").items()}
-    copies = {f"{side}.{block}": tensors[f"group:{side}.A"].clone().requires_grad_()
-              for side in ("there", "back") for block in (0, 1)}  # fmt: skip
-    model = case.build()
-    weights = {name: model.get_submodule(name).weight + 2.0 * tensors[f"{name}.B"] @ a
-               for name, a in copies.items()}  # fmt: skip
-    y = x
-    for block in (0, 1):
-        y = y + torch.tanh(y @ weights[f"there.{block}"].T) @ weights[f"back.{block}"].T
-    y.square().sum().backward()
-    for side in ("there", "back"):
-        gradients = [copies[f"{side}.{block}"].grad for block in (0, 1)]
-        assert all(g is not None for g in gradients)
-        torch.testing.assert_close(adapters.trainable("0")[f"group:{side}.A"].grad, sum(gradients))
-
-
 # Tied-LoRA's rule and initialization.
 
 
