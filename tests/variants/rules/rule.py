@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from variants.api import (
 from variants.testing.rig import Case, LaneOptimizer, attach_lanes, model_output, perturb_lanes
 
 ROWS, TOLERANCE = 8, 1e-9
+assert_close = partial(torch.testing.assert_close, rtol=TOLERANCE, atol=TOLERANCE)
 
 Change = Callable[[Mapping[str, Tensor], Tensor, VariantSettings, float], Tensor]
 """Function of (a layer's tensors, W (out, in), settings, s) that returns W' - W, (out, in)."""
@@ -129,12 +131,12 @@ def check_update(
         tensors, frozen = layer.lane_tensors("0"), layer.frozen_layer
         merged = adapters.variant.delta_weight(tensors, frozen.with_settings(lane, scaling))
         expected = change(tensors, frozen.weight, lane, scaling)
-        torch.testing.assert_close(merged, expected, rtol=TOLERANCE, atol=TOLERANCE)
+        assert_close(merged, expected)
         assert isinstance(adapters.variant, BiasUpdate) == (change_bias is not None)
         if isinstance(adapters.variant, BiasUpdate):
             merged_bias = adapters.variant.delta_bias(tensors, frozen.with_settings(lane, scaling))
             expected = change_bias(tensors, frozen.bias, lane)
-            torch.testing.assert_close(merged_bias, expected, rtol=TOLERANCE, atol=TOLERANCE)
+            assert_close(merged_bias, expected)
 
 
 def check_output(
@@ -175,18 +177,12 @@ def check_output(
         expected = x @ frozen.weight.T + frozen.bias + update(x, leaves, frozen.weight, lane, scaling)
         if change_bias is not None:
             expected = expected + change_bias(leaves, frozen.bias, lane)
-        torch.testing.assert_close(output, expected, rtol=TOLERANCE, atol=TOLERANCE)
+        assert_close(output, expected)
         (expected * direction).sum().backward()
-        torch.testing.assert_close(own_x.grad, x.grad, rtol=TOLERANCE, atol=TOLERANCE)
+        assert_close(own_x.grad, x.grad)
         for key, leaf in leaves.items():
             if leaf.requires_grad:
-                torch.testing.assert_close(
-                    tensors[key].grad,
-                    leaf.grad,
-                    rtol=TOLERANCE,
-                    atol=TOLERANCE,
-                    msg=lambda m, k=key: f"{k}: {m}",
-                )
+                assert_close(tensors[key].grad, leaf.grad, msg=lambda m, k=key: f"{k}: {m}")
     return adapters
 
 
