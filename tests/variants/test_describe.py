@@ -21,8 +21,7 @@ from variants.describe import (
     vllm_obstacle,
 )
 from variants.storage import save_peft
-from variants.testing.cases import CASES, Case
-from variants.testing.rig import attach_lanes
+from variants.testing.rig import CASES, Case, attach_lanes
 from variants.traits import Traits
 
 

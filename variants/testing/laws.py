@@ -24,8 +24,11 @@ from variants.hooks import RankAllocation, StepHooks, parameter_lr_scale
 from variants.merging import merge_and_detach
 from variants.peft_format import TaskType
 from variants.storage import load_lane, load_peft, save_lane, save_peft
-from variants.testing.cases import CASES, ROUNDS_BY_SIZE, ROWS, Case
 from variants.testing.rig import (
+    CASES,
+    ROUNDS_BY_SIZE,
+    ROWS,
+    Case,
     LaneOptimizer,
     NotApplicableError,
     attach_lanes,
