@@ -43,8 +43,7 @@ class Mixture(api.Variant):
         rank = settings.rank
         return next(experts for experts in range(min(most, rank), 0, -1) if rank % experts == 0)
 
-    def validate_settings(self, settings: api.VariantSettings) -> api.VariantSettings:
-        settings = super().validate_settings(settings)
+    def check_settings(self, settings: api.VariantSettings) -> None:
         experts, top_k = self.expert_count(settings), int(settings.extra.get("top_k", 0))
         if experts == 1:
             most = settings["experts"]
@@ -53,7 +52,6 @@ class Mixture(api.Variant):
             )
         if top_k > experts:
             raise api.UnsupportedError(f"top_k {top_k}: there are {experts} experts; 0 weighs all of them")
-        return settings
 
     def scaling(self, settings: api.VariantSettings) -> float:
         assert settings.alpha is not None

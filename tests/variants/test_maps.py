@@ -9,7 +9,7 @@ from torch import Tensor
 from variants import catalogue
 from variants.adapters import Adapters
 from variants.api import VariantSettings
-from variants.rotations import (
+from variants.linalg import (
     cayley_change,
     multiply_blocks,
     multiply_rank_one,

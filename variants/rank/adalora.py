@@ -54,13 +54,11 @@ class AdaLoRA(api.StepHooks, api.RankAllocation, api.AuxiliaryLoss, api.LowRank)
     }
     peft = api.PeftMethod("ADALORA", {name: f"lora_{name}" for name in "AEB"})
 
-    def validate_settings(self, settings: api.VariantSettings) -> api.VariantSettings:
-        settings = super().validate_settings(settings)
+    def check_settings(self, settings: api.VariantSettings) -> None:
         if settings["warmup"] + settings["final"] >= 1:
             raise api.UnsupportedError(
                 "warmup and final: must be fractions of the total steps with a sum below 1"
             )
-        return settings
 
     def scaling(self, settings: api.VariantSettings) -> float:
         return super().scaling(settings) * settings.rank / (_initial_rank(settings) + 1e-5)

@@ -40,11 +40,9 @@ class LoKr(api.PeftFormat, api.Variant):
         adapts_conv1d=False,
     )
 
-    def validate_settings(self, settings: api.VariantSettings) -> api.VariantSettings:
-        settings = super().validate_settings(settings)
+    def check_settings(self, settings: api.VariantSettings) -> None:
         if settings["factor"] == 0:
             raise api.UnsupportedError("factor 0: must be at least 1, or -1 for no limit")
-        return settings
 
     def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
         (out1, out2), (in1, in2) = (_divide(side, layer.settings["factor"]) for side in layer.shape)

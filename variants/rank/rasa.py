@@ -35,11 +35,9 @@ class RaSA(api.InitTogether, api.SharedTensors, api.LowRank):
     def scaling(self, settings: api.VariantSettings) -> float:
         return 1.0
 
-    def validate_settings(self, settings: api.VariantSettings) -> api.VariantSettings:
-        settings = super().validate_settings(settings)
+    def check_settings(self, settings: api.VariantSettings) -> None:
         if settings["shared"] >= settings.rank:
             raise api.UnsupportedError(f"shared {settings['shared']}: must be below the rank {settings.rank}")
-        return settings
 
     def init_layer_group(self, layers: api.Layers, random: api.LayerRandom) -> api.InitialTensors:
         settings = api.shared_settings(layers)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from variants import catalogue
 from variants.adapters import check_fit
 from variants.api import FrozenLayer, UnsupportedError, VariantSettings
-from variants.rotations import nearest_divisor
+from variants.linalg import nearest_divisor
 
 # BOFT with one and with several butterfly factors, whose permutations are those of PEFT.
 
