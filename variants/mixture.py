@@ -74,7 +74,7 @@ class Mixture(api.Variant):
             settings: The settings; `top_k` keeps that many of a token's gates, and 0 keeps all of them.
         """
         probabilities = router_probabilities(x, params)
-        return keep_largest(probabilities, settings["top_k"]), probabilities
+        return keep_largest(probabilities, int(settings.extra.get("top_k", 0))), probabilities
 
     def features(self, x: Tensor, params: api.Params, experts: int) -> Tensor:
         """Return the factors of the columns of B before the gates weigh them, (K, N, rank).
