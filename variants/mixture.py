@@ -46,9 +46,8 @@ class Mixture(api.Variant):
     def check_settings(self, settings: api.VariantSettings) -> None:
         experts, top_k = self.expert_count(settings), int(settings.extra.get("top_k", 0))
         if experts == 1:
-            most = settings["experts"]
             raise api.UnsupportedError(
-                f"rank {settings.rank}: no number of experts from 2 to {most} divides it"
+                f"rank {settings.rank}: no number of experts from 2 to {settings['experts']} divides it"
             )
         if top_k > experts:
             raise api.UnsupportedError(f"top_k {top_k}: there are {experts} experts; 0 weighs all of them")

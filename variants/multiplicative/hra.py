@@ -45,8 +45,7 @@ class HRA(api.LowRank):
             )
 
     def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
-        pairs = layer.settings.rank // 2
-        half = random.kaiming("U", (layer.shape[1], pairs))
+        half = random.kaiming("U", (layer.shape[1], layer.settings.rank // 2))
         return api.InitialTensors({"U": half.repeat_interleave(2, dim=1)})
 
     def factors(self, params: api.Params, layer: api.FrozenLayer) -> tuple[Tensor, Tensor]:

@@ -49,8 +49,7 @@ class LoKr(api.PeftFormat, api.Variant):
         rank = layer.settings.rank
         shapes = {"A": (rank, in2), "B": (out2, rank)} if 2 * rank < max(out2, in2) else {"D": (out2, in2)}
         trainable = {name: random.kaiming(name, shape) for name, shape in shapes.items()}
-        c = layer.zeros(out1, in1)
-        return api.InitialTensors({"C": c, **trainable})
+        return api.InitialTensors({"C": layer.zeros(out1, in1), **trainable})
 
     def forward(self, x: Tensor, base: Tensor, params: api.Params, layer: api.FrozenLayer) -> Tensor:
         c = (layer.scaling * params["C"]).to(x.dtype)
