@@ -111,12 +111,17 @@ class Variant:
             raise UnsupportedError(f"alpha {alpha!r}: must be a finite number above 0")
         if not 0 <= dropout < 1:
             raise UnsupportedError(f"dropout {dropout!r}: must be at least 0 and below 1")
-        return VariantSettings(
+        complete = VariantSettings(
             rank if self.uses_rank else 0,
             alpha if self.uses_alpha else None,
             dropout if self.uses_dropout else 0.0,
             complete_extra(self.name, self.hyperparameters, settings.extra),
         )
+        self.check_settings(complete)
+        return complete
+
+    def check_settings(self, settings: VariantSettings) -> None:
+        """Raise an `UnsupportedError` if settings that are permitted one by one do not fit each other."""
 
     def largest_rank(self, layer: FrozenLayer) -> int | None:
         """Return the largest rank of a layer, or None if there is no limit."""

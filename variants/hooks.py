@@ -167,8 +167,8 @@ class SharedTensors:
         return ".".join(part for part in layer_name.split(".") if not part.isdigit())
 
     def shared_rank(self, settings: VariantSettings) -> int:
-        """Return the rank of the default's A and B."""
-        return settings.rank
+        """Return the rank of shared factors: `rank`, times `rank_factor` where the variant has it."""
+        return settings.rank * int(settings.extra.get("rank_factor", 1))
 
     def init_layer_group(self, layers: Layers, random: LayerRandom) -> InitialTensors:
         """Return one lane's initial tensors that the layers of a group share.
@@ -178,6 +178,11 @@ class SharedTensors:
             random: Random values for this lane and group.
         """
         return random.lora(self.shared_rank(shared_settings(layers)), largest_sides(layers))
+
+    def own_part(self, a: Tensor, b: Tensor, layer: FrozenLayer) -> tuple[Tensor, Tensor]:
+        """Return the part of A (..., rank, in) and B (..., out, rank) for a layer of smaller sides."""
+        out_features, in_features = layer.shape
+        return a[..., :in_features], b[..., :out_features, :]
 
 
 def largest_sides(layers: Layers) -> tuple[int, int]:

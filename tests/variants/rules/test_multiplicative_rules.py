@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from variants import catalogue
 from variants.adapters import Adapters, check_fit
 from variants.api import FrozenLayer, UnsupportedError, VariantSettings
-from variants.rotations import (
+from variants.linalg import (
     cayley_change,
     multiply_blocks,
     multiply_rank_one,
