@@ -22,8 +22,8 @@ import torch
 from kinds import KINDS
 
 from variants import catalogue
+from variants.__main__ import export_forms
 from variants.baseline.lora import LoRA
-from variants.describe import export_forms
 from variants.testing import CASES, LAWS, Case, NotApplicableError, applies, check_laws
 
 NAMES = catalogue.names()

@@ -11,15 +11,15 @@ import pytest
 from safetensors import safe_open
 
 from variants import catalogue
-from variants.__main__ import main
-from variants.api import RANK_MASK, FrozenLayer, InitialTensors, LayerRandom, VariantSettings
-from variants.baseline.lora import LoRA
-from variants.describe import (
+from variants.__main__ import (
     count_parameters,
     describe,
     export_forms,
+    main,
     vllm_obstacle,
 )
+from variants.api import RANK_MASK, FrozenLayer, InitialTensors, LayerRandom, VariantSettings
+from variants.baseline.lora import LoRA
 from variants.storage import save_peft
 from variants.testing.cases import CASES, Case
 from variants.testing.rig import attach_lanes
@@ -55,13 +55,13 @@ def test_each_entry_has_a_title_a_summary_and_an_explanation(
     name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     entry = describe(name)
-    assert entry.title
-    assert entry.summary
-    assert entry.is_control or (entry.authors and entry.paper)
+    assert entry["title"]
+    assert entry["summary"]
+    assert entry["is_control"] or (entry["authors"] and entry["paper"])
     text = output(capsys, name)
     assert max(map(len, text.splitlines()[:-1])) <= 80
     assert f"--variants {'' if name == 'lora' else 'lora '}{name}" in text.splitlines()[-1]
-    for own in entry.hyperparameters:
+    for own in entry["hyperparameters"]:
         assert f"{own['name']} = " in text
         assert own["help"], f"{name}: {own['name']} has no help"
 
@@ -101,7 +101,7 @@ def test_parameters_of_known_size() -> None:
         "full": None,
         "head_only": None,
     }
-    assert {name: describe(name).parameter_count for name in expected} == expected
+    assert {name: describe(name)["parameter_count"] for name in expected} == expected
 
 
 def test_a_count_that_depends_on_the_weight_is_not_shown() -> None:

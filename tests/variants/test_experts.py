@@ -10,9 +10,9 @@ from rule import initial_tensors
 from torch import Tensor, nn
 
 from variants import catalogue
+from variants.__main__ import count_parameters
 from variants.adapters import Adapters, attach
 from variants.api import ExtraSettings, FrozenLayer, UnsupportedError, VariantSettings
-from variants.describe import count_parameters
 from variants.mixture import keep_largest
 
 VARIANT = catalogue.get("lora_moe")
