@@ -27,7 +27,7 @@ from variants.__main__ import (
     read_methods,
     value_text,
 )
-from variants.traits import USER_AXIS
+from variants.variant_settings import USER_AXIS
 
 LINK = re.compile(r"(?<=\]\()[^)#\s]+")
 OPTIONS = "<!-- options -->"

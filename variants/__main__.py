@@ -19,13 +19,20 @@ import textwrap
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from variants import catalogue
-from variants.traits import FILE_SUFFIX, PEFT_AXIS, PEFT_PREFIX, AdaptationScope, canonical_name
-from variants.variant_settings import VariantSettings
+from variants.variant_settings import (
+    FILE_SUFFIX,
+    PEFT_AXIS,
+    PEFT_PREFIX,
+    AdaptationScope,
+    VariantSettings,
+    canonical_name,
+)
 
 if TYPE_CHECKING:
     from variants.api import Variant
@@ -135,6 +142,18 @@ def describe(name: str) -> Description:
     Raises:
         ValueError: There is no such entry.
     """
+    return _built_in().get(name) or _describe(name)
+
+
+@cache
+def _built_in() -> Mapping[str, Description]:
+    found: Mapping[str, Description] = catalogue.cached(
+        "descriptions", lambda: {name: _describe(name) for name in catalogue.built_in_names()}
+    )
+    return found
+
+
+def _describe(name: str) -> Description:
     variant = catalogue.get(name)
     is_tuner = variant.axis == PEFT_AXIS
     docstring = inspect.getmodule(type(variant)).__doc__ or ""

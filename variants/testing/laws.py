@@ -42,7 +42,7 @@ from variants.testing.rig import (
     train,
     train_step,
 )
-from variants.traits import PEFT_AXIS
+from variants.variant_settings import PEFT_AXIS
 
 DROPOUT_SETTINGS = VariantSettings(rank=4, alpha=8.0, dropout=0.1)
 
