@@ -36,8 +36,19 @@ from variants.hooks import (
 )
 from variants.low_rank import LowRank
 from variants.peft_format import PeftFormat, PeftMethod
-from variants.traits import AdaptationScope, Batching, CalibrationStatistic, Start, VerifiedBy
-from variants.variant_settings import Choice, ExtraSettings, Flag, Int, Number, VariantSettings
+from variants.variant_settings import (
+    AdaptationScope,
+    Batching,
+    CalibrationStatistic,
+    Choice,
+    ExtraSettings,
+    Flag,
+    Int,
+    Number,
+    Start,
+    VariantSettings,
+    VerifiedBy,
+)
 
 __all__ = [
     "RANK_MASK", "AdaptationScope", "AuxiliaryLoss", "Batching", "BiasUpdate", "Calibrated",

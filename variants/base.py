@@ -26,8 +26,16 @@ from variants.errors import UnsupportedError
 from variants.frozen_layer import FrozenLayer, InitialTensors, LayerRandom, Params
 from variants.hooks import MIXINS, GradientConstants, check_mixins
 from variants.peft_format import PeftFormat
-from variants.traits import AdaptationScope, Batching, Start, VerifiedBy
-from variants.variant_settings import ExtraSettings, Hyperparameter, VariantSettings, complete_extra
+from variants.variant_settings import (
+    AdaptationScope,
+    Batching,
+    ExtraSettings,
+    Hyperparameter,
+    Start,
+    VariantSettings,
+    VerifiedBy,
+    complete_extra,
+)
 
 
 class Variant:

@@ -22,8 +22,7 @@ from variants.frozen_layer import (
     RandomOf,
     shared_settings,
 )
-from variants.traits import CalibrationStatistic
-from variants.variant_settings import VariantSettings
+from variants.variant_settings import CalibrationStatistic, VariantSettings
 
 RANK_MASK = "mask"
 """Name of a layer's frozen tensor with a 1 for each rank in use and a 0 for the others."""

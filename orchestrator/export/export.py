@@ -19,7 +19,7 @@ from orchestrator.study.names import store_command
 from orchestrator.util import atomic_files
 from orchestrator.util.atomic_files import DamagedFileError
 from orchestrator.util.errors import UsageError
-from variants.traits import FILE_SUFFIX, short_name
+from variants.variant_settings import FILE_SUFFIX, short_name
 
 if TYPE_CHECKING:
     from orchestrator.finetune.models.base_model import BaseModel
