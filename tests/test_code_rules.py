@@ -28,7 +28,7 @@ BUDGETS = {
 }
 """Package -> (modules, lines of code) that it may have at most. A change that makes one smaller
 lowers its numbers; a change that raises one says what that is worth."""
-DOC_WORDS = 39_927
+DOC_WORDS = 39_902
 """Words that all pages may have together."""
 
 

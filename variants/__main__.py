@@ -134,10 +134,10 @@ def describe_all() -> list[Description]:
 
 
 def describe(name: str) -> Description:
-    """Return an entry for readers and programs; what does not apply to it is empty.
+    """Return the description of an entry. A field that does not apply is empty.
 
-    "rule" is the docstring of the variant's class, "checked" what the implementation was compared with, and
-    "parameter_count" that of `LAYERS` layers with sides `SIDE` at rank `RANK`.
+    "rule" is the docstring of the variant's class. "checked" is the value of its `verified_by`.
+    "parameter_count" is the number of trainable values in `LAYERS` layers of `SIDE` x `SIDE` at rank `RANK`.
 
     Raises:
         ValueError: There is no such entry.
@@ -193,8 +193,8 @@ def count_parameters(
 ) -> int | None:
     """Return the number of trainable values of a lane in the given layers.
 
-    The layers are initialized on the device "meta", where tensors have shapes and no values. Of a layer with
-    masked ranks, as many ranks count as the settings state, which is their mean at the end of the training.
+    The layers are initialized on the device "meta", where tensors have shapes and no values. If a
+    variant masks ranks, `settings.rank` ranks of each layer count: the mean number at the end of training.
 
     Args:
         variant: The variant.
@@ -236,11 +236,12 @@ def count_parameters(
 
 
 def export_forms(variant: Variant) -> dict[str, dict[str, Any]]:
-    """Return in which forms the lanes of a variant can be exported, besides the exact file of a lane.
+    """Return the forms in which a trained lane can be exported.
 
     Returns:
-        "peft" (an adapter that PeftModel and AutoPeftModel load), "vllm" (the same folder, served by vLLM)
-        and "merged" (a plain model of transformers) -> "possible", and "note": a reason or a condition.
+        Form -> {"possible": bool, "note": the reason for a refusal or the condition}. The form "peft" is an
+        adapter for PeftModel, "vllm" is the same folder served by vLLM, and "merged" is a plain model of
+        transformers.
     """
     from variants.peft_format import PeftFormat, peft_obstacle
 
@@ -278,7 +279,7 @@ def vllm_obstacle(config: Mapping[str, Any]) -> str:
 
 
 def read_methods() -> list[Description]:
-    """Return the methods of `taxonomy.toml`, whose head explains the fields, sorted by axis and leaf."""
+    """Return the methods of `taxonomy.toml`, sorted by axis and leaf. Its head explains the fields."""
     absent = {"variant": "", "reason": "", "also": [], "survey_code": False, "evaluated": False, "peft": ""}
     return [
         {"title": title, "axis": axis, "leaf": leaf, "paper": "", **absent, **fields}

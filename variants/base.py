@@ -129,7 +129,11 @@ class Variant:
         return complete
 
     def check_settings(self, settings: VariantSettings) -> None:
-        """Raise an `UnsupportedError` if settings that are permitted one by one do not fit each other."""
+        """Check the rules that link several settings. Each setting alone is permitted already.
+
+        Raises:
+            UnsupportedError: The settings break a rule.
+        """
 
     def largest_rank(self, layer: FrozenLayer) -> int | None:
         """Return the largest rank of a layer, or None if there is no limit."""

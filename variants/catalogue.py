@@ -73,10 +73,10 @@ def get(name: str) -> Variant:
 
 
 def traits(name: str) -> Mapping[str, Any]:
-    """Return the attributes of a variant that a study reads before it trains, by name.
+    """Return those attributes of a variant that a study reads before it trains, as name -> value.
 
-    For a variant of this package they are cached, so that torch need not be imported; `StrEnum`s are then
-    plain strings.
+    The names are those of `_TRAITS`. The values of this package's variants come from a cache on disk, so
+    that torch is not imported. In the cache a `StrEnum` is a plain string: compare it with `==`.
 
     Raises:
         ValueError: As for `get`.
@@ -148,7 +148,7 @@ def _get(name: str) -> Variant:
 
 
 def _load_file(path: str, source: bytes | None) -> Variant:
-    """Return the variant in a Python file, named after the file; see `load`."""
+    """Return the variant in a Python file, and name it after the file. Arguments as in `load`."""
     from variants.api import Variant
 
     path, is_known = os.path.realpath(path), source is not None

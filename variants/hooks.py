@@ -166,7 +166,7 @@ class SharedTensors:
         return ".".join(part for part in layer_name.split(".") if not part.isdigit())
 
     def shared_rank(self, settings: VariantSettings) -> int:
-        """Return the rank of shared factors: `rank`, times `rank_factor` where the variant has it."""
+        """Return the rank of the shared A and B: `rank` times the hyperparameter `rank_factor`, if any."""
         return settings.rank * int(settings.extra.get("rank_factor", 1))
 
     def init_layer_group(self, layers: Layers, random: LayerRandom) -> InitialTensors:
@@ -179,7 +179,7 @@ class SharedTensors:
         return random.lora(self.shared_rank(shared_settings(layers)), largest_sides(layers))
 
     def own_part(self, a: Tensor, b: Tensor, layer: FrozenLayer) -> tuple[Tensor, Tensor]:
-        """Return the part of A (..., rank, in) and B (..., out, rank) for a layer of smaller sides."""
+        """Return the first `in` columns of A (..., rank, >= in) and `out` rows of B (..., >= out, rank)."""
         out_features, in_features = layer.shape
         return a[..., :in_features], b[..., :out_features, :]
 

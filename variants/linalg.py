@@ -174,10 +174,10 @@ def multiply_rank_one(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
 
 def _padding(size: int) -> int:
-    """Return the number of zeros that are appended to a block.
+    """Return the number of zeros to append, so that the size becomes a multiple of 4.
 
-    MKL sums in another order where a matrix of a batch is not aligned to 16 bytes, and then a lane's result
-    would depend on its place among the lanes.
+    Each float32 matrix of a batch then begins at a multiple of 16 bytes. MKL sums unaligned matrices in
+    another order, so a lane's result would depend on its position among the lanes.
     """
     return -size % 4
 

@@ -1,4 +1,4 @@
-"""A user's Python file with a task or a variant: it is identified by its code and executed as a module."""
+"""Functions that check, hash and execute a user's Python file, which defines a task or a variant."""
 
 from __future__ import annotations
 

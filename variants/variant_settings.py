@@ -1,4 +1,7 @@
-"""Names, traits and hyperparameters of variants: what programs know of them without importing torch."""
+"""Names of variants, enumerations of their properties, and their hyperparameters.
+
+The module does not import torch, so that programs can check settings quickly.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +57,7 @@ def canonical_key(key: str) -> str:
 
 
 def short_name(name: str) -> str:
-    """Return a name without characters that file names and MLflow's model names cannot have.
+    """Return a name with underscores in place of characters that file names and MLflow's model names forbid.
 
     Different variants may have the same short name.
     """
@@ -64,7 +67,7 @@ def short_name(name: str) -> str:
 
 @cache
 def entry_points_by_name() -> dict[str, EntryPoint]:
-    """Return the entry points of installed packages that are variants, by the variant's name."""
+    """Return the entry points under which installed packages register variants, by the variant's name."""
     return {each.name.replace("-", "_"): each for each in entry_points(group=ENTRY_POINT_GROUP)}
 
 

@@ -52,7 +52,7 @@ OTHER_SETTINGS: dict[str, dict[str, Reference]] = {}
 
 
 def method(kind: type[PeftConfig], **fields: object) -> Callable[[list[str]], PeftConfig]:
-    """Return a function that makes PEFT's config of a method with these fields."""
+    """Return a function that builds a PEFT config of one class with these fields."""
     return lambda targets: kind(target_modules=targets, **fields)
 
 
@@ -62,7 +62,7 @@ def modules_of(reference_model: PeftModel) -> dict[str, Any]:
 
 
 def copy_from_layers(attribute: str) -> Callable[[PeftModel, Adapters, Case], None]:
-    """Return a function that copies a tensor of each of PEFT's layers to the lane's only frozen one."""
+    """Return a function that copies one tensor of each PEFT layer to the only frozen one of our layer."""
 
     def init(reference_model: PeftModel, adapters: Adapters, case: Case) -> None:
         modules = modules_of(reference_model)

@@ -151,7 +151,7 @@ def _init_buffers(trainable: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def initial_rank(settings: api.VariantSettings) -> int:
-    """Return the rank of each layer at the start, `initial` * rank rounded up."""
+    """Return the rank of each layer at step 0: the hyperparameter `initial` times the rank, rounded up."""
     return math.ceil(round(settings["initial"] * settings.rank, 6))
 
 

@@ -99,5 +99,5 @@ class RandLoRA(api.SharedTensors, api.LowRank):
         return replace(super().settings_from_peft(config), extra=extra)
 
     def _basis_count(self, shape: tuple[int, int], settings: api.VariantSettings) -> int:
-        """Return n for a layer of this shape."""
+        """Return n, the number of random bases, for a layer of this shape."""
         return math.ceil(min(*shape, settings["base_limit"]) / self.shared_rank(settings))

@@ -88,7 +88,7 @@ class ReLoRA(api.StepHooks, api.RateScales, api.LowRank):
         view.trainable["B"].zero_()
 
     def restart_optimizer(self, lane: api.LaneView, parameter: Tensor) -> None:
-        """Change AdamW's state after a merge: here both moments become zero where |exp_avg| is smallest."""
+        """Set both moments of AdamW to zero where |exp_avg| is smallest. It runs after each merge."""
         moments = lane.moments(parameter)
         first = moments["exp_avg"].flatten()
         # A sort, because torch.quantile refuses more than 16 million values.

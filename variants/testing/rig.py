@@ -104,9 +104,9 @@ class Case:
 
 
 class Rectangles(nn.Module):
-    """Two residual blocks, each with a layer (out, in) and a layer (in, out).
+    """A model of two residual blocks. Each block has a layer (out, in) and a layer (in, out).
 
-    With `head` they are followed by a task's head of two layers, as RoBERTa has it.
+    With `head`, a task's head of two linear layers follows the blocks, as in RoBERTa.
     """
 
     def __init__(self, out_features: int, in_features: int, bias: bool, head: bool) -> None:
@@ -322,7 +322,17 @@ def train_step(case: Case, adapters: Adapters, optimizers: Mapping[str, LaneOpti
 
 
 def backward(case: Case, adapters: Adapters, lanes: Sequence[str], steps: Sequence[int]) -> Tensor | None:
-    """Compute the gradients of several lanes, each at its own step, and return their auxiliary losses."""
+    """Compute the gradients of several lanes in one backward pass.
+
+    Args:
+        case: The case of the laws, with its model and loss.
+        adapters: The adapters that hold the lanes.
+        lanes: The K lanes.
+        steps: Each lane's optimizer step, which determines its inputs and dropout masks.
+
+    Returns:
+        The lanes' auxiliary losses, (K,); None if the variant has none.
+    """
     x = lane_inputs(case, lanes, steps)
     with adapters.activate_lanes(lanes, steps, rows_per_lane=ROWS) as context:
         parts = zip(model_output(adapters.model, x).chunk(len(lanes)), x.chunk(len(lanes)), strict=True)
