@@ -79,20 +79,6 @@ def baddbmm(base: Tensor, x: Tensor, y: Tensor) -> Tensor:
     return torch.baddbmm(base, x, y)
 
 
-def baddbmm_(base: Tensor, x: Tensor, y: Tensor) -> None:
-    """Add `torch.bmm(x, y)` to `base` in place, with the same bits for one lane as for several.
-
-    Args:
-        base: (K, n, p).
-        x: (K, n, m), m > 1.
-        y: (K, m, p), p > 1.
-    """
-    if x.dtype is torch.bfloat16 and _needs_second_copy(x):
-        base.copy_(baddbmm(base, x, y))
-    else:
-        base.baddbmm_(x, y)
-
-
 def _needs_second_copy(x: Tensor) -> bool:
     return x.device.type == "cpu" and len(x) == 1
 

@@ -40,9 +40,6 @@ class DenseUpdate(FusesBase, Variant):
     def forward(self, x: Tensor, base: Tensor, params: Params, layer: FrozenLayer) -> Tensor:
         return DenseProduct.apply(x, base, self, layer, tuple(params), *params.values())
 
-    def fuses(self, layer: FrozenLayer) -> bool:
-        return layer.stored_weight.dtype == layer.dtype
-
     def forward_with_base(self, x: Tensor, params: Params, layer: FrozenLayer) -> Tensor:
         return DenseProduct.apply(x, None, self, layer, tuple(params), *params.values())
 

@@ -44,8 +44,12 @@ class FusesBase:
         super().__init_subclass__(**options)
 
     def fuses(self, layer: FrozenLayer) -> bool:
-        """Return whether the variant computes this layer together with the update; by default it does."""
-        return True
+        """Return whether the variant computes this layer together with the update.
+
+        By default it does if both have one dtype. In a lower precision than the lanes' dtype, the sum of W
+        and a small update would be W.
+        """
+        return layer.stored_weight.dtype == layer.dtype
 
     def forward_with_base(self, x: Tensor, params: Params, layer: FrozenLayer) -> Tensor:
         """Return the adapted layer's outputs, (K*R, ..., out), without a call of the frozen layer.

@@ -50,9 +50,6 @@ class InputMap(FusesBase, Variant):
         change = self.map_input(x, params, layer)
         return self._map_output(layer.linear(change, base), params, layer)
 
-    def fuses(self, layer: FrozenLayer) -> bool:
-        return layer.stored_weight.dtype == layer.dtype
-
     def forward_with_base(self, x: Tensor, params: Params, layer: FrozenLayer) -> Tensor:
         rows = x.reshape(len(layer.scaling), -1, x.shape[-1])
         mapped = rows + self.map_input(rows, params, layer)

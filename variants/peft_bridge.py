@@ -107,6 +107,9 @@ class PeftTuner(api.FusesBase, api.PeftFormat, api.BiasUpdate, api.Variant):
         layer.cache[self._cache_key(layer)] = LayerTemplate(built, alpha)
         return api.InitialTensors(trainable, frozen)
 
+    def fuses(self, layer: api.FrozenLayer) -> bool:
+        return True
+
     def forward(self, x: Tensor, base: Tensor, params: api.Params, layer: api.FrozenLayer) -> Tensor:
         return self.forward_with_base(x, params, layer)
 

@@ -297,5 +297,5 @@ def test_a_lane_of_other_numerics_is_refused(tmp_path: Path, monkeypatch: pytest
     adapters.add_lane("a", VariantSettings(2), seed=5)
     save_lane(adapters, "a", tmp_path / "a.safetensors")
     monkeypatch.setattr(type(adapters.variant), "numerics", 3)
-    with pytest.raises(UnsupportedError, match="saved with numerics 1 of lora; this version has 3"):
+    with pytest.raises(UnsupportedError, match="saved with numerics 2 of lora; this version has 3"):
         load_lane(adapters, "b", tmp_path / "a.safetensors")

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from variants import api
 from variants.batch_invariant import pad_rank_one
-from variants.low_rank import LORA_PEFT, LowRank
+from variants.low_rank import LORA_PEFT, LowRank, prepare_factors
 
 CAST_NUMEL = 1 << 22
 """Number of values of W that are cast to the lanes' dtype at once: 16 MiB in float32."""
@@ -42,17 +42,16 @@ class DoRA(api.GradientConstants, api.DropoutOnBase, LowRank):
         return {"n": _row_norms(a, b, layer)}
 
     def prepare(self, params: api.Params, layer: api.FrozenLayer) -> api.Params:
-        a, b = pad_rank_one(*self.factors(params, layer))
         gain = params["m"] / params["n"]
-        prepared = {"A": a, "B": b * (gain.unsqueeze(2) * layer.scaling), "more": gain.unsqueeze(1) - 1}
-        return self.round_once(prepared, layer)
+        scale = gain.unsqueeze(2) * layer.scaling
+        more = (gain.unsqueeze(1) - 1).to(layer.stored_weight.dtype)
+        return {**prepare_factors(*self.factors(params, layer), scale, layer), "more": more}
 
     def forward(self, x: Tensor, base: Tensor, params: api.Params, layer: api.FrozenLayer) -> Tensor:
         unbiased = base if layer.bias is None else base - layer.bias
-        scaled = torch.addcmul(base, params["more"].to(x.dtype), unbiased)
+        scaled = torch.addcmul(base, params["more"], unbiased)
         return super().forward(x, scaled, params, layer)
 
-    forward_with_base = LowRank.forward_with_base  # it scales the frozen layer's output by "more", too
     delta_weight = api.Variant.delta_weight
 
 

@@ -23,5 +23,5 @@ class DuDe(DoRA, PiSSA):
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
 
     def prepare_frozen_update(self, params: api.Params, layer: api.FrozenLayer) -> api.Params:
-        unscaled = torch.zeros_like(params["m"]).unsqueeze(1)
-        return {**super().prepare_frozen_update(params, layer), "more": unscaled}
+        frozen = super().prepare_frozen_update(params, layer)
+        return {**frozen, "more": torch.zeros_like(frozen["B"][:, :, 0]).unsqueeze(1)}

@@ -43,7 +43,7 @@ class AdaLoRA(api.StepHooks, api.RankAllocation, api.AuxiliaryLoss, api.LowRank)
     deviations = """PEFT's orthogonality loss moves the A and B of pruned triplets until T. Here their
     gradients are zero after T - t_f."""
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
-    numerics = 2
+    numerics = 3
     typical_lr_scale = 10.0
     hook_only_buffers = AVERAGE_BUFFERS
     mutable_buffers = AVERAGE_BUFFERS | {api.RANK_MASK}

@@ -33,7 +33,6 @@ class VeRA(api.SharedTensors, api.LowRank):
     deviations = """A lane draws A and B from its own seed, while PEFT has one `projection_prng_key` for all.
     A and B are part of the checkpoint and of the export."""
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
-    numerics = 2
     uses_alpha = False
     typical_lr_scale = 10.0
     hyperparameters = {"rank_factor": api.Int(32, help="r divided by the rank of the settings")}
