@@ -92,15 +92,13 @@ class FullModelParameters:
     def __init__(self, model: nn.Module, excluded: Iterable[nn.Module]) -> None:
         """Find the parameters, and the modules that use them, outside of the excluded modules."""
         left_out = {id(inner) for module in excluded for inner in module.modules()}
-        self._uses: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
-        self._names: dict[nn.Parameter, tuple[str, str]] = {}
+        # Several modules may share a parameter (tied embeddings): the lane has one copy of it, for the first.
+        self._uses: dict[nn.Parameter, list[tuple[str, str, nn.Module]]] = {}
         for path, module in model.named_modules():
             own = module.named_parameters(recurse=False, remove_duplicate=False)
             for key, parameter in () if id(module) in left_out else own:
-                # Several modules may share a parameter (tied embeddings): the lane has one copy of it.
-                self._uses.setdefault(parameter, []).append((module, key))
-                self._names.setdefault(parameter, (f"{MODEL_PREFIX}{path}", key))
-        self.tensors = {owner: LaneTensors() for owner, _ in self._names.values()}
+                self._uses.setdefault(parameter, []).append((f"{MODEL_PREFIX}{path}", key, module))
+        self.tensors = {uses[0][0]: LaneTensors() for uses in self._uses.values()}
 
     def init(self) -> dict[str, dict[str, Tensor]]:
         """Return the model's parameters in the lane's dtype, as owner -> parameter -> tensor.
@@ -108,7 +106,7 @@ class FullModelParameters:
         A parameter that has this dtype already is not copied.
         """
         copies: dict[str, dict[str, Tensor]] = {owner: {} for owner in self.tensors}
-        for parameter, (owner, key) in self._names.items():
+        for parameter, [(owner, key, _), *_] in self._uses.items():
             copies[owner][key] = parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32))
         return copies
 
@@ -116,18 +114,22 @@ class FullModelParameters:
     def swap_in(self, lane: str) -> Iterator[None]:
         """Let the model compute with the lane's parameters; the backward pass has to run inside."""
         try:
-            for parameter, (owner, key) in self._names.items():
-                lane_parameter = self.tensors[owner].trainable[lane][key].to(parameter.dtype)
-                for module, slot in self._uses[parameter]:
-                    module._parameters[slot] = lane_parameter  # type: ignore[assignment]  # not a leaf
+            for parameter, uses in self._uses.items():
+                lane_parameter = self._of_lane(lane, parameter).to(parameter.dtype)
+                for _, key, module in uses:
+                    module._parameters[key] = lane_parameter  # type: ignore[assignment]  # not a leaf
             yield
         finally:
             for parameter, uses in self._uses.items():
-                for module, slot in uses:
-                    module._parameters[slot] = parameter
+                for _, key, module in uses:
+                    module._parameters[key] = parameter
 
     @torch.no_grad()
     def copy_to_model(self, lane: str) -> None:
         """Overwrite the model's parameters with the lane's."""
-        for parameter, (owner, key) in self._names.items():
-            parameter.copy_(self.tensors[owner].trainable[lane][key])
+        for parameter in self._uses:
+            parameter.copy_(self._of_lane(lane, parameter))
+
+    def _of_lane(self, lane: str, parameter: nn.Parameter) -> nn.Parameter:
+        owner, key, _ = self._uses[parameter][0]
+        return self.tensors[owner].trainable[lane][key]

@@ -298,5 +298,5 @@ def test_eva_masks_unused_ranks() -> None:
 @pytest.mark.parametrize("name", CALIBRATED)
 def test_a_lane_without_calibration_is_refused(name: str) -> None:
     adapters = attach(GPT2.build(), catalogue.get(name), VariantSettings(3, 6.0))
-    with pytest.raises(UnsupportedError, match=f"{name} starts from .*: calibrate first"):
+    with pytest.raises(UnsupportedError, match=f"{name} starts from data; call `calibrate` first"):
         adapters.add_lane("a", VariantSettings(3, 6.0), seed=0)

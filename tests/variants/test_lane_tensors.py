@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from variants import catalogue
-from variants.api import StepHooks, Variant, baddbmm, bmm
+from variants.api import InitialTensors, baddbmm, bmm
 from variants.lane_tensors import LaneTensors
 from variants.testing.rig import (
     CASES,
@@ -27,15 +27,9 @@ CPU = torch.device("cpu")
 LANES = ("a", "b", "c", "d")
 
 
-class WritesF(StepHooks, Variant):
-    """A variant whose hooks write the frozen tensor "f"."""
-
-    mutable_buffers = frozenset({"f"})
-
-
 def make_lanes(lanes: Sequence[str] = LANES) -> LaneTensors:
     """Return lanes with a parameter "w" and a frozen tensor "f" of random values."""
-    tensors = LaneTensors(WritesF())
+    tensors = LaneTensors()
     for lane in lanes:
         add_lane(tensors, lane)
     return tensors
@@ -44,7 +38,7 @@ def make_lanes(lanes: Sequence[str] = LANES) -> LaneTensors:
 def add_lane(tensors: LaneTensors, lane: str) -> None:
     generator = torch.Generator().manual_seed(ord(lane))
     w, f = (torch.randn(3, 5, generator=generator) for _ in range(2))
-    tensors.add_lane(lane, {"w": w}, {"f": f}, CPU)
+    tensors.add_lane(lane, InitialTensors({"w": w}, {"f": f}), CPU)
 
 
 def slices_of(stacked: Tensor) -> list[int]:

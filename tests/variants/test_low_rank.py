@@ -112,17 +112,10 @@ def test_only_the_input_the_hidden_values_and_computed_factors_are_kept(variant:
     adapters = attach_lanes(case, catalogue.get(variant), 1, VariantSettings(3, 6.0))
     layer = adapters.model.there[0]  # type: ignore[union-attr,index]
     x = lane_inputs(case, adapters.lanes).requires_grad_()
-    resident = {
-        t.untyped_storage().data_ptr()
-        for t in [
-            *adapters.model.parameters(),
-            *adapters.trainable("0").values(),
-            *adapters.frozen("0").values(),
-        ]
-    }
-
     with adapters.activate_lanes(adapters.lanes, 0, rows_per_lane=ROWS), keep_saved() as kept:
         layer(x)
+    of_lane = [*adapters.trainable("0").values(), *adapters.frozen("0").values()]
+    resident = {t.untyped_storage().data_ptr() for t in [*adapters.model.parameters(), *of_lane]}
     own = Counter(t.numel() for t in kept if t.untyped_storage().data_ptr() not in resident)
     factors = [6 * 24, 40 * 6] if variant == "pissa" else [40 * 3]
     inputs = [] if variant == "lora_fa" else [x.numel()]
