@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -57,7 +57,6 @@ class LaneHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (K*R, ..., in) to (K*R, ..., out) for the rows of the current context."""
         context = self.adapter_state.get_context(self.name)
-        context.called_layers.add(self.name)
         if not context.lanes and self.name not in context.head_weights:
             return self.base_layer(x.to(self.base_layer.weight.dtype))
         x = x.to(self.dtype)
@@ -66,16 +65,12 @@ class LaneHead(nn.Module):
         else:
             flat = x.reshape(1, -1, x.shape[-1])
             params = {name: tensor.unsqueeze(0) for name, tensor in context.head_weights[self.name].items()}
-        return _batched_linear(flat, params).view(*x.shape[:-1], -1)
-
-
-def _batched_linear(x: Tensor, params: Mapping[str, Tensor]) -> Tensor:
-    weight, bias = params["weight"], params.get("bias")
-    out = weight.shape[1]
-    if out == 1:  # PyTorch sums a single column in another order for one lane than for several
-        weight = nn.functional.pad(weight, (0, 0, 0, 1))
-    y = torch.bmm(x, weight.transpose(1, 2))[..., :out]
-    return y if bias is None else y + bias.unsqueeze(1)
+        weight, bias = params["weight"], params.get("bias")
+        out = weight.shape[1]
+        if out == 1:  # PyTorch sums a single column in another order for one lane than for several
+            weight = nn.functional.pad(weight, (0, 0, 0, 1))
+        y = torch.bmm(flat, weight.transpose(1, 2))[..., :out]
+        return (y if bias is None else y + bias.unsqueeze(1)).view(*x.shape[:-1], -1)
 
 
 class FullModelParameters:

@@ -10,14 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from variants.api import FrozenLayer, Params, Variant
-from variants.forward_context import (
-    AdapterState,
-    ForwardContext,
-    check_rows,
-    draw_dropout_masks,
-)
+from variants.forward_context import AdapterState, ForwardContext, check_rows, draw_dropout_masks
 from variants.hooks import AuxiliaryLoss, DropoutOnBase, FrozenUpdate, FusesBase, GradientConstants
-from variants.lane_tensors import LaneTensors, stack_by_name
+from variants.lane_tensors import LaneTensors
 from variants.nf4 import NF4Linear
 from variants.targets import view_layer
 
@@ -219,8 +214,11 @@ class LaneLinear(nn.Module):
             with torch.inference_mode(False), torch.no_grad():
                 tensors = variant.gradient_constants(self._stack_tensors(stale), self.group_layer(stale))
             for index, lane in enumerate(stale):
-                kept[lane] = versions[lane], {name: t[index] for name, t in tensors.items()}
-        return {**self._stack_tensors(lanes), **stack_by_name([kept[lane][1] for lane in lanes])}
+                kept[lane] = versions[lane], {name: t[index : index + 1] for name, t in tensors.items()}
+        first, *others = (kept[lane][1] for lane in lanes)
+        if others:
+            first = {name: torch.cat([t, *(each[name] for each in others)]) for name, t in first.items()}
+        return {**self._stack_tensors(lanes), **first}
 
     def _stack_tensors(self, lanes: tuple[str, ...]) -> Mapping[str, Tensor]:
         own = self.own_tensors.stack(lanes)

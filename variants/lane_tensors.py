@@ -16,13 +16,6 @@ MAX_COPIED_STACKS = 2
 """Largest number of copied stacks kept (for lanes that are not adjacent in the storage)."""
 
 
-def stack_by_name(lanes: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Return the tensors of K lanes as (K, ...) by name; views if there is one lane."""
-    if len(lanes) == 1:
-        return {name: tensor.unsqueeze(0) for name, tensor in lanes[0].items()}
-    return {name: torch.stack([each[name] for each in lanes]) for name in lanes[0]}
-
-
 class LaneTensors:
     """Tensors of several lanes: each lane has its own, and computation gets them stacked.
 
