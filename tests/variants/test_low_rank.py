@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from variants import catalogue
 from variants.api import FrozenLayer, Params, VariantSettings
 from variants.baseline.lora import LoRA
+from variants.forward_context import draw_dropout_masks
 from variants.low_rank import LowRank, LowRankProduct
 from variants.optimization.dora import DoRA
 from variants.testing.rig import (
@@ -317,8 +318,6 @@ def test_dropout_drops_the_input_of_the_update_alone(dtype: torch.dtype) -> None
     with torch.no_grad(), adapters.activate_lanes(["0"], 0) as context:
         out = layer(x)
         context.mask_draws.clear()
-    from variants.forward_context import draw_dropout_masks
-
     with torch.no_grad():
         mask = draw_dropout_masks(x.view(1, -1, 32), 0.5, "there.0", context, adapters.state.seeds)
         a, b = (adapters.trainable("0")[f"there.0.{name}"] for name in "AB")
