@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 import torch
@@ -15,7 +15,6 @@ from variants import api
 from variants.errors import BypassedLayerError
 from variants.forward_context import AdapterState, ForwardContext, LaneDropout, TableDropout
 from variants.full_parameters import MODEL_PREFIX, FullModelParameters, LaneHead
-from variants.hooks import statistic_of
 from variants.lane_linear import LaneLinear
 from variants.lane_tensors import LaneTensors
 from variants.nf4 import NF4Linear
@@ -78,8 +77,8 @@ def attach(
             )
     views = [view_layer(name, layer).with_settings(settings) for name, layer in target_layers.items()]
     limits = {view.name: limit for view in views if (limit := variant.largest_rank(view)) is not None}
-    if limits and settings.rank > min(limits.values()):
-        name = min(limits, key=limits.__getitem__)
+    name = min(limits, key=limits.__getitem__, default="")
+    if limits and settings.rank > limits[name]:
         raise api.UnsupportedError(
             f"rank {settings.rank} is larger than layer {name} allows: at most {limits[name]}"
         )
@@ -148,7 +147,7 @@ class Adapters:
         layers: The adapted layers by dotted path.
         heads: The task's linear layers by dotted path.
         layer_groups: Tensors that several layers share, by owner.
-        full_model: The lane's copies of all parameters outside the heads; None without full fine-tuning.
+        full_model: The lane's copies of all parameters outside the heads; empty without full fine-tuning.
         tensors_by_owner: The tensors of all lanes, by owner.
     """
 
@@ -161,7 +160,7 @@ class Adapters:
         heads: Mapping[str, nn.Module],
         base_dropout: bool = False,
     ) -> None:
-        self.model, self.variant, self.state = model, variant, AdapterState()
+        self.model, self.variant, self.settings, self.state = model, variant, settings, AdapterState()
         self.layers: dict[str, LaneLinear] = {}
         self.layer_groups: dict[str, LaneTensors] = {}
         for name, base in target_layers.items():
@@ -169,27 +168,25 @@ class Adapters:
             if isinstance(variant, api.SharedTensors):
                 shared = self.layer_groups.setdefault(group_owner(variant, name), LaneTensors(variant))
             self.layers[name] = LaneLinear(name, base, variant, self.state, shared)
-        self.settings = variant.validate_settings(settings)
-        self.state.group_settings = replace(self.settings, alpha=None)
         self.heads = {
             name: LaneHead(name, base, self.state)  # type: ignore[arg-type]  # attach() admits only Linear
             for name, base in heads.items()
         }
-        self._attention_modules: list[nn.Module] = []
-        self._replaced_modules = self._replace_modules(base_dropout)
-        self._original_requires_grad = [(each, each.requires_grad) for each in model.parameters()]
+        self._undo = ExitStack()
+        self._replace_modules(base_dropout)
+        for parameter in model.parameters():
+            self._undo.callback(parameter.requires_grad_, parameter.requires_grad)
         model.requires_grad_(False)
         is_full = variant.adaptation_scope is api.AdaptationScope.FULL_MODEL
-        self.full_model = FullModelParameters(model, self.heads.values()) if is_full else None
+        self.full_model = FullModelParameters(model if is_full else nn.Module(), self.heads.values())
         self.tensors_by_owner: dict[str, LaneTensors] = {
             **{name: layer.own_tensors for name, layer in self.layers.items()},
             **self.layer_groups,
             **{name: head.own_tensors for name, head in self.heads.items()},
-            **(self.full_model.tensors if self.full_model is not None else {}),
+            **self.full_model.tensors,
         }
 
-    def _replace_modules(self, base_dropout: bool) -> list[tuple[nn.Module, str, nn.Module]]:
-        """Put the lanes' modules into the model, and return the replaced ones as (parent, key, module)."""
+    def _replace_modules(self, base_dropout: bool) -> None:
         wrappers = (*self.layers.values(), *self.heads.values())
         replacements: dict[int, nn.Module] = {id(wrapper.base_layer): wrapper for wrapper in wrappers}
         for name, module in list(self.model.named_modules()) if base_dropout else ():
@@ -199,28 +196,18 @@ class Adapters:
             if hasattr(module, "is_causal"):  # an attention module of transformers
                 module.lane_dropout = LaneDropout(f"{name}.probabilities", 0.0, self.state)
                 module.training = True  # otherwise it passes dropout 0 to its attention function
-                self._attention_modules.append(module)
+                self._undo.callback(setattr, module, "training", False)
+                self._undo.callback(delattr, module, "lane_dropout")
         # A module may have several parents (tied layers): it is replaced in all of them.
-        replaced = [
-            (parent, key, child)
-            for parent in self.model.modules()
-            for key, child in parent._modules.items()
-            if child is not None and id(child) in replacements
-        ]
-        for parent, key, child in replaced:
-            parent._modules[key] = replacements[id(child)]
-        return replaced
+        for parent in list(self.model.modules()):
+            for key, child in parent._modules.items():
+                if child is not None and id(child) in replacements:
+                    self._undo.callback(parent._modules.__setitem__, key, child)
+                    parent._modules[key] = replacements[id(child)]
 
     def detach(self) -> None:
         """Restore the model bit for bit and remove all lanes; a second call has no effect."""
-        for parent, key, child in self._replaced_modules:
-            parent._modules[key] = child
-        for parameter, required in self._original_requires_grad:
-            parameter.requires_grad_(required)
-        for module in self._attention_modules:
-            del module.lane_dropout
-            module.training = False
-        self._replaced_modules, self._original_requires_grad, self._attention_modules = [], [], []
+        self._undo.close()
         for lane in self.lanes:
             self.remove_lane(lane)
 
@@ -261,11 +248,16 @@ class Adapters:
                 lane, or the calibration is missing.
             ValueError: The lane exists already.
         """
-        settings = self._check_new_lane(lane, settings)
-        statistic = statistic_of(self.variant)
-        if statistic.needs_data and calibration is None:
-            raise api.UnsupportedError(f"{self.variant.name} starts from {statistic}: calibrate first")
-        self._store_lane(lane, self._initial_tensors(settings, seed, calibration or {}), settings, seed)
+        settings, calibration = self._check_new_lane(lane, settings), calibration or {}
+        layers = {
+            name: replace(layer.frozen_layer, calibration=calibration.get(name, {}), settings=settings)
+            for name, layer in self.layers.items()
+        }
+        with torch.no_grad():
+            initial = init_layers(self.variant, layers, seed)
+            whole = {**self.init_heads(seed), **self.full_model.init()}
+        initial |= {owner: api.InitialTensors(tensors) for owner, tensors in whole.items()}
+        self._store_lane(lane, initial, settings, seed)
 
     def restore_lane(
         self,
@@ -303,7 +295,7 @@ class Adapters:
         del self.state.settings[self._require_lane(lane)], self.state.seeds[lane]
         for owner_tensors in self.tensors_by_owner.values():
             owner_tensors.remove_lane(lane)
-        self.state.invalidate()
+        self.state.generation += 1
 
     def init_heads(self, seed: int) -> dict[str, dict[str, Tensor]]:
         """Return the initial weights of each head for a lane with this seed."""
@@ -404,18 +396,15 @@ class Adapters:
         Raises:
             BypassedLayerError: The model read the weight of an adapted layer without calling the layer.
             KeyError: A lane does not exist.
-            ValueError: There is no lane, a lane occurs twice, or the number of dropout steps is wrong.
+            ValueError: There is no lane, or a lane occurs twice.
         """
         for lane in lanes:
             self._require_lane(lane)
         if not lanes or len(set(lanes)) != len(lanes):
             raise ValueError(f"rows of lanes {list(lanes)}: must be at least one, each once")
         steps = [dropout_step] * len(lanes) if isinstance(dropout_step, int) else dropout_step
-        if steps is not None and len(steps) != len(lanes):
-            raise ValueError(f"{len(steps)} dropout steps for {len(lanes)} lanes")
         context = ForwardContext(tuple(lanes), steps, micro_batch, rows_per_lane, shard, attention_mask)
-        full_model = self.full_model.swap_in(lanes[0]) if self.full_model is not None else nullcontext()
-        with self.state.activate(context), full_model:
+        with self.state.activate(context), self.full_model.swap_in(lanes[0]):
             yield context
             if bypassed := sorted(context.weight_reads - context.called_layers):
                 raise BypassedLayerError(
@@ -460,23 +449,11 @@ class Adapters:
                 )
         return settings
 
-    @torch.no_grad()
-    def _initial_tensors(
-        self, settings: api.VariantSettings, seed: int, calibration: CalibrationTensors
-    ) -> dict[str, api.InitialTensors]:
-        layers = {
-            name: replace(layer.frozen_layer, calibration=calibration.get(name, {}), settings=settings)
-            for name, layer in self.layers.items()
-        }
-        whole = {**self.init_heads(seed), **(self.full_model.init() if self.full_model is not None else {})}
-        initial = init_layers(self.variant, layers, seed)
-        return initial | {owner: api.InitialTensors(tensors) for owner, tensors in whole.items()}
-
     def _store_lane(
         self, lane: str, tensors: Mapping[str, api.InitialTensors], settings: api.VariantSettings, seed: int
     ) -> None:
         device = next(self.model.parameters()).device
         for owner, own in tensors.items():
-            self.tensors_by_owner[owner].add_lane(lane, own.trainable, own.frozen, device)
+            self.tensors_by_owner[owner].add_lane(lane, own, device)
         self.state.settings[lane], self.state.seeds[lane] = settings, seed
-        self.state.invalidate()
+        self.state.generation += 1

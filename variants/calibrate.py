@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import replace
 
@@ -34,8 +34,8 @@ def calibrate(
     A statistic of the weight needs no batches. The mean gradient is the mean over batches, the moment of the
     inputs is the mean over samples, and the covariance of the inputs is over all positions. Padding does not
     count in inputs. A layer's matrix has the shape (out, in) for gradients and (in, in) for inputs, in the
-    lanes' dtype. Layers are processed in groups whose matrices fit into the memory budget, in bytes, with one
-    pass over the same batches per group. The lanes do not take part.
+    lanes' dtype. Layers are processed in groups, with one pass over the same batches for each group, whose
+    matrices take at most the memory budget, in bytes, and one matrix more. The lanes do not take part.
 
     Returns:
         Layer -> the tensors of `reduce_calibration`, on the CPU.
@@ -49,7 +49,12 @@ def calibrate(
             name: _reduce(layer, settings, layer.frozen_layer.weight.to(layer.frozen_layer.dtype))
             for name, layer in adapters.layers.items()
         }
-    for group in _split_by_memory(adapters, memory_budget):
+    groups: dict[int, list[LaneLinear]] = {}
+    total = 0
+    for layer in adapters.layers.values():
+        total += layer.frozen_layer.dtype.itemsize * math.prod(_matrix_shape(layer, statistic))
+        groups.setdefault((total - 1) // memory_budget, []).append(layer)
+    for group in groups.values():
         accumulators = [_StatisticAccumulator(layer, statistic) for layer in group]
         batches = 0
         try:
@@ -67,31 +72,15 @@ def calibrate(
     return reduced
 
 
+def _matrix_shape(layer: LaneLinear, statistic: CalibrationStatistic) -> tuple[int, int]:
+    out_features, in_features = layer.frozen_layer.shape
+    return (out_features if statistic is CalibrationStatistic.MEAN_GRADIENT else in_features), in_features
+
+
 def _reduce(layer: LaneLinear, settings: VariantSettings, matrix: Tensor) -> dict[str, Tensor]:
     assert isinstance(layer.variant, Calibrated)
     tensors = layer.variant.reduce_calibration(layer.frozen_layer.with_settings(settings), matrix)
     return {key: tensor.cpu() for key, tensor in tensors.items()}
-
-
-def _split_by_memory(adapters: Adapters, memory_budget: int) -> Iterator[list[LaneLinear]]:
-    """Yield groups of layers whose matrices fit into the budget; a larger matrix has a group of its own."""
-    group: list[LaneLinear] = []
-    size = 0
-    for layer in adapters.layers.values():
-        shape = _matrix_shape(layer, statistic_of(adapters.variant))
-        layer_size = layer.frozen_layer.dtype.itemsize * math.prod(shape)
-        if group and size + layer_size > memory_budget:
-            yield group
-            group, size = [], 0
-        group.append(layer)
-        size += layer_size
-    if group:
-        yield group
-
-
-def _matrix_shape(layer: LaneLinear, statistic: CalibrationStatistic) -> tuple[int, int]:
-    out_features, in_features = layer.frozen_layer.shape
-    return (out_features if statistic is CalibrationStatistic.MEAN_GRADIENT else in_features), in_features
 
 
 class _StatisticAccumulator:
@@ -103,11 +92,8 @@ class _StatisticAccumulator:
         self.count = 0  # positions for the covariance, samples for the moment
         self.shift: Tensor | None = None  # for the covariance, the first batch's mean, to reduce cancellation
         self.shifted_sum = torch.zeros_like(self.matrix[0])
-        hook = {
-            CalibrationStatistic.MEAN_GRADIENT: self._accumulate_gradient,
-            CalibrationStatistic.INPUT_COVARIANCE: self._accumulate_covariance,
-            CalibrationStatistic.INPUT_MOMENT: self._accumulate_moment,
-        }[statistic]
+        reads_gradient = statistic is CalibrationStatistic.MEAN_GRADIENT
+        hook = self._accumulate_gradient if reads_gradient else self._accumulate_inputs
         self.handle = layer.base_layer.register_forward_hook(hook)
 
     def _mask(self, x: Tensor) -> Tensor:
@@ -121,30 +107,28 @@ class _StatisticAccumulator:
             return mask.to(x.device)
         return x.new_ones(x.shape[:-1] if x.dim() > 2 else (1, len(x)), dtype=torch.bool).flatten(1)
 
-    def _accumulate_covariance(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        x = args[0].detach().flatten(0, -2)[self._mask(args[0]).flatten()].to(self.matrix.dtype)
-        self.shift = x.mean(0) if self.shift is None else self.shift
-        x = x - self.shift
-        self.shifted_sum += x.sum(0)
-        self.matrix.addmm_(x.t(), x)
-        self.count += len(x)
-
-    def _accumulate_moment(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+    def _accumulate_inputs(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         mask = self._mask(args[0])
         x = args[0].detach().flatten(0, -2)[mask.flatten()].to(self.matrix.dtype)
-        sample = mask.nonzero()[:, 0]
-        largest = x.new_full((len(mask),), -math.inf).scatter_reduce(0, sample, x.amax(1), "amax").abs()
-        x = x / largest.where(largest > 0, 1.0)[sample].unsqueeze(1)
+        if self.statistic is CalibrationStatistic.INPUT_MOMENT:
+            sample = mask.nonzero()[:, 0]
+            largest = x.new_full((len(mask),), -math.inf).scatter_reduce(0, sample, x.amax(1), "amax").abs()
+            x = x / largest.where(largest > 0, 1.0)[sample].unsqueeze(1)
+            self.count += int(mask.any(1).sum())
+        else:
+            self.shift = x.mean(0) if self.shift is None else self.shift
+            x = x - self.shift
+            self.shifted_sum += x.sum(0)
+            self.count += len(x)
         self.matrix.addmm_(x.t(), x)
-        self.count += int(mask.any(1).sum())
 
     def compute(self, batch_count: int) -> Tensor:
         """Return the mean gradient over the batches, or the covariance or moment of the inputs."""
-        if self.statistic is not CalibrationStatistic.INPUT_COVARIANCE:
-            is_gradient = self.statistic is CalibrationStatistic.MEAN_GRADIENT
-            return self.matrix.div_(max(1, batch_count if is_gradient else self.count))
-        offset = self.shifted_sum / self.count
-        return self.matrix.div_(self.count).addr_(offset, offset, alpha=-1)
+        if self.statistic is CalibrationStatistic.MEAN_GRADIENT:
+            return self.matrix.div_(max(1, batch_count))
+        count = max(1, self.count)
+        offset = self.shifted_sum / count  # zero for the moment
+        return self.matrix.div_(count).addr_(offset, offset, alpha=-1)
 
     def _accumulate_gradient(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         x = args[0].detach().flatten(0, -2)

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from variants.api import FrozenLayer, Params, Variant, VariantSettings, stable_seed
+from variants.api import Params, VariantSettings, stable_seed
 from variants.errors import UnassignedRowsError
 
 
@@ -49,11 +48,10 @@ class ForwardContext:
     auxiliary_losses: dict[str, Tensor] = field(default_factory=dict)
     """Layer -> auxiliary loss of each lane, (K,)."""
     row_multiple: int = field(init=False)
-    """The number of rows of every layer's input is a multiple of this; 0 if it may be any number."""
+    """The number of rows of every layer's input is a multiple of this; 0 without lanes."""
 
     def __post_init__(self) -> None:
-        is_split = len(self.lanes) > 1 or self.rows_per_lane
-        self.row_multiple = len(self.lanes) * (self.rows_per_lane or 1) if is_split else 0
+        self.row_multiple = len(self.lanes) * (self.rows_per_lane or 1)
 
     def auxiliary_loss(self) -> Tensor | None:
         """Return the mean auxiliary loss over layers, (K,), or None if no layer has computed one."""
@@ -66,7 +64,6 @@ class AdapterState:
     Attributes:
         settings: Lane -> settings.
         seeds: Lane -> seed.
-        group_settings: The settings that all lanes share; their alpha is None.
         current_context: The context of the calls being made; None outside any context.
         generation: A number that changes with the set of lanes.
     """
@@ -74,10 +71,8 @@ class AdapterState:
     def __init__(self) -> None:
         self.settings: dict[str, VariantSettings] = {}
         self.seeds: dict[str, int] = {}
-        self.group_settings = VariantSettings(alpha=None)
         self.current_context: ForwardContext | None = None
         self.generation = 0
-        self._scalings: dict[Any, Tensor] = {}
 
     def get_context(self, layer_name: str) -> ForwardContext:
         """Return the context of the rows that a layer is computing.
@@ -114,23 +109,6 @@ class AdapterState:
         again = replace(context, mask_draws=dict(context.mask_draws), is_recomputation=True)
         return nullcontext(), self.activate(again)
 
-    def scaling(self, variant: Variant, lanes: tuple[str, ...], layer: FrozenLayer) -> Tensor:
-        """Return the factor s of each of K lanes, (K, 1, 1), with the layer's device and lane dtype."""
-        key = (lanes, layer.device, layer.dtype)
-        if (found := self._scalings.get(key)) is None:
-            factors = [variant.scaling(self.settings[lane]) for lane in lanes]
-            # Filled on the device: for the copy of a tensor from the CPU, the host would wait for a GPU.
-            # Training uses the factors too, which tensors made in inference mode would not permit.
-            with torch.inference_mode(False):
-                filled = [torch.full((1, 1, 1), f, dtype=layer.dtype, device=layer.device) for f in factors]
-                found = self._scalings[key] = torch.cat(filled)
-        return found
-
-    def invalidate(self) -> None:
-        """Delete what depends on the set of lanes, after a lane was added or removed."""
-        self._scalings.clear()
-        self.generation += 1
-
 
 def check_rows(x: Tensor, context: ForwardContext, layer_name: str) -> None:
     """Check that every row of a layer's input (K*R, ..., features) belongs to a lane.
@@ -138,7 +116,7 @@ def check_rows(x: Tensor, context: ForwardContext, layer_name: str) -> None:
     Raises:
         UnassignedRowsError: The number of rows is not a multiple of the number of lanes, or of K * R.
     """
-    if context.row_multiple and (x.dim() < 2 or x.shape[0] % context.row_multiple):
+    if x.dim() < 2 or x.shape[0] % context.row_multiple:
         raise UnassignedRowsError(
             f"{layer_name} was called with {x.shape[0]} rows, not a multiple of {len(context.lanes)} lanes x "
             f"{context.rows_per_lane or 1} rows: the other rows belong to no lane"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -57,7 +57,6 @@ class LaneHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (K*R, ..., in) to (K*R, ..., out) for the rows of the current context."""
         context = self.adapter_state.get_context(self.name)
-        context.called_layers.add(self.name)
         if not context.lanes and self.name not in context.head_weights:
             return self.base_layer(x.to(self.base_layer.weight.dtype))
         x = x.to(self.dtype)
@@ -66,16 +65,12 @@ class LaneHead(nn.Module):
         else:
             flat = x.reshape(1, -1, x.shape[-1])
             params = {name: tensor.unsqueeze(0) for name, tensor in context.head_weights[self.name].items()}
-        return _batched_linear(flat, params).view(*x.shape[:-1], -1)
-
-
-def _batched_linear(x: Tensor, params: Mapping[str, Tensor]) -> Tensor:
-    weight, bias = params["weight"], params.get("bias")
-    out = weight.shape[1]
-    if out == 1:  # PyTorch sums a single column in another order for one lane than for several
-        weight = nn.functional.pad(weight, (0, 0, 0, 1))
-    y = torch.bmm(x, weight.transpose(1, 2))[..., :out]
-    return y if bias is None else y + bias.unsqueeze(1)
+        weight, bias = params["weight"], params.get("bias")
+        out = weight.shape[1]
+        if out == 1:  # PyTorch sums a single column in another order for one lane than for several
+            weight = nn.functional.pad(weight, (0, 0, 0, 1))
+        y = torch.bmm(flat, weight.transpose(1, 2))[..., :out]
+        return (y if bias is None else y + bias.unsqueeze(1)).view(*x.shape[:-1], -1)
 
 
 class FullModelParameters:
@@ -92,15 +87,13 @@ class FullModelParameters:
     def __init__(self, model: nn.Module, excluded: Iterable[nn.Module]) -> None:
         """Find the parameters, and the modules that use them, outside of the excluded modules."""
         left_out = {id(inner) for module in excluded for inner in module.modules()}
-        self._uses: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
-        self._names: dict[nn.Parameter, tuple[str, str]] = {}
+        # Several modules may share a parameter (tied embeddings): the lane has one copy of it, for the first.
+        self._uses: dict[nn.Parameter, list[tuple[str, str, nn.Module]]] = {}
         for path, module in model.named_modules():
             own = module.named_parameters(recurse=False, remove_duplicate=False)
             for key, parameter in () if id(module) in left_out else own:
-                # Several modules may share a parameter (tied embeddings): the lane has one copy of it.
-                self._uses.setdefault(parameter, []).append((module, key))
-                self._names.setdefault(parameter, (f"{MODEL_PREFIX}{path}", key))
-        self.tensors = {owner: LaneTensors() for owner, _ in self._names.values()}
+                self._uses.setdefault(parameter, []).append((f"{MODEL_PREFIX}{path}", key, module))
+        self.tensors = {uses[0][0]: LaneTensors() for uses in self._uses.values()}
 
     def init(self) -> dict[str, dict[str, Tensor]]:
         """Return the model's parameters in the lane's dtype, as owner -> parameter -> tensor.
@@ -108,7 +101,7 @@ class FullModelParameters:
         A parameter that has this dtype already is not copied.
         """
         copies: dict[str, dict[str, Tensor]] = {owner: {} for owner in self.tensors}
-        for parameter, (owner, key) in self._names.items():
+        for parameter, [(owner, key, _), *_] in self._uses.items():
             copies[owner][key] = parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32))
         return copies
 
@@ -116,18 +109,22 @@ class FullModelParameters:
     def swap_in(self, lane: str) -> Iterator[None]:
         """Let the model compute with the lane's parameters; the backward pass has to run inside."""
         try:
-            for parameter, (owner, key) in self._names.items():
-                lane_parameter = self.tensors[owner].trainable[lane][key].to(parameter.dtype)
-                for module, slot in self._uses[parameter]:
-                    module._parameters[slot] = lane_parameter  # type: ignore[assignment]  # not a leaf
+            for parameter, uses in self._uses.items():
+                lane_parameter = self._of_lane(lane, parameter).to(parameter.dtype)
+                for _, key, module in uses:
+                    module._parameters[key] = lane_parameter  # type: ignore[assignment]  # not a leaf
             yield
         finally:
             for parameter, uses in self._uses.items():
-                for module, slot in uses:
-                    module._parameters[slot] = parameter
+                for _, key, module in uses:
+                    module._parameters[key] = parameter
 
     @torch.no_grad()
     def copy_to_model(self, lane: str) -> None:
         """Overwrite the model's parameters with the lane's."""
-        for parameter, (owner, key) in self._names.items():
-            parameter.copy_(self.tensors[owner].trainable[lane][key])
+        for parameter in self._uses:
+            parameter.copy_(self._of_lane(lane, parameter))
+
+    def _of_lane(self, lane: str, parameter: nn.Parameter) -> nn.Parameter:
+        owner, key, _ = self._uses[parameter][0]
+        return self.tensors[owner].trainable[lane][key]

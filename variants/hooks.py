@@ -310,9 +310,7 @@ def check_mixins(cls: type[object], mixins: Iterable[type[object]]) -> None:
         TypeError: It does not.
     """
     for mixin in mixins:
-        defined = {name for name in vars(cls).keys() & vars(mixin).keys() if not name.startswith("_")} - {
-            "name"
-        }
+        defined = {name for name in vars(cls).keys() & vars(mixin).keys() if not name.startswith("_")}
         if defined and not issubclass(cls, mixin):
             raise TypeError(
                 f"{cls.__name__} defines {min(defined)}, so it must also inherit from api.{mixin.__name__}: "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -10,17 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from variants.api import FrozenLayer, Params, Variant
-from variants.forward_context import (
-    AdapterState,
-    ForwardContext,
-    check_rows,
-    draw_dropout_masks,
-    split_by_lane,
-)
+from variants.forward_context import AdapterState, ForwardContext, check_rows, draw_dropout_masks
 from variants.hooks import AuxiliaryLoss, DropoutOnBase, FrozenUpdate, FusesBase, GradientConstants
-from variants.lane_tensors import LaneTensors, stack_by_name
+from variants.lane_tensors import LaneTensors
 from variants.nf4 import NF4Linear
-from variants.targets import is_plain_conv1d, view_layer
+from variants.targets import view_layer
 
 
 class LaneLinear(nn.Module):
@@ -49,9 +43,11 @@ class LaneLinear(nn.Module):
         self.own_tensors = LaneTensors(variant)
         self.layer_group = layer_group
         self._frozen_layer: FrozenLayer | None = None
-        self._group_layer: tuple[Any, FrozenLayer] | None = None
         self._weight_version = (0, 0)
-        self._constants = variant if isinstance(variant, GradientConstants) else None
+        # The two dictionaries hold for one `AdapterState.generation` and one frozen layer.
+        self._cache_key: tuple[int, FrozenLayer] | None = None
+        self._group_layers: dict[tuple[str, ...], FrozenLayer] = {}
+        self._constants: dict[str, tuple[list[int], dict[str, Tensor]]] = {}
         self._fused = variant if isinstance(variant, FusesBase) and variant.is_fused else None
 
     @property
@@ -65,18 +61,24 @@ class LaneLinear(nn.Module):
         if self._frozen_layer is None or self._weight_version != version:
             self._weight_version = version
             self._frozen_layer = view_layer(self.name, base)
-            self.own_tensors.gradient_constants.clear()
         return self._frozen_layer
 
     def group_layer(self, lanes: tuple[str, ...]) -> FrozenLayer:
         """Return the frozen layer with the settings that K lanes share and the factor s of each."""
         layer, state = self.frozen_layer, self.adapter_state
-        key, found = (state.generation, lanes, layer), self._group_layer
-        if found is None or found[0] != key:
-            scaling = state.scaling(self.variant, lanes, layer)
-            found = key, replace(layer, settings=state.group_settings, scaling=scaling)
-            self._group_layer = found
-        return found[1]
+        if (state.generation, layer) != self._cache_key:
+            self._cache_key = state.generation, layer
+            self._group_layers.clear()
+            self._constants.clear()
+        if (found := self._group_layers.get(lanes)) is None:
+            settings = [state.settings[lane] for lane in lanes]
+            # Training uses the factors too, which tensors made in inference mode would not permit. They are
+            # filled on the device: for the copy of a tensor from the CPU, the host would wait for a GPU.
+            with torch.inference_mode(False):
+                scaling = torch.cat([layer.ones(1, 1, 1).fill_(self.variant.scaling(s)) for s in settings])
+            found = layer.with_settings(replace(settings[0], alpha=None), scaling)
+            self._group_layers[lanes] = found
+        return found
 
     def lane_layer(self, lane: str) -> FrozenLayer:
         """Return the frozen layer with the settings and the factor s of one lane."""
@@ -119,19 +121,18 @@ class LaneLinear(nn.Module):
             return self.base_layer(x)
         check_rows(x, context, self.name)
         in_training, lanes = context.dropout_steps is not None, context.lanes
-        if in_training and isinstance(variant, AuxiliaryLoss) and torch.is_grad_enabled():
-            self._record_auxiliary_loss(variant, split_by_lane(x, context, self.name), context)
-        has_dropout = in_training and state.group_settings.dropout > 0
         layer = self.group_layer(lanes)
-        fused = None if has_dropout else self._fused
+        if in_training and isinstance(variant, AuxiliaryLoss) and torch.is_grad_enabled():
+            self._record_auxiliary_loss(variant, x, context, layer)
+        dropout = layer.settings.dropout if in_training else 0.0
+        fused = None if dropout else self._fused
         if fused is not None and fused.fuses(layer) and self._is_plain_product():
             return fused.forward_with_base(x, self._prepare_params(context, layer), layer)
-        flat, base = split_by_lane(x, context, self.name), self.base_layer(x)
+        flat, base = x.reshape(len(lanes), -1, x.shape[-1]), self.base_layer(x)
         flat_base = base.reshape(len(lanes), -1, base.shape[-1])
-        if not has_dropout:
+        if not dropout:
             prepared = self._prepare_params(context, layer)
             return variant.forward(flat, flat_base, prepared, layer).view(base.shape)
-        dropout = state.group_settings.dropout
         dropped = flat * draw_dropout_masks(flat, dropout, self.name, context, state.seeds)
         return self._forward_with_dropout(flat, dropped, flat_base, context, layer).view(base.shape)
 
@@ -148,12 +149,9 @@ class LaneLinear(nn.Module):
             layer: The layer with the lanes' settings.
         """
         variant, stacked = self.variant, self._stack_tensors(context.lanes)
-        frozen: Set[str] = frozenset()
-        if isinstance(variant, FrozenUpdate):
-            frozen = variant.frozen_update_buffers & stacked.keys()
-            frozen_update = variant.prepare_frozen_update(stacked, layer) if frozen else None
-        else:
-            frozen_update = None
+        frozen_update: Params | None = None
+        if isinstance(variant, FrozenUpdate) and (frozen := variant.frozen_update_buffers & stacked.keys()):
+            frozen_update = variant.prepare_frozen_update(stacked, layer)
         if isinstance(variant, DropoutOnBase):
             dropped_base = self.base_layer(dropped)
             prepared = self._prepare_params(context, layer)
@@ -179,7 +177,10 @@ class LaneLinear(nn.Module):
             return False
         if "forward" in vars(base):  # a method that was replaced on the object, as accelerate does
             return False
-        return type(base).forward in (nn.Linear.forward, NF4Linear.forward) or is_plain_conv1d(base)
+        forward = type(base).forward
+        if forward in (nn.Linear.forward, NF4Linear.forward):
+            return True
+        return (forward.__module__, forward.__qualname__) == ("transformers.pytorch_utils", "Conv1D.forward")
 
     def _prepare_params(self, context: ForwardContext, layer: FrozenLayer) -> Params:
         """Return the result of the variant's `prepare`.
@@ -203,32 +204,33 @@ class LaneLinear(nn.Module):
 
     def _stack_all(self, lanes: tuple[str, ...]) -> Mapping[str, Tensor]:
         """Return the tensors of K lanes and the variant's gradient constants for them, each (K, ...)."""
-        if self._constants is None:
+        variant, kept = self.variant, self._constants
+        if not isinstance(variant, GradientConstants):
             return self._stack_tensors(lanes)
-        kept = self.own_tensors.gradient_constants
         versions = {lane: self._versions((lane,)) for lane in lanes}
         stale = tuple(lane for lane in lanes if lane not in kept or kept[lane][0] != versions[lane])
         if stale:
             # Training uses them too, which tensors made in inference mode would not permit.
             with torch.inference_mode(False), torch.no_grad():
-                tensors = self._constants.gradient_constants(
-                    self._stack_tensors(stale), self.group_layer(stale)
-                )
+                tensors = variant.gradient_constants(self._stack_tensors(stale), self.group_layer(stale))
             for index, lane in enumerate(stale):
-                kept[lane] = versions[lane], {name: t[index] for name, t in tensors.items()}
-        constants = [kept[lane][1] for lane in lanes]
-        return {**self._stack_tensors(lanes), **stack_by_name(constants)}
+                kept[lane] = versions[lane], {name: t[index : index + 1] for name, t in tensors.items()}
+        first, *others = (kept[lane][1] for lane in lanes)
+        if others:
+            first = {name: torch.cat([t, *(each[name] for each in others)]) for name, t in first.items()}
+        return {**self._stack_tensors(lanes), **first}
 
     def _stack_tensors(self, lanes: tuple[str, ...]) -> Mapping[str, Tensor]:
         own = self.own_tensors.stack(lanes)
         return {**self.layer_group.stack(lanes), **own} if self.layer_group else own
 
-    def _record_auxiliary_loss(self, variant: AuxiliaryLoss, x: Tensor, context: ForwardContext) -> None:
-        x = x.unflatten(1, (context.rows_per_lane or 1, -1))
+    def _record_auxiliary_loss(
+        self, variant: AuxiliaryLoss, x: Tensor, context: ForwardContext, layer: FrozenLayer
+    ) -> None:
+        x = x.reshape(len(context.lanes), context.rows_per_lane or 1, -1, x.shape[-1])
         attention_mask = x.new_ones(x.shape[:3])
         if context.attention_mask is not None and context.attention_mask.numel() == attention_mask.numel():
             attention_mask = context.attention_mask.view(attention_mask.shape).to(x.dtype)
-        params, layer = self._stack_tensors(context.lanes), self.group_layer(context.lanes)
-        term = variant.auxiliary_loss(x, attention_mask, params, layer)
+        term = variant.auxiliary_loss(x, attention_mask, self._stack_tensors(context.lanes), layer)
         # A recomputation in the backward pass must not add the term a second time.
         context.auxiliary_losses.setdefault(self.name, term)

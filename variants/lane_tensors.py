@@ -9,17 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from variants.base import Variant
+from variants.frozen_layer import InitialTensors
 from variants.hooks import StepHooks
 
 MAX_COPIED_STACKS = 2
 """Largest number of copied stacks kept (for lanes that are not adjacent in the storage)."""
-
-
-def stack_by_name(lanes: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Return the tensors of K lanes as (K, ...) by name; views if there is one lane."""
-    if len(lanes) == 1:
-        return {name: tensor.unsqueeze(0) for name, tensor in lanes[0].items()}
-    return {name: torch.stack([each[name] for each in lanes]) for name in lanes[0]}
 
 
 class LaneTensors:
@@ -31,53 +25,44 @@ class LaneTensors:
     gradient of a stack is added to the `grad` of the lanes' parameters as soon as it is complete.
 
     Attributes:
-        mutable_buffers: Names of the frozen tensors that hooks write, so that lanes must not share them.
         hook_only_buffers: Names of the frozen tensors that only hooks read.
         trainable: Lane -> name -> parameter. The parameter stays the same object while the lane exists, but
             its storage changes when lanes are added or removed.
         frozen: Lane -> name -> frozen tensor.
-        gradient_constants: Lane -> (versions, result of `Variant.gradient_constants` without the lane
-            dimension) for the values that its tensors had at these versions.
     """
 
     def __init__(self, variant: Variant | None = None) -> None:
-        hooks = variant if isinstance(variant, StepHooks) else StepHooks
-        self.mutable_buffers, self.hook_only_buffers = hooks.mutable_buffers, hooks.hook_only_buffers
+        self.hook_only_buffers = (variant if isinstance(variant, StepHooks) else StepHooks).hook_only_buffers
         self.trainable: dict[str, dict[str, nn.Parameter]] = {}
         self.frozen: dict[str, dict[str, Tensor]] = {}
-        self.gradient_constants: dict[str, tuple[list[int], dict[str, Tensor]]] = {}
-        self._storage: dict[str, Tensor] | None = None
+        self._storage: dict[str, Tensor] = {}
         self._view_stacks: dict[tuple[str, ...], dict[str, Tensor]] = {}
-        self._copied_stacks: dict[tuple[str, ...], tuple[list[int], dict[str, Tensor]]] = {}
+        self._copied_stacks: dict[tuple[tuple[str, ...], tuple[int, ...]], dict[str, Tensor]] = {}
 
-    def add_lane(
-        self, lane: str, trainable: Mapping[str, Tensor], frozen: Mapping[str, Tensor], device: torch.device
-    ) -> None:
-        """Store copies of the tensors that training changes; other lanes may share the rest.
+    def add_lane(self, lane: str, initial: InitialTensors, device: torch.device) -> None:
+        """Store copies of a new lane's tensors.
 
         The tensors are stored in the order of their names. safetensors returns them in this order when a
         checkpoint is read, and the last bits of the gradient norm, which is a sum, depend on the order.
 
         Args:
             lane: The new lane.
-            trainable: The initial parameters, without the lane dimension.
-            frozen: The frozen tensors, without the lane dimension.
+            initial: Its tensors, without the lane dimension.
             device: The device to store them on.
         """
         self.trainable[lane] = {
             name: nn.Parameter(tensor.detach().to(device, copy=True).contiguous())
-            for name, tensor in sorted(trainable.items())
+            for name, tensor in sorted(initial.trainable.items())
         }
         self.frozen[lane] = {
-            name: tensor.detach().to(device, copy=name in self.mutable_buffers).contiguous()
-            for name, tensor in sorted(frozen.items())
+            name: tensor.detach().to(device, copy=True).contiguous()
+            for name, tensor in sorted(initial.frozen.items())
         }
         self._forget_stacks()
 
     def remove_lane(self, lane: str) -> None:
         """Delete a lane's tensors."""
         del self.trainable[lane], self.frozen[lane]
-        self.gradient_constants.pop(lane, None)
         self._forget_stacks()
 
     def lane_tensors(self, lane: str) -> dict[str, Tensor]:
@@ -96,23 +81,22 @@ class LaneTensors:
             return self._make_stack(lanes)
 
     def _make_stack(self, lanes: tuple[str, ...]) -> Mapping[str, Tensor]:
-        if self._storage is None:
-            self._storage = self._stack_all_lanes()
+        if not self._storage:
+            self._store_side_by_side()
         everyone = tuple(self.trainable)
         first = everyone.index(lanes[0])
         if everyone[first : first + len(lanes)] == lanes:
             parts = {name: tensor[first : first + len(lanes)] for name, tensor in self._storage.items()}
             self._view_stacks[lanes] = self._with_leaves(parts, lanes)
             return self._view_stacks[lanes]
-        versions = self.versions(lanes)
-        if lanes not in self._copied_stacks or self._copied_stacks[lanes][0] != versions:
-            self._copied_stacks.pop(lanes, None)
+        key = lanes, tuple(self.versions(lanes))
+        if key not in self._copied_stacks:
             if len(self._copied_stacks) >= MAX_COPIED_STACKS:
-                self._copied_stacks.pop(next(iter(self._copied_stacks)))
+                self._copied_stacks.clear()
             positions = [everyone.index(lane) for lane in lanes]
             copies = {n: torch.stack([t[i] for i in positions]) for n, t in self._storage.items()}
-            self._copied_stacks[lanes] = versions, self._with_leaves(copies, lanes)
-        return self._copied_stacks[lanes][1]
+            self._copied_stacks[key] = self._with_leaves(copies, lanes)
+        return self._copied_stacks[key]
 
     def after_write(self, lane: str) -> None:
         """Mark a lane's parameters as written, and delete copied stacks. Call it after each optimizer step.
@@ -126,8 +110,8 @@ class LaneTensors:
             lane: The lane whose parameters were written in place.
         """
         parameters = self.trainable[lane]
-        written = [*parameters.values(), *((self._storage or {}).get(name) for name in parameters)]
-        torch.autograd.graph.increment_version([tensor for tensor in written if tensor is not None])
+        stacks = [self._storage[name] for name in parameters if name in self._storage]
+        torch.autograd.graph.increment_version([*parameters.values(), *stacks])
         self._copied_stacks.clear()
 
     def versions(self, lanes: tuple[str, ...]) -> list[int]:
@@ -140,27 +124,22 @@ class LaneTensors:
 
     def _forget_stacks(self) -> None:
         """Let the next call of `stack` make the storage anew; until then the lanes keep their slices."""
-        self._storage = None
+        self._storage = {}
         self._view_stacks.clear()
         self._copied_stacks.clear()
 
-    def _stack_all_lanes(self) -> dict[str, Tensor]:
+    def _store_side_by_side(self) -> None:
         """Copy the tensors of all lanes into one tensor for each name, and make the lanes' slices of it."""
-        parameters = [{n: p.detach() for n, p in tensors.items()} for tensors in self.trainable.values()]
-        frozen = [
-            {n: t for n, t in tensors.items() if n not in self.hook_only_buffers}
-            for tensors in self.frozen.values()
-        ]
-        trainable_stacks, frozen_stacks = (
-            {name: _copy_slice(tensor) for name, tensor in stack_by_name(lanes).items()}
-            for lanes in (parameters, frozen)
-        )
+        kinds: tuple[Mapping[str, Mapping[str, Tensor]], ...] = (self.trainable, self.frozen)
+        for lanes in (list(kind.values()) for kind in kinds):
+            for name in lanes[0]:
+                if name not in self.hook_only_buffers:
+                    self._storage[name] = torch.stack([tensors[name].detach() for tensors in lanes])
         for index, lane in enumerate(self.trainable):
-            for name, stacked in trainable_stacks.items():
-                self.trainable[lane][name].data = stacked[index]
-            for name, stacked in frozen_stacks.items():
-                self.frozen[lane][name] = stacked[index]
-        return {**trainable_stacks, **frozen_stacks}
+            for name, parameter in self.trainable[lane].items():
+                parameter.data = self._storage[name][index]
+            for name in self.frozen[lane].keys() & self._storage.keys():
+                self.frozen[lane][name] = self._storage[name][index]
 
     def _with_leaves(self, stacks: Mapping[str, Tensor], lanes: tuple[str, ...]) -> dict[str, Tensor]:
         """Return the stacks; those of parameters require gradients and pass them on to the lanes."""
@@ -172,11 +151,6 @@ class LaneTensors:
                 found[name].requires_grad_()
                 found[name].register_post_accumulate_grad_hook(partial(_pass_on_gradient, parameters))
         return found
-
-
-def _copy_slice(tensor: Tensor) -> Tensor:
-    """Return a copy of a tensor that is a part of a larger storage, such as that of former lanes."""
-    return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
 
 
 def _pass_on_gradient(parameters: Sequence[nn.Parameter], stacked: Tensor) -> None:

@@ -54,8 +54,7 @@ def merge_and_detach(adapters: Adapters, lane: str) -> None:
         for head in adapters.heads.values():
             for name, trained in head.own_tensors.trainable[lane].items():
                 getattr(head.base_layer, name).copy_(trained)
-    if adapters.full_model is not None:
-        adapters.full_model.copy_to_model(lane)
+    adapters.full_model.copy_to_model(lane)
     adapters.detach()
     _replace_nf4(adapters.model, dequantized)
     _cast_heads(adapters.model, tuple(adapters.heads))

@@ -84,18 +84,15 @@ class NF4Linear(nn.Module):
     packed: Tensor
     scales: Tensor
 
-    def __init__(self, quantized: NF4Weight, bias: nn.Parameter | None = None) -> None:
+    def __init__(self, layer: nn.Linear) -> None:
+        """Quantize a linear layer; the new layer shares its bias."""
         super().__init__()
+        quantized = NF4Weight.quantize(layer.weight)
         self.out_features, self.in_features = quantized.shape
         self.dtype = quantized.dtype
         self.register_buffer("packed", quantized.packed)
         self.register_buffer("scales", quantized.scales)
-        self.bias = bias
-
-    @classmethod
-    def from_linear(cls, layer: nn.Linear) -> NF4Linear:
-        """Quantize a linear layer; the new layer shares its bias."""
-        return cls(NF4Weight.quantize(layer.weight), layer.bias)
+        self.bias: nn.Parameter | None = layer.bias
 
     def to_linear(self, weight: Tensor | None = None) -> nn.Linear:
         """Return a plain linear layer in the dtype of this one, which shares its bias.
@@ -118,12 +115,6 @@ class NF4Linear(nn.Module):
     def weight(self) -> Tensor:
         """The dequantized weight (out, in), a new tensor at every access."""
         return self.quantized_weight.dequantize()
-
-    def extra_repr(self) -> str:
-        """Describe the layer as `nn.Linear` does."""
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute x W^T + bias.
@@ -164,6 +155,14 @@ def open_weight(stored: Tensor | NF4Weight) -> Iterator[Tensor]:
         yield weight
 
 
+def find_block_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules inside of the model's repeated blocks (its ModuleLists), by dotted path."""
+    modules = dict(model.named_modules())
+    lists = [name for name, module in modules.items() if isinstance(module, nn.ModuleList)]
+    prefixes = tuple(f"{name}." if name else "" for name in lists)
+    return {name: module for name, module in modules.items() if name and name.startswith(prefixes)}
+
+
 def quantize_blocks(model: nn.Module, device: torch.device | None = None) -> int:
     """Replace the linear layers in the model's repeated blocks (its ModuleLists) by `NF4Linear`, one by one.
 
@@ -177,17 +176,11 @@ def quantize_blocks(model: nn.Module, device: torch.device | None = None) -> int
     Returns:
         The number of layers that were replaced.
     """
-    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    prefixes = tuple(f"{name}." if name else "" for name in lists)
-    names = [
-        name
-        for name, module in model.named_modules()
-        if type(module) is nn.Linear and name.startswith(prefixes)
-    ]
+    names = [name for name, module in find_block_modules(model).items() if type(module) is nn.Linear]
     for name in names:
         parent, _, key = name.rpartition(".")
         layer = model.get_submodule(name).to(device)
         assert isinstance(layer, nn.Linear)
-        setattr(model.get_submodule(parent), key, NF4Linear.from_linear(layer))
+        setattr(model.get_submodule(parent), key, NF4Linear(layer))
         del layer  # its weight is freed before the next layer is moved
     return len(names)

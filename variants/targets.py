@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from variants.api import FrozenLayer, UnsupportedError
 from variants.errors import suggest_nearest
-from variants.nf4 import NF4Linear, NF4Weight
+from variants.nf4 import NF4Linear, NF4Weight, find_block_modules
 
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """Dtypes of weights that adapters are computed for; others belong to quantized layers."""
@@ -37,9 +37,7 @@ def find_target_layers(model: nn.Module, targets: str) -> dict[str, nn.Module]:
     modules = {name: module for name, module in model.named_modules() if name}
     names_layers = targets != "blocks" and not targets.startswith("re:")
     if targets == "blocks":
-        lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-        prefixes = tuple(f"{name}." if name else "" for name in lists)
-        scope = [name for name in modules if name.startswith(prefixes)]
+        scope = list(find_block_modules(model))
         if not scope:
             raise UnsupportedError(
                 "targets 'blocks': the model has no ModuleList of blocks; list the layers by name"
@@ -90,12 +88,6 @@ def is_conv1d(module: nn.Module) -> bool:
         kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
         for kind in type(module).__mro__
     )
-
-
-def is_plain_conv1d(module: nn.Module) -> bool:
-    """Return whether a module's forward method is that of transformers' Conv1D."""
-    forward = type(module).forward
-    return (forward.__module__, forward.__qualname__) == ("transformers.pytorch_utils", "Conv1D.forward")
 
 
 def _match_pattern(modules: Mapping[str, nn.Module], targets: str) -> list[str]:

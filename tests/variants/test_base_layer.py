@@ -145,7 +145,7 @@ def check_in_place(name: str, consumer: str, kind: str) -> None:
         torch.manual_seed(0)
         layer: nn.Module = nn.Linear(32, 32, bias=kind != "no bias")
         if kind == "NF4":
-            layer = NF4Linear.from_linear(layer)  # type: ignore[arg-type]
+            layer = NF4Linear(layer)  # type: ignore[arg-type]
         settings = VariantSettings(4, 8.0, dropout=0.5 if kind == "dropout" else 0.0)
         adapters = attach_lanes(
             CASE, catalogue.get(name), 2, catalogue.get(name).validate_settings(settings), OneLayer(layer)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from variants import catalogue
 from variants.api import FrozenLayer, LayerRandom, VariantSettings
+from variants.optimization.dora import _row_norms
 
 
 def layer(out_features: int = 40, in_features: int = 25, dtype: torch.dtype = torch.float32) -> FrozenLayer:
@@ -37,8 +38,6 @@ def test_a_is_kaiming_uniform_and_b_zero(name: str) -> None:
 
 def test_dora_keeps_float32_norms_over_a_bfloat16_base() -> None:
     """The expanded norm equals the plain norm in float64 up to the rounding of float32."""
-    from variants.optimization.dora import _row_norms
-
     frozen_layer = layer(64, 96, torch.bfloat16)
     noise = torch.Generator().manual_seed(3)
     a, b = torch.randn(3, 4, 96, generator=noise), torch.randn(3, 64, 4, generator=noise)
@@ -51,8 +50,6 @@ def test_dora_keeps_float32_norms_over_a_bfloat16_base() -> None:
 
 def test_doras_norm_of_a_row_that_nearly_vanishes_has_a_lower_bound() -> None:
     """The expanded square of such a norm is rounded to zero or to a negative number."""
-    from variants.optimization.dora import _row_norms
-
     frozen_layer = layer(64, 96).with_settings(VariantSettings(96), torch.ones(1, 1, 1))
     factor = torch.zeros(64, 1)
     factor[::2] = -(1 - 1e-5)

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from variants import catalogue
 from variants.api import FrozenLayer, Params, VariantSettings
+from variants.forward_context import draw_dropout_masks
 from variants.optimization.dora import DoRA
 from variants.rank.hira import HiRA
 from variants.testing.rig import (
@@ -58,17 +59,10 @@ def test_only_the_input_the_hidden_values_and_computed_factors_are_kept(variant:
     adapters = attach_lanes(case, catalogue.get(variant), 1, VariantSettings(3, 6.0))
     layer = adapters.model.there[0]  # type: ignore[union-attr,index]
     x = lane_inputs(case, adapters.lanes).requires_grad_()
-    resident = {
-        t.untyped_storage().data_ptr()
-        for t in [
-            *adapters.model.parameters(),
-            *adapters.trainable("0").values(),
-            *adapters.frozen("0").values(),
-        ]
-    }
-
     with adapters.activate_lanes(adapters.lanes, 0, rows_per_lane=ROWS), keep_saved() as kept:
         layer(x)
+    of_lane = [*adapters.trainable("0").values(), *adapters.frozen("0").values()]
+    resident = {t.untyped_storage().data_ptr() for t in [*adapters.model.parameters(), *of_lane]}
     own = Counter(t.numel() for t in kept if t.untyped_storage().data_ptr() not in resident)
     rank = 6 if variant == "pissa" else 3
     factors = [6 * 24, 40 * 6] if variant == "pissa" else [40 * 3]
@@ -252,8 +246,6 @@ def test_dropout_drops_the_input_of_the_update_alone(dtype: torch.dtype) -> None
     with torch.no_grad(), adapters.activate_lanes(["0"], 0) as context:
         out = layer(x)
         context.mask_draws.clear()
-    from variants.forward_context import draw_dropout_masks
-
     with torch.no_grad():
         mask = draw_dropout_masks(x.view(1, -1, 32), 0.5, "there.0", context, adapters.state.seeds)
         a, b = (adapters.trainable("0")[f"there.0.{name}"] for name in "AB")

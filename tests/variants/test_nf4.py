@@ -94,7 +94,7 @@ def test_the_layer_computes_what_a_linear_layer_over_the_dequantized_weight_does
     dtype: torch.dtype, bias: bool
 ) -> None:
     plain = nn.Linear(64, 40, bias=bias, dtype=dtype).requires_grad_(False)
-    layer = NF4Linear.from_linear(plain)
+    layer = NF4Linear(plain)
     plain.weight = nn.Parameter(layer.weight, requires_grad=False)
     inputs = [random_weight(96, 64, dtype).view(16, 6, 64).requires_grad_() for _ in range(2)]
     with LiveBytes() as memory:

@@ -388,7 +388,7 @@ def _has_mask(adapters: Adapters) -> bool:
 def _expected_parameter_count(case: Case, adapters: Adapters, ranks: dict[str, int]) -> int | None:
     """Return the number of trainable values; None if it depends on the values of the weights."""
     model, layers = case.build(), {name: layer.frozen_layer for name, layer in adapters.layers.items()}
-    if adapters.full_model is not None:
+    if adapters.full_model.tensors:
         return sum(p.numel() for p in model.parameters())
     head = sum(p.numel() for name in adapters.heads for p in model.get_submodule(name).parameters())
     if not layers:

@@ -74,7 +74,7 @@ def make_step_lanes(
             for tensors in owner.trainable.values():
                 for name, parameter in tensors.items():
                     tensors[name] = torch.nn.Parameter(parameter.to(device))
-        adapters.state.invalidate()
+        adapters.state.generation += 1
         for lane in lanes:
             lane.parameters = adapters.trainable(lane.fingerprint)
     return group, lanes
