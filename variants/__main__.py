@@ -243,10 +243,10 @@ def export_forms(variant: Variant) -> dict[str, dict[str, Any]]:
         adapter for PeftModel, "vllm" is the same folder served by vLLM, and "merged" is a plain model of
         transformers.
     """
-    from variants.peft_format import PeftFormat, peft_obstacle
+    from variants.peft_format import PeftFormat
 
     if not isinstance(variant, PeftFormat) or variant.peft is None:
-        peft, vllm = (False, peft_obstacle(variant)), (False, "not in PEFT's format")
+        peft, vllm = (False, variant.peft_obstacle), (False, "not in PEFT's format")
     else:
         peft = True, "" if variant.peft.adapts_conv1d else "not on layers of type Conv1D, as in GPT-2"
         refusal = vllm_obstacle(variant.peft_config(variant.validate_settings(VariantSettings(rank=RANK))))

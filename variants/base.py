@@ -69,6 +69,8 @@ class Variant:
     start: ClassVar[Start] = Start.BASE
     merge_obstacle: ClassVar[str] = ""
     """Why the update cannot be merged: a clause that follows "NAME cannot be merged: "; empty if it can."""
+    peft_obstacle: ClassVar[str] = "it has no conversion to PEFT's format"
+    """Why a variant that PEFT does not have cannot be exported to PEFT: the rest of a sentence about it."""
     typical_lr_scale: ClassVar[float] = 1.0
     """Order of magnitude of the best learning rate divided by LoRA's."""
     numerics: ClassVar[int] = 1

@@ -108,11 +108,12 @@ class LowRank(FusesBase, FrozenUpdate, PeftFormat, Variant):
         if self.peft is None or self.peft.peft_type != "LORA":
             return {}
         rank, alpha = len(self.factors(params, layer)[0]), layer.settings.alpha
+        fields = {"r": rank, "lora_dropout": layer.settings.dropout}
         if self.peft.constants["use_rslora"]:
-            return {"r": rank}
+            return fields
         # PEFT scales by lora_alpha / r, which has to equal this variant's s even if s is not alpha / rank.
         s = self.scaling(layer.settings)
-        return {"r": rank, "lora_alpha": alpha if alpha is not None and s == alpha / rank else rank * s}
+        return {**fields, "lora_alpha": alpha if alpha is not None and s == alpha / rank else rank * s}
 
 
 def start_from(a: Tensor, b: Tensor) -> InitialTensors:

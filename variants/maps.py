@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from variants.base import Variant, apply_lane
 from variants.frozen_layer import FrozenLayer, Params
 from variants.hooks import BiasUpdate, FusesBase
-from variants.low_rank import LORA_PEFT
-from variants.peft_format import PeftFormat
 
 
 class InputMap(FusesBase, Variant):
     """W' x = W (x + c(x)) with a linear map c of each lane, which a subclass defines as `map_input`.
 
-    A subclass may also change the product with W, before the bias is added (`map_product`).
+    A subclass may also change the product with W, before the bias is added (`map_product`). If its update has
+    low rank, it is an `InputMap, LowRank` and defines `factors` too, and is merged and exported as a LoRA.
 
     All lanes share the products with W. In float32 and float64 the frozen layer and the update are one
     product, (x + c(x)) W^T + bias. In bfloat16 the sum x + c(x) would be x again where c(x) is less than
@@ -63,33 +60,6 @@ class InputMap(FusesBase, Variant):
             return out
         product = out if layer.bias is None else out - layer.bias
         return (out + self.map_product(product, params, layer)).to(out.dtype)
-
-
-class LowRankMap(PeftFormat, InputMap):
-    """An `InputMap` whose update has low rank, W' - W = B A. It is exported as a LoRA."""
-
-    peft = LORA_PEFT
-
-    def factors(self, params: Params, layer: FrozenLayer) -> tuple[Tensor, Tensor]:
-        """Return A (R, in) and B (out, R).
-
-        Args:
-            params: One lane's tensors of the layer.
-            layer: The frozen layer, with the lane's settings.
-        """
-        raise NotImplementedError
-
-    def delta_weight(self, params: Params, layer: FrozenLayer) -> Tensor:
-        a, b = self.factors(params, layer)
-        return b @ a
-
-    def to_peft(self, params: Params, layer: FrozenLayer) -> dict[str, Tensor]:
-        a, b = self.factors(params, layer)
-        return super().to_peft({"A": a, "B": b}, layer)
-
-    def peft_layer_fields(self, params: Params, layer: FrozenLayer) -> dict[str, Any]:
-        rank = len(self.factors(params, layer)[0])
-        return {"r": rank, "lora_alpha": rank}
 
 
 class OutputMap(BiasUpdate, Variant):

@@ -3,7 +3,7 @@
 from variants import api
 
 
-class Full(api.PeftFormat, api.Variant):
+class Full(api.Variant):
     """W' = W + dW for every parameter W, including embeddings, norms and biases.
 
     A control without rank and alpha.

@@ -3,7 +3,7 @@
 from variants import api
 
 
-class HeadOnly(api.PeftFormat, api.Variant):
+class HeadOnly(api.Variant):
     """W' = W; only the task's head learns.
 
     A control without rank and alpha, for tasks with a head (classification). The difference between an

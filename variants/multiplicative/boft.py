@@ -39,9 +39,6 @@ class BOFT(api.PeftFormat, InputMap):
     peft = api.PeftMethod(
         "BOFT",
         {"M": "boft_R", "s": "boft_s"},
-        rank=None,
-        alpha=None,
-        dropout=None,
         adapts_conv1d=False,
         fields={"block_size": "boft_block_size", "factors": "boft_n_butterfly_factor"},
     )

@@ -5,10 +5,10 @@ from torch import Tensor
 
 from variants import api
 from variants.linalg import multiply_rank_one, unit_rows
-from variants.maps import LowRankMap
+from variants.maps import InputMap
 
 
-class ETHER(LowRankMap):
+class ETHER(InputMap, api.LowRank):
     """W' = W H, where H is block-diagonal with n blocks I - 2 u u^T / |u|^2 and n is `blocks`.
 
     The vectors u (n, in / n) learn. The distance of H from I is the same for every u. An adapter is

@@ -5,10 +5,10 @@ from torch import Tensor
 
 from variants import api
 from variants.linalg import multiply_rank_one, unit_rows
-from variants.maps import LowRankMap
+from variants.maps import InputMap
 
 
-class ETHERPlus(LowRankMap):
+class ETHERPlus(InputMap, api.LowRank):
     """W' = H_out W H_in, both block-diagonal with n = `blocks` blocks I - u u^T / |u|^2 + v v^T / |v|^2.
 
     u and v (n, in / n) of H_in and `u_out` and `v_out` (n, out / n) of H_out learn. An adapter is exported as

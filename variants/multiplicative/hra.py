@@ -31,9 +31,7 @@ class HRA(api.LowRank):
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
     start = api.Start.ROUNDED
     uses_alpha = uses_dropout = False
-    peft = api.PeftMethod(
-        "HRA", {"U": "hra_u"}, alpha=None, dropout=None, constants={"apply_GS": False}, adapts_conv1d=False
-    )
+    peft = api.PeftMethod("HRA", {"U": "hra_u"}, constants={"apply_GS": False}, adapts_conv1d=False)
 
     def largest_rank(self, layer: api.FrozenLayer) -> int | None:
         return None  # as in PEFT

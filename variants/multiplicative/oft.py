@@ -39,9 +39,6 @@ class OFT(api.PeftFormat, InputMap):
     peft = api.PeftMethod(
         "OFT",
         {"Q": "oft_R.weight"},
-        rank=None,
-        alpha=None,
-        dropout=None,
         fields={
             "block_size": "oft_block_size",
             "cayley_neumann": "use_cayley_neumann",

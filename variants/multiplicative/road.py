@@ -38,9 +38,6 @@ class RoAd(api.PeftFormat, OutputMap):
     peft = api.PeftMethod(
         "ROAD",
         {"theta": "road_theta", "scale": "road_alpha"},
-        rank=None,
-        alpha=None,
-        dropout=None,
         fields={"form": "variant", "group_size": "group_size"},
         adapts_conv1d=False,
     )

@@ -46,7 +46,6 @@ class DeLoRA(api.LowRank):
     peft = api.PeftMethod(
         "DELORA",
         {"A": "delora_A", "B": "delora_B", "lambda": "delora_lambda"},
-        alpha=None,
         dropout="module_dropout",
         fields={"lambda": "delora_lambda"},
         constants={"bias": "none"},

@@ -33,13 +33,7 @@ class C3A(api.PeftFormat, api.Variant):
     uses_rank = uses_alpha = uses_dropout = False
     hyperparameters = {"block_size": api.Int(256, help="side of a circulant block")}
     peft = api.PeftMethod(
-        "C3A",
-        {"w": "c3a_kernel"},
-        rank=None,
-        alpha=None,
-        dropout=None,
-        fields={"block_size": "block_size"},
-        adapts_conv1d=False,
+        "C3A", {"w": "c3a_kernel"}, fields={"block_size": "block_size"}, adapts_conv1d=False
     )
 
     def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:

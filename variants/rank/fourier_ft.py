@@ -7,7 +7,7 @@ from variants import api
 from variants.linalg import fill_positions
 
 
-class FourierFT(api.InitTogether, api.PeftFormat, api.DenseUpdate):
+class FourierFT(api.InitTogether, api.DenseUpdate):
     """W' = W + scale * real part of IDFT(F), where F (out, in) has `frequencies` trainable entries, others 0.
 
     The inverse discrete Fourier transform in two dimensions includes the factor 1 / (in * out). There is

@@ -25,7 +25,6 @@ class LoHa(api.PeftFormat, api.DenseUpdate):
         "LOHA",
         {"B1": "hada_w1_a", "A1": "hada_w1_b", "B2": "hada_w2_a", "A2": "hada_w2_b"},
         alpha="alpha",
-        dropout=None,
         adapts_conv1d=False,
     )
 

@@ -33,7 +33,6 @@ class LoKr(api.PeftFormat, api.Variant):
         "LOKR",
         {"C": "lokr_w1", "D": "lokr_w2", "B": "lokr_w2_a", "A": "lokr_w2_b"},
         alpha="alpha",
-        dropout=None,
         fields={"factor": "decompose_factor"},
         constants={"decompose_both": False},
         optional=frozenset("ABD"),

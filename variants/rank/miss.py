@@ -23,7 +23,6 @@ class MiSS(api.PeftFormat, api.Variant):
     peft = api.PeftMethod(
         "MISS",
         {"D": "miss_block"},
-        alpha=None,
         dropout="miss_dropout",
         constants={"init_weights": True},
         adapts_conv1d=False,

@@ -25,8 +25,6 @@ class SHiRA(api.PeftFormat, api.DenseUpdate):
     peft = api.PeftMethod(
         "SHIRA",
         {"values": "shira_weight", "indices": "shira_indices"},
-        alpha=None,
-        dropout=None,
         constants={"mask_type": "random"},
         adapts_conv1d=False,
     )

@@ -33,7 +33,6 @@ class UniLoRA(api.InitTogether, api.SharedTensors, api.LowRank):
         "UNILORA",
         {"IA": "unilora_indices_A", "IB": "unilora_indices_B"},
         group_names={"theta": "unilora_theta_d"},
-        alpha=None,
         dropout="unilora_dropout",
         fields={"length": "theta_d_length"},
         constants={"save_indices": True},

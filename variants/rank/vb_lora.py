@@ -49,7 +49,6 @@ class VBLoRA(api.InitTogether, api.SharedTensors, api.RateScales, api.LowRank):
         "VBLORA",
         {"PA": "vblora_logits_A", "PB": "vblora_logits_B"},
         group_names={"bank": "vblora_vector_bank"},
-        alpha=None,
         dropout="vblora_dropout",
         fields={"vectors": "num_vectors", "vector_length": "vector_length", "top_k": "topk"},
     )

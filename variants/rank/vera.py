@@ -41,7 +41,6 @@ class VeRA(api.SharedTensors, api.LowRank):
         "VERA",
         {"b": "vera_lambda_b", "d": "vera_lambda_d"},
         {"A": "vera_A", "B": "vera_B"},
-        alpha=None,
         dropout="vera_dropout",
         constants={"save_projection": True, "bias": "none"},
     )
