@@ -13,7 +13,6 @@ class Full(api.Variant):
     group holds one lane. With weight decay the copies decay towards zero, as in any full fine-tuning.
     """
 
-    title = "Full fine-tuning"
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
     batching = api.Batching.EXCLUSIVE
     adaptation_scope = api.AdaptationScope.FULL_MODEL

@@ -10,7 +10,6 @@ class HeadOnly(api.Variant):
     adapter's score and this one is what the adapter adds.
     """
 
-    title = "Head only"
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
     adaptation_scope = api.AdaptationScope.HEAD_ONLY
     uses_rank = uses_alpha = False

@@ -11,6 +11,5 @@ class LoRA(LowRank):
     """
 
     paper = "Hu et al., arXiv 2106.09685"
-    year = 2021
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
     peft = LORA_PEFT

@@ -18,9 +18,7 @@ class LoRAXS(WeightSVD):
     Source: utils/initialization_utils.py and utils/latent_utils.py of the authors' code.
     """
 
-    title = "LoRA-XS"
     paper = "Bałazy et al., arXiv 2405.17604"
-    year = 2024
     deviations = "`svd` is exact by default; the authors' is randomized with 10 iterations."
     verified_by = api.VerifiedBy.AUTHORS_CODE
     hyperparameters = {

@@ -26,7 +26,6 @@ class NoRA(WeightSVD):
     """
 
     paper = "Lin et al., arXiv 2408.10280"
-    year = 2024
     hyperparameters = {
         **WeightSVD.hyperparameters,
         "outer": api.Int(4, help="rank of the frozen factors as a multiple of the rank"),

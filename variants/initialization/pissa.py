@@ -18,7 +18,6 @@ class PiSSA(WeightSVD):
     """
 
     paper = "Meng et al., arXiv 2404.02948"
-    year = 2024
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
 
     def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:

@@ -28,7 +28,6 @@ class BOFT(api.PeftFormat, InputMap):
     """
 
     paper = "Liu et al., arXiv 2311.06243"
-    year = 2023
     deviations = "There is no multiplicative dropout (0 is PEFT's default)."
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
     hyperparameters = {

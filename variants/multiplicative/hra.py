@@ -23,7 +23,6 @@ class HRA(api.LowRank):
     """
 
     paper = "Yuan et al., arXiv 2405.17484"
-    year = 2024
     deviations = """PEFT's option `apply_GS`, which makes the vectors orthogonal, is not offered; at equal
     vectors it divides rounding errors by their length. The paper's loss for orthogonality is not offered
     either, as in PEFT. The authors' code for LLaMA computes H W, from short independent vectors, divided by

@@ -19,7 +19,6 @@ class IA3(api.PeftFormat, OutputMap):
     """
 
     paper = "Liu et al., arXiv 2205.05638"
-    year = 2022
     deviations = """No layer's input is scaled, which a feed-forward block without a gate would need (PEFT's
     `feedforward_modules`)."""
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION

@@ -19,7 +19,6 @@ class PSOFT(WeightSVD):
     """
 
     paper = "Wu et al., arXiv 2505.11235"
-    year = 2025
     deviations = """PEFT's other options (a series for R, a free R, fewer vectors, symmetric factors) and rank
     1 are not offered. The authors' scripts for language models take R = I + 2 Q + ... + 2 Q^5 + Q^6. Dropout
     applies to the input of W' - W, as in PEFT; theirs to that of U diag(S) diag(b) R diag(a) V^T (it is 0).

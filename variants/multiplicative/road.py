@@ -25,7 +25,6 @@ class RoAd(api.PeftFormat, OutputMap):
     """
 
     paper = "Liao and Monz, arXiv 2409.00119"
-    year = 2024
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
     hyperparameters = {
         "form": api.Choice(

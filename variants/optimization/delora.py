@@ -34,7 +34,6 @@ class DeLoRA(api.LowRank):
     """
 
     paper = "Bini et al., arXiv 2503.18225"
-    year = 2025
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
     hyperparameters = {
         "lambda": api.Number(8.0, above=0, help="initial strength"),

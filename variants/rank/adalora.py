@@ -39,7 +39,6 @@ class AdaLoRA(api.StepHooks, api.RankAllocation, api.AuxiliaryLoss, api.LowRank)
     """
 
     paper = "Zhang et al., arXiv 2303.10512"
-    year = 2023
     deviations = """PEFT's orthogonality loss moves the A and B of pruned triplets until T. Here their
     gradients are zero after T - t_f."""
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION

@@ -23,7 +23,6 @@ class C3A(api.PeftFormat, api.Variant):
     """
 
     paper = "Chen et al., arXiv 2407.19342"
-    year = 2024
     deviations = """PEFT refuses a layer whose sides `block_size` does not divide; an exported adapter names b
     for each such layer. PEFT's backward pass (0.21) has a wrong gradient of the layer's input, which the
     layers before it receive; here autograd computes it."""

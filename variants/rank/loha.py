@@ -18,7 +18,6 @@ class LoHa(api.PeftFormat, api.DenseUpdate):
     """
 
     paper = "Hyeon-Woo et al., arXiv 2108.06098"
-    year = 2021
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
     uses_dropout = False
     peft = api.PeftMethod(

@@ -24,7 +24,6 @@ class LoKr(api.PeftFormat, api.Variant):
     """
 
     paper = "Yeh et al., arXiv 2309.14859"
-    year = 2023
     deviations = "LyCORIS sets A (or D) to zero in place of C, and has s = 1 if D is not low-rank."
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
     uses_dropout = False

@@ -17,7 +17,6 @@ class MiSS(api.PeftFormat, api.Variant):
     """
 
     paper = "Kang et al., arXiv 2409.15371"
-    year = 2024
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
     uses_alpha = False
     peft = api.PeftMethod(

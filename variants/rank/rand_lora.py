@@ -31,7 +31,6 @@ class RandLoRA(api.SharedTensors, api.LowRank):
     """
 
     paper = "Albert et al., arXiv 2502.00987"
-    year = 2025
     deviations = """PEFT has no `base_limit`, and no 1 / sqrt(n), which is the authors' (`normalized`). A lane
     draws A and B from its own seed and keeps them in its checkpoint; PEFT has one `projection_prng_key`. The
     survey's code draws l from N(0, 1), so it does not start at W, and has g = 1 / q."""
@@ -51,9 +50,6 @@ class RandLoRA(api.SharedTensors, api.LowRank):
         dropout="randlora_dropout",
         constants={"save_projection": True, "bias": "none"},
     )
-
-    def largest_rank(self, layer: api.FrozenLayer) -> int | None:
-        return None
 
     def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
         n, r = self._basis_count(layer.shape, layer.settings), self.shared_rank(layer.settings)

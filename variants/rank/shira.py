@@ -19,7 +19,6 @@ class SHiRA(api.PeftFormat, api.DenseUpdate):
     """
 
     paper = "Bhardwaj et al., arXiv 2406.13175"
-    year = 2024
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
     uses_alpha = uses_dropout = False
     peft = api.PeftMethod(

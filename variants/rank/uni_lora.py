@@ -19,9 +19,7 @@ class UniLoRA(api.InitTogether, api.SharedTensors, api.LowRank):
     Source: `tuners/unilora/` of PEFT, with its defaults.
     """
 
-    title = "Uni-LoRA"
     paper = "Li et al., arXiv 2506.00799"
-    year = 2025
     deviations = """A lane draws the places from its own seed, while PEFT has one `proj_seed` for all. The
     places are part of the checkpoint and of the export."""
     hyperparameters = {"length": api.Int(256, help="length of theta: the number of trainable values")}

@@ -28,9 +28,7 @@ class VBLoRA(api.InitTogether, api.SharedTensors, api.RateScales, api.LowRank):
     Source: `tuners/vblora/` of PEFT, and `NLU/` of the authors' code (leo-yangli/VB-LoRA).
     """
 
-    title = "VB-LoRA"
     paper = "Li et al., arXiv 2405.15179"
-    year = 2024
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
     hyperparameters = {
         "vectors": api.Int(256, help="number of vectors in the bank"),

@@ -29,7 +29,6 @@ class VeRA(api.SharedTensors, api.LowRank):
     """
 
     paper = "Kopiczko et al., arXiv 2310.11454"
-    year = 2023
     deviations = """A lane draws A and B from its own seed, while PEFT has one `projection_prng_key` for all.
     A and B are part of the checkpoint and of the export."""
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
@@ -44,9 +43,6 @@ class VeRA(api.SharedTensors, api.LowRank):
         dropout="vera_dropout",
         constants={"save_projection": True, "bias": "none"},
     )
-
-    def largest_rank(self, layer: api.FrozenLayer) -> int | None:
-        return None
 
     def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
         b = layer.zeros(layer.shape[0])
