@@ -161,9 +161,12 @@ class SharedTensors:
     of A and the first rows of B.
     """
 
+    one_group: ClassVar[str] = ""
+    """Name of the group if all layers form one."""
+
     def layer_group(self, layer_name: str) -> str:
         """Return the name of the layer's group; by default "self_attn.q_proj" for "0.self_attn.q_proj"."""
-        return ".".join(part for part in layer_name.split(".") if not part.isdigit())
+        return self.one_group or ".".join(part for part in layer_name.split(".") if not part.isdigit())
 
     def shared_rank(self, settings: VariantSettings) -> int:
         """Return the rank of the shared A and B: `rank` times the hyperparameter `rank_factor`, if any."""
@@ -307,9 +310,7 @@ def check_mixins(cls: type[object], mixins: Iterable[type[object]]) -> None:
         TypeError: It does not.
     """
     for mixin in mixins:
-        defined = {name for name in vars(cls).keys() & vars(mixin).keys() if not name.startswith("_")} - {
-            "name"
-        }
+        defined = {name for name in vars(cls).keys() & vars(mixin).keys() if not name.startswith("_")}
         if defined and not issubclass(cls, mixin):
             raise TypeError(
                 f"{cls.__name__} defines {min(defined)}, so it must also inherit from api.{mixin.__name__}: "

@@ -40,6 +40,8 @@ class PeftMethod:
     constants: Mapping[str, Any] = field(default_factory=dict)
     """Fields that have the same value in every adapter of the method. An adapter in which they have another
     value belongs to another method."""
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    """Own hyperparameter of the variant -> the value that it has in an adapter of PEFT."""
     optional: frozenset[str] = frozenset()
     """Those of our tensors in `names` that not every layer has."""
     adapts_conv1d: bool = True
@@ -111,11 +113,12 @@ class PeftFormat:
         """
         peft = self.peft
         assert peft is not None
+        own = {ours: config[name] for ours, name in peft.fields.items() if config.get(name) is not None}
         return VariantSettings(
             int(config[peft.rank]) if self.uses_rank else 0,
             float(config[peft.alpha]) if self.uses_alpha else None,
             float(config.get(peft.dropout) or 0.0) if self.uses_dropout else 0.0,
-            {ours: config[name] for ours, name in peft.fields.items() if config.get(name) is not None},
+            {**own, **peft.fixed},
         )
 
     def init_from_peft(self, tensors: Params, settings: VariantSettings) -> InitialTensors:

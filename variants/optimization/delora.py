@@ -1,7 +1,5 @@
 """DeLoRA: directions of unit length learn apart from their strength."""
 
-from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -48,6 +46,7 @@ class DeLoRA(api.LowRank):
         dropout="module_dropout",
         fields={"lambda": "delora_lambda"},
         constants={"bias": "none"},
+        fixed={"initial": "zero"},
         adapts_conv1d=False,
     )
 
@@ -75,10 +74,6 @@ class DeLoRA(api.LowRank):
 
     def peft_layer_fields(self, params: api.Params, layer: api.FrozenLayer) -> dict[str, Any]:
         return {"r": (2 if "A0" in params else 1) * layer.settings.rank}
-
-    def settings_from_peft(self, config: Mapping[str, Any]) -> api.VariantSettings:
-        settings = super().settings_from_peft(config)
-        return replace(settings, extra={**settings.extra, "initial": "zero"})
 
 
 def _scale_rows(a: Tensor, b: Tensor, strength: Tensor) -> Tensor:

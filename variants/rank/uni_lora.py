@@ -27,6 +27,7 @@ class UniLoRA(api.InitTogether, api.SharedTensors, api.LowRank):
     uses_alpha = False
     start = api.Start.OTHER
     typical_lr_scale = 10.0
+    one_group = "uni_lora"
     peft = api.PeftMethod(
         "UNILORA",
         {"IA": "unilora_indices_A", "IB": "unilora_indices_B"},
@@ -35,9 +36,6 @@ class UniLoRA(api.InitTogether, api.SharedTensors, api.LowRank):
         fields={"length": "theta_d_length"},
         constants={"save_indices": True},
     )
-
-    def layer_group(self, layer_name: str) -> str:
-        return "uni_lora"
 
     def init_layer_group(self, layers: api.Layers, random: api.LayerRandom) -> api.InitialTensors:
         length = api.shared_settings(layers)["length"]

@@ -43,6 +43,7 @@ class VBLoRA(api.InitTogether, api.SharedTensors, api.RateScales, api.LowRank):
     uses_alpha = False
     start = api.Start.OTHER
     typical_lr_scale = 10.0
+    one_group = "vb_lora"
     peft = api.PeftMethod(
         "VBLORA",
         {"PA": "vblora_logits_A", "PB": "vblora_logits_B"},
@@ -74,9 +75,6 @@ class VBLoRA(api.InitTogether, api.SharedTensors, api.RateScales, api.LowRank):
                 {key: random.normal(key, (*shape, vectors), 0.1) for key, shape in shapes.items()}
             )
         return initial
-
-    def layer_group(self, layer_name: str) -> str:
-        return "vb_lora"
 
     def init_layer_group(self, layers: api.Layers, random: api.LayerRandom) -> api.InitialTensors:
         settings = api.shared_settings(layers)

@@ -1,8 +1,6 @@
 """VeRA: two random matrices for all layers; only vectors learn."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -35,6 +33,7 @@ class VeRA(api.SharedTensors, api.LowRank):
     numerics = 2
     uses_alpha = False
     typical_lr_scale = 10.0
+    one_group = "vera"
     hyperparameters = {"rank_factor": api.Int(32, help="r divided by the rank of the settings")}
     peft = api.PeftMethod(
         "VERA",
@@ -42,14 +41,12 @@ class VeRA(api.SharedTensors, api.LowRank):
         {"A": "vera_A", "B": "vera_B"},
         dropout="vera_dropout",
         constants={"save_projection": True, "bias": "none"},
+        fixed={"rank_factor": 1},
     )
 
     def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
         b = layer.zeros(layer.shape[0])
         return api.InitialTensors({"d": b.new_full((self.shared_rank(layer.settings),), 0.1), "b": b})
-
-    def layer_group(self, layer_name: str) -> str:
-        return "vera"
 
     def init_layer_group(self, layers: api.Layers, random: api.LayerRandom) -> api.InitialTensors:
         settings = api.shared_settings(layers)
@@ -76,6 +73,3 @@ class VeRA(api.SharedTensors, api.LowRank):
 
     def peft_layer_fields(self, params: api.Params, layer: api.FrozenLayer) -> dict[str, Any]:
         return {"r": len(params["d"])}
-
-    def settings_from_peft(self, config: Mapping[str, Any]) -> api.VariantSettings:
-        return replace(super().settings_from_peft(config), extra={"rank_factor": 1})
