@@ -105,10 +105,12 @@ class LowRank(FusesBase, FrozenUpdate, PeftFormat, Variant):
         return super().to_peft({**params, "A": a, "B": b}, layer)
 
     def peft_layer_fields(self, params: Params, layer: FrozenLayer) -> dict[str, Any]:
-        if self.peft is None or self.peft.peft_type != "LORA":
-            return {}
+        assert self.peft is not None
         rank, alpha = len(self.factors(params, layer)[0]), layer.settings.alpha
-        fields = {"r": rank, "lora_dropout": layer.settings.dropout}
+        fields: dict[str, Any] = {self.peft.rank: rank}
+        if self.peft.peft_type != "LORA":
+            return fields
+        fields["lora_dropout"] = layer.settings.dropout
         if self.peft.constants["use_rslora"]:
             return fields
         # PEFT scales by lora_alpha / r, which has to equal this variant's s even if s is not alpha / rank.

@@ -29,7 +29,7 @@ class LoRAXS(WeightSVD):
     typical_lr_scale = 10.0
 
     def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
-        u, s, vh = self.triplets(layer)
+        u, s, vh = self.calibrated(layer, "U", "S", "Vh")
         r = random.normal("R", (layer.settings.rank, layer.settings.rank), layer.settings["init_std"])
         return api.InitialTensors({"R": r}, {"A": s.unsqueeze(1) * vh, "B": u})
 

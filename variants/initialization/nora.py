@@ -38,7 +38,7 @@ class NoRA(WeightSVD):
         return settings["outer"] * settings.rank
 
     def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
-        u, s, vh = self.triplets(layer)
+        u, s, vh = self.calibrated(layer, "U", "S", "Vh")
         inner = layer.zeros(layer.settings.rank, len(s))
         inner.diagonal().copy_(s[: layer.settings.rank].sqrt())
         params = {"A": vh, "B": u, "inner_A": inner, "inner_B": inner.t().contiguous()}

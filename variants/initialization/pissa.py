@@ -21,6 +21,6 @@ class PiSSA(WeightSVD):
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
 
     def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
-        u, s, vh = self.triplets(layer)
+        u, s, vh = self.calibrated(layer, "U", "S", "Vh")
         root = (s / self.scaling(layer.settings)).sqrt()
         return start_from(root.unsqueeze(1) * vh, u * root)

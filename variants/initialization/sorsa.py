@@ -36,7 +36,7 @@ class SORSA(api.StepHooks, WeightSVD):
     uses_alpha = False
 
     def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
-        u, s, vh = self.triplets(layer)
+        u, s, vh = self.calibrated(layer, "U", "S", "Vh")
         return api.InitialTensors({"A": vh, "B": u, "S": s}, {"A0": vh, "B0": u * s})
 
     def factors(self, params: api.Params, layer: api.FrozenLayer) -> tuple[Tensor, Tensor]:

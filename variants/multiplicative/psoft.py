@@ -31,7 +31,7 @@ class PSOFT(WeightSVD):
             raise api.UnsupportedError("rank 1: a rotation needs at least two singular triplets")
 
     def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
-        u, s, vh = self.triplets(layer)
+        u, s, vh = self.calibrated(layer, "U", "S", "Vh")
         rank, ones = len(s), layer.ones(len(s))
         trainable = {"Q": ones.new_zeros(rank * (rank - 1) // 2), "a": ones, "b": ones.clone()}
         return api.InitialTensors(trainable, {"US": u * s, "Vh": vh})

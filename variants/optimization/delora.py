@@ -1,7 +1,5 @@
 """DeLoRA: directions of unit length learn apart from their strength."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.linalg import vector_norm
@@ -71,9 +69,6 @@ class DeLoRA(api.LowRank):
             a, b = torch.cat([params["A"], params["A0"]]), torch.cat([params["B"], -params["B0"]], dim=1)
             params = {"A": a, "B": b, "lambda": 2 * params["lambda"]}
         return api.PeftFormat.to_peft(self, params, layer)
-
-    def peft_layer_fields(self, params: api.Params, layer: api.FrozenLayer) -> dict[str, Any]:
-        return {"r": (2 if "A0" in params else 1) * layer.settings.rank}
 
 
 def _scale_rows(a: Tensor, b: Tensor, strength: Tensor) -> Tensor:

@@ -129,6 +129,8 @@ class AdaLoRA(api.StepHooks, api.RankAllocation, api.AuxiliaryLoss, api.LowRank)
     def to_peft(self, params: api.Params, layer: api.FrozenLayer) -> dict[str, Tensor]:
         return {"lora_A": params["A"], "lora_E": params["E"] * params[api.RANK_MASK], "lora_B": params["B"]}
 
+    peft_layer_fields = api.PeftFormat.peft_layer_fields
+
     def peft_config(self, settings: api.VariantSettings) -> dict[str, Any]:
         # PEFT requires a `total_step`, which matters only if it trains on.
         own = {"init_r": initial_rank(settings), "total_step": 1, "bias": "none"}

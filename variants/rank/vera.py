@@ -1,7 +1,6 @@
 """VeRA: two random matrices for all layers; only vectors learn."""
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,6 +69,3 @@ class VeRA(api.SharedTensors, api.LowRank):
         return torch.addcmul(base, update, params["b"])
 
     to_peft = api.PeftFormat.to_peft
-
-    def peft_layer_fields(self, params: api.Params, layer: api.FrozenLayer) -> dict[str, Any]:
-        return {"r": len(params["d"])}
