@@ -155,19 +155,20 @@ def _built_in() -> Mapping[str, Description]:
 
 def _describe(name: str) -> Description:
     variant = catalogue.get(name)
-    is_tuner = variant.axis == PEFT_AXIS
     docstring = inspect.getmodule(type(variant)).__doc__ or ""
     first_sentence = " ".join(docstring.strip().partition("\n\n")[0].split())
-    summary = first_sentence.partition(": ")[2].rstrip(".")
+    title, _, summary = first_sentence.partition(": ")
+    if variant.axis == PEFT_AXIS:
+        title, summary = f"PEFT's {name.removeprefix(PEFT_PREFIX)}", "the layer of PEFT computes the update"
     authors, _, paper = variant.paper.partition(", ")
     shapes = {f"layers.{block}.linear": (SIDE, SIDE) for block in range(LAYERS)}
     return {
         "name": name,
-        "title": f"PEFT's {name.removeprefix(PEFT_PREFIX)}" if is_tuner else variant.title,
+        "title": title if summary else type(variant).__name__,
         "axis": variant.axis,
         "authors": f"{authors} {variant.year}" if authors else "",
         "paper": paper,
-        "summary": "the layer of PEFT computes the update" if is_tuner else summary,
+        "summary": summary.rstrip("."),
         "rule": inspect.cleandoc(type(variant).__doc__ or ""),
         "deviations": inspect.cleandoc(variant.deviations),
         "parameter_count": count_parameters(variant, VariantSettings(rank=RANK), shapes),
@@ -243,10 +244,10 @@ def export_forms(variant: Variant) -> dict[str, dict[str, Any]]:
         adapter for PeftModel, "vllm" is the same folder served by vLLM, and "merged" is a plain model of
         transformers.
     """
-    from variants.peft_format import PeftFormat, peft_obstacle
+    from variants.peft_format import PeftFormat
 
     if not isinstance(variant, PeftFormat) or variant.peft is None:
-        peft, vllm = (False, peft_obstacle(variant)), (False, "not in PEFT's format")
+        peft, vllm = (False, variant.peft_obstacle), (False, "not in PEFT's format")
     else:
         peft = True, "" if variant.peft.adapts_conv1d else "not on layers of type Conv1D, as in GPT-2"
         refusal = vllm_obstacle(variant.peft_config(variant.validate_settings(VariantSettings(rank=RANK))))

@@ -15,6 +15,7 @@ In the docstrings of variants "the survey" is He et al. 2026 (arXiv 2601.22708).
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import ClassVar
@@ -48,16 +49,14 @@ class Variant:
     """The name on the command line; by default the name of the file."""
     axis: ClassVar[str]
     """The kind of change that the variant makes to LoRA: the folder of the file."""
-    title: ClassVar[str]
-    """The method's name in print; by default the name of the class."""
     paper: ClassVar[str] = ""
     """Authors, and an arXiv number, OpenReview id, DOI or venue; empty for a control."""
     year: ClassVar[int | None] = None
-    """The year of the paper's first version."""
+    """The year of the paper's first version; by default that of the arXiv number in `paper`."""
     deviations: ClassVar[str] = ""
     """What differs from the source that the variant follows; "- " begins an item of a list."""
     verified_by: ClassVar[VerifiedBy] = VerifiedBy.NONE
-    """Title, paper, year, deviations and this attribute are not inherited."""
+    """Paper, year, deviations and this attribute are not inherited."""
     hyperparameters: ClassVar[Mapping[str, Hyperparameter]] = {}
     """Hyperparameters that only this variant has: defaults, permitted values and help."""
     uses_rank: ClassVar[bool] = True
@@ -69,6 +68,8 @@ class Variant:
     start: ClassVar[Start] = Start.BASE
     merge_obstacle: ClassVar[str] = ""
     """Why the update cannot be merged: a clause that follows "NAME cannot be merged: "; empty if it can."""
+    peft_obstacle: ClassVar[str] = "it has no conversion to PEFT's format"
+    """Why a variant that PEFT does not have cannot be exported to PEFT: the rest of a sentence about it."""
     typical_lr_scale: ClassVar[float] = 1.0
     """Order of magnitude of the best learning rate divided by LoRA's."""
     numerics: ClassVar[int] = 1
@@ -83,9 +84,10 @@ class Variant:
     def __init_subclass__(cls, **options: object) -> None:
         super().__init_subclass__(**options)
         *_, folder, file = ("", *cls.__module__.split("."))
+        arxiv = re.search(r"arXiv (\d\d)", vars(cls).get("paper", ""))
         defaults = {
-            "name": file, "axis": folder, "title": cls.__name__, "paper": "", "year": None, "deviations": "",
-            "verified_by": VerifiedBy.NONE,
+            "name": file, "axis": folder, "paper": "", "deviations": "",
+            "year": 2000 + int(arxiv[1]) if arxiv else None, "verified_by": VerifiedBy.NONE,
         }  # fmt: skip
         for name, default in defaults.items():
             if name not in vars(cls):
@@ -136,8 +138,8 @@ class Variant:
         """
 
     def largest_rank(self, layer: FrozenLayer) -> int | None:
-        """Return the largest rank of a layer, or None if there is no limit."""
-        return min(layer.shape) if self.uses_rank else None
+        """Return the largest rank of a layer; None without a limit, as for a rank times a `rank_factor`."""
+        return min(layer.shape) if self.uses_rank and "rank_factor" not in self.hyperparameters else None
 
     def check_layer(self, layer: FrozenLayer) -> None:
         """Check that the settings fit a layer, before the model is adapted.

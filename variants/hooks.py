@@ -165,9 +165,12 @@ class SharedTensors:
     of A and the first rows of B.
     """
 
+    one_group: ClassVar[str] = ""
+    """Name of the group if all layers form one."""
+
     def layer_group(self, layer_name: str) -> str:
         """Return the name of the layer's group; by default "self_attn.q_proj" for "0.self_attn.q_proj"."""
-        return ".".join(part for part in layer_name.split(".") if not part.isdigit())
+        return self.one_group or ".".join(part for part in layer_name.split(".") if not part.isdigit())
 
     def shared_rank(self, settings: VariantSettings) -> int:
         """Return the rank of the shared A and B: `rank` times the hyperparameter `rank_factor`, if any."""
@@ -215,6 +218,9 @@ class RankAllocation:
     Layers have a frozen tensor `RANK_MASK`, or the variant overrides `rank_in_use`.
     """
 
+    has_exact_budget: ClassVar[bool] = True
+    """False if the sum of all ranks has no fixed value, for example because each layer's rank is rounded."""
+
     def rank_in_use(self, params: Params, settings: VariantSettings) -> int:
         """Return the number of ranks that are not masked.
 
@@ -227,9 +233,7 @@ class RankAllocation:
     def rank_budget(
         self, layer_count: int, settings: VariantSettings, step: int, total_steps: int
     ) -> int | None:
-        """Return the sum of `rank_in_use` over all layers at a step of the training.
-
-        None means that the variant has no exact budget, for example because it rounds each layer's rank.
+        """Return the sum of `rank_in_use` over all layers at a step of the training, if it is exact.
 
         Args:
             layer_count: The number of adapted layers.
@@ -237,7 +241,7 @@ class RankAllocation:
             step: The number of optimizer steps taken.
             total_steps: The number of optimizer steps in all.
         """
-        return layer_count * settings.rank
+        return layer_count * settings.rank if self.has_exact_budget else None
 
 
 class AuxiliaryLoss:

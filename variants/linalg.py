@@ -66,15 +66,11 @@ class WeightSVD(api.Calibrated, api.LowRank):
     """True for the smallest triplets, which only an exact SVD finds: such a variant has no `svd`."""
 
     def triplet_count(self, settings: api.VariantSettings) -> int:
-        """Return the number of triplets that `triplets` returns at most; by default the rank."""
+        """Return the largest number of triplets; by default the rank."""
         return settings.rank
 
-    def triplets(self, layer: api.FrozenLayer) -> tuple[Tensor, Tensor, Tensor]:
-        """Return U (out, r), S (r,) and V^T (r, in), in descending order, in the lanes' dtype."""
-        u, s, vh = self.calibrated(layer, "U", "S", "Vh")
-        return u, s, vh
-
     def reduce_calibration(self, layer: api.FrozenLayer, matrix: Tensor) -> api.Params:
+        """Return "U" (out, r), "S" (r,) and "Vh" = V^T (r, in), in descending order."""
         count, svd = self.triplet_count(layer.settings), str(layer.settings.extra.get("svd", "exact"))
         u, s, vh = (
             torch.linalg.svd(matrix, full_matrices=False)

@@ -79,14 +79,17 @@ class LowRank(FrozenUpdate, PeftFormat, Variant):
         return super().to_peft({**params, "A": a, "B": b}, layer)
 
     def peft_layer_fields(self, params: Params, layer: FrozenLayer) -> dict[str, Any]:
-        if self.peft is None or self.peft.peft_type != "LORA":
-            return {}
+        assert self.peft is not None
         rank, alpha = len(self.factors(params, layer)[0]), layer.settings.alpha
+        fields: dict[str, Any] = {self.peft.rank: rank}
+        if self.peft.peft_type != "LORA":
+            return fields
+        fields["lora_dropout"] = layer.settings.dropout
         if self.peft.constants["use_rslora"]:
-            return {"r": rank}
+            return fields
         # PEFT scales by lora_alpha / r, which has to equal this variant's s even if s is not alpha / rank.
         s = self.scaling(layer.settings)
-        return {"r": rank, "lora_alpha": alpha if alpha is not None and s == alpha / rank else rank * s}
+        return {**fields, "lora_alpha": alpha if alpha is not None and s == alpha / rank else rank * s}
 
 
 def start_from(a: Tensor, b: Tensor) -> InitialTensors:

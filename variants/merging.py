@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -106,15 +106,6 @@ def _check_mergeable(adapters: Adapters, lane: str) -> list[LaneLinear]:
                 f"lane {lane} cannot be merged while {other} uses the same base; remove it first"
             )
     tied = []
-    for layer, path, module in _shared_weights(adapters):
-        if not _are_embeddings(adapters.model, layer, module):
-            raise MergeError(f"{layer.name} shares its weight with {path}: it cannot be merged")
-        tied.append(layer)
-    return tied
-
-
-def _shared_weights(adapters: Adapters) -> Iterator[tuple[LaneLinear, str, nn.Module]]:
-    """Yield each adapted layer whose weight another module shares, with that module's path and the module."""
     owners = {
         id(layer.base_layer.weight): layer
         for layer in adapters.layers.values()
@@ -123,8 +114,12 @@ def _shared_weights(adapters: Adapters) -> Iterator[tuple[LaneLinear, str, nn.Mo
     for path, module in adapters.model.named_modules():
         for parameter in module._parameters.values():
             owner = owners.get(id(parameter))
-            if owner is not None and owner.base_layer is not module:
-                yield owner, path, module
+            if owner is None or owner.base_layer is module:
+                continue
+            if not _are_embeddings(adapters.model, owner, module):
+                raise MergeError(f"{owner.name} shares its weight with {path}: it cannot be merged")
+            tied.append(owner)
+    return tied
 
 
 def _are_embeddings(model: Any, layer: LaneLinear, module: nn.Module) -> bool:

@@ -31,15 +31,17 @@ class PeftMethod:
     """Name of a layer's tensor -> PEFT's name below the module, without the adapter's name."""
     group_names: Mapping[str, str] = field(default_factory=dict)
     """Name of a frozen tensor of a layer group -> PEFT's name, relative to the root of PEFT's model."""
-    rank: str | None = "r"
-    """PEFT's field for the rank; None if the method has none."""
-    alpha: str | None = "lora_alpha"
-    dropout: str | None = "lora_dropout"
+    rank: str = "r"
+    """PEFT's field for the rank, which only a variant that uses the rank has; alpha and dropout likewise."""
+    alpha: str = "lora_alpha"
+    dropout: str = "lora_dropout"
     fields: Mapping[str, str] = field(default_factory=dict)
     """Own hyperparameter of the variant -> PEFT's field."""
     constants: Mapping[str, Any] = field(default_factory=dict)
     """Fields that have the same value in every adapter of the method. An adapter in which they have another
     value belongs to another method."""
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    """Own hyperparameter of the variant -> the value that it has in an adapter of PEFT."""
     optional: frozenset[str] = frozenset()
     """Those of our tensors in `names` that not every layer has."""
     adapts_conv1d: bool = True
@@ -63,8 +65,9 @@ class PeftFormat:
     peft: ClassVar[PeftMethod | None] = None
     """The method's description for PEFT; None if PEFT does not have the method. A subclass that does not
     define this attribute itself loads no adapters: what it exports, its parent class loads."""
-    peft_obstacle: ClassVar[str] = "it has no conversion to PEFT's format"
-    """Why a variant without `peft` cannot be exported to PEFT: the rest of a sentence about the variant."""
+    uses_rank: ClassVar[bool]
+    uses_alpha: ClassVar[bool]
+    uses_dropout: ClassVar[bool]
 
     def to_peft(self, params: Params, layer: FrozenLayer) -> dict[str, Tensor]:
         """Return the tensors of one layer under PEFT's names.
@@ -72,12 +75,8 @@ class PeftFormat:
         Args:
             params: One lane's tensors of the layer, those of its layer group included.
             layer: The frozen layer, with the lane's settings and its factor s, ().
-
-        Returns:
-            An empty mapping if PEFT does not have the method.
         """
-        if self.peft is None:
-            return {}
+        assert self.peft is not None
         missing = self.peft.optional - params.keys()
         return {theirs: params[ours] for ours, theirs in self.peft.names.items() if ours not in missing}
 
@@ -85,10 +84,12 @@ class PeftFormat:
         """Return the fields of PEFT's adapter_config.json that describe the result of `to_peft`."""
         peft = self.peft
         assert peft is not None
-        values = {
-            peft.rank: settings.rank, peft.alpha: settings.alpha, peft.dropout: settings.dropout
-        }  # fmt: skip
-        config = {name: value for name, value in values.items() if name is not None}
+        values = (
+            (self.uses_rank, peft.rank, settings.rank),
+            (self.uses_alpha, peft.alpha, settings.alpha),
+            (self.uses_dropout, peft.dropout, settings.dropout),
+        )
+        config = {name: value for is_used, name, value in values if is_used}
         own = {name: settings.extra[ours] for ours, name in peft.fields.items()}
         return {"peft_type": peft.peft_type, **config, **own, **peft.constants}
 
@@ -112,11 +113,12 @@ class PeftFormat:
         """
         peft = self.peft
         assert peft is not None
+        own = {ours: config[name] for ours, name in peft.fields.items() if config.get(name) is not None}
         return VariantSettings(
-            int(config[peft.rank]) if peft.rank else 0,
-            float(config[peft.alpha]) if peft.alpha else None,
-            float(config.get(peft.dropout) or 0.0) if peft.dropout else 0.0,
-            {ours: config[name] for ours, name in peft.fields.items() if config.get(name) is not None},
+            int(config[peft.rank]) if self.uses_rank else 0,
+            float(config[peft.alpha]) if self.uses_alpha else None,
+            float(config.get(peft.dropout) or 0.0) if self.uses_dropout else 0.0,
+            {**own, **peft.fixed},
         )
 
     def init_from_peft(self, tensors: Params, settings: VariantSettings) -> InitialTensors:
@@ -150,8 +152,3 @@ class PeftFormat:
 def peft_method(variant: object) -> PeftMethod | None:
     """Return the description of a variant's method for PEFT; None if PEFT does not have it."""
     return variant.peft if isinstance(variant, PeftFormat) else None
-
-
-def peft_obstacle(variant: object) -> str:
-    """Return why the lanes of a variant without `peft_method` cannot be exported."""
-    return variant.peft_obstacle if isinstance(variant, PeftFormat) else PeftFormat.peft_obstacle

@@ -24,7 +24,6 @@ from variants.peft_format import (
     PeftMethod,
     TaskType,
     peft_method,
-    peft_obstacle,
 )
 from variants.targets import find_target_layers, is_conv1d
 from variants.variant_settings import USER_AXIS
@@ -101,16 +100,12 @@ def _check_identity(metadata: Mapping[str, str], variant: Variant, file: Path) -
         is_same = metadata.get("variant") == variant.name
     if not is_same:
         raise UnsupportedError(f"{file} holds a lane of {metadata.get('variant')}, not of {variant.name}")
-    if metadata.get("numerics") != str(variant.numerics):
-        raise UnsupportedError(
-            f"{file} was saved with numerics {metadata.get('numerics')} of {variant.name}; "
-            f"this version has {variant.numerics}"
-        )
-    if metadata.get("revision", "") != variant.revision:
-        raise UnsupportedError(
-            f"{file} was saved with revision {metadata.get('revision')!r} of {variant.name}; this "
-            f"version has {variant.revision!r}"
-        )
+    saved = {"numerics": int(metadata.get("numerics", 0)), "revision": metadata.get("revision", "")}
+    for name, value in saved.items():
+        if value != (own := getattr(variant, name)):
+            raise UnsupportedError(
+                f"{file} was saved with {name} {value!r} of {variant.name}; this version has {own!r}"
+            )
 
 
 def save_peft(
@@ -141,27 +136,32 @@ def save_peft(
     peft = peft_method(adapters.variant)
     if peft is None:
         raise UnsupportedError(
-            f"{adapters.variant.name} cannot be exported: {peft_obstacle(adapters.variant)}"
+            f"{adapters.variant.name} cannot be exported: {adapters.variant.peft_obstacle}"
         )
-    if not peft.adapts_conv1d and any(is_conv1d(layer.base_layer) for layer in adapters.layers.values()):
+    on_conv1d = [is_conv1d(layer.base_layer) for layer in adapters.layers.values()]
+    if any(on_conv1d) and not peft.adapts_conv1d:
         raise UnsupportedError(
             f"{adapters.variant.name} cannot be exported: PEFT has this method for layers of type Linear only"
         )
     heads = _saved_modules(adapters, lane, task_type)
-    tensors = _convert_layers(adapters, lane)
-    for group in adapters.layer_groups.values():
-        for key, peft_key in peft.group_names.items():
-            tensors[f"{PEFT_ROOT}{peft_key}"] = group.lane_tensors(lane)[key]
+    fields, tensors = convert_lane(adapters, lane)
     for name, head in heads.items():
         tensors |= {f"{PEFT_PREFIX}{name}.{key}": tensor for key, tensor in head.items()}
-    config = {
-        **peft_fields(adapters, lane),
-        **_model_fields(adapters),
+    config: dict[str, Any] = {
+        **fields,
+        "target_modules": sorted(adapters.layers),
+        "inference_mode": True,
         "base_model_name_or_path": base_model_name,
         "revision": base_model_revision,
         "task_type": task_type,
         "modules_to_save": sorted(heads) or None,
     }
+    model_class = type(adapters.model)
+    if model_class.__module__.startswith("transformers."):  # for `AutoPeftModel`, without a task type
+        names = {"base_model_class": model_class.__name__, "parent_library": model_class.__module__}
+        config["auto_mapping"] = names
+    if peft.adapts_conv1d:  # PEFT's other methods do not have this field
+        config["fan_in_fan_out"] = all(on_conv1d)
     folder.mkdir(parents=True, exist_ok=True)
     # Copies, because safetensors refuses tensors that share memory, as those of a layer group do.
     copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
@@ -169,8 +169,8 @@ def save_peft(
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def peft_fields(adapters: Adapters, lane: str) -> dict[str, Any]:
-    """Return the fields of PEFT's adapter_config.json that describe a lane's method and its settings.
+def convert_lane(adapters: Adapters, lane: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return a lane's method and settings as fields of PEFT's config, and its tensors by PEFT's names.
 
     Args:
         adapters: The adapters that hold the lane, of a variant that PEFT has.
@@ -178,44 +178,26 @@ def peft_fields(adapters: Adapters, lane: str) -> dict[str, Any]:
     """
     variant = adapters.variant
     assert isinstance(variant, PeftFormat)
+    assert variant.peft is not None
     fields = variant.peft_config(adapters.lane_settings(lane))
-    by_field: dict[str, dict[str, Any]] = {}
-    for name, layer in adapters.layers.items():
-        own = variant.peft_layer_fields(layer.lane_tensors(lane), layer.lane_layer(lane))
-        for key, value in own.items():
-            by_field.setdefault(key, {})[name] = value
-    for key, values in by_field.items():
-        if len(set(values.values())) == 1:
-            fields[key] = next(iter(values.values()))
-        else:
-            fields[PATTERN_FIELDS[key]] = values
-    return fields
-
-
-def _convert_layers(adapters: Adapters, lane: str) -> dict[str, Tensor]:
-    """Return the layers' tensors by the names in PEFT's file."""
+    values: dict[str, dict[str, Any]] = {}
     tensors: dict[str, Tensor] = {}
-    variant = adapters.variant
-    assert isinstance(variant, PeftFormat)
     for name, layer in adapters.layers.items():
-        lane_tensors = {key: tensor.detach() for key, tensor in layer.lane_tensors(lane).items()}
-        for key, tensor in variant.to_peft(lane_tensors, layer.lane_layer(lane)).items():
+        params = {key: tensor.detach() for key, tensor in layer.lane_tensors(lane).items()}
+        view = layer.lane_layer(lane)
+        for key, value in variant.peft_layer_fields(params, view).items():
+            values.setdefault(key, {})[name] = value
+        for key, tensor in variant.to_peft(params, view).items():
             tensors[f"{PEFT_PREFIX}{name}.{key}"] = tensor
-    return tensors
-
-
-def _model_fields(adapters: Adapters) -> dict[str, Any]:
-    """Return the fields of adapter_config.json that follow from the model and its layers."""
-    fields: dict[str, Any] = {"target_modules": sorted(adapters.layers), "inference_mode": True}
-    model_class = type(adapters.model)
-    if model_class.__module__.startswith("transformers."):  # for `AutoPeftModel`, without a task type
-        names = {"base_model_class": model_class.__name__, "parent_library": model_class.__module__}
-        fields["auto_mapping"] = names
-    peft = peft_method(adapters.variant)
-    if peft is not None and peft.adapts_conv1d:  # PEFT's other methods do not have this field
-        layers = adapters.layers.values()
-        fields["fan_in_fan_out"] = all(is_conv1d(layer.base_layer) for layer in layers)
-    return fields
+    for key, by_layer in values.items():
+        if len(set(by_layer.values())) == 1:
+            fields[key] = next(iter(by_layer.values()))
+        else:
+            fields[PATTERN_FIELDS[key]] = by_layer
+    for group in adapters.layer_groups.values():
+        for key, peft_key in variant.peft.group_names.items():
+            tensors[f"{PEFT_ROOT}{peft_key}"] = group.lane_tensors(lane)[key]
+    return fields, tensors
 
 
 def _saved_modules(adapters: Adapters, lane: str, task_type: TaskType | None) -> dict[str, dict[str, Tensor]]:

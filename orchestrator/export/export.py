@@ -129,7 +129,7 @@ def _choose_form(variant: Variant, form: Form | None, name: str, notify: Callabl
     Raises:
         UsageError: The variant cannot be merged; the message names a form that is possible.
     """
-    from variants.peft_format import peft_method, peft_obstacle  # torch
+    from variants.peft_format import peft_method  # torch
 
     has_peft, obstacle = peft_method(variant) is not None, variant.merge_obstacle
     if form == "merged" and obstacle:
@@ -138,7 +138,7 @@ def _choose_form(variant: Variant, form: Form | None, name: str, notify: Callabl
     if form is not None or has_peft:
         return form or "peft"
     form, what = ("raw", "the exact tensors") if obstacle else ("merged", "a plain model")
-    notify(f"{name} has no adapter in PEFT's format: {peft_obstacle(variant)}; {what} will be written")
+    notify(f"{name} has no adapter in PEFT's format: {variant.peft_obstacle}; {what} will be written")
     return form
 
 

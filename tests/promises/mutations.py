@@ -235,9 +235,9 @@ MUTATIONS += [
 MUTATIONS += [
     Mutation(
         "an adapter of another scale",
-        "variants/peft_format.py",
-        "peft.alpha: settings.alpha,",
-        "peft.alpha: 2 * settings.alpha,",
+        "variants/low_rank.py",
+        '"lora_alpha": alpha if',
+        '"lora_alpha": 2 * alpha if',
         "test_07_export.py::test_an_adapter_loads_in_peft_and_has_the_scores_of_its_record[lora]",
     ),
     Mutation(

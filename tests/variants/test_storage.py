@@ -35,7 +35,7 @@ from variants.api import (
 from variants.baseline.lora import LoRA
 from variants.low_rank import LowRank
 from variants.peft_format import PeftFormat
-from variants.storage import load_lane, load_peft, peft_fields, save_lane, save_peft
+from variants.storage import convert_lane, load_lane, load_peft, save_lane, save_peft
 from variants.testing import Case
 from variants.testing.rig import attach_lanes
 
@@ -244,7 +244,7 @@ def test_a_subclass_does_not_load_plain_lora_adapters(
 def test_the_exported_alpha_gives_the_variants_scaling(name: str) -> None:
     variant = Thirds() if name == "thirds" else catalogue.get(name)
     adapters = attach_lanes(LLAMA, variant, 1, VariantSettings(4, 6.0))
-    config = peft_fields(adapters, "0")
+    config, _ = convert_lane(adapters, "0")
     if config["peft_type"] != "LORA":
         pytest.skip("PEFT scales this method by other rules")
     scaling = variant.scaling(adapters.lane_settings("0"))

@@ -3,7 +3,7 @@
 from variants import api
 
 
-class Full(api.PeftFormat, api.Variant):
+class Full(api.Variant):
     """W' = W + dW for every parameter W, including embeddings, norms and biases.
 
     A control without rank and alpha.
@@ -13,7 +13,6 @@ class Full(api.PeftFormat, api.Variant):
     group holds one lane. With weight decay the copies decay towards zero, as in any full fine-tuning.
     """
 
-    title = "Full fine-tuning"
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
     batching = api.Batching.EXCLUSIVE
     adaptation_scope = api.AdaptationScope.FULL_MODEL

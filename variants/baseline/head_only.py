@@ -3,14 +3,13 @@
 from variants import api
 
 
-class HeadOnly(api.PeftFormat, api.Variant):
+class HeadOnly(api.Variant):
     """W' = W; only the task's head learns.
 
     A control without rank and alpha, for tasks with a head (classification). The difference between an
     adapter's score and this one is what the adapter adds.
     """
 
-    title = "Head only"
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
     adaptation_scope = api.AdaptationScope.HEAD_ONLY
     uses_rank = uses_alpha = False

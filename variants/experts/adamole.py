@@ -20,7 +20,6 @@ class AdaMoLE(BalancedMixture):
     """
 
     paper = "Liu and Luo, arXiv 2405.00361"
-    year = 2024
     deviations = """See `Mixture`; T has the same input as R. The authors train in float32; in a bfloat16
     model the logits are rounded to bfloat16, which changes the experts of 0.3 % of random tokens at the
     start."""

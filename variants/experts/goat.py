@@ -32,7 +32,6 @@ class GOAT(api.Calibrated, api.FrozenUpdate, BalancedMixture):
     """
 
     paper = "Fan et al., arXiv 2502.16894"
-    year = 2025
     deviations = """See `Mixture`. The survey's code has s = ceil(alpha / d) / d (equal for d = 1), subtracts
     B0 A0 without the factor 1 / E, and draws R from U(0, 1), so that one expert has most of the weight."""
     verified_by = api.VerifiedBy.AUTHORS_CODE

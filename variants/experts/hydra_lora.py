@@ -21,7 +21,6 @@ class HydraLoRA(Mixture):
     """
 
     paper = "Tian et al., arXiv 2404.19245"
-    year = 2024
     deviations = "See `Mixture` (dropout). As in the official code, there is no balancing loss."
     verified_by = api.VerifiedBy.AUTHORS_CODE
     hyperparameters = {"experts": api.Int(3, minimum=2, help="number of B matrices")}

@@ -25,7 +25,6 @@ class LoRAMoE(BalancedMixture):
     """
 
     paper = "Dou et al., arXiv 2312.09979"
-    year = 2023
     deviations = """See `Mixture`; the variance is over the experts of an example, not over all experts and
     examples of a batch; experts have no types. (In the paper and the code a sum is multiplied by 1 + delta if
     the expert has the type of the example's task, else by 1 - delta; delta: paper 0.1, script 0.)"""

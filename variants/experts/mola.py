@@ -30,7 +30,6 @@ class MoLA(api.InitTogether, api.RankAllocation, BalancedMixture):
     """
 
     paper = "Gao et al., arXiv 2402.08562"
-    year = 2024
     deviations = """See `Mixture`. Each layer has its own balancing loss, where the official code has one of
     all adapted layers of a block together, which can be at its minimum although each uses only two experts.
     """
@@ -40,7 +39,7 @@ class MoLA(api.InitTogether, api.RankAllocation, BalancedMixture):
         "top_k": api.Int(2, maximum=2, help="experts per token"),
         "balance": api.Number(1e-3, help="weight of the balancing loss"),
     }
-    shares_rank = False
+    shares_rank = has_exact_budget = False  # a layer's rank depends on its name
 
     def expert_count(self, settings: api.VariantSettings) -> int:
         """Return the number of experts of the smallest layers."""
@@ -48,11 +47,6 @@ class MoLA(api.InitTogether, api.RankAllocation, BalancedMixture):
 
     def rank_in_use(self, params: api.Params, settings: api.VariantSettings) -> int:
         return len(params["A"])  # of all experts together
-
-    def rank_budget(
-        self, layer_count: int, settings: api.VariantSettings, step: int, total_steps: int
-    ) -> int | None:
-        return None  # the ranks depend on the layers' names
 
     def init_layers(self, layers: api.Layers, random_of: api.RandomOf) -> dict[str, api.InitialTensors]:
         settings = api.shared_settings(layers)

@@ -24,7 +24,6 @@ class CorDA(PiSSA):
     """
 
     paper = "Yang et al., arXiv 2406.05223"
-    year = 2024
     deviations = """In the mode "knowledge" the authors take C from samples of another task; here C is always
     the training data's."""
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION

@@ -23,7 +23,6 @@ class EVA(api.InitTogether, api.RankAllocation, api.Calibrated, api.LowRank):
     """
 
     paper = "Paischer et al., arXiv 2410.07170"
-    year = 2024
     deviations = """The covariance of all `calibration_batches` batches is decomposed once; the authors' code
     and PEFT update and truncate the decomposition with each batch until the directions converge (`tau`).
     Every position except padding counts; PEFT leaves out the prompt by default. Directions with less than

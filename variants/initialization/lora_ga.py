@@ -26,9 +26,7 @@ class LoRAGA(api.Calibrated, LowRank):
     c, does not scale A0, and divides by `rank` by default.
     """
 
-    title = "LoRA-GA"
     paper = "Wang et al., arXiv 2407.05000"
-    year = 2024
     deviations = """
     - The paper writes W - s B0 A0 into the weight. Here A0 and B0 are frozen tensors beside it. Unlike in
       PiSSA, dropout applies to B0 A0 as it does to B A, so that W' = W also with dropout. (In the survey

@@ -19,9 +19,7 @@ class LoRAOne(api.Calibrated, api.LowRank):
     Defaults of the survey: gamma = 128, as the authors', and 64 batches (the authors: 8 examples).
     """
 
-    title = "LoRA-One"
     paper = "Zhang et al., arXiv 2502.01235"
-    year = 2025
     deviations = """The authors' preconditioner for the optimizer is not implemented (their code does not have
     it either). The SVD is randomized with the authors' 16 power iterations, but with rank + 10 columns in
     place of 512."""

@@ -21,9 +21,7 @@ class LoRASB(LoRAXS):
     Source: train_arithmetic.py and utils/gradient_utils.py of the authors' code.
     """
 
-    title = "LoRA-SB"
     paper = "Ponkshe et al., arXiv 2411.19557"
-    year = 2024
     deviations = """`step_size` does not follow from the learning rate here, so that all rates of a sweep
     start from the same calibration. The SVD is randomized with the authors' 10 iterations, but with rank + 10
     columns (theirs: rank) and not rounded to bfloat16. The survey's code takes the triplets of G and starts

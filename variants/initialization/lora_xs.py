@@ -18,9 +18,7 @@ class LoRAXS(WeightSVD):
     Source: utils/initialization_utils.py and utils/latent_utils.py of the authors' code.
     """
 
-    title = "LoRA-XS"
     paper = "Bałazy et al., arXiv 2405.17604"
-    year = 2024
     deviations = "`svd` is exact by default; the authors' is randomized with 10 iterations."
     verified_by = api.VerifiedBy.AUTHORS_CODE
     hyperparameters = {
@@ -31,7 +29,7 @@ class LoRAXS(WeightSVD):
     typical_lr_scale = 10.0
 
     def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
-        u, s, vh = self.triplets(layer)
+        u, s, vh = self.calibrated(layer, "U", "S", "Vh")
         r = random.normal("R", (layer.settings.rank, layer.settings.rank), layer.settings["init_std"])
         return api.InitialTensors({"R": r}, {"A": s.unsqueeze(1) * vh, "B": u})
 

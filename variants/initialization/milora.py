@@ -17,7 +17,6 @@ class MiLoRA(PiSSA):
     """
 
     paper = "Wang et al., arXiv 2406.09044"
-    year = 2024
     verified_by = api.VerifiedBy.AUTHORS_CODE
     hyperparameters = {}
     smallest = True

@@ -26,7 +26,6 @@ class NoRA(WeightSVD):
     """
 
     paper = "Lin et al., arXiv 2408.10280"
-    year = 2024
     hyperparameters = {
         **WeightSVD.hyperparameters,
         "outer": api.Int(4, help="rank of the frozen factors as a multiple of the rank"),
@@ -39,7 +38,7 @@ class NoRA(WeightSVD):
         return settings["outer"] * settings.rank
 
     def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
-        u, s, vh = self.triplets(layer)
+        u, s, vh = self.calibrated(layer, "U", "S", "Vh")
         inner = layer.zeros(layer.settings.rank, len(s))
         inner.diagonal().copy_(s[: layer.settings.rank].sqrt())
         params = {"A": vh, "B": u, "inner_A": inner, "inner_B": inner.t().contiguous()}

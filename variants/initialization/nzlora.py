@@ -22,7 +22,6 @@ class NZLoRA(api.LowRank):
     """
 
     paper = "Li et al., arXiv 2505.23194"
-    year = 2025
     verified_by = api.VerifiedBy.PAPER  # the survey's paper
     hyperparameters = {
         "gamma_a": api.Number(1.0, above=0, help="scale of the initial A"),

@@ -19,7 +19,6 @@ class OLoRA(api.Calibrated, LowRank):
     """
 
     paper = "Büyükakyüz, arXiv 2406.01775"
-    year = 2024
     deviations = """PEFT decomposes the stored weight of a Conv1D layer, W^T, whose factors fit square layers
     only."""
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION

@@ -18,10 +18,9 @@ class PiSSA(WeightSVD):
     """
 
     paper = "Meng et al., arXiv 2404.02948"
-    year = 2024
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
 
     def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
-        u, s, vh = self.triplets(layer)
+        u, s, vh = self.calibrated(layer, "U", "S", "Vh")
         root = (s / self.scaling(layer.settings)).sqrt()
         return start_from(root.unsqueeze(1) * vh, u * root)

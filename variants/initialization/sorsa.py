@@ -24,7 +24,6 @@ class SORSA(api.StepHooks, WeightSVD):
     """
 
     paper = "Cao et al., arXiv 2409.00055"
-    year = 2024
     deviations = """The authors round W - B0 A0 to bfloat16; here W stays as it is. A layer whose A and B have
     no gradient does not get the gradient of the term either. At the start A and B are orthonormal up to
     rounding: the authors' term has a gradient of rounding errors, scaled to full size, and here it is zero.
@@ -37,7 +36,7 @@ class SORSA(api.StepHooks, WeightSVD):
     uses_alpha = False
 
     def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
-        u, s, vh = self.triplets(layer)
+        u, s, vh = self.calibrated(layer, "U", "S", "Vh")
         return api.InitialTensors({"A": vh, "B": u, "S": s}, {"A0": vh, "B0": u * s})
 
     def factors(self, params: api.Params, layer: api.FrozenLayer) -> tuple[Tensor, Tensor]:

@@ -28,7 +28,6 @@ class BOFT(api.PeftFormat, InputMap):
     """
 
     paper = "Liu et al., arXiv 2311.06243"
-    year = 2023
     deviations = "There is no multiplicative dropout (0 is PEFT's default)."
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
     hyperparameters = {
@@ -39,9 +38,6 @@ class BOFT(api.PeftFormat, InputMap):
     peft = api.PeftMethod(
         "BOFT",
         {"M": "boft_R", "s": "boft_s"},
-        rank=None,
-        alpha=None,
-        dropout=None,
         adapts_conv1d=False,
         fields={"block_size": "boft_block_size", "factors": "boft_n_butterfly_factor"},
     )

@@ -21,7 +21,6 @@ class ETHER(InputMap, api.LowRank):
     """
 
     paper = "Bini et al., arXiv 2405.20271"
-    year = 2024
     deviations = """For queries, keys and values (its default layers are queries and values) the authors' code
     computes H W with blocks of outputs, and u from U(-1/sqrt(out), 1/sqrt(out)): for n > 1 these vectors are
     shorter, and a step turns them sqrt(n) times as far. For n > 1 it cuts W of other layers into blocks of

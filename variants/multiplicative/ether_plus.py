@@ -18,9 +18,7 @@ class ETHERPlus(InputMap, api.LowRank):
     Source: paper, Section 3.3; github.com/mwbini/ether, ether-instruct/lit_gpt/ether.py ("etherplusHH").
     """
 
-    title = "ETHER+"
     paper = "Bini et al., arXiv 2405.20271"
-    year = 2024
     deviations = """For n > 1: the blocks of H_in, and for queries, keys and values the length of the vectors,
     as in `ether`. The blocks of H_out agree with the authors' code. Its dropout (0 by default) is not
     offered."""

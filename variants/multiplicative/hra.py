@@ -23,7 +23,6 @@ class HRA(api.LowRank):
     """
 
     paper = "Yuan et al., arXiv 2405.17484"
-    year = 2024
     deviations = """PEFT's option `apply_GS`, which makes the vectors orthogonal, is not offered; at equal
     vectors it divides rounding errors by their length. The paper's loss for orthogonality is not offered
     either, as in PEFT. The authors' code for LLaMA computes H W, from short independent vectors, divided by
@@ -31,9 +30,7 @@ class HRA(api.LowRank):
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
     start = api.Start.ROUNDED
     uses_alpha = uses_dropout = False
-    peft = api.PeftMethod(
-        "HRA", {"U": "hra_u"}, alpha=None, dropout=None, constants={"apply_GS": False}, adapts_conv1d=False
-    )
+    peft = api.PeftMethod("HRA", {"U": "hra_u"}, constants={"apply_GS": False}, adapts_conv1d=False)
 
     def largest_rank(self, layer: api.FrozenLayer) -> int | None:
         return None  # as in PEFT

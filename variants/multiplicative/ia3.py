@@ -19,15 +19,12 @@ class IA3(api.PeftFormat, OutputMap):
     """
 
     paper = "Liu et al., arXiv 2205.05638"
-    year = 2022
     deviations = """No layer's input is scaled, which a feed-forward block without a gate would need (PEFT's
     `feedforward_modules`)."""
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
     uses_rank = uses_alpha = uses_dropout = False
     typical_lr_scale = 10.0
-    peft = api.PeftMethod(
-        "IA3", {"l": "ia3_l"}, rank=None, alpha=None, dropout=None, constants={"feedforward_modules": []}
-    )
+    peft = api.PeftMethod("IA3", {"l": "ia3_l"}, constants={"feedforward_modules": []})
 
     def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
         return api.InitialTensors({"l": layer.ones(layer.shape[0], 1)})

@@ -24,7 +24,6 @@ class OFT(api.PeftFormat, InputMap):
     """
 
     paper = "Qiu et al., arXiv 2306.07280"
-    year = 2023
     deviations = """There is no constrained form (COFT, the default of the authors' oft-control), no re-scaled
     form (a factor for each output) and no Q that all blocks share. PEFT accepts a `module_dropout` for OFT
     and ignores it; there is none here. In PEFT before 0.18 the last term is 2 Q^4; its adapters with the
@@ -39,9 +38,6 @@ class OFT(api.PeftFormat, InputMap):
     peft = api.PeftMethod(
         "OFT",
         {"Q": "oft_R.weight"},
-        rank=None,
-        alpha=None,
-        dropout=None,
         fields={
             "block_size": "oft_block_size",
             "cayley_neumann": "use_cayley_neumann",

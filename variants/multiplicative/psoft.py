@@ -19,7 +19,6 @@ class PSOFT(WeightSVD):
     """
 
     paper = "Wu et al., arXiv 2505.11235"
-    year = 2025
     deviations = """PEFT's other options (a series for R, a free R, fewer vectors, symmetric factors) and rank
     1 are not offered. The authors' scripts for language models take R = I + 2 Q + ... + 2 Q^5 + Q^6. Dropout
     applies to the input of W' - W, as in PEFT; theirs to that of U diag(S) diag(b) R diag(a) V^T (it is 0).
@@ -32,7 +31,7 @@ class PSOFT(WeightSVD):
             raise api.UnsupportedError("rank 1: a rotation needs at least two singular triplets")
 
     def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
-        u, s, vh = self.triplets(layer)
+        u, s, vh = self.calibrated(layer, "U", "S", "Vh")
         rank, ones = len(s), layer.ones(len(s))
         trainable = {"Q": ones.new_zeros(rank * (rank - 1) // 2), "a": ones, "b": ones.clone()}
         return api.InitialTensors(trainable, {"US": u * s, "Vh": vh})

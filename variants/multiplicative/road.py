@@ -25,7 +25,6 @@ class RoAd(api.PeftFormat, OutputMap):
     """
 
     paper = "Liao and Monz, arXiv 2409.00119"
-    year = 2024
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
     hyperparameters = {
         "form": api.Choice(
@@ -38,9 +37,6 @@ class RoAd(api.PeftFormat, OutputMap):
     peft = api.PeftMethod(
         "ROAD",
         {"theta": "road_theta", "scale": "road_alpha"},
-        rank=None,
-        alpha=None,
-        dropout=None,
         fields={"form": "variant", "group_size": "group_size"},
         adapts_conv1d=False,
     )

@@ -24,7 +24,6 @@ class AuroRA(api.Variant):
     """
 
     paper = "Dong et al., arXiv 2505.18738"
-    year = 2025
     deviations = """The update depends on the input and cannot be merged; the paper (equation 3) and the
     survey's code merge B f(A), which is another function. In the paper C is a vector; its shape here is that
     of the survey's code. f is computed in float32 or float64, from A x in the model's dtype."""

@@ -1,9 +1,5 @@
 """DeLoRA: directions of unit length learn apart from their strength."""
 
-from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.linalg import vector_norm
@@ -34,7 +30,6 @@ class DeLoRA(api.LowRank):
     """
 
     paper = "Bini et al., arXiv 2503.18225"
-    year = 2025
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
     hyperparameters = {
         "lambda": api.Number(8.0, above=0, help="initial strength"),
@@ -46,10 +41,10 @@ class DeLoRA(api.LowRank):
     peft = api.PeftMethod(
         "DELORA",
         {"A": "delora_A", "B": "delora_B", "lambda": "delora_lambda"},
-        alpha=None,
         dropout="module_dropout",
         fields={"lambda": "delora_lambda"},
         constants={"bias": "none"},
+        fixed={"initial": "zero"},
         adapts_conv1d=False,
     )
 
@@ -74,13 +69,6 @@ class DeLoRA(api.LowRank):
             a, b = torch.cat([params["A"], params["A0"]]), torch.cat([params["B"], -params["B0"]], dim=1)
             params = {"A": a, "B": b, "lambda": 2 * params["lambda"]}
         return api.PeftFormat.to_peft(self, params, layer)
-
-    def peft_layer_fields(self, params: api.Params, layer: api.FrozenLayer) -> dict[str, Any]:
-        return {"r": (2 if "A0" in params else 1) * layer.settings.rank}
-
-    def settings_from_peft(self, config: Mapping[str, Any]) -> api.VariantSettings:
-        settings = super().settings_from_peft(config)
-        return replace(settings, extra={**settings.extra, "initial": "zero"})
 
 
 def _scale_rows(a: Tensor, b: Tensor, strength: Tensor) -> Tensor:

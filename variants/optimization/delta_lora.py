@@ -21,9 +21,7 @@ class DeltaLoRA(api.StepHooks, api.LowRank):
     gradient with respect to B A equals the gradient with respect to W.
     """
 
-    title = "Delta-LoRA"
     paper = "Zi et al., arXiv 2309.02411"
-    year = 2023
     verified_by = api.VerifiedBy.PAPER
     uses_dropout = False
     mutable_buffers = frozenset({"before A", "before B"})

@@ -24,7 +24,6 @@ class DoRA(api.GradientConstants, api.DropoutOnBase, LowRank):
     """
 
     paper = "Liu et al., arXiv 2402.09353"
-    year = 2024
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
     peft = api.PeftMethod(
         "LORA",

@@ -19,7 +19,6 @@ class DuDe(DoRA, PiSSA):
     """
 
     paper = "Han et al., arXiv 2505.14367"
-    year = 2025
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
 
     def prepare_frozen_update(self, params: api.Params, layer: api.FrozenLayer) -> api.Params:

@@ -31,9 +31,7 @@ class LoFT(api.StepHooks, api.LowRank):
     Source: the authors' code (tnurbek/loft).
     """
 
-    title = "LoFT"
     paper = "Tastan et al., arXiv 2505.21289"
-    year = 2025
     deviations = """
     - In the authors' code P V_i P has the transposed change of coordinates, and in A's turn B's moments are
       projected on the A of after the step. In both cases the steps at full rank are not Adam's.

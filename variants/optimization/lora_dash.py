@@ -24,9 +24,7 @@ class LoRADash(api.StepHooks, api.LowRank):
     forward passes, whereas optimizer steps count here. Source: the authors' code (`layers_LoRA-Dash.py`).
     """
 
-    title = "LoRA-Dash"
     paper = "Si et al., arXiv 2409.01035"
-    year = 2024
     deviations = "The directions share LoRA's dropout mask; the authors draw two."
     verified_by = api.VerifiedBy.AUTHORS_CODE
     mutable_buffers = DIRECTIONS

@@ -20,9 +20,7 @@ class LoRAFA(api.StepHooks, api.LowRank):
     Source: `create_lorafa_optimizer` of PEFT.
     """
 
-    title = "LoRA-FA"
     paper = "Zhang et al., arXiv 2308.03303"
-    year = 2023
     deviations = """PEFT's AdamW adds epsilon (1e-6 by default) before the bias correction and decays after
     the step, and PEFT rounds the corrected gradient of a parameter in float32 to bfloat16. The survey's code
     freezes A and does not correct the gradient."""

@@ -11,9 +11,7 @@ class LoRAPlus(api.RateScales, api.LowRank):
     Source: `create_loraplus_optimizer` of PEFT.
     """
 
-    title = "LoRA+"
     paper = "Hayou et al., arXiv 2402.12354"
-    year = 2024
     deviations = "In PEFT and in the authors' code, the biases of a trained head learn at B's rate too."
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
     hyperparameters = {"ratio": api.Number(16.0, above=0, help="learning rate of B divided by that of A")}

@@ -31,9 +31,7 @@ class LoRAPro(api.StepHooks, api.LowRank):
     Source: the authors' code (`lorapro_full_adjustment` in their copy of DeepSpeed).
     """
 
-    title = "LoRA-Pro"
     paper = "Wang et al., arXiv 2407.18242"
-    year = 2024
     deviations = """
     - The authors' code has a fixed s = 2, counts one step too many in Adam's bias correction, rounds the
       factors, inverses and moments to bfloat16, and has no weight decay.

@@ -17,7 +17,6 @@ class MoSLoRA(api.LowRank):
     """
 
     paper = "Wu et al., arXiv 2406.11909"
-    year = 2024
     verified_by = api.VerifiedBy.AUTHORS_CODE
 
     def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:

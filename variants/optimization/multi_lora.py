@@ -22,7 +22,6 @@ class MultiLoRA(api.LowRank):
     """
 
     paper = "Wang et al., arXiv 2311.11501"
-    year = 2023
     hyperparameters = {"modules": api.Int(3, help="number of parallel LoRAs")}
 
     def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:

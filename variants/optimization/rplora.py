@@ -16,7 +16,6 @@ class RPLoRA(api.StepHooks, api.LowRank):
     """
 
     paper = "Zhang and Pilanci, arXiv 2402.02347"
-    year = 2024
     deviations = """PEFT takes pseudo-inverses; here a lane diverges if a matrix is singular in its dtype. The
     authors' AdamW computes the factor of g_B from the A that the same step has already updated, and their
     `delta` is 1e-6 for GPT-2, 4.5 for Mistral 7B and 0 for diffusion models."""

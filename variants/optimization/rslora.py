@@ -12,9 +12,7 @@ class RsLoRA(LowRank):
     At rank 8 and alpha 16, s is 5.66 (LoRA: 2). Initialization: as in LoRA, so W' = W.
     """
 
-    title = "rsLoRA"
     paper = "Kalajdzievski, arXiv 2312.03732"
-    year = 2023
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
     peft = replace(LORA_PEFT, constants={**LORA_PEFT.constants, "use_rslora": True})
 

@@ -21,7 +21,6 @@ class SineLoRA(api.DenseUpdate):
     """
 
     paper = "Ji et al., arXiv 2403.19243"
-    year = 2024
     verified_by = api.VerifiedBy.AUTHORS_CODE
     hyperparameters = {"frequency": api.Number(600.0, above=0, help="omega in sin(omega B A)")}
     typical_lr_scale = 0.03  # at B = 0 the update is omega / sqrt(in) times as steep as LoRA's

@@ -39,7 +39,6 @@ class AdaLoRA(api.StepHooks, api.RankAllocation, api.AuxiliaryLoss, api.LowRank)
     """
 
     paper = "Zhang et al., arXiv 2303.10512"
-    year = 2023
     deviations = """PEFT's orthogonality loss moves the A and B of pruned triplets until T. Here their
     gradients are zero after T - t_f."""
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
@@ -129,6 +128,8 @@ class AdaLoRA(api.StepHooks, api.RankAllocation, api.AuxiliaryLoss, api.LowRank)
 
     def to_peft(self, params: api.Params, layer: api.FrozenLayer) -> dict[str, Tensor]:
         return {"lora_A": params["A"], "lora_E": params["E"] * params[api.RANK_MASK], "lora_B": params["B"]}
+
+    peft_layer_fields = api.PeftFormat.peft_layer_fields
 
     def peft_config(self, settings: api.VariantSettings) -> dict[str, Any]:
         # PEFT requires a `total_step`, which matters only if it trains on.

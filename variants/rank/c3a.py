@@ -23,7 +23,6 @@ class C3A(api.PeftFormat, api.Variant):
     """
 
     paper = "Chen et al., arXiv 2407.19342"
-    year = 2024
     deviations = """PEFT refuses a layer whose sides `block_size` does not divide; an exported adapter names b
     for each such layer. PEFT's backward pass (0.21) has a wrong gradient of the layer's input, which the
     layers before it receive; here autograd computes it."""
@@ -33,13 +32,7 @@ class C3A(api.PeftFormat, api.Variant):
     uses_rank = uses_alpha = uses_dropout = False
     hyperparameters = {"block_size": api.Int(256, help="side of a circulant block")}
     peft = api.PeftMethod(
-        "C3A",
-        {"w": "c3a_kernel"},
-        rank=None,
-        alpha=None,
-        dropout=None,
-        fields={"block_size": "block_size"},
-        adapts_conv1d=False,
+        "C3A", {"w": "c3a_kernel"}, fields={"block_size": "block_size"}, adapts_conv1d=False
     )
 
     def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:

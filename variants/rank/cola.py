@@ -21,7 +21,6 @@ class COLA(ReLoRA):
     """
 
     paper = "Xia et al., arXiv 2401.04151"
-    year = 2024
     verified_by = api.VerifiedBy.PAPER
     hyperparameters = {"merges": api.Int(2, help="number of times that B A is merged")}
 

@@ -20,15 +20,11 @@ class DenseLoRA(api.SharedTensors, api.Variant):
     """
 
     paper = "Mu et al., arXiv 2505.23808"
-    year = 2025
     deviations = """The authors' code also has dropout before M and after B. It never enables its layers,
     because two spellings of a flag differ."""
     verified_by = api.VerifiedBy.AUTHORS_CODE
     hyperparameters = {"rank_factor": api.Int(24, help="size r of M, divided by the rank")}
     merge_obstacle = "its update is not linear in the input of the layer"
-
-    def largest_rank(self, layer: api.FrozenLayer) -> int | None:
-        return None
 
     def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
         r = self.shared_rank(layer.settings)

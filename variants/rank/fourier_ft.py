@@ -1,5 +1,7 @@
 """FourierFT: a few spectral coefficients of the weight's change learn."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -7,7 +9,7 @@ from variants import api
 from variants.linalg import fill_positions
 
 
-class FourierFT(api.InitTogether, api.PeftFormat, api.DenseUpdate):
+class FourierFT(api.InitTogether, api.DenseUpdate):
     """W' = W + scale * real part of IDFT(F), where F (out, in) has `frequencies` trainable entries, others 0.
 
     The inverse discrete Fourier transform in two dimensions includes the factor 1 / (in * out). There is
@@ -25,7 +27,6 @@ class FourierFT(api.InitTogether, api.PeftFormat, api.DenseUpdate):
     """
 
     paper = "Gao et al., arXiv 2405.03003"
-    year = 2024
     deviations = """In a layer with fewer than `frequencies` weights, which PEFT refuses, every entry is
     trainable."""
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
@@ -38,18 +39,16 @@ class FourierFT(api.InitTogether, api.PeftFormat, api.DenseUpdate):
     }
     peft_obstacle = "PEFT draws the locations from a seed of its own; `peft:FOURIERFT` trains with PEFT's"
 
-    def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
-        count = min(layer.settings["frequencies"], layer.shape[0] * layer.shape[1])
-        entries, locations = random.normal("entries", (count,), 1.0), random.positions("locations", count)
-        return api.InitialTensors({"entries": entries}, {"locations": locations})
-
     def init_layers(self, layers: api.Layers, random_of: api.RandomOf) -> dict[str, api.InitialTensors]:
-        found = {name: self.init(layer, random_of(name)) for name, layer in layers.items()}
-        first: dict[tuple[int, int], Tensor] = {}
+        initial: dict[str, api.InitialTensors] = {}
+        shared: dict[tuple[int, int], Tensor] = {}
         for name, layer in layers.items():
-            shared = first.setdefault(layer.shape, found[name].frozen["locations"])
-            found[name].frozen["locations"] = shared.clone()
-        return found
+            random, count = random_of(name), min(layer.settings["frequencies"], math.prod(layer.shape))
+            if layer.shape not in shared:
+                shared[layer.shape] = random.positions("locations", count)
+            entries, locations = random.normal("entries", (count,), 1.0), shared[layer.shape].clone()
+            initial[name] = api.InitialTensors({"entries": entries}, {"locations": locations})
+        return initial
 
     def matrix(self, params: api.Params, layer: api.FrozenLayer) -> Tensor:
         spectrum = fill_positions(params["entries"], params["locations"], layer.shape)

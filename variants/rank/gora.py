@@ -29,13 +29,13 @@ class GoRA(api.InitTogether, api.RankAllocation, api.Calibrated, api.LowRank):
     """
 
     paper = "He et al., arXiv 2502.12171"
-    year = 2025
     deviations = """The authors' code has a positive B, which is a step of gradient ascent, and rounds ranks
     down. Without `--gora-features-func sqrt`, which its scripts do not give, it has in + out in place of its
     root. The scripts use LoRA+'s learning rates besides. Here A is the same for all seeds, because the
     calibration statistic is reduced before seeds are known."""
     verified_by = api.VerifiedBy.PAPER
     start = api.Start.OTHER
+    has_exact_budget = False  # the ranks are rounded
     calibration_statistic = api.CalibrationStatistic.MEAN_GRADIENT
     hyperparameters = {
         "calibration_batches": api.Int(32, help="number of batches of the mean gradient"),
@@ -85,11 +85,6 @@ class GoRA(api.InitTogether, api.RankAllocation, api.Calibrated, api.LowRank):
         # `scaling` divides by sqrt(rank), but s_l by sqrt(r_l).
         used = mask * (layer.settings.rank / mask.sum(-1, keepdim=True)).sqrt()
         return params["A"], params["B"] * used.unsqueeze(-2)
-
-    def rank_budget(
-        self, layer_count: int, settings: api.VariantSettings, step: int, total_steps: int
-    ) -> None:
-        """Return None, because the ranks are rounded for each layer."""
 
 
 def _largest_rank(settings: api.VariantSettings) -> int:

@@ -23,7 +23,6 @@ class GraLoRA(api.PeftFormat, api.Variant):
     """
 
     paper = "Jung et al., arXiv 2505.20355"
-    year = 2025
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
     hyperparameters = {
         "blocks": api.Int(2, divides=("in", "out"), help="number k of blocks along each side of the weight"),

@@ -23,7 +23,7 @@ class HiRA(api.PeftFormat, api.DenseUpdate):
     numerics = 2
     uses_alpha = False
     typical_lr_scale = 10.0
-    peft = api.PeftMethod("HIRA", {"A": "hira_A", "B": "hira_B"}, alpha=None, dropout="hira_dropout")
+    peft = api.PeftMethod("HIRA", {"A": "hira_A", "B": "hira_B"}, dropout="hira_dropout")
 
     def matrix(self, params: api.Params, layer: api.FrozenLayer) -> Tensor:
         a, b = (params[name].to(layer.weight.dtype) for name in "AB")

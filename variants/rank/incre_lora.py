@@ -43,7 +43,6 @@ class IncreLoRA(api.StepHooks, api.RankAllocation, api.AuxiliaryLoss, api.LowRan
     """
 
     paper = "Zhang et al., arXiv 2308.12043"
-    year = 2023
     deviations = """
     - The importance in the authors' code is the sum of |dW * g_dW| over all entries of the update dW. It
       needs the gradient with respect to the full matrix, which is not computed here. The sum over the

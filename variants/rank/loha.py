@@ -18,14 +18,12 @@ class LoHa(api.PeftFormat, api.DenseUpdate):
     """
 
     paper = "Hyeon-Woo et al., arXiv 2108.06098"
-    year = 2021
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
     uses_dropout = False
     peft = api.PeftMethod(
         "LOHA",
         {"B1": "hada_w1_a", "A1": "hada_w1_b", "B2": "hada_w2_a", "A2": "hada_w2_b"},
         alpha="alpha",
-        dropout=None,
         adapts_conv1d=False,
     )
 

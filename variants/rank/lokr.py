@@ -24,7 +24,6 @@ class LoKr(api.PeftFormat, api.Variant):
     """
 
     paper = "Yeh et al., arXiv 2309.14859"
-    year = 2023
     deviations = "LyCORIS sets A (or D) to zero in place of C, and has s = 1 if D is not low-rank."
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
     uses_dropout = False
@@ -33,7 +32,6 @@ class LoKr(api.PeftFormat, api.Variant):
         "LOKR",
         {"C": "lokr_w1", "D": "lokr_w2", "B": "lokr_w2_a", "A": "lokr_w2_b"},
         alpha="alpha",
-        dropout=None,
         fields={"factor": "decompose_factor"},
         constants={"decompose_both": False},
         optional=frozenset("ABD"),

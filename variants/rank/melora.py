@@ -21,7 +21,6 @@ class MELoRA(api.LowRank):
     """
 
     paper = "Ren et al., arXiv 2402.17263"
-    year = 2024
     verified_by = api.VerifiedBy.AUTHORS_CODE
     hyperparameters = {"blocks": api.Int(2, divides=("in", "out"), help="number n of small LoRAs")}
 

@@ -17,13 +17,11 @@ class MiSS(api.PeftFormat, api.Variant):
     """
 
     paper = "Kang et al., arXiv 2409.15371"
-    year = 2024
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
     uses_alpha = False
     peft = api.PeftMethod(
         "MISS",
         {"D": "miss_block"},
-        alpha=None,
         dropout="miss_dropout",
         constants={"init_weights": True},
         adapts_conv1d=False,

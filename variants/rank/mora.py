@@ -26,7 +26,6 @@ class MoRA(api.Variant):
     """
 
     paper = "Jiang et al., arXiv 2405.12130"
-    year = 2024
     verified_by = api.VerifiedBy.AUTHORS_CODE
     uses_alpha = False
     hyperparameters = {"maps": api.Choice("rotation", ("rotation", "sharing"), help="the maps C and E")}

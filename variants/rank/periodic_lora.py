@@ -20,7 +20,6 @@ class PeriodicLoRA(COLA):
     """
 
     paper = "Meng et al., arXiv 2402.16141"
-    year = 2024
     deviations = """The survey's code merges after every step and keeps the optimizer's state, although the
     paper reinitializes it after each stage. With m = 1 that code sets A and B to zero, and they stay zero.
     According to a summary, the paper also restarts the learning-rate schedule in each stage; here one

@@ -24,7 +24,6 @@ class PRoLoRA(api.LowRank):
     """
 
     paper = "Wang et al., arXiv 2402.16902"
-    year = 2024
     verified_by = api.VerifiedBy.AUTHORS_CODE
     hyperparameters = {
         "unshared": api.Int(1, minimum=0, help="ranks without copies; below the rank"),

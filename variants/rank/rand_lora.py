@@ -1,8 +1,6 @@
 """RandLoRA: full rank from random bases; scales learn."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,11 +29,11 @@ class RandLoRA(api.SharedTensors, api.LowRank):
     """
 
     paper = "Albert et al., arXiv 2502.00987"
-    year = 2025
     deviations = """PEFT has no `base_limit`, and no 1 / sqrt(n), which is the authors' (`normalized`). A lane
     draws A and B from its own seed and keeps them in its checkpoint; PEFT has one `projection_prng_key`. The
     survey's code draws l from N(0, 1), so it does not start at W, and has g = 1 / q."""
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
+    one_group = "rand_lora"
     hyperparameters = {
         "rank_factor": api.Int(4, help="rank r of each basis, divided by the rank"),
         "base_limit": api.Int(
@@ -50,19 +48,14 @@ class RandLoRA(api.SharedTensors, api.LowRank):
         alpha="randlora_alpha",
         dropout="randlora_dropout",
         constants={"save_projection": True, "bias": "none"},
+        fixed={"rank_factor": 1, "base_limit": 1 << 30, "normalized": False},
     )
-
-    def largest_rank(self, layer: api.FrozenLayer) -> int | None:
-        return None
 
     def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
         n, r = self._basis_count(layer.shape, layer.settings), self.shared_rank(layer.settings)
         shape = n, min(layer.shape)
         g = torch.full(shape, 1 / max(shape), dtype=layer.dtype, device=layer.device)
         return api.InitialTensors({"l": g.new_zeros(r, n), "g": g})
-
-    def layer_group(self, layer_name: str) -> str:
-        return "rand_lora"
 
     def init_layer_group(self, layers: api.Layers, random: api.LayerRandom) -> api.InitialTensors:
         settings = api.shared_settings(layers)
@@ -93,10 +86,6 @@ class RandLoRA(api.SharedTensors, api.LowRank):
     def peft_layer_fields(self, params: api.Params, layer: api.FrozenLayer) -> dict[str, Any]:
         rank = self.shared_rank(layer.settings)
         return {"r": rank, "randlora_alpha": self.scaling(layer.settings) * rank}
-
-    def settings_from_peft(self, config: Mapping[str, Any]) -> api.VariantSettings:
-        extra = {"rank_factor": 1, "base_limit": 1 << 30, "normalized": False}
-        return replace(super().settings_from_peft(config), extra=extra)
 
     def _basis_count(self, shape: tuple[int, int], settings: api.VariantSettings) -> int:
         """Return n, the number of random bases, for a layer of this shape."""

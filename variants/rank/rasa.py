@@ -26,7 +26,6 @@ class RaSA(api.InitTogether, api.SharedTensors, api.LowRank):
     """
 
     paper = "He et al., arXiv 2503.12576"
-    year = 2025
     deviations = """The authors' code refuses layers of one type with different shapes; here the pool has the
     largest shape, and a layer uses a part of it."""
     verified_by = api.VerifiedBy.AUTHORS_CODE

@@ -30,7 +30,6 @@ class ReLoRA(api.StepHooks, api.RateScales, api.LowRank):
     """
 
     paper = "Lialin et al., arXiv 2307.05695"
-    year = 2023
     deviations = """
     - In the authors' code each moment is pruned by its own magnitude. Then an exp_avg may be kept whose
       exp_avg_sq is not, and it is divided by epsilon, because with B = 0 the gradient of A is zero. After a

@@ -39,6 +39,7 @@ class SaLoRA(api.StepHooks, api.RateScales, api.RankAllocation, api.LowRank):
     paper = "Hu et al., Mathematics 11(20) 4317"
     year = 2023
     mutable_buffers = frozenset({"noise"})
+    has_exact_budget = False
     hyperparameters = {
         "initial": api.Number(1.5, minimum=1, help="initial rank divided by the final mean rank"),
         "budget": api.Number(5.0, help="weight of the budget term (the survey's beta)"),
@@ -89,11 +90,6 @@ class SaLoRA(api.StepHooks, api.RateScales, api.RankAllocation, api.LowRank):
 
     def rank_in_use(self, params: api.Params, settings: api.VariantSettings) -> int:
         return int((_gate(params["log_d"]) > 0).sum())
-
-    def rank_budget(
-        self, layer_count: int, settings: api.VariantSettings, step: int, total_steps: int
-    ) -> int | None:
-        return None
 
 
 def _draw_noise(random: api.LayerRandom, like: Tensor) -> Tensor:

@@ -18,7 +18,6 @@ class ShareLoRA(api.SharedTensors, api.LowRank):
     """
 
     paper = "Song et al., arXiv 2406.10785"
-    year = 2024
     verified_by = api.VerifiedBy.AUTHORS_CODE
     hyperparameters = {"part": api.Choice("A", ("A", "B", "AB"), help="the factors that layers share")}
 

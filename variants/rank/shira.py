@@ -19,14 +19,11 @@ class SHiRA(api.PeftFormat, api.DenseUpdate):
     """
 
     paper = "Bhardwaj et al., arXiv 2406.13175"
-    year = 2024
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
     uses_alpha = uses_dropout = False
     peft = api.PeftMethod(
         "SHIRA",
         {"values": "shira_weight", "indices": "shira_indices"},
-        alpha=None,
-        dropout=None,
         constants={"mask_type": "random"},
         adapts_conv1d=False,
     )

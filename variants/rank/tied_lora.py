@@ -17,9 +17,7 @@ class TiedLoRA(api.SharedTensors, api.LowRank):
     Source: the paper's rule. Its authors' code was not found.
     """
 
-    title = "Tied-LoRA"
     paper = "Renduchintala et al., arXiv 2311.09578"
-    year = 2023
     verified_by = api.VerifiedBy.PAPER
 
     def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:

@@ -19,9 +19,7 @@ class UniLoRA(api.InitTogether, api.SharedTensors, api.LowRank):
     Source: `tuners/unilora/` of PEFT, with its defaults.
     """
 
-    title = "Uni-LoRA"
     paper = "Li et al., arXiv 2506.00799"
-    year = 2025
     deviations = """A lane draws the places from its own seed, while PEFT has one `proj_seed` for all. The
     places are part of the checkpoint and of the export."""
     hyperparameters = {"length": api.Int(256, help="length of theta: the number of trainable values")}
@@ -29,18 +27,15 @@ class UniLoRA(api.InitTogether, api.SharedTensors, api.LowRank):
     uses_alpha = False
     start = api.Start.OTHER
     typical_lr_scale = 10.0
+    one_group = "uni_lora"
     peft = api.PeftMethod(
         "UNILORA",
         {"IA": "unilora_indices_A", "IB": "unilora_indices_B"},
         group_names={"theta": "unilora_theta_d"},
-        alpha=None,
         dropout="unilora_dropout",
         fields={"length": "theta_d_length"},
         constants={"save_indices": True},
     )
-
-    def layer_group(self, layer_name: str) -> str:
-        return "uni_lora"
 
     def init_layer_group(self, layers: api.Layers, random: api.LayerRandom) -> api.InitialTensors:
         length = api.shared_settings(layers)["length"]

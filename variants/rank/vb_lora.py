@@ -28,9 +28,7 @@ class VBLoRA(api.InitTogether, api.SharedTensors, api.RateScales, api.LowRank):
     Source: `tuners/vblora/` of PEFT, and `NLU/` of the authors' code (leo-yangli/VB-LoRA).
     """
 
-    title = "VB-LoRA"
     paper = "Li et al., arXiv 2405.15179"
-    year = 2024
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
     hyperparameters = {
         "vectors": api.Int(256, help="number of vectors in the bank"),
@@ -45,11 +43,11 @@ class VBLoRA(api.InitTogether, api.SharedTensors, api.RateScales, api.LowRank):
     uses_alpha = False
     start = api.Start.OTHER
     typical_lr_scale = 10.0
+    one_group = "vb_lora"
     peft = api.PeftMethod(
         "VBLORA",
         {"PA": "vblora_logits_A", "PB": "vblora_logits_B"},
         group_names={"bank": "vblora_vector_bank"},
-        alpha=None,
         dropout="vblora_dropout",
         fields={"vectors": "num_vectors", "vector_length": "vector_length", "top_k": "topk"},
     )
@@ -77,9 +75,6 @@ class VBLoRA(api.InitTogether, api.SharedTensors, api.RateScales, api.LowRank):
                 {key: random.normal(key, (*shape, vectors), 0.1) for key, shape in shapes.items()}
             )
         return initial
-
-    def layer_group(self, layer_name: str) -> str:
-        return "vb_lora"
 
     def init_layer_group(self, layers: api.Layers, random: api.LayerRandom) -> api.InitialTensors:
         settings = api.shared_settings(layers)

@@ -1,9 +1,6 @@
 """VeRA: two random matrices for all layers; only vectors learn."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,31 +26,25 @@ class VeRA(api.SharedTensors, api.LowRank):
     """
 
     paper = "Kopiczko et al., arXiv 2310.11454"
-    year = 2023
     deviations = """A lane draws A and B from its own seed, while PEFT has one `projection_prng_key` for all.
     A and B are part of the checkpoint and of the export."""
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
     uses_alpha = False
     typical_lr_scale = 10.0
+    one_group = "vera"
     hyperparameters = {"rank_factor": api.Int(32, help="r divided by the rank of the settings")}
     peft = api.PeftMethod(
         "VERA",
         {"b": "vera_lambda_b", "d": "vera_lambda_d"},
         {"A": "vera_A", "B": "vera_B"},
-        alpha=None,
         dropout="vera_dropout",
         constants={"save_projection": True, "bias": "none"},
+        fixed={"rank_factor": 1},
     )
-
-    def largest_rank(self, layer: api.FrozenLayer) -> int | None:
-        return None
 
     def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
         b = layer.zeros(layer.shape[0])
         return api.InitialTensors({"d": b.new_full((self.shared_rank(layer.settings),), 0.1), "b": b})
-
-    def layer_group(self, layer_name: str) -> str:
-        return "vera"
 
     def init_layer_group(self, layers: api.Layers, random: api.LayerRandom) -> api.InitialTensors:
         settings = api.shared_settings(layers)
@@ -77,9 +68,3 @@ class VeRA(api.SharedTensors, api.LowRank):
         return torch.addcmul(base, update, params["b"])
 
     to_peft = api.PeftFormat.to_peft
-
-    def peft_layer_fields(self, params: api.Params, layer: api.FrozenLayer) -> dict[str, Any]:
-        return {"r": len(params["d"])}
-
-    def settings_from_peft(self, config: Mapping[str, Any]) -> api.VariantSettings:
-        return replace(super().settings_from_peft(config), extra={"rank_factor": 1})
