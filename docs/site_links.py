@@ -18,7 +18,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
-from variants.__main__ import (
+from variants.describe import (
     AXES,
     checked_text,
     describe_all,

@@ -16,15 +16,16 @@ import sys
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from variants.errors import UnsupportedError, describe_error_line, suggest_nearest
+from variants.errors import UnsupportedError, describe_error_line, format_error, suggest_nearest
 from variants.user_files import check_own_imports, execute, find_class, hash_source
 from variants.variant_settings import FILE_SUFFIX, PEFT_PREFIX, USER_AXIS, entry_points_by_name
 
 if TYPE_CHECKING:
     from variants.api import Variant
 
+T = TypeVar("T")
 _PACKAGE = Path(__file__).parent
 _TRAITS = (
     *("adaptation_scope", "verified_by", "uses_rank", "uses_alpha", "uses_dropout", "extra_defaults"),
@@ -86,38 +87,44 @@ def traits(name: str) -> Mapping[str, Any]:
 
 @cache
 def _built_in_traits() -> Mapping[str, Mapping[str, Any]]:
-    found: Mapping[str, Mapping[str, Any]] = cached(
-        "traits", lambda: {name: _traits_of(_get(name)) for name in _axis_by_name()}
-    )
-    return found
+    return cached("traits", lambda: {name: _traits_of(_get(name)) for name in _axis_by_name()})
 
 
 def _traits_of(variant: Variant) -> Mapping[str, Any]:
     return {name: getattr(variant, name) for name in _TRAITS}
 
 
-def load(name: str, source: bytes | None = None) -> Variant:
-    """Return the variant of this name, and read a user's file again, whose content may have changed.
+def load(path: str, source: bytes | None = None) -> Variant:
+    """Return the variant in a user's file, and read the file again, whose content may have changed.
 
     Afterwards `get` returns this variant for the name of the file.
 
     Args:
-        name: A name of the catalogue, or the path of a Python file.
+        path: The path of the file.
         source: The content of the file if it is known; the file need not exist then.
 
     Raises:
-        ValueError: There is no variant of this name, or a variant from outside this package cannot be
-            imported. The message is one line.
+        UnsupportedError: The file is missing, cannot be imported or has no variant. The message is one line.
     """
-    if not name.endswith(FILE_SUFFIX):
-        return _get(name)
-    variant = _load_file(name, source)
-    known = _loaded_files.get(variant.name)
-    if known is None or known.revision != variant.revision:
-        _loaded_files[variant.name] = variant
-    else:  # a copy of the file elsewhere
-        vars(known).update(source_path=variant.source_path)
-    return _loaded_files[variant.name]
+    from variants.api import Variant
+
+    path = os.path.realpath(path)
+    name, content = os.path.basename(path), _read_source(path) if source is None else source
+    revision = hash_source(content)
+    try:
+        if source is None:
+            check_own_imports(content, path)
+        variant = _loaded_files.get(name)
+        if variant is None or variant.revision != revision:
+            variant = find_class(execute(path, content, revision), Variant)()
+    except (UnsupportedError, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # SystemExit as well: sys.exit in the file would end the study
+        raise _import_error(f"file {path!r}{describe_error_line(error, path)}", error) from error
+    identity = {"name": name, "axis": USER_AXIS, "revision": revision}
+    vars(variant).update(identity, source_path=path, source_code=content)
+    _loaded_files[name] = variant
+    return variant
 
 
 def loaded_revision(name: str) -> str | None:
@@ -147,26 +154,6 @@ def _get(name: str) -> Variant:
     raise ValueError(f"no variant {name!r}. {suggest_nearest(name, names())}")
 
 
-def _load_file(path: str, source: bytes | None) -> Variant:
-    """Return the variant in a Python file, and name it after the file. Arguments as in `load`."""
-    from variants.api import Variant
-
-    path, is_known = os.path.realpath(path), source is not None
-    source = _read_source(path) if source is None else source
-    revision = hash_source(source)
-    try:
-        if not is_known:
-            check_own_imports(source, path)
-        variant = find_class(execute(path, source, revision), Variant)()
-    except (UnsupportedError, KeyboardInterrupt):
-        raise
-    except BaseException as error:  # SystemExit as well: sys.exit in the file would end the study
-        raise _import_error(f"file {path!r}{describe_error_line(error, path)}", error) from error
-    identity = {"name": os.path.basename(path), "axis": USER_AXIS, "revision": revision}
-    vars(variant).update(identity, source_path=path, source_code=source)
-    return variant
-
-
 def _load_entry_point(name: str) -> Variant:
     from variants.api import Variant
 
@@ -185,8 +172,7 @@ def _load_entry_point(name: str) -> Variant:
 
 
 def _import_error(variant: str, error: BaseException) -> UnsupportedError:
-    problem = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-    return UnsupportedError(f"variant {variant} cannot be imported: {problem}")
+    return UnsupportedError(f"variant {variant} cannot be imported: {format_error(error)}")
 
 
 def _read_source(path: str) -> bytes:
@@ -198,7 +184,7 @@ def _read_source(path: str) -> bytes:
         raise UnsupportedError(f"variant file {path!r} cannot be read ({error.strerror})") from error
 
 
-def cached(name: str, make: Callable[[], Any], also: str = "") -> Any:
+def cached(name: str, make: Callable[[], T], also: str = "") -> T:
     """Return a value from the cache, or compute and store it if the source files have changed since.
 
     The cache, in the user's cache folder, spares the import of torch, which computing the values needs.
@@ -217,8 +203,9 @@ def cached(name: str, make: Callable[[], Any], also: str = "") -> Any:
     file = folder / f"{name}.json"
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # the file is missing or damaged
         kept = json.loads(file.read_bytes())
+        value: T = kept["value"]
         if kept["sources"] == sources:
-            return kept["value"]
+            return value
     value = make()
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)

@@ -49,6 +49,11 @@ def suggest_nearest(value: str, choices: Iterable[str], otherwise: str = "", cut
     return otherwise or f"Choose from: {', '.join(choices)}."
 
 
+def format_error(error: BaseException) -> str:
+    """Return type and text of an error in one line of at most 300 characters."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
 def describe_error_line(error: BaseException, path: str) -> str:
     """Return the last line of a file that an error's traceback names, as " (line 3)"; empty if none."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]

@@ -22,9 +22,9 @@ import torch
 from kinds import KINDS
 
 from variants import catalogue
-from variants.__main__ import export_forms
 from variants.api import Variant
 from variants.baseline.lora import LoRA
+from variants.describe import export_forms
 from variants.testing import CASES, LAWS, Case, NotApplicableError, applies, check_laws
 from variants.testing.laws import find_broken_laws
 

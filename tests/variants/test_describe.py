@@ -11,15 +11,10 @@ import pytest
 from safetensors import safe_open
 
 from variants import catalogue
-from variants.__main__ import (
-    count_parameters,
-    describe,
-    export_forms,
-    main,
-    vllm_obstacle,
-)
+from variants.__main__ import main
 from variants.api import RANK_MASK, FrozenLayer, InitialTensors, LayerRandom, VariantSettings
 from variants.baseline.lora import LoRA
+from variants.describe import count_parameters, describe, export_forms, vllm_obstacle
 from variants.storage import save_peft
 from variants.testing.rig import CASES, Case, attach_lanes
 

@@ -8,8 +8,8 @@ from rule import initial_tensors
 from torch import Tensor
 
 from variants import catalogue
-from variants.__main__ import count_parameters
 from variants.api import ExtraSettings, FrozenLayer, UnsupportedError, VariantSettings
+from variants.describe import count_parameters
 from variants.mixture import keep_largest
 
 VARIANT = catalogue.get("lora_moe")

@@ -10,7 +10,7 @@ from peft import PeftType
 
 from orchestrator.analyze.published import published_variants
 from variants import catalogue
-from variants.__main__ import Description, describe, read_methods
+from variants.describe import Description, describe, read_methods
 from variants.errors import UnsupportedError
 
 METHODS = read_methods()

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from variants.__main__ import count_parameters
 from variants.adapters import Adapters
 from variants.api import RANK_MASK, AdaptationScope, Batching, Start, Variant, VariantSettings
+from variants.describe import count_parameters
 from variants.errors import MergeError, UnsupportedError
 from variants.hooks import RankAllocation, StepHooks, parameter_lr_scale
 from variants.merging import merge_and_detach
