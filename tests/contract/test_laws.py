@@ -34,6 +34,7 @@ CHEAP = (
     "every_tensor_gets_a_gradient",
     "removal_restores_the_base",
     "frozen_stays_frozen",
+    "parameter_count_follows_from_shapes",
 )
 FITTED = ("hira", "lora", "lora_moe")
 """The variants of which the default run checks that they fit a target, which takes hundreds of steps."""

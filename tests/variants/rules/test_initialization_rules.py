@@ -287,12 +287,6 @@ def test_milora_start_has_the_smallest_triplets(shape: tuple[int, int]) -> None:
     assert torch.equal(start.frozen["B0"], b)
 
 
-def test_milora_a_randomized_svd_is_refused() -> None:
-    variant = catalogue.get("milora")
-    with pytest.raises(UnsupportedError, match="svd"):
-        variant.validate_settings(VariantSettings(MILORA_RANK, MILORA_ALPHA, extra={"svd": "16"}))
-
-
 # NoRA's initialization, computed in float64.
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from variants import catalogue
 from variants.adapters import Adapters
-from variants.api import FrozenLayer, Params, UnsupportedError, VariantSettings
+from variants.api import FrozenLayer, Params, VariantSettings
 from variants.rank.salora import _gate
 from variants.storage import load_lane, save_lane
 from variants.testing.rig import Case, LaneOptimizer, attach_lanes, model_output, perturb_lanes, train_step
@@ -212,11 +212,6 @@ def test_incre_lora_added_triplets_take_steps_of_an_adam_of_their_own() -> None:
     e_gradients = [gradients[f"{name}.E"][1] for _, gradients in history[9:13]]
     expected = follow_adam(e_gradients, torch.full((1,), 1e-5, dtype=torch.float64), 4, 0.01)
     torch.testing.assert_close(history[13][0][f"{name}.E"][1], expected, rtol=1e-4, atol=1e-7)
-
-
-def test_incre_lora_the_initial_rank_must_not_exceed_the_rank() -> None:
-    with pytest.raises(UnsupportedError, match="initial 5"):
-        catalogue.get("incre_lora").validate_settings(VariantSettings(4, 8.0, extra={"initial": 5}))
 
 
 # SaLoRA: gates for given noise, the probability of an open gate, both penalties, and the draws of noise.

@@ -11,8 +11,7 @@ from rule import adapt, check_update, record_step, start_of, weight_change
 from torch import Tensor
 
 from variants import catalogue
-from variants.adapters import attach
-from variants.api import FrozenLayer, InitialTensors, Params, UnsupportedError, VariantSettings
+from variants.api import FrozenLayer, InitialTensors, Params, VariantSettings
 from variants.storage import load_lane, save_lane
 from variants.testing.rig import Case, LaneOptimizer, attach_lanes, lane_outputs, perturb_lanes
 
@@ -112,12 +111,6 @@ def test_melora_a_is_kaiming_uniform_for_the_inputs_of_one_block() -> None:
     assert not adapters.trainable("0")["there.0.B"].any()
 
 
-def test_melora_sizes_that_the_blocks_do_not_divide_are_refused_at_attach() -> None:
-    settings = VariantSettings(2, 4.0, extra={"blocks": 5})
-    with pytest.raises(UnsupportedError, match=r"there\.0 has 96 inputs: blocks 5 does not divide them"):
-        attach(WIDE.build(), catalogue.get("melora"), settings)
-
-
 # PeriodicLoRA: a merge takes a part of the product, which decides what remains of the update.
 
 
@@ -211,11 +204,6 @@ def test_pro_lora_shared_and_other_ranks_start_with_the_bound_of_the_whole_facto
         assert 0.95 * 512**-0.5 < tensors[name].abs().max() <= 512**-0.5
     assert not tensors["there.0.B"].any()
     assert not tensors["there.0.D"].any()
-
-
-def test_pro_lora_a_rank_without_copies_is_refused() -> None:
-    with pytest.raises(UnsupportedError, match="unshared 4: must be below the rank 4"):
-        catalogue.get("pro_lora").validate_settings(VariantSettings(4, 8.0, extra={"unshared": 4}))
 
 
 # RaLoRA: diagonal blocks, whose number follows the effective rank of the gradient.
@@ -320,11 +308,6 @@ def test_rasa_types_are_told_apart_by_the_whole_name_without_indices() -> None:
     adapters = attach_lanes(Case("gpt2", model="gpt2"), catalogue.get("rasa"), 1)
     groups = {name.rpartition(".")[0] for name in adapters.trainable("0") if name.startswith("group:")}
     assert {"group:transformer.h.attn.c_proj", "group:transformer.h.mlp.c_proj"} < groups
-
-
-def test_rasa_a_pool_that_takes_all_ranks_is_refused() -> None:
-    with pytest.raises(UnsupportedError, match="shared 4: must be below the rank 4"):
-        catalogue.get("rasa").validate_settings(VariantSettings(4, 8.0, extra={"shared": 4}))
 
 
 # ShareLoRA's rule and initialization.
