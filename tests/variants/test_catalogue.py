@@ -137,6 +137,7 @@ def test_settings_that_do_not_fit_a_layer_are_refused(
 def test_defaults_are_filled_in() -> None:
     assert catalogue.get("pissa").validate_settings(VariantSettings()).extra == {"svd": "exact"}
     assert catalogue.get("hira").validate_settings(VariantSettings(alpha=16.0)).alpha is None
+    assert catalogue.get("delta_lora").validate_settings(VariantSettings(dropout=0.5)).dropout == 0
 
 
 # `python -m variants`.

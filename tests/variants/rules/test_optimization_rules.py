@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from rule import adapt, check_output, check_update, initial_tensors, record_step, start_of
+from rule import adapt, check_output, check_update, initial_tensors, record_step, start_of, weight_change
 from scipy.interpolate import BSpline
 from torch import Tensor, nn
 
@@ -150,6 +150,32 @@ def delta_lora_change(
 
 def test_delta_lora_the_frozen_weight_gains_the_change_of_the_product() -> None:
     check_update("delta_lora", delta_lora_change)
+
+
+@pytest.mark.parametrize("model", ["rectangles", "llama"])
+def test_delta_lora_equals_the_papers_stepwise_accumulation(model: str) -> None:
+    """The reference is LoRA with base weights that change after each step t > K (algorithm 1)."""
+    case, steps = Case(model, model=model, out_features=40, in_features=24, dtype=torch.float64), 12
+    adapters, reference = (attach_lanes(case, catalogue.get(name), 1) for name in ("delta_lora", "lora"))
+    initial_weights = {name: layer.frozen_layer.weight.clone() for name, layer in adapters.layers.items()}
+    k = round(500 / 1562 * steps)
+    own, plain = (LaneOptimizer(each, "0", 0.01, steps) for each in (adapters, reference))
+    product = {name: weight_change(reference, name) for name in initial_weights}
+    for t in range(steps):
+        record_step(case, adapters, own)
+        record_step(case, reference, plain)
+        for name, layer in reference.layers.items():
+            before, product[name] = product[name], weight_change(reference, name)
+            if t > k:
+                with torch.no_grad():
+                    layer.base_layer.weight.add_(2.0 * (product[name] - before))  # type: ignore[operator]
+            accumulated = layer.frozen_layer.weight - initial_weights[name] + product[name]
+            torch.testing.assert_close(weight_change(adapters, name), accumulated, rtol=1e-9, atol=1e-12)
+        for name, tensor in reference.trainable("0").items():
+            torch.testing.assert_close(adapters.trainable("0")[name], tensor, rtol=1e-9, atol=1e-12)
+    assert k == 4
+    for name in initial_weights:
+        assert (weight_change(adapters, name) - product[name]).norm() > 0.1 * product[name].norm()
 
 
 # DuDe: DoRA's rule over PiSSA's factors, computed in float64.

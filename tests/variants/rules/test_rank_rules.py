@@ -394,3 +394,64 @@ def test_salora_the_start_has_log_d_of_one_and_more_ranks_than_the_budget() -> N
 def test_salora_log_d_has_a_higher_learning_rate(parameter: str, scale: float) -> None:
     variant = catalogue.get(NAME)
     assert variant.parameter_lr_scale(parameter, variant.validate_settings(VariantSettings())) == scale
+
+
+# AdaLoRA: the budget of its ranks, its averages and its loss; tests/contract compares its steps with PEFT's.
+
+
+ADALORA_CASE = Case("tall", out_features=40, in_features=24, bias=True)
+
+
+def test_adalora_the_ranks_follow_the_budget() -> None:
+    """Of 4 layers with 6 triplets each, 16 triplets are kept. t_i is 3 and T - t_f is 17 of 40 steps."""
+    adapters = attach_lanes(ADALORA_CASE, catalogue.get("adalora"), 2)
+    optimizers = {lane: LaneOptimizer(adapters, lane, 0.01, 40) for lane in adapters.lanes}
+    for step in range(1, 41):
+        train_step(ADALORA_CASE, adapters, optimizers)
+        share = min(1.0, max(0.0, (step - 3) / 14))
+        left = 16 + math.floor(8 * (1 - share) ** 3)
+        for lane in adapters.lanes:
+            values = [t for n, t in adapters.trainable(lane).items() if n.endswith(".E")]
+            assert sum(int(t.count_nonzero()) for t in values) == left
+            ranks = adapters.ranks_in_use(lane)
+            assert sum(ranks.values()) == (16 if step >= 17 else 24)
+            assert adapters.variant.rank_budget(4, adapters.settings, step, 40) == sum(ranks.values())
+        if step == 17:
+            final_ranks = {lane: adapters.ranks_in_use(lane) for lane in adapters.lanes}
+    assert len(set(final_ranks["0"].values())) > 1
+    for lane in adapters.lanes:
+        assert adapters.ranks_in_use(lane) == final_ranks[lane]
+        for name, tensor in adapters.trainable(lane).items():
+            layer, parameter = name.rsplit(".", 1)
+            if parameter == "E":
+                assert torch.equal((tensor != 0).float(), adapters.frozen(lane)[f"{layer}.mask"])
+
+
+def test_adalora_the_averages_stay_where_a_layer_has_no_gradient() -> None:
+    adapters = attach_lanes(ADALORA_CASE, catalogue.get("adalora"), 1)
+    optimizer = LaneOptimizer(adapters, "0", 0.01, 40)
+    train_step(ADALORA_CASE, adapters, {"0": optimizer})
+    before = {name: tensor.clone() for name, tensor in adapters.frozen("0").items()}
+    for name, parameter in adapters.trainable("0").items():
+        if name.startswith("there.1."):
+            parameter.grad = None
+    adapters.after_step("0", 2, 40, optimizer.optimizer)
+    after = adapters.frozen("0")
+    changed = {name.rpartition(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {*adapters.layers} - {"there.1"}
+
+
+def test_adalora_the_gradient_of_the_loss_equals_a_numerical_one() -> None:
+    layer = FrozenLayer("layer", torch.zeros(5, 4).double(), None)
+    a, b = (torch.randn(2, *shape).double().requires_grad_() for shape in ((3, 4), (5, 3)))
+    settings = VariantSettings(3, None, extra={"orthogonality": 0.5})
+
+    def loss(a: Tensor, b: Tensor) -> Tensor:
+        x, mask = torch.zeros(2, 1, 1, 4).double(), torch.ones(2, 1, 1).double()
+        params = {"A": a, "B": b}
+        return catalogue.get("adalora").auxiliary_loss(x, mask, params, layer.with_settings(settings))
+
+    assert torch.autograd.gradcheck(loss, (a, b))
+    eye = torch.eye(3).double().repeat(2, 1, 1)
+    (at_zero,) = torch.autograd.grad(loss(eye.requires_grad_(), eye.detach()).sum(), eye)
+    assert not at_zero.any()

@@ -7,13 +7,25 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from rule import adapt, check_update, record_step, start_of, weight_change
 from torch import Tensor
 
 from variants import catalogue
 from variants.api import FrozenLayer, InitialTensors, Params, VariantSettings
-from variants.storage import load_lane, save_lane
-from variants.testing.rig import Case, LaneOptimizer, attach_lanes, lane_outputs, perturb_lanes
+from variants.merging import merge_and_detach
+from variants.storage import load_lane, load_peft, save_lane, save_peft
+from variants.testing.rig import (
+    Case,
+    LaneOptimizer,
+    attach_lanes,
+    lane_outputs,
+    model_output,
+    perturb_lanes,
+    relative_error,
+    train,
+    train_step,
+)
 
 # COLA: each LoRA of the chain is trained by a new AdamW on the weight with the earlier LoRAs merged in.
 
@@ -420,3 +432,81 @@ def test_vera_the_shared_matrices_come_with_a_lane_from_its_seed_and_go_with_it(
     adapters.remove_lane("0")
     (group,) = adapters.layer_groups.values()
     assert set(group.frozen) == {"other", "again"}
+
+
+# ReLoRA: its merges, the moments that it prunes, and the learning rate after a merge.
+
+
+RECTANGLES = Case("rectangles", out_features=40, in_features=24, bias=True)
+LLAMA = Case("llama", model="llama", lanes=2)
+LOW = Case("low", out_features=24, in_features=40, dtype=torch.bfloat16, lanes=2)
+
+
+@pytest.mark.parametrize("case", [RECTANGLES, LLAMA, LOW], ids=lambda case: case.name)
+def test_relora_a_merge_changes_no_output(case: Case) -> None:
+    adapters = attach_lanes(case, catalogue.get("relora"), 2)
+    optimizers = {lane: LaneOptimizer(adapters, lane, 0.01, 1000) for lane in adapters.lanes}
+    for _ in range(5):
+        train_step(case, adapters, optimizers)
+    before, frozen = lane_outputs(case, adapters), adapters.frozen("0")
+    old = {name: tensor.clone() for name, tensor in adapters.trainable("0").items()}
+    assert not any(tensor.any() for tensor in frozen.values())
+    for lane, each in optimizers.items():
+        adapters.after_step(lane, 250, 1000, each.optimizer)
+    after = lane_outputs(case, adapters)
+    assert relative_error(after, before) < case.tolerance / 10
+    for name, tensor in adapters.trainable("0").items():
+        layer, parameter = name.rsplit(".", 1)
+        merged = frozen[f"{layer}.merged {parameter}"]
+        assert torch.equal(merged[:4] if parameter == "A" else merged[:, :4], old[name])
+        assert parameter == "A" or not tensor.any()
+        assert not torch.equal(tensor, old[name])
+
+
+def test_relora_it_prunes_adams_moments() -> None:
+    adapters = attach_lanes(RECTANGLES, catalogue.get("relora"), 1)
+    optimizer = LaneOptimizer(adapters, "0", 0.01, 1000)
+    for _ in range(3):
+        train_step(RECTANGLES, adapters, {"0": optimizer})
+    parameters = adapters.trainable("0").values()
+    state, moments = optimizer.optimizer.state, ("exp_avg", "exp_avg_sq")
+    before = [{key: state[parameter][key].clone() for key in moments} for parameter in parameters]
+    adapters.after_step("0", 250, 1000, optimizer.optimizer)
+    for parameter, old in zip(parameters, before, strict=True):
+        now = state[parameter]
+        kept = now["exp_avg"] != 0
+        assert kept.sum() == parameter.numel() - int(0.99 * parameter.numel()) > 0
+        assert torch.equal(kept, now["exp_avg_sq"] != 0)
+        for key in old:
+            assert torch.equal(now[key][kept], old[key][kept])
+        assert old["exp_avg"][kept].abs().min() >= old["exp_avg"][~kept].abs().max()
+
+
+def test_relora_the_rate_warms_up_again_after_each_merge() -> None:
+    variant = catalogue.get("relora")
+    settings = variant.validate_settings(VariantSettings(4))
+    factors = [variant.schedule_lr_scale(step, 1562, settings) for step in range(1562)]
+    jagged = [step for step, factor in enumerate(factors) if factor < 1]
+    assert jagged == [point + i for point in (390, 781, 1171) for i in range(10)]
+    assert factors[390:401] == pytest.approx([i / 11 for i in range(1, 12)])
+    assert [s for s in range(20) if variant.schedule_lr_scale(s, 20, settings) < 1] == [5, 10, 15]
+
+
+@pytest.mark.parametrize("case", [RECTANGLES, LLAMA], ids=lambda case: case.name)
+def test_relora_it_reaches_a_higher_rank_and_can_be_merged_and_exported(case: Case, tmp_path: Path) -> None:
+    adapters = attach_lanes(case, catalogue.get("relora"), 1, VariantSettings(2, 8.0))
+    train(case, adapters, steps=8)
+    name = next(iter(adapters.layers))
+    assert torch.linalg.matrix_rank(weight_change(adapters, name)) == 2 * 4
+    out = lane_outputs(case, adapters)
+    save_peft(adapters, "0", tmp_path, "base")
+    back = load_peft(case.build(), tmp_path, lane="0")
+    assert (back.variant.name, back.settings.rank) == ("lora", 8)
+    assert relative_error(lane_outputs(case, back), out) < case.tolerance
+    with torch.no_grad():
+        assert (
+            relative_error(model_output(PeftModel.from_pretrained(case.build(), tmp_path), case.rows(0)), out)
+            < 1e-5
+        )
+        merge_and_detach(adapters, "0")
+        assert relative_error(model_output(adapters.model, case.rows(0)), out) < case.tolerance
