@@ -7,11 +7,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from rule import check_output, initial_layers, initial_tensors, start_of
+from rule import check_output, initial_tensors, start_of
 from torch import Tensor
 
 from variants import catalogue
+from variants.adapters import init_layers
 from variants.api import FrozenLayer, InitialTensors, Params, VariantSettings
+from variants.mixture import keep_largest
 
 # The mixtures, computed one token and one expert at a time, as the official codes define them.
 
@@ -40,9 +42,29 @@ def switch_loss(probabilities: Tensor, served: Tensor) -> Tensor:
     return experts * torch.stack(terms).sum()
 
 
-def mean_over_examples(loss: Callable[[Tensor], Tensor], x: Tensor, mask: Tensor) -> Tensor:
-    """Return the mean of a loss over examples x (R, L, in) without their padding."""
-    return torch.stack([loss(row[keep.bool()]) for row, keep in zip(x, mask, strict=True)]).mean()
+def check_balancing_loss(
+    name: str,
+    loss: Callable[[Tensor, Params], Tensor],
+    weight: float = 1e-3,
+    layer: str = "layer",
+    **extra: float | str,
+) -> None:
+    """Compare a variant's balancing loss of three padded examples with the mean of a loss of their tokens."""
+    variant, noise = catalogue.get(name), torch.Generator().manual_seed(0)
+    given = variant.validate_settings(VariantSettings(8, 16.0, extra=extra))
+    frozen = FrozenLayer(layer, torch.randn(20, 24, generator=noise, dtype=torch.float64), None)
+    params = dict(initial_tensors(variant, frozen, given).trainable)
+    params["R"] = params["R"] * 10
+    x, mask = (
+        torch.randn(3, 6, 24, generator=noise, dtype=torch.float64),
+        torch.ones(3, 6, dtype=torch.float64),
+    )
+    mask[1, 4:] = mask[2, 3:] = 0
+    stacked = {key: tensor.unsqueeze(0) for key, tensor in params.items()}
+    found = variant.auxiliary_loss(x.unsqueeze(0), mask.unsqueeze(0), stacked, frozen.with_settings(given))
+    each = [loss(row[keep.bool()], params) for row, keep in zip(x, mask, strict=True)]
+    assert min(each) > 0
+    torch.testing.assert_close(found[0], weight * torch.stack(each).mean())
 
 
 # AdaMoLE's thresholds and balancing loss, computed independently.
@@ -70,22 +92,11 @@ def test_adamole_experts_above_the_threshold_serve_a_token(largest: float) -> No
 
 
 def test_adamole_the_balancing_loss_is_the_official_one_for_each_example() -> None:
-    noise = torch.Generator().manual_seed(0)
-    layer = FrozenLayer("layer", torch.zeros(20, 12, dtype=torch.float64), None)
-    settings = ADAMOLE_VARIANT.validate_settings(VariantSettings(8, 16.0))
-    params = dict(initial_tensors(ADAMOLE_VARIANT, layer, settings).trainable)
-    params["R"] = params["R"] * 10
-    x = torch.randn(1, 3, 6, 12, generator=noise, dtype=torch.float64)
-    mask = torch.ones(1, 3, 6, dtype=torch.float64)
-    mask[0, 1, 4:] = 0
-
-    def loss(tokens: Tensor) -> Tensor:
+    def loss(tokens: Tensor, params: Params) -> Tensor:
         above = margins(tokens, params, 1 / 8)
         return switch_loss(above, above >= 0)
 
-    stacked = {name: tensor.unsqueeze(0) for name, tensor in params.items()}
-    found = ADAMOLE_VARIANT.auxiliary_loss(x, mask, stacked, layer.with_settings(settings))
-    torch.testing.assert_close(found[0], 1e-3 * mean_over_examples(loss, x[0], mask[0]))
+    check_balancing_loss("adamole", loss)
 
 
 def test_adamole_the_router_and_the_threshold_start_as_linear_layers() -> None:
@@ -205,18 +216,11 @@ def test_goat_equal_configurations_have_equal_scales() -> None:
 
 
 def test_goat_the_balancing_loss_is_the_official_one_for_each_example() -> None:
-    noise, lane_settings, frozen = torch.Generator().manual_seed(0), settings(), layer()
-    params = {name: tensor.unsqueeze(0) for name, tensor in start(lane_settings, frozen).trainable.items()}
-    x = torch.randn(1, 3, 6, IN, generator=noise, dtype=torch.float64)
-    mask = torch.ones(1, 3, 6, dtype=torch.float64)
-    mask[0, 1, 4:] = 0
+    def loss(tokens: Tensor, params: Params) -> Tensor:
+        gates = top_gates(tokens, params["R"], 2)
+        return switch_loss(torch.softmax(tokens @ params["R"].T, -1), gates > 0)
 
-    def loss(tokens: Tensor) -> Tensor:
-        router = params["R"][0]
-        return switch_loss(torch.softmax(tokens @ router.T, -1), top_gates(tokens, router, 2) > 0)
-
-    found = GOAT_VARIANT.auxiliary_loss(x, mask, params, frozen.with_settings(lane_settings))
-    torch.testing.assert_close(found[0], 1e-3 * mean_over_examples(loss, x[0], mask[0]))
+    check_balancing_loss("goat", loss)
 
 
 # HydraLoRA's output, computed with a loop over its B matrices as in the official code.
@@ -242,6 +246,43 @@ def test_hydra_lora_every_b_matrix_has_the_whole_rank() -> None:
     assert catalogue.get("hydra_lora").scaling(VariantSettings(7, 14.0)) == 2.0
     assert not initial["B"].any()
     assert 0.9 * 30**-0.5 < initial["R"].abs().max() < 30**-0.5
+
+
+# LoRAMoE's experts, their number, and the loss of their loads.
+
+
+@pytest.mark.parametrize("rank", [4, 8, 16, 12])
+@pytest.mark.parametrize("top_k", [0, 1, 2, 4])
+def test_lora_moe_the_gates_weigh_the_experts(rank: int, top_k: int) -> None:
+    def update(x: Tensor, params: Params, weight: Tensor, settings: VariantSettings, s: float) -> Tensor:
+        gates = top_gates(x, params["R"], top_k) if top_k else torch.softmax(x @ params["R"].T, dim=-1)
+        return 16.0 * gates.shape[1] / rank * mix(x, params["A"], params["B"], gates)
+
+    check_output("lora_moe", update, settings=VariantSettings(rank, 16.0, extra={"top_k": top_k}))
+
+
+def test_lora_moe_all_gates_that_tie_for_the_last_place_are_kept() -> None:
+    gates = torch.tensor([[[0.4, 0.2, 0.2, 0.2], [0.1, 0.4, 0.3, 0.2]]])
+    expected = torch.tensor([[[0.4, 0.2, 0.2, 0.2], [0.0, 4 / 7, 3 / 7, 0.0]]])
+    torch.testing.assert_close(keep_largest(gates, 2), expected)
+
+
+@pytest.mark.parametrize(("rank", "experts"), [(2, 2), (4, 4), (7, 7), (8, 8), (9, 3), (12, 6), (16, 8)])
+def test_lora_moe_the_number_of_experts_divides_the_rank(rank: int, experts: int) -> None:
+    initial = start_of("lora_moe", torch.zeros(20, 12), VariantSettings(rank, 16.0)).trainable
+    shapes = {name: tuple(tensor.shape) for name, tensor in initial.items()}
+    assert shapes == {"A": (rank, 12), "B": (20, rank), "R": (experts, 12)}
+
+
+@pytest.mark.parametrize(("extra", "weight"), [({}, 0.1), ({"balance": 0.5}, 0.5)])
+def test_lora_moe_the_balancing_loss_is_the_squared_variation_of_the_loads(
+    extra: dict[str, float], weight: float
+) -> None:
+    def loss(tokens: Tensor, params: Params) -> Tensor:
+        loads = torch.softmax(tokens @ params["R"].T, -1).sum(0)
+        return loads.var() / loads.mean() ** 2
+
+    check_balancing_loss("lora_moe", loss, weight, **extra)
 
 
 # MoLA's experts by depth, outputs and balancing loss, computed independently.
@@ -274,8 +315,9 @@ def test_mola_the_number_of_experts_depends_on_the_block(
 ) -> None:
     settings = MOLA_VARIANT.validate_settings(VariantSettings(3, 6.0, extra={"shape": shape}))
     names = [f"model.layers.{block}.q_proj" for block in range(blocks)]
-    layers = {name: FrozenLayer(name, torch.zeros(20, 12), None) for name in [*names, "pooler"]}
-    initial = initial_layers(MOLA_VARIANT, layers, settings)
+    weight = torch.zeros(20, 12)
+    layers = {name: FrozenLayer(name, weight, None, settings=settings) for name in [*names, "pooler"]}
+    initial = init_layers(MOLA_VARIANT, layers, seed=0)
     assert [len(initial[name].trainable["R"]) for name in names] == expected
     assert len(initial["pooler"].trainable["R"]) == expected[-1]
     for tensors in initial.values():
@@ -285,20 +327,9 @@ def test_mola_the_number_of_experts_depends_on_the_block(
 
 
 def test_mola_the_balancing_loss_is_the_official_one_of_one_layer_for_each_example() -> None:
-    noise = torch.Generator().manual_seed(0)
-    layer = FrozenLayer("layers.0.q_proj", torch.zeros(20, 12, dtype=torch.float64), None)
-    settings = MOLA_VARIANT.validate_settings(VariantSettings(4, 8.0, extra={"shape": "rectangle"}))
-    params = {
-        name: t.unsqueeze(0) for name, t in initial_tensors(MOLA_VARIANT, layer, settings).trainable.items()
-    }
-    x = torch.randn(1, 3, 6, 12, generator=noise, dtype=torch.float64)
-    mask = torch.ones(1, 3, 6, dtype=torch.float64)
-    mask[0, 2, 3:] = 0
-
-    def loss(tokens: Tensor) -> Tensor:
-        probabilities = torch.softmax(tokens @ params["R"][0].T, -1)
+    def loss(tokens: Tensor, params: Params) -> Tensor:
+        probabilities = torch.softmax(tokens @ params["R"].T, -1)
         chosen = torch.bincount(probabilities.topk(2, -1).indices.flatten(), minlength=5)
         return 5 * (chosen / chosen.sum() * probabilities.mean(0)).sum()
 
-    found = MOLA_VARIANT.auxiliary_loss(x, mask, params, layer.with_settings(settings))
-    torch.testing.assert_close(found[0], 1e-3 * mean_over_examples(loss, x[0], mask[0]))
+    check_balancing_loss("mola", loss, layer="layers.0.q_proj", shape="rectangle")

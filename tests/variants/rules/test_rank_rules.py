@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from rule import adapt, check_output, check_update, initial_layers, record_step, start_of
+from rule import adapt, check_output, check_update, record_step, start_of
 from torch import Tensor
 
 from variants import catalogue
-from variants.adapters import Adapters
+from variants.adapters import Adapters, init_layers
 from variants.api import FrozenLayer, Params, VariantSettings
 from variants.rank.salora import _gate
 from variants.storage import load_lane, save_lane
@@ -33,7 +33,7 @@ def make_layers(settings: VariantSettings) -> tuple[dict[str, FrozenLayer], dict
         gradients[name] = 2**number * torch.randn(shape, generator=noise, dtype=torch.float64)
         bare = FrozenLayer(name, weight, None)
         calibration = GORA.reduce_calibration(bare.with_settings(settings), gradients[name])
-        layers[name] = FrozenLayer(name, weight, None, calibration=calibration)
+        layers[name] = FrozenLayer(name, weight, None, settings=settings, calibration=calibration)
     return layers, gradients
 
 
@@ -51,7 +51,7 @@ def test_gora_ranks_are_proportional_to_importance_within_their_bounds(
 ) -> None:
     settings = GORA.validate_settings(VariantSettings(rank, 8.0, extra=extra))
     layers, gradients = make_layers(settings)
-    initial = initial_layers(GORA, layers, settings)
+    initial = init_layers(GORA, layers, seed=0)
     importance = {n: float((layers[n].weight * g).abs().mean()) for n, g in gradients.items()}
     budget = rank * sum(math.sqrt(sum(shape)) for shape in SHAPES.values())
     low, high = rank * extra.get("smallest", 0.5), rank * extra.get("largest", 4.0)
@@ -70,7 +70,7 @@ def test_gora_the_initial_update_is_a_projected_step_of_gradient_descent() -> No
     """The published code adds the gradient; here the first-order change of the loss is negative."""
     settings = GORA.validate_settings(VariantSettings(4, 8.0))
     layers, gradients = make_layers(settings)
-    initial = initial_layers(GORA, layers, settings)
+    initial = init_layers(GORA, layers, seed=0)
     for name, tensors in initial.items():
         rank = int(tensors.frozen["mask"].sum())
         a, b = tensors.trainable["A"][:rank], tensors.trainable["B"][:, :rank]
