@@ -89,8 +89,7 @@ def hash_code(source: str, path: str, unhashed: Collection[str] = ()) -> str:
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             for statement in node.body:
                 if _is_left_out(statement, node, unhashed):
-                    _blank(coded, statement)
-                    in_strings -= set(range(statement.lineno - 1, (statement.end_lineno or 1) - 1))
+                    in_strings -= set(_blank(coded, statement)[:-1])
     kept = [
         line if row in in_strings else line.rstrip()
         for row, line in enumerate(coded)
@@ -110,14 +109,15 @@ def _is_left_out(statement: ast.stmt, parent: ast.AST, unhashed: Collection[str]
     return bool(targets) and all(isinstance(t, ast.Name) and t.id in unhashed for t in targets)
 
 
-def _blank(lines: list[bytes], statement: ast.stmt) -> None:
-    """Replace a statement by spaces."""
-    first, last = statement.lineno - 1, (statement.end_lineno or statement.lineno) - 1
-    for number in range(first, last + 1):
-        start = statement.col_offset if number == first else 0
-        end = statement.end_col_offset if number == last else len(lines[number])
-        end = len(lines[number]) if end is None else end
-        lines[number] = lines[number][:start] + b" " * (end - start) + lines[number][end:]
+def _blank(lines: list[bytes], statement: ast.stmt) -> range:
+    """Replace a statement by spaces, and return its rows."""
+    rows = range(statement.lineno - 1, statement.end_lineno or statement.lineno)
+    for row in rows:
+        line = lines[row]
+        start = statement.col_offset if row == rows[0] else 0
+        end = statement.end_col_offset or 0 if row == rows[-1] else len(line)
+        lines[row] = line[:start] + b" " * (end - start) + line[end:]
+    return rows
 
 
 def hash_source(source: bytes) -> str:

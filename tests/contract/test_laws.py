@@ -25,8 +25,7 @@ from variants import catalogue
 from variants.api import Variant
 from variants.baseline.lora import LoRA
 from variants.describe import export_forms
-from variants.testing import CASES, LAWS, Case, NotApplicableError, applies, check_laws
-from variants.testing.laws import find_broken_laws
+from variants.testing import CASES, LAWS, Case, NotApplicableError, applies, check_laws, find_broken_laws
 
 NAMES = catalogue.names()
 CHEAP = (
