@@ -1,4 +1,4 @@
-"""The catalogue of variants by name.
+"""The catalogue of variants by name, and what makes a user's Python file one of them.
 
 A variant of this package is the file variants/<axis>/<name>.py; no list has to be maintained. Further names
 are those of entry points of installed packages, `peft:TYPE` for a tuner of the PEFT library, and the path of
@@ -7,19 +7,22 @@ a user's Python file. torch is imported only when a variant is used, or when its
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import hashlib
 import importlib
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from variants.errors import UnsupportedError, describe_error_line, format_error, suggest_nearest
-from variants.user_files import check_own_imports, execute, find_class, hash_source
 from variants.variant_settings import FILE_SUFFIX, PEFT_PREFIX, USER_AXIS, entry_points_by_name
 
 if TYPE_CHECKING:
@@ -182,6 +185,96 @@ def _read_source(path: str) -> bytes:
         return Path(path).read_bytes()
     except OSError as error:
         raise UnsupportedError(f"variant file {path!r} cannot be read ({error.strerror})") from error
+
+
+def find_class(module: ModuleType, base: type[T]) -> type[T]:
+    """Return the only public subclass of `base` that a module defines.
+
+    Raises:
+        UnsupportedError: The module defines none, or several.
+    """
+    classes = [
+        value
+        for name, value in vars(module).items()
+        if isinstance(value, type)
+        and issubclass(value, base)
+        and value.__module__ == module.__name__
+        and not name.startswith("_")
+    ]
+    if len(classes) != 1:
+        rule = f"must define one public subclass of {base.__name__}"
+        raise UnsupportedError(f"{module.__file__!r} {rule}; it defines {len(classes)}")
+    return classes[0]
+
+
+def execute(path: str, source: str | bytes, content: str) -> ModuleType:
+    """Execute the code of a file as a module.
+
+    Args:
+        path: The path of the file, which need not exist.
+        source: Its code.
+        content: A hash of the code, which names the module.
+    """
+    module = ModuleType(f"lora_orchestrator_user_{content}")
+    module.__file__ = path
+    sys.modules[module.__name__] = module  # dataclasses look up the module of a class
+    exec(compile(source, path, "exec"), vars(module))
+    return module
+
+
+def hash_source(source: bytes) -> str:
+    """Return the revision of a variant from outside this package: a hash of the content of its file."""
+    return hashlib.sha256(source).hexdigest()[:16]
+
+
+def check_own_imports(source: bytes | str, path: str) -> None:
+    """Check that a user's file imports no module from its own folder or the working folder.
+
+    A task or variant is known by a hash of its file alone, so a change of such a module would not be noticed.
+    Python looks for modules in the working folder, too, if it is started with `-m`.
+
+    Args:
+        source: The content of the file.
+        path: Its path.
+
+    Raises:
+        ImportError: The file imports such a module. The message names it.
+        SyntaxError: The file is no valid Python.
+        ValueError: The file has a null byte.
+    """
+    folders = {os.path.dirname(path): "beside the file", os.getcwd(): "in the working folder"}
+    for node in ast.walk(ast.parse(source, path)):
+        if isinstance(node, ast.Import):
+            imported = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            imported = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name, (folder, where) in product(imported, folders.items()):
+            if _is_beside(name.split("."), folder):
+                raise ImportError(
+                    f"line {node.lineno} imports {name!r}, which lies {where}; a change there would not be "
+                    "noticed, and other machines lack it: put its code into the file"
+                )
+
+
+def _is_beside(parts: Sequence[str], folder: str) -> bool:
+    """Return whether a module is a file in a folder, and not installed.
+
+    Args:
+        parts: The parts of the module's dotted name.
+        folder: The folder of the user's file, or the working folder.
+    """
+    if parts[0] in ("orchestrator", "variants"):  # the file may be in a clone of this project, which has both
+        return False
+    paths = [os.path.join(folder, *parts[:count]) for count in range(1, len(parts) + 1)]
+    if not any(os.path.isfile(file) for path in paths for file in (f"{path}.py", f"{path}/__init__.py")):
+        return False
+    spec = find_spec(parts[0])
+    if spec is None or spec.origin is None:
+        return True
+    # A built-in module such as `time` has no file.
+    return spec.has_location and os.path.dirname(os.path.realpath(spec.origin)) in (folder, paths[0])
 
 
 def cached(name: str, make: Callable[[], T], also: str = "") -> T:

@@ -194,7 +194,7 @@ class Int:
 
     default: int
     minimum: int = 1
-    maximum: int | None = None
+    maximum: float = math.inf
     help: str = ""
     divides: tuple[str, ...] = ()
     """Sides of each layer that the value must divide: "in", "out" or both."""
@@ -202,16 +202,16 @@ class Int:
     @property
     def rule(self) -> str:
         """The permitted values in words."""
-        highest = "" if self.maximum is None else f" and at most {self.maximum}"
+        highest = f" and at most {self.maximum}" if self.maximum < math.inf else ""
         sides = " and ".join(f"{side}puts" for side in self.divides)
         divides = f" that divides the {sides} of each layer" if sides else ""
         return f"a whole number of at least {self.minimum}{highest}{divides}"
 
     def permits(self, value: object) -> bool:
         """Return whether the hyperparameter may have this value."""
-        if isinstance(value, bool) or not isinstance(value, int) or value < self.minimum:
+        if isinstance(value, bool) or not isinstance(value, int):
             return False
-        return self.maximum is None or value <= self.maximum
+        return self.minimum <= value <= self.maximum
 
 
 @dataclass(frozen=True)
@@ -232,8 +232,6 @@ class Choice:
 
     def permits(self, value: object) -> bool:
         """Return whether the hyperparameter may have this value."""
-        if isinstance(value, bool):
-            return False
         is_count = bool(self.or_count) and str(value).isdigit() and int(str(value)) > 0
         return is_count or value in self.choices
 
