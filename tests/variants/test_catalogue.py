@@ -124,6 +124,7 @@ def test_invalid_settings_are_refused(name: str, given: VariantSettings, message
         ("road", settings(group_size=64), r"there\.0 has 40 outputs: group_size 64 does not divide them"),
         ("vb_lora", settings(vector_length=16), "vector_length 16 does not divide 40 x 24"),
         ("mora", settings(12), r"there\.0 \(40 x 24\): rank 12 gives M the size 28; it must"),
+        ("lora_ga", settings(13), "rank 13 is larger than layer there.0 allows: at most 12"),
         ("shira", settings(16), "rank 16 is larger than layer there.0 allows: at most 15"),
     ],
 )

@@ -23,6 +23,12 @@ from variants.optimization.lora_pro import _projected_pair, _solve_sylvester
 from variants.storage import load_peft, save_peft
 from variants.testing.rig import Case, LaneOptimizer, attach_lanes, lane_outputs, model_output, perturb_lanes
 
+
+@pytest.mark.parametrize("name", ["loft", "lora_fa", "lora_plus", "lora_pro", "rplora"])
+def test_the_update_is_that_of_lora(name: str) -> None:
+    check_update(name, lambda p, weight, settings, s: s * p["B"] @ p["A"])
+
+
 # AuroRA's nonlinear layer, with splines in closed form.
 
 
@@ -417,10 +423,6 @@ def test_lora_dash_peft_loads_a_model_with_a_small_layer(tmp_path: Path) -> None
 LORA_FA_CASE = Case("tall", out_features=40, in_features=24, dtype=torch.float64)
 
 
-def test_lora_fa_the_update_is_that_of_lora() -> None:
-    check_update("lora_fa", lambda p, weight, settings, s: s * p["B"] @ p["A"])
-
-
 def test_lora_fa_a_step_of_gradient_descent_projects_the_full_gradient() -> None:
     """s times the optimizer's gradient times A is G A^T (A A^T)^-1 A, with s G A^T = the gradient of B."""
     adapters = attach_lanes(LORA_FA_CASE, catalogue.get("lora_fa"), 1)
@@ -459,10 +461,6 @@ def test_lora_n_the_update_is_a_function_of_the_low_rank_product(
 
 
 BETAS, EPSILON, DECAY, RATE, SCALING = (0.9, 0.999), 1e-8, 0.01, 0.001, 2.0
-
-
-def test_lora_pro_the_update_is_that_of_lora() -> None:
-    check_update("lora_pro", lambda p, weight, settings, s: s * p["B"] @ p["A"])
 
 
 def solve_pair(a: Tensor, b: Tensor, grad_a: Tensor, grad_b: Tensor) -> tuple[Tensor, Tensor]:
@@ -581,12 +579,6 @@ def test_multi_lora_only_the_scales_start_at_zero() -> None:
 
 
 # RPLoRA: the preconditioned gradients reach the optimizer.
-
-
-def test_rplora_the_update_is_that_of_lora() -> None:
-    check_update("rplora", lambda p, weight, settings, s: s * p["B"] @ p["A"])
-
-
 def test_rplora_gradients_are_preconditioned() -> None:
     case = Case("wide", out_features=24, in_features=40, dtype=torch.float64)
     settings = VariantSettings(4, 8.0, extra={"delta": 0.1})

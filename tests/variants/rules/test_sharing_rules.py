@@ -27,17 +27,16 @@ from variants.testing.rig import (
     train_step,
 )
 
+
+@pytest.mark.parametrize("name", ["cola", "periodic_lora", "relora"])
+def test_the_update_is_the_sum_of_the_present_and_the_merged_product(name: str) -> None:
+    check_update(name, lambda p, weight, settings, s: s * (p["B"] @ p["A"] + p["merged B"] @ p["merged A"]))
+
+
 # COLA: each LoRA of the chain is trained by a new AdamW on the weight with the earlier LoRAs merged in.
 
 
 COLA_CASE = Case("tall", out_features=40, in_features=24, bias=True, dtype=torch.float64)
-
-
-def test_cola_the_update_is_the_sum_of_all_products() -> None:
-    def change(p, weight, settings, s):  # type: ignore[no-untyped-def]
-        return s * (p["B"] @ p["A"] + p["merged B"] @ p["merged A"])
-
-    check_update("cola", change)
 
 
 def test_cola_a_chain_equals_loras_that_are_trained_one_after_the_other() -> None:
@@ -127,13 +126,6 @@ def test_melora_a_is_kaiming_uniform_for_the_inputs_of_one_block() -> None:
 
 
 PERIODIC_LORA_CASE = Case("tall", out_features=40, in_features=24, dtype=torch.float64)
-
-
-def test_periodic_lora_the_update_is_the_sum_of_all_products() -> None:
-    def change(p, weight, settings, s):  # type: ignore[no-untyped-def]
-        return s * (p["B"] @ p["A"] + p["merged B"] @ p["merged A"])
-
-    check_update("periodic_lora", change)
 
 
 @pytest.mark.parametrize("momentum", [0.1, 0.75, 1.0])
