@@ -20,6 +20,7 @@ from variants.api import (
 from variants.testing.rig import Case, LaneOptimizer, attach_lanes, model_output, perturb_lanes
 
 ROWS, TOLERANCE = 8, 1e-9
+TALL = Case("tall", out_features=40, in_features=24, dtype=torch.float64)
 assert_close = partial(torch.testing.assert_close, rtol=TOLERANCE, atol=TOLERANCE)
 
 Change = Callable[[Mapping[str, Tensor], Tensor, VariantSettings, float], Tensor]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from peft.tuners.lora.corda import collect_eigens, crop_corda_eigens
-from rule import Change, check_update, start_of
+from rule import TALL, Change, check_update, start_of
 from torch import Tensor, nn
 
 from variants import catalogue
@@ -257,10 +257,9 @@ def test_lora_xs_the_matrix_starts_from_a_narrow_normal_distribution() -> None:
 
 
 def test_lora_xs_a_standard_deviation_of_zero_starts_at_the_base() -> None:
-    case = Case("tall", out_features=40, in_features=24)
     settings = VariantSettings(4, 8.0, extra={"init_std": 0.0})
-    adapters = attach_lanes(case, catalogue.get("lora_xs"), 1, settings)
-    assert torch.equal(lane_outputs(case, adapters), base_outputs(case, adapters))
+    adapters = attach_lanes(TALL, catalogue.get("lora_xs"), 1, settings)
+    assert torch.equal(lane_outputs(TALL, adapters), base_outputs(TALL, adapters))
 
 
 # MiLoRA: the initialization from the smallest singular triplets, in float64.
@@ -416,18 +415,17 @@ def orthonormality(parameters: dict[str, Tensor]) -> Tensor:
 # The authors' script sets 4e-4, and `accelerator.backward` divides by the 64 accumulated batches.
 @pytest.mark.parametrize(("extra", "gamma"), [({"gamma": 0.004}, 0.004), ({}, 4e-4 / 64)])
 def test_sorsa_a_step_adds_the_orthonormality_gradient(extra: dict[str, float], gamma: float) -> None:
-    case = Case("tall", out_features=40, in_features=24, dtype=torch.float64)
     rate = 0.01
     settings = VariantSettings(SORSA_RANK, extra=extra)
-    adapters = attach_lanes(case, catalogue.get("sorsa"), 1, settings)
-    perturb_lanes(case, adapters)
+    adapters = attach_lanes(TALL, catalogue.get("sorsa"), 1, settings)
+    perturb_lanes(TALL, adapters)
     mine = adapters.trainable("0")
     copies = {name: value.detach().clone().requires_grad_() for name, value in mine.items()}
     optimizer = LaneOptimizer(adapters, "0", rate, 1)
     optimizer.learning_rate = rate / 2  # a later step: the term's weight keeps the highest rate
     expected = torch.optim.AdamW(copies.values(), lr=rate / 2)
     with adapters.activate_lanes(["0"], 0):
-        case.loss(model_output(adapters.model, case.rows(0)), case.rows(0)).backward()
+        TALL.loss(model_output(adapters.model, TALL.rows(0)), TALL.rows(0)).backward()
     (gamma / rate * orthonormality(copies)).backward()
     for name, copy in copies.items():
         task = mine[name].grad.clone()

@@ -11,7 +11,16 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from rule import adapt, check_output, check_update, initial_tensors, record_step, start_of, weight_change
+from rule import (
+    TALL,
+    adapt,
+    check_output,
+    check_update,
+    initial_tensors,
+    record_step,
+    start_of,
+    weight_change,
+)
 from scipy.interpolate import BSpline
 from torch import Tensor, nn
 
@@ -335,15 +344,14 @@ def test_loft_at_full_rank_is_adam_on_the_weight() -> None:
 # LoRA-Dash: the selected directions, their update, and the steps in which they learn.
 
 
-LORA_DASH_CASE = Case("tall", out_features=40, in_features=24, dtype=torch.float64)
 SETTINGS = VariantSettings(4, 8.0, extra={"directions": 5, "warmup": 0.5})
 
 
 def test_lora_dash_the_update_adds_the_scaled_directions() -> None:
-    adapters = attach_lanes(LORA_DASH_CASE, catalogue.get("lora_dash"), 1, SETTINGS)
+    adapters = attach_lanes(TALL, catalogue.get("lora_dash"), 1, SETTINGS)
     optimizer = LaneOptimizer(adapters, "0", 0.01, 8)
     for _ in range(8):
-        record_step(LORA_DASH_CASE, adapters, optimizer)
+        record_step(TALL, adapters, optimizer)
     settings, noise = adapters.lane_settings("0"), torch.Generator().manual_seed(0)
     for layer in adapters.layers.values():
         p, frozen = layer.lane_tensors("0"), layer.frozen_layer
@@ -364,10 +372,10 @@ def test_lora_dash_the_update_adds_the_scaled_directions() -> None:
 
 
 def test_lora_dash_directions_are_those_that_change_most_relative_to_their_singular_value() -> None:
-    adapters = attach_lanes(LORA_DASH_CASE, catalogue.get("lora_dash"), 1, SETTINGS)
+    adapters = attach_lanes(TALL, catalogue.get("lora_dash"), 1, SETTINGS)
     optimizer = LaneOptimizer(adapters, "0", 0.01, 8)
     for step in range(1, 9):
-        record_step(LORA_DASH_CASE, adapters, optimizer)
+        record_step(TALL, adapters, optimizer)
         frozen, trainable = adapters.frozen("0"), adapters.trainable("0")
         for name, layer in adapters.layers.items():
             u, v, d = frozen[f"{name}.U"], frozen[f"{name}.V"], trainable[f"{name}.d"]
@@ -387,10 +395,10 @@ def test_lora_dash_directions_are_those_that_change_most_relative_to_their_singu
 
 def test_lora_dash_the_first_step_of_d_is_a_first_step_of_adam() -> None:
     """Its size is the learning rate, although A and B took steps before. Their counter would triple it."""
-    adapters = attach_lanes(LORA_DASH_CASE, catalogue.get("lora_dash"), 1, SETTINGS)
+    adapters = attach_lanes(TALL, catalogue.get("lora_dash"), 1, SETTINGS)
     optimizer = LaneOptimizer(adapters, "0", 0.01, 8)
     for _ in range(5):
-        record_step(LORA_DASH_CASE, adapters, optimizer)
+        record_step(TALL, adapters, optimizer)
     for name, parameter in adapters.trainable("0").items():
         if name.endswith(".d"):
             torch.testing.assert_close(parameter.abs(), torch.full_like(parameter, 0.01), rtol=1e-4, atol=0)
@@ -420,15 +428,12 @@ def test_lora_dash_peft_loads_a_model_with_a_small_layer(tmp_path: Path) -> None
 # LoRA-FA: A is frozen, and the optimizer's gradient of B gives the projected full-size gradient.
 
 
-LORA_FA_CASE = Case("tall", out_features=40, in_features=24, dtype=torch.float64)
-
-
 def test_lora_fa_a_step_of_gradient_descent_projects_the_full_gradient() -> None:
     """s times the optimizer's gradient times A is G A^T (A A^T)^-1 A, with s G A^T = the gradient of B."""
-    adapters = attach_lanes(LORA_FA_CASE, catalogue.get("lora_fa"), 1)
+    adapters = attach_lanes(TALL, catalogue.get("lora_fa"), 1)
     optimizer, scaling = LaneOptimizer(adapters, "0", 0.01, 3), 2.0
     for _ in range(3):
-        _, gradients = record_step(LORA_FA_CASE, adapters, optimizer)
+        _, gradients = record_step(TALL, adapters, optimizer)
         for layer in adapters.layers:
             a = adapters.frozen("0")[f"{layer}.A"]
             used = adapters.trainable("0")[f"{layer}.B"].grad
@@ -478,12 +483,11 @@ def solve_pair(a: Tensor, b: Tensor, grad_a: Tensor, grad_b: Tensor) -> tuple[Te
 
 
 def test_lora_pro_steps_follow_adam_on_the_full_size_gradient() -> None:
-    case = Case("tall", out_features=40, in_features=24, dtype=torch.float64)
-    adapters = attach_lanes(case, catalogue.get("lora_pro"), 1)
+    adapters = attach_lanes(TALL, catalogue.get("lora_pro"), 1)
     optimizer = LaneOptimizer(adapters, "0", RATE, 6)
     moments: dict[str, tuple[Tensor, Tensor]] = {}
     for step in range(1, 7):
-        before, gradients = record_step(case, adapters, optimizer)
+        before, gradients = record_step(TALL, adapters, optimizer)
         after = adapters.trainable("0")
         for layer in adapters.layers:
             a, b = before[f"{layer}.A"], before[f"{layer}.B"]
