@@ -2,7 +2,8 @@
 
 A variant of this package is the file variants/<axis>/<name>.py; no list has to be maintained. Further names
 are those of entry points of installed packages, `peft:TYPE` for a tuner of the PEFT library, and the path of
-a user's Python file. torch is imported only when a variant is used, or when its traits are not cached yet.
+a user's Python file; what reads such a file reads a user's task, too. torch is imported only when a variant
+is used, or when its traits are not cached yet.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ import ast
 import contextlib
 import hashlib
 import importlib
+import io
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import tokenize
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cache
 from importlib.util import find_spec
 from itertools import product
@@ -220,6 +223,70 @@ def execute(path: str, source: str | bytes, content: str) -> ModuleType:
     sys.modules[module.__name__] = module  # dataclasses look up the module of a class
     exec(compile(source, path, "exec"), vars(module))
     return module
+
+
+def hash_code(source: str, path: str, unhashed: Collection[str] = ()) -> str:
+    """Return 16 hexadecimal digits of a SHA-256 of the code in a file.
+
+    Comments, docstrings and blank lines are left out. Lines inside other strings are hashed as they are. The
+    source text is hashed, because the dump of its syntax tree depends on the version of Python.
+
+    Args:
+        source: The content of the file, with line breaks as `open` reads them.
+        path: The path of the file, for the error.
+        unhashed: Attributes of classes whose assignments are left out.
+
+    Raises:
+        SyntaxError: The file is no valid Python.
+        ValueError: The file has a null byte.
+    """
+    ast.parse(source, path)  # raises Python's own SyntaxError, which names the line
+    lines = source.split("\n")  # as tokenize does; splitlines also splits at form feeds
+    in_strings: set[int] = set()  # the lines that end inside a string
+    starts: list[int] = []  # the first rows of f-strings, which are several tokens from Python 3.12 on
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        row, column = token.start
+        if token.type == tokenize.COMMENT:
+            lines[row - 1] = lines[row - 1][:column]
+        elif (kind := tokenize.tok_name[token.type]).endswith("STRING_START"):
+            starts.append(row)
+        elif kind == "STRING" or kind.endswith("STRING_END"):
+            first = row if kind == "STRING" else starts.pop()
+            in_strings |= set(range(first - 1, token.end[0] - 1))
+    coded = [line.encode() for line in lines]  # columns of a syntax tree are bytes
+    for node in ast.walk(ast.parse("\n".join(lines), path)):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            for statement in node.body:
+                if _is_left_out(statement, node, unhashed):
+                    in_strings -= set(_blank(coded, statement)[:-1])
+    kept = [
+        line if row in in_strings else line.rstrip()
+        for row, line in enumerate(coded)
+        if line.strip() or row in in_strings
+    ]
+    return hashlib.sha256(b"\n".join(kept)).hexdigest()[:16]
+
+
+def _is_left_out(statement: ast.stmt, parent: ast.AST, unhashed: Collection[str]) -> bool:
+    if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
+        return True  # a docstring; another constant has no effect either
+    if not isinstance(parent, ast.ClassDef):
+        return False
+    targets = statement.targets if isinstance(statement, ast.Assign) else []
+    if isinstance(statement, ast.AnnAssign):
+        targets = [statement.target]
+    return bool(targets) and all(isinstance(t, ast.Name) and t.id in unhashed for t in targets)
+
+
+def _blank(lines: list[bytes], statement: ast.stmt) -> range:
+    """Replace a statement by spaces, and return its rows."""
+    rows = range(statement.lineno - 1, statement.end_lineno or statement.lineno)
+    for row in rows:
+        line = lines[row]
+        start = statement.col_offset if row == rows[0] else 0
+        end = statement.end_col_offset or 0 if row == rows[-1] else len(line)
+        lines[row] = line[:start] + b" " * (end - start) + line[end:]
+    return rows
 
 
 def hash_source(source: bytes) -> str:

@@ -14,7 +14,7 @@ from untrained_base import base
 from orchestrator.finetune.models.catalogue import locate_pretrained
 from orchestrator.finetune.resolve.data import write_own_files
 from orchestrator.finetune.tasks import catalogue as tasks
-from orchestrator.finetune.tasks.user_task import hash_code
+from orchestrator.finetune.tasks.catalogue import hash_task_code as hash_code
 from orchestrator.launch.study import Study, resolve_study
 from orchestrator.record.schema import Evaluation, Record
 from orchestrator.record.store import Store

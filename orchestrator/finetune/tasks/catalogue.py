@@ -17,7 +17,7 @@ import sys
 import tokenize
 import tomllib
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Literal
@@ -31,7 +31,7 @@ from orchestrator.study.configuration import TaskChoice, VariantChoice
 from orchestrator.util.errors import UsageError, report_user_errors, suggest_nearest
 from orchestrator.util.keyed_folder import KeyedFolder
 from variants import catalogue as variants
-from variants.catalogue import check_own_imports, execute, find_class, hash_source
+from variants.catalogue import check_own_imports, execute, find_class, hash_code, hash_source
 from variants.errors import UnsupportedError
 from variants.variant_settings import FILE_SUFFIX
 
@@ -40,6 +40,11 @@ if TYPE_CHECKING:
 
 Kind = Literal["task", "variant"]
 """What an entry of the store describes: the code of a task or a user's data, or the code of a variant."""
+
+UNHASHED_ATTRIBUTES = {"title", "defaults", "default_model"}
+"""Attributes of a task that do not change what a configuration computes."""
+hash_task_code = partial(hash_code, unhashed=UNHASHED_ATTRIBUTES)
+"""Return the hash of the code in a task file (see `variants.catalogue.hash_code`)."""
 
 ENTRY_SUFFIX = ".toml"
 """End of the path of a file with a task as an entry."""
@@ -227,7 +232,7 @@ def _load_file(path: str, code: str) -> Task:
 def _hash_file(code: str, path: str) -> str:
     if path.endswith(ENTRY_SUFFIX):
         return user_task.hash_entry(os.path.basename(path), _parse_entry(code, path))
-    return user_task.hash_code(code, path)
+    return hash_task_code(code, path)
 
 
 def _parse_entry(code: str, path: str) -> Mapping[str, object]:
@@ -248,7 +253,7 @@ def _load_entry_point(name: str) -> Task:
             raise UsageError(f"Task {name!r} ({entry.value}) is no subclass of Task.")
         task = loaded()
         path = str(sys.modules[loaded.__module__].__file__)
-        content = user_task.hash_code(_read_code(path), path)
+        content = hash_task_code(_read_code(path), path)
         task.name, task.source, task.content = name, path, content
         user_task.check(task)
     return task
