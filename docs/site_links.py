@@ -18,7 +18,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
-from variants.__main__ import (
+from variants.describe import (
     AXES,
     checked_text,
     describe_all,
@@ -77,7 +77,7 @@ def _option_tables() -> str:
     from orchestrator.experiments import MODULES, options_of
     from orchestrator.study.option import defaults, flag, help_texts, sections
 
-    lines, done = [], set()
+    parts, done = [], set()
     commands = {**{name: options_of(name) for name in MODULES}, "published": COMMANDS["published"]}
     for command, options_class in commands.items():
         values, texts = defaults(options_class), help_texts(options_class)
@@ -85,23 +85,18 @@ def _option_tables() -> str:
             if title in done:
                 continue
             done.add(title)
-            lines += [
-                "",
-                f"### {title.capitalize()} options of `{command}`",
-                "",
-                "| option | default | meaning |",
-                "| --- | --- | --- |",
-            ]
-            for each in (each for each in names if each not in options_class.unused):
-                default = (
-                    " ".join(map(str, values[each])) if isinstance(values[each], tuple) else values[each]
-                )
-                shown = "" if default is None or default is False or default == "" else f"`{default}`"
-                lines.append(f"| `{flag(each)}` | {shown} | {texts[each].replace('|', chr(92) + '|')} |")
-    lines += ["", "### Hyperparameters", "", "| option | meaning |", "| --- | --- |"]
-    for name, each in free_hyperparameters(options_of("study")).items():
-        lines.append(f"| `{flag(name)}` | {each.help} |")
-    return "\n".join(lines)
+            shown = [each for each in names if each not in options_class.unused]
+            rows = [(f"`{flag(each)}`", _default(values[each]), texts[each]) for each in shown]
+            table = _table(("option", "default", "meaning"), rows)
+            parts.append(f"### {title.capitalize()} options of `{command}`\n\n{table}")
+    free = free_hyperparameters(options_of("study"))
+    rows = [(f"`{flag(name)}`", each.help) for name, each in free.items()]
+    return "\n\n".join([*parts, f"### Hyperparameters\n\n{_table(('option', 'meaning'), rows)}"])
+
+
+def _default(value: object) -> str:
+    words = " ".join(map(str, value)) if isinstance(value, tuple) else value
+    return "" if words is None or words is False or words == "" else f"`{words}`"
 
 
 def _variant_tables() -> str:

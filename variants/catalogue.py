@@ -1,30 +1,37 @@
-"""The catalogue of variants by name.
+"""The catalogue of variants by name, and what makes a user's Python file one of them.
 
 A variant of this package is the file variants/<axis>/<name>.py; no list has to be maintained. Further names
 are those of entry points of installed packages, `peft:TYPE` for a tuner of the PEFT library, and the path of
-a user's Python file. torch is imported only when a variant is used, or when its traits are not cached yet.
+a user's Python file; what reads such a file reads a user's task, too. torch is imported only when a variant
+is used, or when its traits are not cached yet.
 """
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import hashlib
 import importlib
+import io
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+import tokenize
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cache
+from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from variants.errors import UnsupportedError, describe_error_line, suggest_nearest
-from variants.user_files import check_own_imports, execute, find_class, hash_source
+from variants.errors import UnsupportedError, describe_error_line, format_error, suggest_nearest
 from variants.variant_settings import FILE_SUFFIX, PEFT_PREFIX, USER_AXIS, entry_points_by_name
 
 if TYPE_CHECKING:
     from variants.api import Variant
 
+T = TypeVar("T")
 _PACKAGE = Path(__file__).parent
 _TRAITS = (
     *("adaptation_scope", "verified_by", "uses_rank", "uses_alpha", "uses_dropout", "extra_defaults"),
@@ -86,38 +93,44 @@ def traits(name: str) -> Mapping[str, Any]:
 
 @cache
 def _built_in_traits() -> Mapping[str, Mapping[str, Any]]:
-    found: Mapping[str, Mapping[str, Any]] = cached(
-        "traits", lambda: {name: _traits_of(_get(name)) for name in _axis_by_name()}
-    )
-    return found
+    return cached("traits", lambda: {name: _traits_of(_get(name)) for name in _axis_by_name()})
 
 
 def _traits_of(variant: Variant) -> Mapping[str, Any]:
     return {name: getattr(variant, name) for name in _TRAITS}
 
 
-def load(name: str, source: bytes | None = None) -> Variant:
-    """Return the variant of this name, and read a user's file again, whose content may have changed.
+def load(path: str, source: bytes | None = None) -> Variant:
+    """Return the variant in a user's file, and read the file again, whose content may have changed.
 
     Afterwards `get` returns this variant for the name of the file.
 
     Args:
-        name: A name of the catalogue, or the path of a Python file.
+        path: The path of the file.
         source: The content of the file if it is known; the file need not exist then.
 
     Raises:
-        ValueError: There is no variant of this name, or a variant from outside this package cannot be
-            imported. The message is one line.
+        UnsupportedError: The file is missing, cannot be imported or has no variant. The message is one line.
     """
-    if not name.endswith(FILE_SUFFIX):
-        return _get(name)
-    variant = _load_file(name, source)
-    known = _loaded_files.get(variant.name)
-    if known is None or known.revision != variant.revision:
-        _loaded_files[variant.name] = variant
-    else:  # a copy of the file elsewhere
-        vars(known).update(source_path=variant.source_path)
-    return _loaded_files[variant.name]
+    from variants.api import Variant
+
+    path = os.path.realpath(path)
+    name, content = os.path.basename(path), _read_source(path) if source is None else source
+    revision = hash_source(content)
+    try:
+        if source is None:
+            check_own_imports(content, path)
+        variant = _loaded_files.get(name)
+        if variant is None or variant.revision != revision:
+            variant = find_class(execute(path, content, revision), Variant)()
+    except (UnsupportedError, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # SystemExit as well: sys.exit in the file would end the study
+        raise _import_error(f"file {path!r}{describe_error_line(error, path)}", error) from error
+    identity = {"name": name, "axis": USER_AXIS, "revision": revision}
+    vars(variant).update(identity, source_path=path, source_code=content)
+    _loaded_files[name] = variant
+    return variant
 
 
 def loaded_revision(name: str) -> str | None:
@@ -147,26 +160,6 @@ def _get(name: str) -> Variant:
     raise ValueError(f"no variant {name!r}. {suggest_nearest(name, names())}")
 
 
-def _load_file(path: str, source: bytes | None) -> Variant:
-    """Return the variant in a Python file, and name it after the file. Arguments as in `load`."""
-    from variants.api import Variant
-
-    path, is_known = os.path.realpath(path), source is not None
-    source = _read_source(path) if source is None else source
-    revision = hash_source(source)
-    try:
-        if not is_known:
-            check_own_imports(source, path)
-        variant = find_class(execute(path, source, revision), Variant)()
-    except (UnsupportedError, KeyboardInterrupt):
-        raise
-    except BaseException as error:  # SystemExit as well: sys.exit in the file would end the study
-        raise _import_error(f"file {path!r}{describe_error_line(error, path)}", error) from error
-    identity = {"name": os.path.basename(path), "axis": USER_AXIS, "revision": revision}
-    vars(variant).update(identity, source_path=path, source_code=source)
-    return variant
-
-
 def _load_entry_point(name: str) -> Variant:
     from variants.api import Variant
 
@@ -185,8 +178,7 @@ def _load_entry_point(name: str) -> Variant:
 
 
 def _import_error(variant: str, error: BaseException) -> UnsupportedError:
-    problem = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-    return UnsupportedError(f"variant {variant} cannot be imported: {problem}")
+    return UnsupportedError(f"variant {variant} cannot be imported: {format_error(error)}")
 
 
 def _read_source(path: str) -> bytes:
@@ -198,7 +190,161 @@ def _read_source(path: str) -> bytes:
         raise UnsupportedError(f"variant file {path!r} cannot be read ({error.strerror})") from error
 
 
-def cached(name: str, make: Callable[[], Any], also: str = "") -> Any:
+def find_class(module: ModuleType, base: type[T]) -> type[T]:
+    """Return the only public subclass of `base` that a module defines.
+
+    Raises:
+        UnsupportedError: The module defines none, or several.
+    """
+    classes = [
+        value
+        for name, value in vars(module).items()
+        if isinstance(value, type)
+        and issubclass(value, base)
+        and value.__module__ == module.__name__
+        and not name.startswith("_")
+    ]
+    if len(classes) != 1:
+        rule = f"must define one public subclass of {base.__name__}"
+        raise UnsupportedError(f"{module.__file__!r} {rule}; it defines {len(classes)}")
+    return classes[0]
+
+
+def execute(path: str, source: str | bytes, content: str) -> ModuleType:
+    """Execute the code of a file as a module.
+
+    Args:
+        path: The path of the file, which need not exist.
+        source: Its code.
+        content: A hash of the code, which names the module.
+    """
+    module = ModuleType(f"lora_orchestrator_user_{content}")
+    module.__file__ = path
+    sys.modules[module.__name__] = module  # dataclasses look up the module of a class
+    exec(compile(source, path, "exec"), vars(module))
+    return module
+
+
+def hash_code(source: str, path: str, unhashed: Collection[str] = ()) -> str:
+    """Return 16 hexadecimal digits of a SHA-256 of the code in a file.
+
+    Comments, docstrings and blank lines are left out. Lines inside other strings are hashed as they are. The
+    source text is hashed, because the dump of its syntax tree depends on the version of Python.
+
+    Args:
+        source: The content of the file, with line breaks as `open` reads them.
+        path: The path of the file, for the error.
+        unhashed: Attributes of classes whose assignments are left out.
+
+    Raises:
+        SyntaxError: The file is no valid Python.
+        ValueError: The file has a null byte.
+    """
+    ast.parse(source, path)  # raises Python's own SyntaxError, which names the line
+    lines = source.split("\n")  # as tokenize does; splitlines also splits at form feeds
+    in_strings: set[int] = set()  # the lines that end inside a string
+    starts: list[int] = []  # the first rows of f-strings, which are several tokens from Python 3.12 on
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        row, column = token.start
+        if token.type == tokenize.COMMENT:
+            lines[row - 1] = lines[row - 1][:column]
+        elif (kind := tokenize.tok_name[token.type]).endswith("STRING_START"):
+            starts.append(row)
+        elif kind == "STRING" or kind.endswith("STRING_END"):
+            first = row if kind == "STRING" else starts.pop()
+            in_strings |= set(range(first - 1, token.end[0] - 1))
+    coded = [line.encode() for line in lines]  # columns of a syntax tree are bytes
+    for node in ast.walk(ast.parse("\n".join(lines), path)):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            for statement in node.body:
+                if _is_left_out(statement, node, unhashed):
+                    in_strings -= set(_blank(coded, statement)[:-1])
+    kept = [
+        line if row in in_strings else line.rstrip()
+        for row, line in enumerate(coded)
+        if line.strip() or row in in_strings
+    ]
+    return hashlib.sha256(b"\n".join(kept)).hexdigest()[:16]
+
+
+def _is_left_out(statement: ast.stmt, parent: ast.AST, unhashed: Collection[str]) -> bool:
+    if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
+        return True  # a docstring; another constant has no effect either
+    if not isinstance(parent, ast.ClassDef):
+        return False
+    targets = statement.targets if isinstance(statement, ast.Assign) else []
+    if isinstance(statement, ast.AnnAssign):
+        targets = [statement.target]
+    return bool(targets) and all(isinstance(t, ast.Name) and t.id in unhashed for t in targets)
+
+
+def _blank(lines: list[bytes], statement: ast.stmt) -> range:
+    """Replace a statement by spaces, and return its rows."""
+    rows = range(statement.lineno - 1, statement.end_lineno or statement.lineno)
+    for row in rows:
+        line = lines[row]
+        start = statement.col_offset if row == rows[0] else 0
+        end = statement.end_col_offset or 0 if row == rows[-1] else len(line)
+        lines[row] = line[:start] + b" " * (end - start) + line[end:]
+    return rows
+
+
+def hash_source(source: bytes) -> str:
+    """Return the revision of a variant from outside this package: a hash of the content of its file."""
+    return hashlib.sha256(source).hexdigest()[:16]
+
+
+def check_own_imports(source: bytes | str, path: str) -> None:
+    """Check that a user's file imports no module from its own folder or the working folder.
+
+    A task or variant is known by a hash of its file alone, so a change of such a module would not be noticed.
+    Python looks for modules in the working folder, too, if it is started with `-m`.
+
+    Args:
+        source: The content of the file.
+        path: Its path.
+
+    Raises:
+        ImportError: The file imports such a module. The message names it.
+        SyntaxError: The file is no valid Python.
+        ValueError: The file has a null byte.
+    """
+    folders = {os.path.dirname(path): "beside the file", os.getcwd(): "in the working folder"}
+    for node in ast.walk(ast.parse(source, path)):
+        if isinstance(node, ast.Import):
+            imported = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            imported = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name, (folder, where) in product(imported, folders.items()):
+            if _is_beside(name.split("."), folder):
+                raise ImportError(
+                    f"line {node.lineno} imports {name!r}, which lies {where}; a change there would not be "
+                    "noticed, and other machines lack it: put its code into the file"
+                )
+
+
+def _is_beside(parts: Sequence[str], folder: str) -> bool:
+    """Return whether a module is a file in a folder, and not installed.
+
+    Args:
+        parts: The parts of the module's dotted name.
+        folder: The folder of the user's file, or the working folder.
+    """
+    if parts[0] in ("orchestrator", "variants"):  # the file may be in a clone of this project, which has both
+        return False
+    paths = [os.path.join(folder, *parts[:count]) for count in range(1, len(parts) + 1)]
+    if not any(os.path.isfile(file) for path in paths for file in (f"{path}.py", f"{path}/__init__.py")):
+        return False
+    spec = find_spec(parts[0])
+    if spec is None or spec.origin is None:
+        return True
+    # A built-in module such as `time` has no file.
+    return spec.has_location and os.path.dirname(os.path.realpath(spec.origin)) in (folder, paths[0])
+
+
+def cached(name: str, make: Callable[[], T], also: str = "") -> T:
     """Return a value from the cache, or compute and store it if the source files have changed since.
 
     The cache, in the user's cache folder, spares the import of torch, which computing the values needs.
@@ -217,8 +363,9 @@ def cached(name: str, make: Callable[[], Any], also: str = "") -> Any:
     file = folder / f"{name}.json"
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # the file is missing or damaged
         kept = json.loads(file.read_bytes())
+        value: T = kept["value"]
         if kept["sources"] == sources:
-            return kept["value"]
+            return value
     value = make()
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)

@@ -23,7 +23,7 @@ class BypassedLayerError(RuntimeError):
     """The model read an adapted layer's weight without calling the layer, so the adapter has no effect."""
 
 
-def suggest_nearest(value: str, choices: Iterable[str], otherwise: str = "", cutoff: float = 0.5) -> str:
+def suggest_nearest(value: str, choices: Iterable[str], otherwise: str = "") -> str:
     """Return a suggestion for a message about an unknown name.
 
     Choices that begin with the name come first, then those with two neighboring letters exchanged, the
@@ -33,7 +33,6 @@ def suggest_nearest(value: str, choices: Iterable[str], otherwise: str = "", cut
         value: The unknown name.
         choices: The valid names.
         otherwise: The sentence if none is near; by default all names, which should be few.
-        cutoff: The similarity from which a name is near, from 0 to 1; see `difflib.get_close_matches`.
 
     Returns:
         A sentence with the nearest choice or, if none is near, `otherwise`.
@@ -43,10 +42,15 @@ def suggest_nearest(value: str, choices: Iterable[str], otherwise: str = "", cut
     longer = [choice for choice in by_lower if typed and choice.startswith(typed)]
     swaps = (typed[:i] + typed[i + 1] + typed[i] + typed[i + 2 :] for i in range(len(typed) - 1))
     exchanged = [each for each in swaps if each in by_lower]
-    close = longer or exchanged or difflib.get_close_matches(typed, by_lower, n=1, cutoff=cutoff)
+    close = longer or exchanged or difflib.get_close_matches(typed, by_lower, n=1, cutoff=0.5)
     if close:
         return f"Did you mean {by_lower[close[0]]!r}?"
     return otherwise or f"Choose from: {', '.join(choices)}."
+
+
+def format_error(error: BaseException) -> str:
+    """Return type and text of an error in one line of at most 300 characters."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def describe_error_line(error: BaseException, path: str) -> str:

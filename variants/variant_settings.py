@@ -161,8 +161,8 @@ class Number:
     """Declaration of a hyperparameter that is a real number."""
 
     default: float
-    minimum: float | None = None
-    """The smallest permitted value; by default 0, or none if `above` is given."""
+    minimum: float = 0.0
+    """The smallest permitted value, unless `above` is given."""
     above: float = -math.inf
     """A lower limit that is not permitted itself."""
     maximum: float = math.inf
@@ -175,7 +175,7 @@ class Number:
     def rule(self) -> str:
         """The permitted values in words."""
         is_bounded = min(self.maximum, self.below) < math.inf
-        lowest = f"above {self.above:g}" if self.above > -math.inf else f"of at least {self.minimum or 0:g}"
+        lowest = f"above {self.above:g}" if self.above > -math.inf else f"of at least {self.minimum:g}"
         highest = f" and below {self.below:g}" if self.below < math.inf else ""
         highest = f" and at most {self.maximum:g}" if self.maximum < math.inf else highest
         return f"a {'number' if is_bounded else 'finite number'} {lowest}{highest}"
@@ -184,9 +184,8 @@ class Number:
         """Return whether the hyperparameter may have this value."""
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
             return False
-        default = 0.0 if self.above == -math.inf else -math.inf
-        minimum = default if self.minimum is None else self.minimum
-        return minimum <= value <= self.maximum and self.above < value < self.below
+        is_large = value > self.above if self.above > -math.inf else value >= self.minimum
+        return is_large and value <= self.maximum and value < self.below
 
 
 @dataclass(frozen=True)
@@ -195,7 +194,7 @@ class Int:
 
     default: int
     minimum: int = 1
-    maximum: int | None = None
+    maximum: float = math.inf
     help: str = ""
     divides: tuple[str, ...] = ()
     """Sides of each layer that the value must divide: "in", "out" or both."""
@@ -203,16 +202,16 @@ class Int:
     @property
     def rule(self) -> str:
         """The permitted values in words."""
-        highest = "" if self.maximum is None else f" and at most {self.maximum}"
+        highest = f" and at most {self.maximum}" if self.maximum < math.inf else ""
         sides = " and ".join(f"{side}puts" for side in self.divides)
         divides = f" that divides the {sides} of each layer" if sides else ""
         return f"a whole number of at least {self.minimum}{highest}{divides}"
 
     def permits(self, value: object) -> bool:
         """Return whether the hyperparameter may have this value."""
-        if isinstance(value, bool) or not isinstance(value, int) or value < self.minimum:
+        if isinstance(value, bool) or not isinstance(value, int):
             return False
-        return self.maximum is None or value <= self.maximum
+        return self.minimum <= value <= self.maximum
 
 
 @dataclass(frozen=True)
@@ -233,8 +232,6 @@ class Choice:
 
     def permits(self, value: object) -> bool:
         """Return whether the hyperparameter may have this value."""
-        if isinstance(value, bool):
-            return False
         is_count = bool(self.or_count) and str(value).isdigit() and int(str(value)) > 0
         return is_count or value in self.choices
 

@@ -119,8 +119,7 @@ def vega_bundle() -> str:
     import vl_convert
 
     make = cast(Callable[[], str], vl_convert.javascript_bundle)  # its stub lacks the defaults
-    script: str = catalogue.cached("vega", make, also=version("vl-convert-python"))
-    return script
+    return catalogue.cached("vega", make, also=version("vl-convert-python"))
 
 
 def inline(frame: pd.DataFrame) -> alt.InlineData:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 
 from variants.errors import describe_error_line
+from variants.errors import format_error as format_error
 from variants.errors import suggest_nearest as suggest_nearest
 
 DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
@@ -61,11 +62,6 @@ def describe_disk_error(error: BaseException | None) -> str:
 def quote_value(value: str) -> str:
     """Return `value` in quotation marks, with control characters escaped and a long middle left out."""
     return repr(value if len(value) <= 80 else f"{value[:50]}...{value[-20:]}")
-
-
-def format_error(error: BaseException) -> str:
-    """Return type and text of an error in one line of at most 300 characters."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def install_hint(extra: str) -> str:

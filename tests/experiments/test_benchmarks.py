@@ -28,7 +28,7 @@ from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile
 from orchestrator.study.configuration import ModelChoice
 from variants import catalogue
-from variants.__main__ import read_methods
+from variants.describe import read_methods
 
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "experiments" / "benchmarks"

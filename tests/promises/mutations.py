@@ -267,14 +267,14 @@ MUTATIONS += [
     ),
     Mutation(
         "a law about the start that accepts any",
-        "variants/testing/laws.py",
+        "variants/testing/__init__.py",
         "assert torch.equal(lane, base)",
         "assert lane.shape == base.shape",
         "test_08_variants.py::test_the_check_of_the_laws_names_the_law_that_a_variant_breaks[start]",
     ),
     Mutation(
         "a law about gradients that accepts none",
-        "variants/testing/laws.py",
+        "variants/testing/__init__.py",
         "assert reached == expected,",
         "assert reached <= expected,",
         "test_08_variants.py::test_the_check_of_the_laws_names_the_law_that_a_variant_breaks[gradient]",

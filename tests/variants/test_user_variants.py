@@ -11,8 +11,9 @@ import pytest
 from variants import catalogue
 from variants.adapters import attach
 from variants.api import UnsupportedError, VariantSettings
+from variants.baseline.lora import LoRA
 from variants.storage import load_lane, save_lane
-from variants.testing import Case
+from variants.testing import CASES, Case, check_laws
 from variants.testing.rig import tensors_equal
 from variants.variant_settings import ENTRY_POINT_GROUP, canonical_key
 
@@ -163,3 +164,15 @@ for name in ('a', 'b', 'c'):
     words = ("cannot be imported: AttributeError", "is no subclass", "cannot be imported: TypeError")
     assert len(lines) == 3
     assert all(word in line for word, line in zip(words, lines, strict=True))
+
+
+def test_the_example_of_the_docs_is_a_variant_that_passes_the_laws(tmp_path: Path) -> None:
+    page = Path(__file__).parents[2].joinpath("docs", "variants.md").read_text()
+    example = page.partition("## Add a variant")[2].partition("```python\n")[2].partition("```")[0]
+    assert sum(bool(line.strip()) for line in example.splitlines()) <= 20
+    check_laws(catalogue.get(write(tmp_path, example)), CASES[:2])
+
+
+def test_a_hook_without_its_mixin_is_refused_with_the_fix() -> None:
+    with pytest.raises(TypeError, match=r"Mine defines after_step, .*: class Mine\(api\.StepHooks, \.\.\.\)"):
+        type("Mine", (LoRA,), {"after_step": lambda self, lane: None})

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from variants.adapters import Adapters, CalibrationTensors, attach
 from variants.api import CalibrationStatistic, ExtraSettings, Variant, VariantSettings
 from variants.calibrate import calibrate
-from variants.errors import UnsupportedError
+from variants.errors import UnsupportedError, format_error
 from variants.frozen_layer import seeded_generator
 from variants.hooks import parameter_lr_scale, schedule_lr_scale, statistic_of
 from variants.nf4 import NF4Linear, quantize_blocks
@@ -366,7 +366,7 @@ def find_fault(variant: Variant, settings: VariantSettings) -> str:
     except Exception as error:
         lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == own_file]
         where = f"line {lines[-1]}: " if lines else ""
-        return where + " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        return where + format_error(error)
     return ""
 
 

@@ -155,7 +155,7 @@ def load_variants(typed_names: Sequence[str]) -> tuple[str, ...]:
             )
         if name not in catalogue.built_in_names():
             try:
-                catalogue.load(typed if name.endswith(FILE_SUFFIX) else name)
+                catalogue.load(typed) if name.endswith(FILE_SUFFIX) else catalogue.get(name)
             except ValueError as error:
                 raise UsageError(f"--variants: {error}") from error
     by_revision: dict[str, str] = {}

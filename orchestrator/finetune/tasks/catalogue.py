@@ -31,8 +31,8 @@ from orchestrator.study.configuration import TaskChoice, VariantChoice
 from orchestrator.util.errors import UsageError, report_user_errors, suggest_nearest
 from orchestrator.util.keyed_folder import KeyedFolder
 from variants import catalogue as variants
+from variants.catalogue import check_own_imports, execute, find_class, hash_code, hash_source
 from variants.errors import UnsupportedError
-from variants.user_files import check_own_imports, execute, find_class, hash_code, hash_source
 from variants.variant_settings import FILE_SUFFIX
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ Kind = Literal["task", "variant"]
 UNHASHED_ATTRIBUTES = {"title", "defaults", "default_model"}
 """Attributes of a task that do not change what a configuration computes."""
 hash_task_code = partial(hash_code, unhashed=UNHASHED_ATTRIBUTES)
-"""Return the hash of the code in a task file (see `variants.user_files.hash_code`)."""
+"""Return the hash of the code in a task file (see `variants.catalogue.hash_code`)."""
 
 ENTRY_SUFFIX = ".toml"
 """End of the path of a file with a task as an entry."""

@@ -9,21 +9,18 @@ import torch
 from torch import Tensor
 
 from variants import catalogue
-from variants.adapters import Adapters
+from variants.adapters import Adapters, init_layers
 from variants.api import (
     BiasUpdate,
     FrozenLayer,
     InitialTensors,
-    InitTogether,
-    LayerRandom,
-    Layers,
-    RandomOf,
     Variant,
     VariantSettings,
 )
 from variants.testing.rig import Case, LaneOptimizer, attach_lanes, model_output, perturb_lanes
 
 ROWS, TOLERANCE = 8, 1e-9
+TALL = Case("tall", out_features=40, in_features=24, dtype=torch.float64)
 assert_close = partial(torch.testing.assert_close, rtol=TOLERANCE, atol=TOLERANCE)
 
 Change = Callable[[Mapping[str, Tensor], Tensor, VariantSettings, float], Tensor]
@@ -51,31 +48,11 @@ def adapt(name: str, settings: VariantSettings, perturb: bool = True, **sizes: i
     return adapters
 
 
-def layer_of(name: str, shape: tuple[int, int], settings: VariantSettings) -> FrozenLayer:
-    """Return a layer of a shape (out, in), without values."""
-    return FrozenLayer(name, torch.empty(shape, device="meta"), None, settings=settings)
-
-
-def initial_layers(
-    variant: Variant, layers: Layers, settings: VariantSettings, seed: int = 0
-) -> dict[str, InitialTensors]:
-    """Return the initial tensors of one lane; every layer gets the same random values."""
-    layers = {name: layer.with_settings(settings) for name, layer in layers.items()}
-    return init_layers(variant, layers, lambda name: LayerRandom(layers[name], seed))
-
-
-def init_layers(variant: Variant, layers: Layers, random_of: RandomOf) -> dict[str, InitialTensors]:
-    """Return the initial tensors of one lane in all layers, whether they start together or one by one."""
-    if isinstance(variant, InitTogether):
-        return variant.init_layers(layers, random_of)
-    return {name: variant.init(layer, random_of(name)) for name, layer in layers.items()}
-
-
 def initial_tensors(
     variant: Variant, layer: FrozenLayer, settings: VariantSettings, seed: int = 0
 ) -> InitialTensors:
     """Return the initial tensors of one lane in its only layer."""
-    return initial_layers(variant, {layer.name: layer}, settings, seed)[layer.name]
+    return init_layers(variant, {layer.name: layer.with_settings(settings)}, seed)[layer.name]
 
 
 def start_of(

@@ -7,11 +7,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from rule import check_output, initial_layers, initial_tensors, start_of
+from rule import check_output, initial_tensors, start_of
 from torch import Tensor
 
 from variants import catalogue
-from variants.api import FrozenLayer, InitialTensors, Params, VariantSettings
+from variants.adapters import init_layers
+from variants.api import FrozenLayer, Params, VariantSettings
+from variants.mixture import keep_largest
 
 # The mixtures, computed one token and one expert at a time, as the official codes define them.
 
@@ -27,9 +29,9 @@ def mix(x: Tensor, a: Tensor, b: Tensor, gates: Tensor) -> Tensor:
 
 
 def top_gates(x: Tensor, router: Tensor, top_k: int) -> Tensor:
-    """Return the gates (N, experts) of a router that keeps the largest logits."""
+    """Return the gates (N, experts) of a router that keeps the largest logits, or all if `top_k` is 0."""
     logits = x @ router.T
-    kept = logits.topk(top_k, dim=-1)
+    kept = logits.topk(top_k or len(router), dim=-1)
     return torch.zeros_like(logits).scatter(-1, kept.indices, kept.values.softmax(-1))
 
 
@@ -40,9 +42,29 @@ def switch_loss(probabilities: Tensor, served: Tensor) -> Tensor:
     return experts * torch.stack(terms).sum()
 
 
-def mean_over_examples(loss: Callable[[Tensor], Tensor], x: Tensor, mask: Tensor) -> Tensor:
-    """Return the mean of a loss over examples x (R, L, in) without their padding."""
-    return torch.stack([loss(row[keep.bool()]) for row, keep in zip(x, mask, strict=True)]).mean()
+def check_balancing_loss(
+    name: str,
+    loss: Callable[[Tensor, Params], Tensor],
+    weight: float = 1e-3,
+    layer: str = "layer",
+    **extra: float | str,
+) -> None:
+    """Compare a variant's balancing loss of three padded examples with the mean of a loss of their tokens."""
+    variant, noise = catalogue.get(name), torch.Generator().manual_seed(0)
+    given = variant.validate_settings(VariantSettings(8, 16.0, extra=extra))
+    frozen = FrozenLayer(layer, torch.randn(20, 24, generator=noise, dtype=torch.float64), None)
+    params = dict(initial_tensors(variant, frozen, given).trainable)
+    params["R"] = params["R"] * 10
+    x, mask = (
+        torch.randn(3, 6, 24, generator=noise, dtype=torch.float64),
+        torch.ones(3, 6, dtype=torch.float64),
+    )
+    mask[1, 4:] = mask[2, 3:] = 0
+    stacked = {key: tensor.unsqueeze(0) for key, tensor in params.items()}
+    found = variant.auxiliary_loss(x.unsqueeze(0), mask.unsqueeze(0), stacked, frozen.with_settings(given))
+    each = [loss(row[keep.bool()], params) for row, keep in zip(x, mask, strict=True)]
+    assert min(each) > 0
+    torch.testing.assert_close(found[0], weight * torch.stack(each).mean())
 
 
 # AdaMoLE's thresholds and balancing loss, computed independently.
@@ -70,22 +92,11 @@ def test_adamole_experts_above_the_threshold_serve_a_token(largest: float) -> No
 
 
 def test_adamole_the_balancing_loss_is_the_official_one_for_each_example() -> None:
-    noise = torch.Generator().manual_seed(0)
-    layer = FrozenLayer("layer", torch.zeros(20, 12, dtype=torch.float64), None)
-    settings = ADAMOLE_VARIANT.validate_settings(VariantSettings(8, 16.0))
-    params = dict(initial_tensors(ADAMOLE_VARIANT, layer, settings).trainable)
-    params["R"] = params["R"] * 10
-    x = torch.randn(1, 3, 6, 12, generator=noise, dtype=torch.float64)
-    mask = torch.ones(1, 3, 6, dtype=torch.float64)
-    mask[0, 1, 4:] = 0
-
-    def loss(tokens: Tensor) -> Tensor:
+    def loss(tokens: Tensor, params: Params) -> Tensor:
         above = margins(tokens, params, 1 / 8)
         return switch_loss(above, above >= 0)
 
-    stacked = {name: tensor.unsqueeze(0) for name, tensor in params.items()}
-    found = ADAMOLE_VARIANT.auxiliary_loss(x, mask, stacked, layer.with_settings(settings))
-    torch.testing.assert_close(found[0], 1e-3 * mean_over_examples(loss, x[0], mask[0]))
+    check_balancing_loss("adamole", loss)
 
 
 def test_adamole_the_router_and_the_threshold_start_as_linear_layers() -> None:
@@ -116,36 +127,8 @@ def test_adamole_a_token_has_at_least_one_expert_and_not_always_the_same_number(
 # GOAT's experts, initialization and balancing loss, computed independently.
 
 
-GOAT_VARIANT = catalogue.get("goat")
-OUT, IN = 20, 24
-
-
-def settings(rank: int = 8, **extra: float | str) -> VariantSettings:
-    return GOAT_VARIANT.validate_settings(VariantSettings(rank, 16.0, extra=extra))
-
-
-def layer() -> FrozenLayer:
-    noise = torch.Generator().manual_seed(1)
-    return FrozenLayer("layer", torch.randn(OUT, IN, generator=noise, dtype=torch.float64), None)
-
-
-def start(lane_settings: VariantSettings, frozen: FrozenLayer) -> InitialTensors:
-    return initial_tensors(GOAT_VARIANT, frozen, lane_settings)
-
-
-def compute(x: Tensor, params: Params, frozen: FrozenLayer, lane_settings: VariantSettings) -> Tensor:
-    """Return the layer's output (N, out) for x (N, in)."""
-    scaling = torch.full((1, 1, 1), GOAT_VARIANT.scaling(lane_settings), dtype=torch.float64)
-    stacked = {name: tensor.unsqueeze(0) for name, tensor in params.items()}
-    prepared = GOAT_VARIANT.prepare(stacked, frozen.with_settings(lane_settings, scaling))
-    base = (x @ frozen.weight.T).unsqueeze(0)
-    return GOAT_VARIANT.forward(x.unsqueeze(0), base, prepared, frozen.with_settings(lane_settings, scaling))[
-        0
-    ]
-
-
 @pytest.mark.parametrize("scaling", ["alpha", "theory"])
-@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize("top_k", [0, 1, 2])
 def test_goat_the_mean_of_the_initial_experts_is_taken_off(scaling: str, top_k: int) -> None:
     def update(x: Tensor, params: Params, weight: Tensor, lane: VariantSettings, s: float) -> Tensor:
         scale = math.sqrt(3 * 2.0 * weight.shape[1] / 2) if scaling == "theory" else 16.0 / 2
@@ -161,11 +144,11 @@ def test_goat_the_mean_of_the_initial_experts_is_taken_off(scaling: str, top_k: 
 @pytest.mark.parametrize("rank", [8, 16])
 @pytest.mark.parametrize("scaling", ["alpha", "theory"])
 def test_goat_each_expert_starts_from_its_part_of_the_spectrum(rank: int, scaling: str) -> None:
-    lane_settings, frozen = settings(rank, scaling=scaling), layer()
-    initial = start(lane_settings, frozen)
-    u, singular, vh = torch.linalg.svd(frozen.weight)
-    size, spacing = rank // 8, OUT // 8
-    scale = math.sqrt(3 * IN / size) if scaling == "theory" else 16.0 / size
+    weight = torch.randn(20, 24, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    initial = start_of("goat", weight, VariantSettings(rank, 16.0, extra={"scaling": scaling}))
+    u, singular, vh = torch.linalg.svd(weight)
+    size, spacing = rank // 8, 20 // 8
+    scale = math.sqrt(3 * 24 / size) if scaling == "theory" else 16.0 / size
     for expert in range(8):
         part = slice(expert * spacing, expert * spacing + size)
         ranks = slice(expert * size, expert * size + size)
@@ -175,19 +158,6 @@ def test_goat_each_expert_starts_from_its_part_of_the_spectrum(rank: int, scalin
         torch.testing.assert_close(a.norm(dim=1), b.norm(dim=0))
     assert torch.equal(initial.frozen["A0"], initial.trainable["A"])
     assert torch.equal(initial.frozen["B0"], initial.trainable["B"])
-
-
-def test_goat_even_gates_start_at_the_base_model() -> None:
-    """The published study's code takes the initial experts off E times: without the factor 1 / E."""
-    lane_settings, frozen = settings(top_k=0), layer()
-    initial = start(lane_settings, frozen)
-    params = {**initial.trainable, **initial.frozen}
-    x = torch.randn(50, IN, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    base = x @ frozen.weight.T
-    even = {**params, "R": torch.zeros_like(params["R"])}
-    torch.testing.assert_close(compute(x, even, frozen, lane_settings), base)
-    distance = (compute(x, params, frozen, settings()) - base).norm() / base.norm()
-    assert 1e-3 < distance < 0.1
 
 
 def test_goat_equal_configurations_have_equal_scales() -> None:
@@ -205,18 +175,11 @@ def test_goat_equal_configurations_have_equal_scales() -> None:
 
 
 def test_goat_the_balancing_loss_is_the_official_one_for_each_example() -> None:
-    noise, lane_settings, frozen = torch.Generator().manual_seed(0), settings(), layer()
-    params = {name: tensor.unsqueeze(0) for name, tensor in start(lane_settings, frozen).trainable.items()}
-    x = torch.randn(1, 3, 6, IN, generator=noise, dtype=torch.float64)
-    mask = torch.ones(1, 3, 6, dtype=torch.float64)
-    mask[0, 1, 4:] = 0
+    def loss(tokens: Tensor, params: Params) -> Tensor:
+        gates = top_gates(tokens, params["R"], 2)
+        return switch_loss(torch.softmax(tokens @ params["R"].T, -1), gates > 0)
 
-    def loss(tokens: Tensor) -> Tensor:
-        router = params["R"][0]
-        return switch_loss(torch.softmax(tokens @ router.T, -1), top_gates(tokens, router, 2) > 0)
-
-    found = GOAT_VARIANT.auxiliary_loss(x, mask, params, frozen.with_settings(lane_settings))
-    torch.testing.assert_close(found[0], 1e-3 * mean_over_examples(loss, x[0], mask[0]))
+    check_balancing_loss("goat", loss)
 
 
 # HydraLoRA's output, computed with a loop over its B matrices as in the official code.
@@ -242,6 +205,43 @@ def test_hydra_lora_every_b_matrix_has_the_whole_rank() -> None:
     assert catalogue.get("hydra_lora").scaling(VariantSettings(7, 14.0)) == 2.0
     assert not initial["B"].any()
     assert 0.9 * 30**-0.5 < initial["R"].abs().max() < 30**-0.5
+
+
+# LoRAMoE's experts, their number, and the loss of their loads.
+
+
+@pytest.mark.parametrize("rank", [4, 8, 16, 12])
+@pytest.mark.parametrize("top_k", [0, 1, 2, 4])
+def test_lora_moe_the_gates_weigh_the_experts(rank: int, top_k: int) -> None:
+    def update(x: Tensor, params: Params, weight: Tensor, settings: VariantSettings, s: float) -> Tensor:
+        gates = top_gates(x, params["R"], top_k)
+        return 16.0 * gates.shape[1] / rank * mix(x, params["A"], params["B"], gates)
+
+    check_output("lora_moe", update, settings=VariantSettings(rank, 16.0, extra={"top_k": top_k}))
+
+
+def test_lora_moe_all_gates_that_tie_for_the_last_place_are_kept() -> None:
+    gates = torch.tensor([[[0.4, 0.2, 0.2, 0.2], [0.1, 0.4, 0.3, 0.2]]])
+    expected = torch.tensor([[[0.4, 0.2, 0.2, 0.2], [0.0, 4 / 7, 3 / 7, 0.0]]])
+    torch.testing.assert_close(keep_largest(gates, 2), expected)
+
+
+@pytest.mark.parametrize(("rank", "experts"), [(2, 2), (4, 4), (7, 7), (8, 8), (9, 3), (12, 6), (16, 8)])
+def test_lora_moe_the_number_of_experts_divides_the_rank(rank: int, experts: int) -> None:
+    initial = start_of("lora_moe", torch.zeros(20, 12), VariantSettings(rank, 16.0)).trainable
+    shapes = {name: tuple(tensor.shape) for name, tensor in initial.items()}
+    assert shapes == {"A": (rank, 12), "B": (20, rank), "R": (experts, 12)}
+
+
+@pytest.mark.parametrize(("extra", "weight"), [({}, 0.1), ({"balance": 0.5}, 0.5)])
+def test_lora_moe_the_balancing_loss_is_the_squared_variation_of_the_loads(
+    extra: dict[str, float], weight: float
+) -> None:
+    def loss(tokens: Tensor, params: Params) -> Tensor:
+        loads = torch.softmax(tokens @ params["R"].T, -1).sum(0)
+        return loads.var() / loads.mean() ** 2
+
+    check_balancing_loss("lora_moe", loss, weight, **extra)
 
 
 # MoLA's experts by depth, outputs and balancing loss, computed independently.
@@ -274,8 +274,9 @@ def test_mola_the_number_of_experts_depends_on_the_block(
 ) -> None:
     settings = MOLA_VARIANT.validate_settings(VariantSettings(3, 6.0, extra={"shape": shape}))
     names = [f"model.layers.{block}.q_proj" for block in range(blocks)]
-    layers = {name: FrozenLayer(name, torch.zeros(20, 12), None) for name in [*names, "pooler"]}
-    initial = initial_layers(MOLA_VARIANT, layers, settings)
+    weight = torch.zeros(20, 12)
+    layers = {name: FrozenLayer(name, weight, None, settings=settings) for name in [*names, "pooler"]}
+    initial = init_layers(MOLA_VARIANT, layers, seed=0)
     assert [len(initial[name].trainable["R"]) for name in names] == expected
     assert len(initial["pooler"].trainable["R"]) == expected[-1]
     for tensors in initial.values():
@@ -285,20 +286,9 @@ def test_mola_the_number_of_experts_depends_on_the_block(
 
 
 def test_mola_the_balancing_loss_is_the_official_one_of_one_layer_for_each_example() -> None:
-    noise = torch.Generator().manual_seed(0)
-    layer = FrozenLayer("layers.0.q_proj", torch.zeros(20, 12, dtype=torch.float64), None)
-    settings = MOLA_VARIANT.validate_settings(VariantSettings(4, 8.0, extra={"shape": "rectangle"}))
-    params = {
-        name: t.unsqueeze(0) for name, t in initial_tensors(MOLA_VARIANT, layer, settings).trainable.items()
-    }
-    x = torch.randn(1, 3, 6, 12, generator=noise, dtype=torch.float64)
-    mask = torch.ones(1, 3, 6, dtype=torch.float64)
-    mask[0, 2, 3:] = 0
-
-    def loss(tokens: Tensor) -> Tensor:
-        probabilities = torch.softmax(tokens @ params["R"][0].T, -1)
+    def loss(tokens: Tensor, params: Params) -> Tensor:
+        probabilities = torch.softmax(tokens @ params["R"].T, -1)
         chosen = torch.bincount(probabilities.topk(2, -1).indices.flatten(), minlength=5)
         return 5 * (chosen / chosen.sum() * probabilities.mean(0)).sum()
 
-    found = MOLA_VARIANT.auxiliary_loss(x, mask, params, layer.with_settings(settings))
-    torch.testing.assert_close(found[0], 1e-3 * mean_over_examples(loss, x[0], mask[0]))
+    check_balancing_loss("mola", loss, layer="layers.0.q_proj", shape="rectangle")

@@ -18,20 +18,19 @@ from __future__ import annotations
 import math
 
 import pytest
-import torch
+from rule import TALL
 from torch import Tensor
 
 from variants import catalogue
 from variants.api import VariantSettings
-from variants.testing.rig import Case, LaneOptimizer, attach_lanes, lane_outputs, relative_error, train_step
+from variants.testing.rig import LaneOptimizer, attach_lanes, lane_outputs, relative_error, train_step
 
-CASE = Case("invariance", out_features=40, in_features=24, bias=True, dtype=torch.float64)
 STEPS, RATE, ALPHA = 20, 0.003, 8.0
 
 
 def train(name: str, settings: VariantSettings, rate: float, start: float) -> list[Tensor]:
     """Return the lane's outputs before training and after each step; `start` multiplies the initial A."""
-    adapters = attach_lanes(CASE, catalogue.get(name), 1, settings)
+    adapters = attach_lanes(TALL, catalogue.get(name), 1, settings)
     for parameter, tensor in adapters.trainable("0").items():
         if parameter.endswith(".A"):
             tensor.data *= start
@@ -39,10 +38,10 @@ def train(name: str, settings: VariantSettings, rate: float, start: float) -> li
     for group in optimizer.optimizer.param_groups:
         # So small that it changes no sum. At 0 the first step of A would be 0 / 0, because B is 0.
         group.update(eps=1e-200, weight_decay=0.0)
-    outputs = [lane_outputs(CASE, adapters)]
+    outputs = [lane_outputs(TALL, adapters)]
     for _ in range(STEPS):
-        train_step(CASE, adapters, {"0": optimizer})
-        outputs.append(lane_outputs(CASE, adapters))
+        train_step(TALL, adapters, {"0": optimizer})
+        outputs.append(lane_outputs(TALL, adapters))
     return outputs
 
 
@@ -58,20 +57,13 @@ def largest_error(left: list[Tensor], right: list[Tensor]) -> float:
     return max(relative_error(mine, other) for mine, other in zip(left, right, strict=True))
 
 
-@pytest.mark.parametrize("k", [1 / 16, 0.3, 2.0, 16.0])
+@pytest.mark.parametrize("k", [1 / 16, 1 / 4, 0.3, 2.0, 16.0])
 @pytest.mark.parametrize("a", ["1", "1 / sqrt(k)", "3"])
 def test_alpha_times_k_is_a_ratio_of_rates(k: float, a: str) -> None:
     factor = {"1": 1.0, "1 / sqrt(k)": 1 / math.sqrt(k), "3": 3.0}[a]
     outputs = lora(k)
     assert relative_error(outputs[-1], outputs[0]) > 0.01
     assert largest_error(lora_plus(factor**2 * k, factor), outputs) < 1e-13
-
-
-@pytest.mark.parametrize("ratio", [1 / 4, 16.0])
-def test_a_ratio_of_rates_is_alpha_times_k(ratio: float) -> None:
-    """The same relation from the other side: LoRA+ as it is, and the LoRA that equals it."""
-    expected = train("lora_plus", VariantSettings(4, ALPHA, extra={"ratio": ratio}), RATE, 1.0)
-    assert largest_error(lora(ratio), expected) < 1e-13
 
 
 @pytest.mark.parametrize(("ratio", "a"), [(4 * 1.01, 1.0), (4.0, 1.01), (1.0, 1.0), (4 * 0.5, 0.5)])

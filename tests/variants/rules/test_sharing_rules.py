@@ -7,37 +7,44 @@ from pathlib import Path
 
 import pytest
 import torch
-from rule import adapt, check_update, record_step, start_of, weight_change
+from peft import PeftModel
+from rule import TALL, adapt, check_update, record_step, start_of, weight_change
 from torch import Tensor
 
 from variants import catalogue
-from variants.adapters import attach
-from variants.api import FrozenLayer, InitialTensors, Params, UnsupportedError, VariantSettings
-from variants.storage import load_lane, save_lane
-from variants.testing.rig import Case, LaneOptimizer, attach_lanes, lane_outputs, perturb_lanes
+from variants.api import FrozenLayer, InitialTensors, Params, VariantSettings
+from variants.merging import merge_and_detach
+from variants.storage import load_lane, load_peft, save_lane, save_peft
+from variants.testing.rig import (
+    Case,
+    LaneOptimizer,
+    attach_lanes,
+    lane_outputs,
+    model_output,
+    perturb_lanes,
+    relative_error,
+    train,
+    train_step,
+)
+
+
+@pytest.mark.parametrize("name", ["cola", "periodic_lora", "relora"])
+def test_the_update_is_the_sum_of_the_present_and_the_merged_product(name: str) -> None:
+    check_update(name, lambda p, weight, settings, s: s * (p["B"] @ p["A"] + p["merged B"] @ p["merged A"]))
+
 
 # COLA: each LoRA of the chain is trained by a new AdamW on the weight with the earlier LoRAs merged in.
-
-
-COLA_CASE = Case("tall", out_features=40, in_features=24, bias=True, dtype=torch.float64)
-
-
-def test_cola_the_update_is_the_sum_of_all_products() -> None:
-    def change(p, weight, settings, s):  # type: ignore[no-untyped-def]
-        return s * (p["B"] @ p["A"] + p["merged B"] @ p["merged A"])
-
-    check_update("cola", change)
 
 
 def test_cola_a_chain_equals_loras_that_are_trained_one_after_the_other() -> None:
     """The reference trains plain LoRA with AdamW, writes it into the weight, and starts again."""
     settings, steps = VariantSettings(3, 6.0), 12
-    adapters = attach_lanes(COLA_CASE, catalogue.get("cola"), 1, settings)
+    adapters = attach_lanes(TALL, catalogue.get("cola"), 1, settings)
     optimizer = LaneOptimizer(adapters, "0", 0.01, steps)
-    model, total = COLA_CASE.build(), {}
+    model, total = TALL.build(), {}
     layers = {name: model.get_submodule(name) for name in adapters.layers}
     for link in range(3):
-        reference = attach_lanes(COLA_CASE, catalogue.get("lora"), 1, settings, model=model)
+        reference = attach_lanes(TALL, catalogue.get("lora"), 1, settings, model=model)
         own, theirs = adapters.trainable("0"), reference.trainable("0")
         with torch.no_grad():
             for name, parameter in theirs.items():
@@ -46,8 +53,8 @@ def test_cola_a_chain_equals_loras_that_are_trained_one_after_the_other() -> Non
         reference_optimizer = LaneOptimizer(reference, "0", 0.01, steps)
         reference_optimizer.steps_taken = 4 * link  # selects the rows
         for step in range(4):
-            record_step(COLA_CASE, adapters, optimizer)
-            record_step(COLA_CASE, reference, reference_optimizer)
+            record_step(TALL, adapters, optimizer)
+            record_step(TALL, reference, reference_optimizer)
             if step < 3:
                 for name, parameter in theirs.items():
                     torch.testing.assert_close(own[name], parameter, rtol=1e-6, atol=1e-9)
@@ -75,9 +82,6 @@ def test_cola_the_learning_rate_has_no_further_warm_up() -> None:
 # MELoRA's rule and initialization.
 
 
-WIDE = Case("wide", out_features=24, in_features=96)
-
-
 def side_by_side(params: Params, weight: Tensor, settings: VariantSettings, s: float) -> Tensor:
     """Apply each small LoRA to its own part of the inputs (`Linear.forward` of the authors' code)."""
     parts = torch.eye(weight.shape[1], dtype=weight.dtype).chunk(settings["blocks"], dim=1)
@@ -88,16 +92,6 @@ def side_by_side(params: Params, weight: Tensor, settings: VariantSettings, s: f
 @pytest.mark.parametrize("blocks", [1, 2, 4])
 def test_melora_the_update_is_one_small_lora_for_each_part(blocks: int) -> None:
     check_update("melora", side_by_side, settings=VariantSettings(3, 6.0, extra={"blocks": blocks}))
-
-
-def test_melora_the_overall_rank_is_the_number_of_blocks_times_the_rank() -> None:
-    settings = VariantSettings(3, 6.0, extra={"blocks": 4})
-    adapters = attach_lanes(WIDE, catalogue.get("melora"), 1, settings)
-    for name, parameter in adapters.trainable("0").items():
-        if name.endswith(".B"):
-            torch.nn.init.normal_(parameter)
-    assert torch.linalg.matrix_rank(weight_change(adapters, "there.0")) == 12
-    assert sum(p.numel() for p in adapters.trainable("0").values()) == 4 * 3 * (24 + 96)
 
 
 def test_melora_a_is_kaiming_uniform_for_the_inputs_of_one_block() -> None:
@@ -112,36 +106,20 @@ def test_melora_a_is_kaiming_uniform_for_the_inputs_of_one_block() -> None:
     assert not adapters.trainable("0")["there.0.B"].any()
 
 
-def test_melora_sizes_that_the_blocks_do_not_divide_are_refused_at_attach() -> None:
-    settings = VariantSettings(2, 4.0, extra={"blocks": 5})
-    with pytest.raises(UnsupportedError, match=r"there\.0 has 96 inputs: blocks 5 does not divide them"):
-        attach(WIDE.build(), catalogue.get("melora"), settings)
-
-
 # PeriodicLoRA: a merge takes a part of the product, which decides what remains of the update.
-
-
-PERIODIC_LORA_CASE = Case("tall", out_features=40, in_features=24, dtype=torch.float64)
-
-
-def test_periodic_lora_the_update_is_the_sum_of_all_products() -> None:
-    def change(p, weight, settings, s):  # type: ignore[no-untyped-def]
-        return s * (p["B"] @ p["A"] + p["merged B"] @ p["merged A"])
-
-    check_update("periodic_lora", change)
 
 
 @pytest.mark.parametrize("momentum", [0.1, 0.75, 1.0])
 def test_periodic_lora_a_merge_takes_a_part_of_the_product(momentum: float) -> None:
     """A and B are multiplied by 1 - m, so (1 - m)^2 of the product remains beside the merged part."""
     settings = VariantSettings(4, 8.0, extra={"merges": 1, "momentum": momentum})
-    adapters = attach_lanes(PERIODIC_LORA_CASE, catalogue.get("periodic_lora"), 1, settings)
+    adapters = attach_lanes(TALL, catalogue.get("periodic_lora"), 1, settings)
     optimizer = LaneOptimizer(adapters, "0", 0.01, 8)
     for _ in range(3):
-        record_step(PERIODIC_LORA_CASE, adapters, optimizer)
+        record_step(TALL, adapters, optimizer)
     assert not any(tensor.any() for tensor in adapters.frozen("0").values())
     optimizer.total_steps = 10**6  # without a merge after the fourth step
-    record_step(PERIODIC_LORA_CASE, adapters, optimizer)
+    record_step(TALL, adapters, optimizer)
     before = {name: weight_change(adapters, name) for name in adapters.layers}
     values = {name: parameter.detach().clone() for name, parameter in adapters.trainable("0").items()}
     adapters.after_step("0", 4, 8, optimizer.optimizer)
@@ -192,16 +170,6 @@ def test_pro_lora_the_update_has_rotated_copies(unshared: int, in_copies: int, o
     check_update("pro_lora", rotated_copies, settings=VariantSettings(5, 10.0, extra=extra))
 
 
-def test_pro_lora_the_update_has_the_full_rank_with_fewer_values() -> None:
-    case = Case("square", out_features=64, in_features=64)
-    adapters = attach_lanes(case, catalogue.get("pro_lora"), 1, VariantSettings(8, 16.0))
-    for parameter in adapters.trainable("0").values():
-        torch.nn.init.normal_(parameter)
-    assert torch.linalg.matrix_rank(weight_change(adapters, "there.0")) == 8
-    count = sum(p.numel() for n, p in adapters.trainable("0").items() if n.startswith("there.0."))
-    assert count == 7 * (32 + 32) + 64 + 64
-
-
 def test_pro_lora_shared_and_other_ranks_start_with_the_bound_of_the_whole_factor() -> None:
     """The bound 1/sqrt(in) instead of 1/sqrt(in / m) is the paper's rectified initialization."""
     case = Case("wide", out_features=32, in_features=512)
@@ -211,11 +179,6 @@ def test_pro_lora_shared_and_other_ranks_start_with_the_bound_of_the_whole_facto
         assert 0.95 * 512**-0.5 < tensors[name].abs().max() <= 512**-0.5
     assert not tensors["there.0.B"].any()
     assert not tensors["there.0.D"].any()
-
-
-def test_pro_lora_a_rank_without_copies_is_refused() -> None:
-    with pytest.raises(UnsupportedError, match="unshared 4: must be below the rank 4"):
-        catalogue.get("pro_lora").validate_settings(VariantSettings(4, 8.0, extra={"unshared": 4}))
 
 
 # RaLoRA: diagonal blocks, whose number follows the effective rank of the gradient.
@@ -320,11 +283,6 @@ def test_rasa_types_are_told_apart_by_the_whole_name_without_indices() -> None:
     adapters = attach_lanes(Case("gpt2", model="gpt2"), catalogue.get("rasa"), 1)
     groups = {name.rpartition(".")[0] for name in adapters.trainable("0") if name.startswith("group:")}
     assert {"group:transformer.h.attn.c_proj", "group:transformer.h.mlp.c_proj"} < groups
-
-
-def test_rasa_a_pool_that_takes_all_ranks_is_refused() -> None:
-    with pytest.raises(UnsupportedError, match="shared 4: must be below the rank 4"):
-        catalogue.get("rasa").validate_settings(VariantSettings(4, 8.0, extra={"shared": 4}))
 
 
 # ShareLoRA's rule and initialization.
@@ -437,3 +395,80 @@ def test_vera_the_shared_matrices_come_with_a_lane_from_its_seed_and_go_with_it(
     adapters.remove_lane("0")
     (group,) = adapters.layer_groups.values()
     assert set(group.frozen) == {"other", "again"}
+
+
+# ReLoRA: its merges, the moments that it prunes, and the learning rate after a merge.
+
+
+LLAMA = Case("llama", model="llama", lanes=2)
+LOW = Case("low", out_features=24, in_features=40, dtype=torch.bfloat16, lanes=2)
+
+
+@pytest.mark.parametrize("case", [TALL, LLAMA, LOW], ids=lambda case: case.name)
+def test_relora_a_merge_changes_no_output(case: Case) -> None:
+    adapters = attach_lanes(case, catalogue.get("relora"), 2)
+    optimizers = {lane: LaneOptimizer(adapters, lane, 0.01, 1000) for lane in adapters.lanes}
+    for _ in range(5):
+        train_step(case, adapters, optimizers)
+    before, frozen = lane_outputs(case, adapters), adapters.frozen("0")
+    old = {name: tensor.clone() for name, tensor in adapters.trainable("0").items()}
+    assert not any(tensor.any() for tensor in frozen.values())
+    for lane, each in optimizers.items():
+        adapters.after_step(lane, 250, 1000, each.optimizer)
+    after = lane_outputs(case, adapters)
+    assert relative_error(after, before) < case.tolerance / 10
+    for name, tensor in adapters.trainable("0").items():
+        layer, parameter = name.rsplit(".", 1)
+        merged = frozen[f"{layer}.merged {parameter}"]
+        assert torch.equal(merged[:4] if parameter == "A" else merged[:, :4], old[name])
+        assert parameter == "A" or not tensor.any()
+        assert not torch.equal(tensor, old[name])
+
+
+def test_relora_it_prunes_adams_moments() -> None:
+    adapters = attach_lanes(TALL, catalogue.get("relora"), 1)
+    optimizer = LaneOptimizer(adapters, "0", 0.01, 1000)
+    for _ in range(3):
+        train_step(TALL, adapters, {"0": optimizer})
+    parameters = adapters.trainable("0").values()
+    state, moments = optimizer.optimizer.state, ("exp_avg", "exp_avg_sq")
+    before = [{key: state[parameter][key].clone() for key in moments} for parameter in parameters]
+    adapters.after_step("0", 250, 1000, optimizer.optimizer)
+    for parameter, old in zip(parameters, before, strict=True):
+        now = state[parameter]
+        kept = now["exp_avg"] != 0
+        assert kept.sum() == parameter.numel() - int(0.99 * parameter.numel()) > 0
+        assert torch.equal(kept, now["exp_avg_sq"] != 0)
+        for key in old:
+            assert torch.equal(now[key][kept], old[key][kept])
+        assert old["exp_avg"][kept].abs().min() >= old["exp_avg"][~kept].abs().max()
+
+
+def test_relora_the_rate_warms_up_again_after_each_merge() -> None:
+    variant = catalogue.get("relora")
+    settings = variant.validate_settings(VariantSettings(4))
+    factors = [variant.schedule_lr_scale(step, 1562, settings) for step in range(1562)]
+    jagged = [step for step, factor in enumerate(factors) if factor < 1]
+    assert jagged == [point + i for point in (390, 781, 1171) for i in range(10)]
+    assert factors[390:401] == pytest.approx([i / 11 for i in range(1, 12)])
+    assert [s for s in range(20) if variant.schedule_lr_scale(s, 20, settings) < 1] == [5, 10, 15]
+
+
+@pytest.mark.parametrize("case", [TALL, LLAMA], ids=lambda case: case.name)
+def test_relora_it_reaches_a_higher_rank_and_can_be_merged_and_exported(case: Case, tmp_path: Path) -> None:
+    adapters = attach_lanes(case, catalogue.get("relora"), 1, VariantSettings(2, 8.0))
+    train(case, adapters, steps=8)
+    name = next(iter(adapters.layers))
+    assert torch.linalg.matrix_rank(weight_change(adapters, name)) == 2 * 4
+    out = lane_outputs(case, adapters)
+    save_peft(adapters, "0", tmp_path, "base")
+    back = load_peft(case.build(), tmp_path, lane="0")
+    assert (back.variant.name, back.settings.rank) == ("lora", 8)
+    assert relative_error(lane_outputs(case, back), out) < case.tolerance
+    with torch.no_grad():
+        assert (
+            relative_error(model_output(PeftModel.from_pretrained(case.build(), tmp_path), case.rows(0)), out)
+            < 1e-5
+        )
+        merge_and_detach(adapters, "0")
+        assert relative_error(model_output(adapters.model, case.rows(0)), out) < case.tolerance

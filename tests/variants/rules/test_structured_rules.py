@@ -12,21 +12,19 @@ import torch
 from peft import C3AConfig, get_peft_model
 from peft.tuners.c3a.utils import BlockCircularConvolution
 from peft.tuners.lokr.layer import factorization
-from rule import adapt, check_output, check_update, weight_change
+from rule import adapt, check_output, check_update
 from torch import Tensor, nn
 
 from variants import catalogue
 from variants.adapters import attach
 from variants.api import Params, UnsupportedError, VariantSettings
-from variants.storage import load_peft, save_peft
+from variants.storage import save_peft
 from variants.testing.rig import (
     Case,
     LaneOptimizer,
     attach_lanes,
     base_outputs,
     lane_outputs,
-    perturb_lanes,
-    relative_error,
 )
 
 # C3A's rule and initialization, and a comparison with PEFT, whose gradient of the input is wrong.
@@ -226,18 +224,6 @@ def test_gralora_the_factors_on_the_output_side_begin_at_zero() -> None:
             assert 0.8 * fan_in**-0.5 < tensors[name].abs().max() <= fan_in**-0.5, name
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        (VariantSettings(3), "rank 3: must be a multiple of blocks 2"),
-        (VariantSettings(16, extra={"blocks": 16}), r"there\.0 has 24 inputs: blocks 16"),
-    ],
-)
-def test_gralora_sizes_that_do_not_fit_are_refused(settings: VariantSettings, message: str) -> None:
-    with pytest.raises(UnsupportedError, match=message):
-        adapt("gralora", settings)
-
-
 # LoHa's rule and initialization, and two defects of a published implementation.
 
 
@@ -309,11 +295,6 @@ def test_lokr_only_the_small_factor_begins_at_zero(rank: int, names: set[str]) -
             assert 0.8 * bound < tensors[name].abs().max() <= bound, name
 
 
-def test_lokr_a_factor_of_zero_is_refused() -> None:
-    with pytest.raises(UnsupportedError, match="factor 0: must be at least 1, or -1 for no limit"):
-        adapt("lokr", VariantSettings(2, extra={"factor": 0}))
-
-
 # MiSS's rule and initialization.
 
 
@@ -380,11 +361,6 @@ def test_mora_the_size_of_the_matrix_is_even_only_where_pairs_are_rotated() -> N
         assert {tuple(tensor.shape) for tensor in tensors.values()} == {(size, size)}
 
 
-def test_mora_a_matrix_larger_than_the_layer_is_refused() -> None:
-    with pytest.raises(UnsupportedError, match=r"there.0 \(40 x 24\): rank 12 gives M the size 28; it must"):
-        adapt("mora", VariantSettings(12))
-
-
 # RandLoRA's rule, initialization and export.
 
 
@@ -431,18 +407,6 @@ def test_rand_lora_it_starts_at_the_base_with_bases_of_unit_deviation() -> None:
         assert basis.abs().max() < 1.1 * math.sqrt(3), "uniform, as Kaiming's"
 
 
-def test_rand_lora_without_a_limit_the_update_has_full_rank() -> None:
-    ranks = []
-    for base_limit in (1024, 16):
-        settings = VariantSettings(4, 8.0, extra={"base_limit": base_limit})
-        case = Case("tall", out_features=40, in_features=32, dtype=torch.float64)
-        adapters = attach_lanes(case, catalogue.get("rand_lora"), 1, settings)
-        for parameter in adapters.trainable("0").values():
-            torch.nn.init.normal_(parameter)
-        ranks.append(int(torch.linalg.matrix_rank(weight_change(adapters, "there.0"))))
-    assert ranks == [32, 16]
-
-
 def test_rand_lora_the_default_counts_equal_the_published_ones() -> None:
     """23.3 million values for Llama 3.1 8B, table II of the published study."""
     settings = catalogue.get("rand_lora").validate_settings(VariantSettings(8, 16.0))
@@ -457,16 +421,6 @@ def test_rand_lora_a_limited_base_cannot_be_exported(tmp_path: Path) -> None:
     adapters = attach_lanes(case, catalogue.get("rand_lora"), 1, VariantSettings(4, extra={"base_limit": 16}))
     with pytest.raises(UnsupportedError, match="rand_lora with base_limit 16 cannot be exported"):
         save_peft(adapters, "0", tmp_path, "base")
-
-
-def test_rand_lora_the_export_of_a_normalized_update_computes_the_same(tmp_path: Path) -> None:
-    case = Case("tall", out_features=40, in_features=32, dtype=torch.float64)
-    adapters = attach_lanes(case, catalogue.get("rand_lora"), 1)
-    perturb_lanes(case, adapters)
-    save_peft(adapters, "0", tmp_path, "base")
-    loaded = load_peft(case.build(), tmp_path, lane="0")
-    assert not loaded.lane_settings("0")["normalized"]
-    assert relative_error(lane_outputs(case, loaded), lane_outputs(case, adapters)) < 1e-12
 
 
 # SHiRA's rule and the random positions of its values.
@@ -501,11 +455,6 @@ def test_shira_the_values_begin_at_zero_at_distinct_random_positions_in_row_majo
             assert len(indices[0].unique()) > 0.9 * out_features, "some rows are never chosen"
             seen.append(tuple(flat.tolist()))
     assert len(set(seen)) == len(seen), "layers or lanes share their positions"
-
-
-def test_shira_a_layer_with_too_few_weights_is_refused() -> None:
-    with pytest.raises(UnsupportedError, match=r"rank 16 is larger than layer there\.0 allows: at most 15"):
-        adapt("shira", VariantSettings(16))
 
 
 # VB-LoRA's rule and initialization.
@@ -560,12 +509,6 @@ def test_vb_lora_the_logits_learn_ten_times_as_fast_as_the_bank() -> None:
     assert steps["there.0.PA"] == pytest.approx(1e-2, rel=0.02)
 
 
-def test_vb_lora_sizes_that_the_vectors_do_not_divide_are_refused_at_attach() -> None:
-    settings = VariantSettings(2, extra={"vector_length": 16})
-    with pytest.raises(UnsupportedError, match="vector_length 16 does not divide 40 x 32"):
-        attach(Case("tall", out_features=40, in_features=32).build(), catalogue.get("vb_lora"), settings)
-
-
 @pytest.mark.parametrize(
     ("case", "length"),
     [
@@ -580,8 +523,3 @@ def test_vb_lora_the_default_length_is_the_largest_divisor_of_256_that_divides_a
 ) -> None:
     adapters = attach_lanes(case, catalogue.get("vb_lora"), 1)
     assert adapters.trainable("0")["group:vb_lora.bank"].shape == (256, length)
-
-
-def test_vb_lora_more_vectors_in_a_mixture_than_in_the_bank_are_refused() -> None:
-    with pytest.raises(UnsupportedError, match="top_k 3: must be at most vectors 2"):
-        catalogue.get("vb_lora").validate_settings(VariantSettings(extra={"vectors": 2, "top_k": 3}))
