@@ -13,6 +13,8 @@ from references import ADALORA_FIXED_RANKS, OTHER_SETTINGS, REFERENCES, replace_
 
 from variants import catalogue
 from variants.api import Variant, VerifiedBy
+from variants.baseline.lora import LoRA
+from variants.optimization.dora import DoRA
 from variants.peft_format import peft_method
 from variants.testing.rig import Case
 
@@ -83,3 +85,9 @@ def test_peft_refuses_conv1d_exactly_where_the_variant_says_so(name: str) -> Non
 def test_parity_detects_a_broken_variant(kind: type[Variant], reference: parity.Reference) -> None:
     with pytest.raises(AssertionError, match="step"):
         parity.compare_steps(kind(), reference, "llama")
+
+
+@pytest.mark.parametrize(("kind", "name"), [(LoRA, "dora"), (DoRA, "rslora")])
+def test_parity_detects_another_method(kind: type[Variant], name: str) -> None:
+    with pytest.raises((AssertionError, KeyError)):
+        parity.compare_steps(kind(), REFERENCES[name], "llama")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from variants import catalogue
 from variants.adapters import init_layers
-from variants.api import FrozenLayer, Params, VariantSettings
+from variants.api import FrozenLayer, InitialTensors, Params, VariantSettings
 from variants.mixture import keep_largest
 
 # The mixtures, computed one token and one expert at a time, as the official codes define them.
@@ -29,9 +29,9 @@ def mix(x: Tensor, a: Tensor, b: Tensor, gates: Tensor) -> Tensor:
 
 
 def top_gates(x: Tensor, router: Tensor, top_k: int) -> Tensor:
-    """Return the gates (N, experts) of a router that keeps the largest logits, or all if `top_k` is 0."""
+    """Return the gates (N, experts) of a router that keeps the largest logits."""
     logits = x @ router.T
-    kept = logits.topk(top_k or len(router), dim=-1)
+    kept = logits.topk(top_k, dim=-1)
     return torch.zeros_like(logits).scatter(-1, kept.indices, kept.values.softmax(-1))
 
 
@@ -127,8 +127,36 @@ def test_adamole_a_token_has_at_least_one_expert_and_not_always_the_same_number(
 # GOAT's experts, initialization and balancing loss, computed independently.
 
 
+GOAT_VARIANT = catalogue.get("goat")
+OUT, IN = 20, 24
+
+
+def settings(rank: int = 8, **extra: float | str) -> VariantSettings:
+    return GOAT_VARIANT.validate_settings(VariantSettings(rank, 16.0, extra=extra))
+
+
+def layer() -> FrozenLayer:
+    noise = torch.Generator().manual_seed(1)
+    return FrozenLayer("layer", torch.randn(OUT, IN, generator=noise, dtype=torch.float64), None)
+
+
+def start(lane_settings: VariantSettings, frozen: FrozenLayer) -> InitialTensors:
+    return initial_tensors(GOAT_VARIANT, frozen, lane_settings)
+
+
+def compute(x: Tensor, params: Params, frozen: FrozenLayer, lane_settings: VariantSettings) -> Tensor:
+    """Return the layer's output (N, out) for x (N, in)."""
+    scaling = torch.full((1, 1, 1), GOAT_VARIANT.scaling(lane_settings), dtype=torch.float64)
+    stacked = {name: tensor.unsqueeze(0) for name, tensor in params.items()}
+    prepared = GOAT_VARIANT.prepare(stacked, frozen.with_settings(lane_settings, scaling))
+    base = (x @ frozen.weight.T).unsqueeze(0)
+    return GOAT_VARIANT.forward(x.unsqueeze(0), base, prepared, frozen.with_settings(lane_settings, scaling))[
+        0
+    ]
+
+
 @pytest.mark.parametrize("scaling", ["alpha", "theory"])
-@pytest.mark.parametrize("top_k", [0, 1, 2])
+@pytest.mark.parametrize("top_k", [1, 2])
 def test_goat_the_mean_of_the_initial_experts_is_taken_off(scaling: str, top_k: int) -> None:
     def update(x: Tensor, params: Params, weight: Tensor, lane: VariantSettings, s: float) -> Tensor:
         scale = math.sqrt(3 * 2.0 * weight.shape[1] / 2) if scaling == "theory" else 16.0 / 2
@@ -144,11 +172,11 @@ def test_goat_the_mean_of_the_initial_experts_is_taken_off(scaling: str, top_k: 
 @pytest.mark.parametrize("rank", [8, 16])
 @pytest.mark.parametrize("scaling", ["alpha", "theory"])
 def test_goat_each_expert_starts_from_its_part_of_the_spectrum(rank: int, scaling: str) -> None:
-    weight = torch.randn(20, 24, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    initial = start_of("goat", weight, VariantSettings(rank, 16.0, extra={"scaling": scaling}))
-    u, singular, vh = torch.linalg.svd(weight)
-    size, spacing = rank // 8, 20 // 8
-    scale = math.sqrt(3 * 24 / size) if scaling == "theory" else 16.0 / size
+    lane_settings, frozen = settings(rank, scaling=scaling), layer()
+    initial = start(lane_settings, frozen)
+    u, singular, vh = torch.linalg.svd(frozen.weight)
+    size, spacing = rank // 8, OUT // 8
+    scale = math.sqrt(3 * IN / size) if scaling == "theory" else 16.0 / size
     for expert in range(8):
         part = slice(expert * spacing, expert * spacing + size)
         ranks = slice(expert * size, expert * size + size)
@@ -158,6 +186,19 @@ def test_goat_each_expert_starts_from_its_part_of_the_spectrum(rank: int, scalin
         torch.testing.assert_close(a.norm(dim=1), b.norm(dim=0))
     assert torch.equal(initial.frozen["A0"], initial.trainable["A"])
     assert torch.equal(initial.frozen["B0"], initial.trainable["B"])
+
+
+def test_goat_even_gates_start_at_the_base_model() -> None:
+    """The published study's code takes the initial experts off E times: without the factor 1 / E."""
+    lane_settings, frozen = settings(top_k=0), layer()
+    initial = start(lane_settings, frozen)
+    params = {**initial.trainable, **initial.frozen}
+    x = torch.randn(50, IN, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    base = x @ frozen.weight.T
+    even = {**params, "R": torch.zeros_like(params["R"])}
+    torch.testing.assert_close(compute(x, even, frozen, lane_settings), base)
+    distance = (compute(x, params, frozen, settings()) - base).norm() / base.norm()
+    assert 1e-3 < distance < 0.1
 
 
 def test_goat_equal_configurations_have_equal_scales() -> None:
@@ -214,7 +255,7 @@ def test_hydra_lora_every_b_matrix_has_the_whole_rank() -> None:
 @pytest.mark.parametrize("top_k", [0, 1, 2, 4])
 def test_lora_moe_the_gates_weigh_the_experts(rank: int, top_k: int) -> None:
     def update(x: Tensor, params: Params, weight: Tensor, settings: VariantSettings, s: float) -> Tensor:
-        gates = top_gates(x, params["R"], top_k)
+        gates = top_gates(x, params["R"], top_k) if top_k else torch.softmax(x @ params["R"].T, dim=-1)
         return 16.0 * gates.shape[1] / rank * mix(x, params["A"], params["B"], gates)
 
     check_output("lora_moe", update, settings=VariantSettings(rank, 16.0, extra={"top_k": top_k}))

@@ -106,6 +106,18 @@ def test_corda_both_modes_take_the_part_that_peft_takes(mode: str, peft_mode: st
     torch.testing.assert_close(found.float(), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_corda_instruction_mode_takes_what_the_inputs_use_and_knowledge_mode_spares_it() -> None:
+    weight, x = random_weight(), inputs()
+    moment = x.t() @ x / len(x)
+    outputs = {}
+    for mode in ("instruction", "knowledge"):
+        initial = start(mode, moment, weight)
+        part = CORDA_ALPHA / CORDA_RANK * initial.trainable["B"] @ initial.trainable["A"]
+        outputs[mode] = ((x @ part.t()).norm() / (x @ weight.t()).norm()).item()
+    assert outputs["instruction"] > 0.9
+    assert outputs["knowledge"] < 0.05
+
+
 def test_corda_a_singular_moment_is_damped_until_its_inverse_is_accurate() -> None:
     x = inputs(positions=2).float()
     initial = start("instruction", x.t() @ x / len(x), random_weight().float())

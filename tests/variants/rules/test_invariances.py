@@ -57,13 +57,20 @@ def largest_error(left: list[Tensor], right: list[Tensor]) -> float:
     return max(relative_error(mine, other) for mine, other in zip(left, right, strict=True))
 
 
-@pytest.mark.parametrize("k", [1 / 16, 1 / 4, 0.3, 2.0, 16.0])
+@pytest.mark.parametrize("k", [1 / 16, 0.3, 2.0, 16.0])
 @pytest.mark.parametrize("a", ["1", "1 / sqrt(k)", "3"])
 def test_alpha_times_k_is_a_ratio_of_rates(k: float, a: str) -> None:
     factor = {"1": 1.0, "1 / sqrt(k)": 1 / math.sqrt(k), "3": 3.0}[a]
     outputs = lora(k)
     assert relative_error(outputs[-1], outputs[0]) > 0.01
     assert largest_error(lora_plus(factor**2 * k, factor), outputs) < 1e-13
+
+
+@pytest.mark.parametrize("ratio", [1 / 4, 16.0])
+def test_a_ratio_of_rates_is_alpha_times_k(ratio: float) -> None:
+    """The same relation from the other side: LoRA+ as it is, and the LoRA that equals it."""
+    expected = train("lora_plus", VariantSettings(4, ALPHA, extra={"ratio": ratio}), RATE, 1.0)
+    assert largest_error(lora(ratio), expected) < 1e-13
 
 
 @pytest.mark.parametrize(("ratio", "a"), [(4 * 1.01, 1.0), (4.0, 1.01), (1.0, 1.0), (4 * 0.5, 0.5)])

@@ -16,6 +16,7 @@ from rule import (
     adapt,
     check_output,
     check_update,
+    initial_tensors,
     record_step,
     start_of,
     weight_change,
@@ -24,7 +25,7 @@ from scipy.interpolate import BSpline
 from torch import Tensor, nn
 
 from variants import catalogue
-from variants.api import Params, VariantSettings
+from variants.api import FrozenLayer, Params, VariantSettings
 from variants.forward_context import draw_dropout_masks
 from variants.optimization.aurora import spline_basis
 from variants.optimization.lora_pro import _projected_pair, _solve_sylvester
@@ -112,6 +113,30 @@ def test_delora_both_factors_start_kaiming_uniform() -> None:
         assert tensor.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.03)
         assert torch.equal(start.frozen[f"{name}0"], tensor)
     assert start.trainable["lambda"].tolist() == [8.0]
+
+
+@pytest.mark.parametrize("bound", [1.0, 2.0])
+def test_delora_the_bound_on_the_norm_of_the_change_is_reached(bound: float) -> None:
+    """It is |lambda| max(w), and twice as large with frozen copies, which the change may point away from."""
+    weight = torch.randn(20, 14, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    variant = catalogue.get("delora")
+    extra = {"initial": "kaiming" if bound == 2.0 else "zero", "lambda": 3.0}
+    settings = variant.validate_settings(VariantSettings(4, extra=extra))
+    layer = FrozenLayer("layer", weight, None).with_settings(settings, 1.0)
+    start = initial_tensors(variant, layer, settings)
+    params, norms = {**start.trainable, **start.frozen}, weight.norm(dim=0)
+    # All ranks have one direction: that of the input whose column of the weight is longest.
+    params["A"], params["B"] = torch.zeros(4, 14).double(), torch.ones(20, 4).double()
+    params["A"][:, norms.argmax()] = 5.0
+    if "A0" in params:
+        params["A0"], params["B0"] = -params["A"], params["B"]
+    largest = bound * 3.0 * norms.max()
+    torch.testing.assert_close(variant.delta_weight(params, layer).norm(), largest)
+    for seed in range(20):
+        noise = torch.Generator().manual_seed(seed)
+        for name in params.keys() - {"lambda"}:
+            params[name] = torch.randn(params[name].shape, generator=noise, dtype=torch.float64)
+        assert variant.delta_weight(params, layer).norm() <= largest
 
 
 @pytest.mark.parametrize(("initial", "rank"), [("kaiming", 8), ("zero", 4)])
@@ -597,3 +622,29 @@ def test_sine_lora_the_sine_applies_to_the_weights() -> None:
         return torch.sin(FREQUENCY * product) / weight.shape[1] ** 0.5 * s
 
     check_update("sine_lora", change, settings=VariantSettings(4, 8.0, extra={"frequency": FREQUENCY}))
+
+
+def test_sine_lora_the_update_is_linear_in_the_input_and_has_a_higher_rank() -> None:
+    """The published study's code applies the sine to B A x, which is not linear in x."""
+    variant = catalogue.get("sine_lora")
+    noise, weight = torch.Generator().manual_seed(0), torch.zeros(20, 30, dtype=torch.float64)
+    layer = FrozenLayer("layer", weight, None)
+    settings = variant.validate_settings(VariantSettings(2, 4.0, extra={"frequency": 20.0}))
+    params = dict(initial_tensors(variant, layer, settings).trainable)
+    params["B"] = torch.randn(params["B"].shape, generator=noise, dtype=torch.float64)
+    stacked = {name: tensor.unsqueeze(0) for name, tensor in params.items()}
+    scaling = torch.full((1, 1, 1), variant.scaling(settings), dtype=torch.float64)
+    prepared = variant.prepare(stacked, layer.with_settings(settings, scaling))
+
+    def output(x: Tensor) -> Tensor:
+        return variant.forward(
+            x, torch.zeros(1, len(x[0]), 20).double(), prepared, layer.with_settings(settings, scaling)
+        )
+
+    x, y = torch.randn(2, 1, 7, 30, generator=noise, dtype=torch.float64)
+    torch.testing.assert_close(output(x + 2 * y), output(x) + 2 * output(y))
+    delta = variant.delta_weight(params, layer.with_settings(settings, variant.scaling(settings)))
+    torch.testing.assert_close(output(x)[0], x[0] @ delta.T)
+    assert torch.linalg.matrix_rank(delta) > 2 * settings.rank
+    output_side = torch.sin(20.0 * x[0] @ params["A"].T @ params["B"].T) * 2.0 / math.sqrt(20)
+    assert (output_side - output(x)[0]).norm() > 0.1 * output_side.norm()

@@ -322,6 +322,19 @@ def test_salora_a_step_adds_the_gradients_of_both_penalties() -> None:
             torch.testing.assert_close(mine[name].grad, task[name] + copy.grad, rtol=1e-9, atol=1e-12)
 
 
+def test_salora_a_large_weight_of_the_budget_term_shuts_gates_until_the_budget_is_met() -> None:
+    settings = VariantSettings(4, 8.0, extra={"gate_lr": 30.0, "budget": 100.0})
+    adapters = attach_lanes(TALL, catalogue.get(NAME), 1, settings)
+    optimizer = {"0": LaneOptimizer(adapters, "0", 0.003, 300)}
+    for _ in range(300):
+        train_step(TALL, adapters, optimizer)
+    log_d = torch.cat([p.detach() for n, p in adapters.trainable("0").items() if n.endswith(".log_d")])
+    assert abs(float(open_probability(log_d).sum()) - 4 * 4) < 0.1
+    ranks = adapters.ranks_in_use("0").values()
+    assert abs(sum(ranks) - 4 * 4) <= 2
+    assert min(ranks) < 4 < max(ranks)
+
+
 def test_salora_the_noise_is_uniform_before_the_logit_and_new_in_each_step_layer_and_lane() -> None:
     adapters = attach_lanes(TALL, catalogue.get(NAME), 2, VariantSettings(20, 8.0))
     optimizers = {lane: LaneOptimizer(adapters, lane, 0.01, SALORA_STEPS) for lane in adapters.lanes}

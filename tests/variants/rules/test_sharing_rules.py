@@ -82,6 +82,9 @@ def test_cola_the_learning_rate_has_no_further_warm_up() -> None:
 # MELoRA's rule and initialization.
 
 
+WIDE = Case("wide", out_features=24, in_features=96)
+
+
 def side_by_side(params: Params, weight: Tensor, settings: VariantSettings, s: float) -> Tensor:
     """Apply each small LoRA to its own part of the inputs (`Linear.forward` of the authors' code)."""
     parts = torch.eye(weight.shape[1], dtype=weight.dtype).chunk(settings["blocks"], dim=1)
@@ -92,6 +95,16 @@ def side_by_side(params: Params, weight: Tensor, settings: VariantSettings, s: f
 @pytest.mark.parametrize("blocks", [1, 2, 4])
 def test_melora_the_update_is_one_small_lora_for_each_part(blocks: int) -> None:
     check_update("melora", side_by_side, settings=VariantSettings(3, 6.0, extra={"blocks": blocks}))
+
+
+def test_melora_the_overall_rank_is_the_number_of_blocks_times_the_rank() -> None:
+    settings = VariantSettings(3, 6.0, extra={"blocks": 4})
+    adapters = attach_lanes(WIDE, catalogue.get("melora"), 1, settings)
+    for name, parameter in adapters.trainable("0").items():
+        if name.endswith(".B"):
+            torch.nn.init.normal_(parameter)
+    assert torch.linalg.matrix_rank(weight_change(adapters, "there.0")) == 12
+    assert sum(p.numel() for p in adapters.trainable("0").values()) == 4 * 3 * (24 + 96)
 
 
 def test_melora_a_is_kaiming_uniform_for_the_inputs_of_one_block() -> None:
@@ -168,6 +181,16 @@ def rotated_copies(params: Params, weight: Tensor, settings: VariantSettings, s:
 def test_pro_lora_the_update_has_rotated_copies(unshared: int, in_copies: int, out_copies: int) -> None:
     extra = {"unshared": unshared, "in_copies": in_copies, "out_copies": out_copies}
     check_update("pro_lora", rotated_copies, settings=VariantSettings(5, 10.0, extra=extra))
+
+
+def test_pro_lora_the_update_has_the_full_rank_with_fewer_values() -> None:
+    case = Case("square", out_features=64, in_features=64)
+    adapters = attach_lanes(case, catalogue.get("pro_lora"), 1, VariantSettings(8, 16.0))
+    for parameter in adapters.trainable("0").values():
+        torch.nn.init.normal_(parameter)
+    assert torch.linalg.matrix_rank(weight_change(adapters, "there.0")) == 8
+    count = sum(p.numel() for n, p in adapters.trainable("0").items() if n.startswith("there.0."))
+    assert count == 7 * (32 + 32) + 64 + 64
 
 
 def test_pro_lora_shared_and_other_ranks_start_with_the_bound_of_the_whole_factor() -> None:

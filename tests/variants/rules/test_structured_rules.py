@@ -12,7 +12,7 @@ import torch
 from peft import C3AConfig, get_peft_model
 from peft.tuners.c3a.utils import BlockCircularConvolution
 from peft.tuners.lokr.layer import factorization
-from rule import adapt, check_output, check_update
+from rule import adapt, check_output, check_update, weight_change
 from torch import Tensor, nn
 
 from variants import catalogue
@@ -405,6 +405,18 @@ def test_rand_lora_it_starts_at_the_base_with_bases_of_unit_deviation() -> None:
     for basis in frozen.values():
         torch.testing.assert_close(basis.std(), torch.tensor(1.0))
         assert basis.abs().max() < 1.1 * math.sqrt(3), "uniform, as Kaiming's"
+
+
+def test_rand_lora_without_a_limit_the_update_has_full_rank() -> None:
+    ranks = []
+    for base_limit in (1024, 16):
+        settings = VariantSettings(4, 8.0, extra={"base_limit": base_limit})
+        case = Case("tall", out_features=40, in_features=32, dtype=torch.float64)
+        adapters = attach_lanes(case, catalogue.get("rand_lora"), 1, settings)
+        for parameter in adapters.trainable("0").values():
+            torch.nn.init.normal_(parameter)
+        ranks.append(int(torch.linalg.matrix_rank(weight_change(adapters, "there.0"))))
+    assert ranks == [32, 16]
 
 
 def test_rand_lora_the_default_counts_equal_the_published_ones() -> None:
