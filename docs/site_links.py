@@ -18,8 +18,16 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
-from variants.describe import AXES, describe_all, form_text, paper_link, read_methods, value_text
-from variants.traits import USER_AXIS
+from variants.__main__ import (
+    AXES,
+    checked_text,
+    describe_all,
+    form_text,
+    paper_link,
+    read_methods,
+    value_text,
+)
+from variants.variant_settings import USER_AXIS
 
 LINK = re.compile(r"(?<=\]\()[^)#\s]+")
 OPTIONS = "<!-- options -->"
@@ -99,18 +107,18 @@ def _option_tables() -> str:
 def _variant_tables() -> str:
     """Return a table for each axis of the catalogue, without the variants of other packages."""
     header = ("variant", "what it does", "values", "lanes", "PEFT", "vLLM", "merged", "checked", "settings")
-    entries = [each for each in describe_all() if each.axis != USER_AXIS]
+    entries = [each for each in describe_all() if each["axis"] != USER_AXIS]
     parts = []
-    for axis, group in groupby(entries, lambda each: each.axis):
+    for axis, group in groupby(entries, lambda each: each["axis"]):
         rows = [
             (
-                f"`{each.name}`{_paper(each.paper)}",
-                each.summary,
-                "" if each.parameter_count is None else f"{each.parameter_count:,}",
-                each.batching,
-                *map(form_text, each.exports.values()),
-                each.checked_text,
-                ", ".join(f"`{own['name']}` {value_text(own['default'])}" for own in each.hyperparameters),
+                f"`{each['name']}`{_paper(each['paper'])}",
+                each["summary"],
+                "" if each["parameter_count"] is None else f"{each['parameter_count']:,}",
+                each["batching"],
+                *map(form_text, each["exports"].values()),
+                checked_text(each),
+                ", ".join(f"`{own['name']}` {value_text(own['default'])}" for own in each["hyperparameters"]),
             )
             for each in group
         ]
@@ -121,10 +129,10 @@ def _variant_tables() -> str:
 def _taxonomy_table() -> str:
     rows = (
         (
-            f"{each.axis}: {each.leaf}".replace("_", " "),
-            each.title + _paper(each.paper),
-            "trained" if each.evaluated else "code" if each.survey_code else "",
-            f"`{each.variant}`" if each.variant else each.reason,
+            f"{each['axis']}: {each['leaf']}".replace("_", " "),
+            each["title"] + _paper(each["paper"]),
+            "trained" if each["evaluated"] else "code" if each["survey_code"] else "",
+            f"`{each['variant']}`" if each["variant"] else each["reason"],
         )
         for each in read_methods()
     )

@@ -25,7 +25,7 @@ from pydantic import Field
 from orchestrator.launch.experiment import BASELINE, Experiment
 from orchestrator.study.options import StudyOptions
 from orchestrator.util.errors import UsageError
-from variants.traits import canonical_name
+from variants.variant_settings import canonical_name
 
 if TYPE_CHECKING:
     from orchestrator.launch.designs import Design, DesignInput

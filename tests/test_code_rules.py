@@ -22,13 +22,13 @@ BUDGETS = {
     "orchestrator/record": (11, 1607),
     "orchestrator/study": (9, 1203),
     "orchestrator/util": (10, 557),
-    "variants": (129, 6768),
+    "variants": (108, 6449),
     "experiments": (16, 2065),
-    "tests": (275, 33209),
+    "tests": (265, 32794),
 }
 """Package -> (modules, lines of code) that it may have at most. A change that makes one smaller
 lowers its numbers; a change that raises one says what that is worth."""
-DOC_WORDS = 46_095
+DOC_WORDS = 39_902
 """Words that all pages may have together."""
 
 

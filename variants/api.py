@@ -30,11 +30,25 @@ from variants.hooks import (
     RateScales,
     SharedTensors,
     StepHooks,
+    parameter_lr_scale,
+    schedule_lr_scale,
+    statistic_of,
 )
 from variants.low_rank import LowRank
 from variants.peft_format import PeftFormat, PeftMethod
-from variants.traits import AdaptationScope, Batching, CalibrationStatistic, Start, VerifiedBy
-from variants.variant_settings import Choice, ExtraSettings, Flag, Int, Number, VariantSettings
+from variants.variant_settings import (
+    AdaptationScope,
+    Batching,
+    CalibrationStatistic,
+    Choice,
+    ExtraSettings,
+    Flag,
+    Int,
+    Number,
+    Start,
+    VariantSettings,
+    VerifiedBy,
+)
 
 __all__ = [
     "RANK_MASK", "AdaptationScope", "AuxiliaryLoss", "Batching", "BiasUpdate", "Calibrated",
@@ -42,6 +56,6 @@ __all__ = [
     "FrozenUpdate", "FusesBase", "GradientConstants", "InitTogether", "InitialTensors", "Int", "LaneView",
     "LayerRandom", "LayerView", "Layers", "LowRank", "MergeError", "Number", "Params", "PeftFormat",
     "PeftMethod", "RandomOf", "RankAllocation", "RateScales", "SharedTensors", "Start", "StepHooks",
-    "UnsupportedError", "Variant", "VariantSettings", "VerifiedBy", "baddbmm", "bmm", "shared_settings",
-    "stable_seed",
+    "UnsupportedError", "Variant", "VariantSettings", "VerifiedBy", "baddbmm", "bmm", "parameter_lr_scale",
+    "schedule_lr_scale", "shared_settings", "stable_seed", "statistic_of",
 ]  # fmt: skip

@@ -26,8 +26,16 @@ from variants.errors import UnsupportedError
 from variants.frozen_layer import FrozenLayer, InitialTensors, LayerRandom, Params
 from variants.hooks import MIXINS, GradientConstants, check_mixins
 from variants.peft_format import PeftFormat
-from variants.traits import AdaptationScope, Batching, Start, VerifiedBy
-from variants.variant_settings import ExtraSettings, Hyperparameter, VariantSettings, complete_extra
+from variants.variant_settings import (
+    AdaptationScope,
+    Batching,
+    ExtraSettings,
+    Hyperparameter,
+    Start,
+    VariantSettings,
+    VerifiedBy,
+    complete_extra,
+)
 
 
 class Variant:
@@ -111,12 +119,21 @@ class Variant:
             raise UnsupportedError(f"alpha {alpha!r}: must be a finite number above 0")
         if not 0 <= dropout < 1:
             raise UnsupportedError(f"dropout {dropout!r}: must be at least 0 and below 1")
-        return VariantSettings(
+        complete = VariantSettings(
             rank if self.uses_rank else 0,
             alpha if self.uses_alpha else None,
             dropout if self.uses_dropout else 0.0,
             complete_extra(self.name, self.hyperparameters, settings.extra),
         )
+        self.check_settings(complete)
+        return complete
+
+    def check_settings(self, settings: VariantSettings) -> None:
+        """Check the rules that link several settings. Each setting alone is permitted already.
+
+        Raises:
+            UnsupportedError: The settings break a rule.
+        """
 
     def largest_rank(self, layer: FrozenLayer) -> int | None:
         """Return the largest rank of a layer, or None if there is no limit."""

@@ -12,27 +12,24 @@ import hashlib
 import importlib
 import json
 import os
+import sys
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from variants.errors import suggest_nearest
-from variants.traits import (
-    FILE_SUFFIX,
-    PEFT_AXIS,
-    PEFT_PREFIX,
-    USER_AXIS,
-    Traits,
-    entry_points_by_name,
-)
-from variants.user_files import find_class, load_entry_point, load_variant
+from variants.errors import UnsupportedError, describe_error_line, suggest_nearest
+from variants.user_files import check_own_imports, execute, find_class, hash_source
+from variants.variant_settings import FILE_SUFFIX, PEFT_PREFIX, USER_AXIS, entry_points_by_name
 
 if TYPE_CHECKING:
     from variants.api import Variant
 
 _PACKAGE = Path(__file__).parent
+_TRAITS = (
+    *("adaptation_scope", "verified_by", "uses_rank", "uses_alpha", "uses_dropout", "extra_defaults"),
+    *("numerics", "revision"),
+)
 
 
 @cache
@@ -59,21 +56,6 @@ def is_known(name: str) -> bool:
     return name in names() or name.endswith(FILE_SUFFIX) or name.startswith(PEFT_PREFIX)
 
 
-def axis(name: str) -> str:
-    """Return the folder of a variant (baseline, rank, ...), or the axis of one from elsewhere.
-
-    Raises:
-        ValueError: There is no variant of this name; the message suggests the nearest name.
-    """
-    if name in _axis_by_name():
-        return _axis_by_name()[name]
-    if name.startswith(PEFT_PREFIX):
-        return PEFT_AXIS
-    if is_known(name):
-        return USER_AXIS
-    raise ValueError(_describe_unknown(name))
-
-
 def get(name: str) -> Variant:
     """Return the variant of this name.
 
@@ -90,23 +72,28 @@ def get(name: str) -> Variant:
     return _get(name)
 
 
-def traits(name: str) -> Traits:
-    """Return the traits of the variant of this name.
+def traits(name: str) -> Mapping[str, Any]:
+    """Return those attributes of a variant that a study reads before it trains, as name -> value.
 
-    For a variant of this package they are cached, so that torch need not be imported.
+    The names are those of `_TRAITS`. The values of this package's variants come from a cache on disk, so
+    that torch is not imported. In the cache a `StrEnum` is a plain string: compare it with `==`.
 
     Raises:
         ValueError: As for `get`.
     """
-    return _built_in_traits()[name] if name in _axis_by_name() else Traits.of(get(name))
+    return _built_in_traits()[name] if name in _axis_by_name() else _traits_of(get(name))
 
 
 @cache
-def _built_in_traits() -> Mapping[str, Traits]:
-    def make() -> dict[str, Any]:
-        return {name: asdict(Traits.of(_get(name))) for name in _axis_by_name()}
+def _built_in_traits() -> Mapping[str, Mapping[str, Any]]:
+    found: Mapping[str, Mapping[str, Any]] = cached(
+        "traits", lambda: {name: _traits_of(_get(name)) for name in _axis_by_name()}
+    )
+    return found
 
-    return {name: Traits.of(fields) for name, fields in cached("traits", make).items()}
+
+def _traits_of(variant: Variant) -> Mapping[str, Any]:
+    return {name: getattr(variant, name) for name in _TRAITS}
 
 
 def load(name: str, source: bytes | None = None) -> Variant:
@@ -124,7 +111,7 @@ def load(name: str, source: bytes | None = None) -> Variant:
     """
     if not name.endswith(FILE_SUFFIX):
         return _get(name)
-    variant = load_variant(name, source)
+    variant = _load_file(name, source)
     known = _loaded_files.get(variant.name)
     if known is None or known.revision != variant.revision:
         _loaded_files[variant.name] = variant
@@ -145,27 +132,70 @@ _loaded_files: dict[str, Variant] = {}
 @cache
 def _get(name: str) -> Variant:
     if name in _axis_by_name():
-        return _get_built_in(name)
+        from variants.api import Variant
+
+        module = importlib.import_module(f"variants.{_axis_by_name()[name]}.{name}")
+        return find_class(module, Variant)()
     if name.startswith(PEFT_PREFIX):
         from variants.peft_bridge import peft_variant
 
         by_type = {each.replace("_", ""): each for each in _axis_by_name()}
         own = by_type.get(name.removeprefix(PEFT_PREFIX).lower())
-        return peft_variant(name, None if own is None else _get_built_in(own))
+        return peft_variant(name, None if own is None else _get(own))
     if name in entry_points_by_name():
-        return load_entry_point(name)
-    raise ValueError(_describe_unknown(name))
+        return _load_entry_point(name)
+    raise ValueError(f"no variant {name!r}. {suggest_nearest(name, names())}")
 
 
-def _get_built_in(name: str) -> Variant:
+def _load_file(path: str, source: bytes | None) -> Variant:
+    """Return the variant in a Python file, and name it after the file. Arguments as in `load`."""
     from variants.api import Variant
 
-    module = importlib.import_module(f"variants.{_axis_by_name()[name]}.{name}")
-    return find_class(module, Variant)()
+    path, is_known = os.path.realpath(path), source is not None
+    source = _read_source(path) if source is None else source
+    revision = hash_source(source)
+    try:
+        if not is_known:
+            check_own_imports(source, path)
+        variant = find_class(execute(path, source, revision), Variant)()
+    except (UnsupportedError, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # SystemExit as well: sys.exit in the file would end the study
+        raise _import_error(f"file {path!r}{describe_error_line(error, path)}", error) from error
+    identity = {"name": os.path.basename(path), "axis": USER_AXIS, "revision": revision}
+    vars(variant).update(identity, source_path=path, source_code=source)
+    return variant
 
 
-def _describe_unknown(name: str) -> str:
-    return f"no variant {name!r}. {suggest_nearest(name, names())}"
+def _load_entry_point(name: str) -> Variant:
+    from variants.api import Variant
+
+    entry = entry_points_by_name()[name]
+    try:
+        loaded = entry.load()
+        variant = loaded() if isinstance(loaded, type) and issubclass(loaded, Variant) else None
+    except Exception as error:
+        raise _import_error(f"{name!r} ({entry.value})", error) from error
+    if variant is None:
+        raise UnsupportedError(f"variant {name!r} ({entry.value}) is no subclass of Variant")
+    revision = hash_source(_read_source(str(sys.modules[loaded.__module__].__file__)))
+    # Not attributes of the class, which may have another name elsewhere.
+    vars(variant).update(name=name, axis=USER_AXIS, revision=revision)
+    return variant
+
+
+def _import_error(variant: str, error: BaseException) -> UnsupportedError:
+    problem = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    return UnsupportedError(f"variant {variant} cannot be imported: {problem}")
+
+
+def _read_source(path: str) -> bytes:
+    if not os.path.isfile(path):  # Path.is_file raises OSError if a name is too long
+        raise UnsupportedError(f"variant file {path!r} does not exist")
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise UnsupportedError(f"variant file {path!r} cannot be read ({error.strerror})") from error
 
 
 def cached(name: str, make: Callable[[], Any], also: str = "") -> Any:

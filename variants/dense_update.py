@@ -13,7 +13,7 @@ from variants.base import Variant
 from variants.batch_invariant import refuse_second_derivative
 from variants.frozen_layer import FrozenLayer, Params
 from variants.hooks import FusesBase
-from variants.traits import Batching
+from variants.variant_settings import Batching
 
 
 class DenseUpdate(FusesBase, Variant):

@@ -22,8 +22,7 @@ from variants.frozen_layer import (
     RandomOf,
     shared_settings,
 )
-from variants.traits import CalibrationStatistic
-from variants.variant_settings import VariantSettings
+from variants.variant_settings import CalibrationStatistic, VariantSettings
 
 RANK_MASK = "mask"
 """Name of a layer's frozen tensor with a 1 for each rank in use and a 0 for the others."""
@@ -167,8 +166,8 @@ class SharedTensors:
         return ".".join(part for part in layer_name.split(".") if not part.isdigit())
 
     def shared_rank(self, settings: VariantSettings) -> int:
-        """Return the rank of the default's A and B."""
-        return settings.rank
+        """Return the rank of the shared A and B: `rank` times the hyperparameter `rank_factor`, if any."""
+        return settings.rank * int(settings.extra.get("rank_factor", 1))
 
     def init_layer_group(self, layers: Layers, random: LayerRandom) -> InitialTensors:
         """Return one lane's initial tensors that the layers of a group share.
@@ -178,6 +177,11 @@ class SharedTensors:
             random: Random values for this lane and group.
         """
         return random.lora(self.shared_rank(shared_settings(layers)), largest_sides(layers))
+
+    def own_part(self, a: Tensor, b: Tensor, layer: FrozenLayer) -> tuple[Tensor, Tensor]:
+        """Return the first `in` columns of A (..., rank, >= in) and `out` rows of B (..., >= out, rank)."""
+        out_features, in_features = layer.shape
+        return a[..., :in_features], b[..., :out_features, :]
 
 
 def largest_sides(layers: Layers) -> tuple[int, int]:

@@ -39,6 +39,11 @@ class LowRank(FusesBase, FrozenUpdate, PeftFormat, Variant):
     frozen_update_buffers = frozenset({"A0", "B0"})
     peft: ClassVar[PeftMethod | None] = LORA_PEFT
 
+    def rank_stabilized(self, settings: VariantSettings) -> float:
+        """Return alpha / sqrt(rank), the factor s of rsLoRA (arXiv 2312.03732)."""
+        assert settings.alpha is not None
+        return settings.alpha / settings.rank * math.sqrt(settings.rank)
+
     def factors(self, params: Params, layer: FrozenLayer) -> tuple[Tensor, Tensor]:
         """Return A (..., R, in) and B (..., out, R) with W' - W = s B A.
 
@@ -118,12 +123,6 @@ def start_from(a: Tensor, b: Tensor) -> InitialTensors:
         b: (out, rank).
     """
     return InitialTensors({"A": a, "B": b}, {"A0": a, "B0": b})
-
-
-def rank_stabilized(settings: VariantSettings) -> float:
-    """Return alpha / sqrt(rank), the factor s of rsLoRA (arXiv 2312.03732)."""
-    assert settings.alpha is not None
-    return settings.alpha / settings.rank * math.sqrt(settings.rank)
 
 
 class LowRankProduct(torch.autograd.Function):

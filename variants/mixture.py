@@ -43,17 +43,14 @@ class Mixture(api.Variant):
         rank = settings.rank
         return next(experts for experts in range(min(most, rank), 0, -1) if rank % experts == 0)
 
-    def validate_settings(self, settings: api.VariantSettings) -> api.VariantSettings:
-        settings = super().validate_settings(settings)
+    def check_settings(self, settings: api.VariantSettings) -> None:
         experts, top_k = self.expert_count(settings), int(settings.extra.get("top_k", 0))
         if experts == 1:
-            most = settings["experts"]
             raise api.UnsupportedError(
-                f"rank {settings.rank}: no number of experts from 2 to {most} divides it"
+                f"rank {settings.rank}: no number of experts from 2 to {settings['experts']} divides it"
             )
         if top_k > experts:
             raise api.UnsupportedError(f"top_k {top_k}: there are {experts} experts; 0 weighs all of them")
-        return settings
 
     def scaling(self, settings: api.VariantSettings) -> float:
         assert settings.alpha is not None
@@ -76,7 +73,7 @@ class Mixture(api.Variant):
             settings: The settings; `top_k` keeps that many of a token's gates, and 0 keeps all of them.
         """
         probabilities = router_probabilities(x, params)
-        return keep_largest(probabilities, settings["top_k"]), probabilities
+        return keep_largest(probabilities, int(settings.extra.get("top_k", 0))), probabilities
 
     def features(self, x: Tensor, params: api.Params, experts: int) -> Tensor:
         """Return the factors of the columns of B before the gates weigh them, (K, N, rank).

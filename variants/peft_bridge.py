@@ -19,8 +19,7 @@ from torch import Tensor, nn
 
 from variants import api
 from variants.peft_format import peft_method
-from variants.traits import PEFT_AXIS, PEFT_PREFIX
-from variants.variant_settings import Choice, Flag, Hyperparameter, Int, Number
+from variants.variant_settings import PEFT_AXIS, PEFT_PREFIX, Choice, Flag, Hyperparameter, Int, Number
 
 ADAPTER = "default"
 """Name of the only adapter in each of PEFT's layers."""

@@ -27,7 +27,7 @@ from variants.peft_format import (
     peft_obstacle,
 )
 from variants.targets import find_target_layers, is_conv1d
-from variants.traits import USER_AXIS
+from variants.variant_settings import USER_AXIS
 
 CONFIG_FILE, TENSORS_FILE = "adapter_config.json", "adapter_model.safetensors"
 """Names of the files that PEFT writes for an adapter."""

@@ -53,9 +53,8 @@ from torch.utils._pytree import tree_leaves
 from orchestrator.util.command import main
 from variants import catalogue
 from variants.adapters import Adapters, attach
-from variants.api import CalibrationStatistic, VariantSettings
+from variants.api import CalibrationStatistic, VariantSettings, statistic_of
 from variants.calibrate import calibrate
-from variants.hooks import statistic_of
 from variants.testing.rig import LaneOptimizer
 
 RANK, ALPHA, LEARNING_RATE, TOTAL_STEPS = 8, 16, 1e-4, 1000

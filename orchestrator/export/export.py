@@ -19,7 +19,7 @@ from orchestrator.study.names import store_command
 from orchestrator.util import atomic_files
 from orchestrator.util.atomic_files import DamagedFileError
 from orchestrator.util.errors import UsageError
-from variants.traits import FILE_SUFFIX, short_name
+from variants.variant_settings import FILE_SUFFIX, short_name
 
 if TYPE_CHECKING:
     from orchestrator.finetune.models.base_model import BaseModel
@@ -131,14 +131,13 @@ def _choose_form(variant: Variant, form: Form | None, name: str, notify: Callabl
     """
     from variants.peft_format import peft_method, peft_obstacle  # torch
 
-    if form == "merged" and variant.merge_obstacle:
-        written = "its adapter is written" if peft_method(variant) else "its exact tensors are written"
-        raise UsageError(
-            f"--merge: {name} cannot be merged: {variant.merge_obstacle}; without --merge {written}."
-        )
-    if form is not None or peft_method(variant):
+    has_peft, obstacle = peft_method(variant) is not None, variant.merge_obstacle
+    if form == "merged" and obstacle:
+        written = "its adapter is written" if has_peft else "its exact tensors are written"
+        raise UsageError(f"--merge: {name} cannot be merged: {obstacle}; without --merge {written}.")
+    if form is not None or has_peft:
         return form or "peft"
-    form, what = ("raw", "the exact tensors") if variant.merge_obstacle else ("merged", "a plain model")
+    form, what = ("raw", "the exact tensors") if obstacle else ("merged", "a plain model")
     notify(f"{name} has no adapter in PEFT's format: {peft_obstacle(variant)}; {what} will be written")
     return form
 

@@ -13,7 +13,7 @@ from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile, find_study, read_studies
 from orchestrator.study.names import store_command
 from orchestrator.util.errors import UsageError, suggest_nearest
-from variants.traits import canonical_name
+from variants.variant_settings import canonical_name
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from orchestrator.analyze.formatting import redact_secrets
 from orchestrator.export.lane_choice import ChosenLane
 from orchestrator.record.schema import Record
 from orchestrator.study.configuration import VariantChoice
-from variants.traits import FILE_SUFFIX
+from variants.variant_settings import FILE_SUFFIX
 
 if TYPE_CHECKING:
     from orchestrator.finetune.tasks.base import Task

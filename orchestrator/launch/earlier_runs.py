@@ -22,7 +22,7 @@ from orchestrator.study.option import flag
 from orchestrator.study.options import StudyOptions
 from orchestrator.util.errors import UsageError
 from variants import catalogue
-from variants.traits import FILE_SUFFIX, VerifiedBy
+from variants.variant_settings import FILE_SUFFIX, VerifiedBy
 
 PLANNED_KINDS = frozenset({"replicates", "factors"})
 """Kinds of studies whose settings are fixed before there are results."""
@@ -46,7 +46,7 @@ def fix_settings(study: Study) -> AnalysisSettings:
         # The points of a search are not a curve over the learning rate.
         return settings if study.options.search == "grid" else replace(settings, kind="search")
     variants = dict.fromkeys(template.variant.name for template in study.templates)
-    unverified = tuple(name for name in variants if catalogue.traits(name).verified_by is VerifiedBy.NONE)
+    unverified = tuple(name for name in variants if catalogue.traits(name)["verified_by"] == VerifiedBy.NONE)
     found = replace(settings, unverified=unverified)
     for name in ("select", "margin"):
         option, new, then = flag(name), getattr(found, name), getattr(before or found, name)

@@ -25,7 +25,7 @@ from orchestrator.record.tables import PARQUET_FILE
 from orchestrator.study.configuration import Configuration, ModelChoice
 from orchestrator.study.options import Card, StudyOptions
 from variants import catalogue
-from variants.traits import AdaptationScope
+from variants.variant_settings import AdaptationScope
 
 if TYPE_CHECKING:
     from orchestrator.execution.search import Search
@@ -251,7 +251,8 @@ def _count_flops(to_train: Sequence[Configuration], store: Store, checkpointing:
         weights = sizes[each.model, each.task.name]
         if not weights or not each.batches.max_length:
             return None
-        is_trained = catalogue.traits(each.variant.name).adaptation_scope is AdaptationScope.FULL_MODEL
+        scope = catalogue.traits(each.variant.name)["adaptation_scope"]
+        is_trained = scope == AdaptationScope.FULL_MODEL
         flops = 4 + 2 * is_trained + 2 * checkpointing
         total += flops * weights * _count_examples(each) * each.batches.max_length
     return total

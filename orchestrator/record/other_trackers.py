@@ -20,7 +20,7 @@ from orchestrator.record.tracker import StudyEnd, Tracker, describe_error
 from orchestrator.study.configuration import Configuration
 from orchestrator.util import timeouts
 from orchestrator.util.errors import UsageError, require_package
-from variants.traits import short_name
+from variants.variant_settings import short_name
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard.writer import SummaryWriter

@@ -24,7 +24,7 @@ from orchestrator.util import atomic_files
 from orchestrator.util.errors import UsageError, suggest_nearest
 from orchestrator.util.redaction import redact_secrets
 from orchestrator.util.sqlite_uri import with_full_path
-from variants.traits import FILE_SUFFIX, canonical_name
+from variants.variant_settings import FILE_SUFFIX, canonical_name
 
 SHIPPED_FOLDER = Path(__file__).parents[1] / "published"
 """Folder of the studies that come with the program: NAME.yaml."""

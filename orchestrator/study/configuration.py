@@ -26,7 +26,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from orchestrator.study.option import broken_rule
 from orchestrator.util.atomic_files import canonical_json
-from variants.traits import FILE_SUFFIX
+from variants.variant_settings import FILE_SUFFIX
 
 Dtype = Literal["float32", "bfloat16", "nf4"]
 LRScheduleName = Literal["constant", "linear", "cosine"]

@@ -20,7 +20,7 @@ from orchestrator.study.configuration import Configuration, Value
 from orchestrator.study.option import format_value
 from orchestrator.study.space import VARIANT_HYPERPARAMETERS, get_value
 from orchestrator.util.errors import UsageError, suggest_nearest
-from variants.traits import canonical_key
+from variants.variant_settings import canonical_key
 
 Prior = Literal["log", "uniform", "choice"]
 RATE = "learning_rate"

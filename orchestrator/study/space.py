@@ -13,7 +13,7 @@ from typing import TypeVar
 from orchestrator.study.configuration import HYPERPARAMETERS, Configuration, Hyperparameter, Value
 from orchestrator.study.option import format_value
 from orchestrator.util.errors import UsageError, suggest_nearest
-from variants.traits import canonical_key
+from variants.variant_settings import canonical_key
 
 Defaults = Mapping[str, Mapping[str, Value]]
 """Variant of the study -> its settings -> default, including rank, alpha, dropout and targets."""

@@ -19,8 +19,7 @@ from variants.api import ExtraSettings, Variant, VariantSettings
 from variants.full_parameters import MODEL_PREFIX
 from variants.peft_format import peft_method
 from variants.targets import is_conv1d
-from variants.testing.cases import Case
-from variants.testing.rig import LaneOptimizer, attach_lanes, model_output
+from variants.testing.rig import Case, LaneOptimizer, attach_lanes, model_output
 
 RANK, ALPHA, STEPS, LEARNING_RATE, DECAY = 4, 8.0, 10, 0.01, 0.01
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -41,32 +43,59 @@ from torch import Tensor, nn
 
 from variants.adapters import Adapters
 from variants.targets import is_conv1d
-from variants.testing.cases import Case
-from variants.testing.rig import model_output
+from variants.testing.rig import Case, model_output
 
 REFERENCES: dict[str, Reference] = {}
 """A trusted implementation of each variant that has one, by the variant's name."""
 OTHER_SETTINGS: dict[str, dict[str, Reference]] = {}
 """References for further settings of a variant, by the variant's name and a word for the settings."""
 
+
+def method(kind: type[PeftConfig], **fields: object) -> Callable[[list[str]], PeftConfig]:
+    """Return a function that builds a PEFT config of one class with these fields."""
+    return lambda targets: kind(target_modules=targets, **fields)
+
+
+def modules_of(reference_model: PeftModel) -> dict[str, Any]:
+    """Return the modules of the base model by their names."""
+    return dict(reference_model.get_base_model().named_modules())
+
+
+def copy_from_layers(attribute: str) -> Callable[[PeftModel, Adapters, Case], None]:
+    """Return a function that copies one tensor of each PEFT layer to the only frozen one of our layer."""
+
+    def init(reference_model: PeftModel, adapters: Adapters, case: Case) -> None:
+        modules = modules_of(reference_model)
+        for key, tensor in adapters.frozen("0").items():
+            tensor.copy_(getattr(modules[key.rpartition(".")[0]], attribute)["default"])
+
+    return init
+
+
+def copy_from_model(prefix: str) -> Callable[[PeftModel, Adapters, Case], None]:
+    """Return a function that copies PEFT's matrices A and B of the whole model to the lane."""
+
+    def init(reference_model: PeftModel, adapters: Adapters, case: Case) -> None:
+        for key, tensor in adapters.frozen("0").items():
+            tensor.copy_(getattr(reference_model.base_model, f"{prefix}_{key[-1]}")["default"])
+
+    return init
+
+
 # PEFT's AdaLoRA with its allocation of ranks after each step.
 
 
 def _adalora(orthogonality: float, final: int) -> Reference:
     """Return AdaLoRA's reference, whose ranks are fixed for the last `final` steps."""
-
-    def config(targets: list[str]) -> PeftConfig:
-        return AdaLoraConfig(
-            init_r=6, target_r=RANK, lora_alpha=int(ALPHA), target_modules=targets, total_step=STEPS,
-            tinit=2, tfinal=final, orth_reg_weight=orthogonality,
-        )  # fmt: skip
-
     return Reference(
-        config,
+        method(
+            AdaLoraConfig, init_r=6, target_r=RANK, lora_alpha=int(ALPHA), total_step=STEPS,
+            tinit=2, tfinal=final, orth_reg_weight=orthogonality,
+        ),
         {f"lora_{name}": name for name in "AEB"},
         extra={"initial": 1.5, "warmup": 0.2, "final": final / STEPS, "orthogonality": orthogonality},
         after_step=lambda model, step: model.base_model.update_and_allocate(step),
-    )
+    )  # fmt: skip
 
 
 REFERENCES["adalora"] = _adalora(orthogonality=0.5, final=0)
@@ -78,12 +107,10 @@ ADALORA_FIXED_RANKS = _adalora(orthogonality=0.0, final=4)
 
 
 NAMES = {"boft_R": "M", "boft_s": "s"}
-REFERENCES["boft"] = Reference(lambda targets: BOFTConfig(target_modules=targets), NAMES, models=("llama",))
+REFERENCES["boft"] = Reference(method(BOFTConfig), NAMES, models=("llama",))
 OTHER_SETTINGS["boft"] = {
     f"{factors} factors of blocks of {size}": Reference(
-        lambda targets, size=size, factors=factors: BOFTConfig(
-            boft_block_size=size, boft_n_butterfly_factor=factors, target_modules=targets
-        ),
+        method(BOFTConfig, boft_block_size=size, boft_n_butterfly_factor=factors),
         NAMES,
         extra={"block_size": size, "factors": factors},
     )
@@ -108,14 +135,11 @@ def replace_extension(monkeypatch: pytest.MonkeyPatch) -> None:
 # PEFT's CorDA in its instruction mode, initialized from the samples of the lane's calibration batches.
 
 
-CONFIG = CordaConfig(corda_method="ipm")
-
-
 def _init_corda(reference_model: PeftModel, adapters: Adapters, case: Case) -> None:
     """Initialize CorDA in PEFT, whose hooks expect batches of one sample."""
-    modules = dict(reference_model.get_base_model().named_modules())
+    modules = modules_of(reference_model)
     layers = nn.ModuleDict({str(i): modules[name].base_layer for i, name in enumerate(adapters.layers)})
-    config = LoraConfig(r=RANK, target_modules=list(layers), corda_config=CONFIG)
+    config = LoraConfig(r=RANK, target_modules=list(layers), corda_config=CordaConfig(corda_method="ipm"))
 
     def run() -> None:
         with reference_model.disable_adapter():
@@ -142,7 +166,7 @@ REFERENCES["corda"] = Reference(
 
 def _widen_norms(reference_model: PeftModel, adapters: Adapters, case: Case) -> None:
     """Compute the norms of W's columns again in float64, because PEFT made them in float32."""
-    modules = dict(reference_model.get_base_model().named_modules())
+    modules = modules_of(reference_model)
     for name, layer in adapters.layers.items():
         norms = layer.frozen_layer.weight.norm(dim=0)
         torch.testing.assert_close(modules[name].delora_w_norm["default"].double(), norms, rtol=1e-6, atol=0)
@@ -150,7 +174,7 @@ def _widen_norms(reference_model: PeftModel, adapters: Adapters, case: Case) -> 
 
 
 REFERENCES["delora"] = Reference(
-    lambda targets: DeloraConfig(r=RANK, delora_lambda=8, target_modules=targets),
+    method(DeloraConfig, r=RANK, delora_lambda=8),
     {"delora_A": "A", "delora_B": "B", "delora_lambda": "lambda"},
     extra={"initial": "zero"},
     init=_widen_norms,
@@ -168,9 +192,7 @@ REFERENCES["dora"] = Reference(lora_config(use_dora=True), {**AB, "lora_magnitud
 
 
 REFERENCES["dude"] = Reference(
-    lora_config(init_lora_weights="pissa", use_dora=True),
-    {**AB, "lora_magnitude_vector": "m"},
-    residual=True,
+    lora_config(init_lora_weights="pissa", use_dora=True), {**AB, "lora_magnitude_vector": "m"}, residual=True
 )
 
 
@@ -182,7 +204,7 @@ def _init_eva(reference_model: PeftModel, adapters: Adapters, case: Case) -> Non
     with torch.random.fork_rng():
         batches = [{"input_ids": torch.cat([case.rows(0, step) for step in range(3)])}]
         initialize_lora_eva_weights(reference_model, batches, show_progress_bar=False)
-    modules = dict(reference_model.get_base_model().named_modules())
+    modules = modules_of(reference_model)
     ranks = adapters.ranks_in_use("0")
     assert len(set(ranks.values())) > 1
     assert ranks == {name: modules[name].r["default"] for name in ranks}
@@ -202,26 +224,18 @@ REFERENCES["eva"] = Reference(
 FREQUENCIES, SCALE = 20, 20.0
 
 
-def _config(targets: list[str]) -> PeftConfig:
-    # With this seed no location is in the first row or column of a spectrum. These are sums over outputs or
-    # inputs, whose gradient is zero beside GPT-2's layer norms: AdamW would make steps of PEFT's rounding.
-    return FourierFTConfig(
-        n_frequency=FREQUENCIES, scaling=SCALE, random_loc_seed=412, target_modules=targets
-    )
-
-
-def _init_fourier_ft(reference_model: PeftModel, adapters: Adapters, case: Case) -> None:
-    modules = dict(reference_model.get_base_model().named_modules())
-    for key, locations in adapters.frozen("0").items():
-        locations.copy_(modules[key.removesuffix(".locations")].indices["default"])
-        assert locations.all(), "a location in the first row or column"
+def _copy_locations(reference_model: PeftModel, adapters: Adapters, case: Case) -> None:
+    copy_from_layers("indices")(reference_model, adapters, case)
+    assert all(t.all() for t in adapters.frozen("0").values()), "a location in the first row or column"
 
 
 REFERENCES["fourier_ft"] = Reference(
-    _config,
+    # With this seed no location is in the first row or column of a spectrum. These are sums over outputs or
+    # inputs, whose gradient is zero beside GPT-2's layer norms: AdamW would make steps of PEFT's rounding.
+    method(FourierFTConfig, n_frequency=FREQUENCIES, scaling=SCALE, random_loc_seed=412),
     {"fourierft_spectrum": "entries"},
     extra={"frequencies": FREQUENCIES, "scale": SCALE},
-    init=_init_fourier_ft,
+    init=_copy_locations,
     tolerance=1e-4,
 )
 
@@ -236,13 +250,9 @@ REFERENCES["full"] = Reference(None)
 
 
 REFERENCES["gralora"] = Reference(
-    lambda targets: GraloraConfig(
-        r=RANK, alpha=int(ALPHA), hybrid_r=2, gralora_k=2, target_modules=targets
-    ),
-    {
-        "gralora_A_general.weight": "HA", "gralora_B_general.weight": "HB",
-        "gralora_A": "A", "gralora_B": "B",
-    },
+    method(GraloraConfig, r=RANK, alpha=int(ALPHA), hybrid_r=2, gralora_k=2),
+    {f"gralora_{name}_general.weight": f"H{name}" for name in "AB"}
+    | {f"gralora_{name}": name for name in "AB"},
     extra={"blocks": 2, "hybrid_rank": 2},
 )  # fmt: skip
 
@@ -256,32 +266,26 @@ REFERENCES["head_only"] = Reference(None, models=("headed",))
 # PEFT's HiRA.
 
 
-REFERENCES["hira"] = Reference(
-    lambda targets: HiraConfig(r=RANK, target_modules=targets), {"hira_A": "A", "hira_B": "B"}
-)
+REFERENCES["hira"] = Reference(method(HiraConfig, r=RANK), {"hira_A": "A", "hira_B": "B"})
 
 
 # PEFT's HRA.
 
 
-REFERENCES["hra"] = Reference(
-    lambda targets: HRAConfig(r=RANK, target_modules=targets), {"hra_u": "U"}, models=("llama",)
-)
+REFERENCES["hra"] = Reference(method(HRAConfig, r=RANK), {"hra_u": "U"}, models=("llama",))
 
 
 # PEFT's IA3 without layers whose input is scaled.
 
 
-REFERENCES["ia3"] = Reference(
-    lambda targets: IA3Config(target_modules=targets, feedforward_modules=[]), {"ia3_l": "l"}
-)
+REFERENCES["ia3"] = Reference(method(IA3Config, feedforward_modules=[]), {"ia3_l": "l"})
 
 
 # PEFT's LoHa.
 
 
 REFERENCES["loha"] = Reference(
-    lambda targets: LoHaConfig(r=RANK, alpha=int(ALPHA), target_modules=targets),
+    method(LoHaConfig, r=RANK, alpha=int(ALPHA)),
     {"hada_w1_a": "B1", "hada_w1_b": "A1", "hada_w2_a": "B2", "hada_w2_b": "A2"},
     models=("llama",),
 )
@@ -291,7 +295,7 @@ REFERENCES["loha"] = Reference(
 
 
 REFERENCES["lokr"] = Reference(
-    lambda targets: LoKrConfig(r=RANK, alpha=int(ALPHA), decompose_factor=3, target_modules=targets),
+    method(LoKrConfig, r=RANK, alpha=int(ALPHA), decompose_factor=3),
     {"lokr_w1": "C", "lokr_w2_a": "B", "lokr_w2_b": "A", "lokr_w2": "D"},
     extra={"factor": 3},
     models=("llama",),
@@ -309,7 +313,7 @@ REFERENCES["lora"] = Reference(lora_config(), AB)
 
 def _freeze_a(reference_model: PeftModel, adapters: Adapters, case: Case) -> None:
     """Freeze A in PEFT, as its optimizer will, and copy the lane's A to it."""
-    modules = dict(reference_model.get_base_model().named_modules())
+    modules = modules_of(reference_model)
     for name in adapters.layers:
         a = modules[name].lora_A["default"].weight
         a.requires_grad_(False)
@@ -349,35 +353,30 @@ REFERENCES["lora_fa"] = Reference(
 # PEFT's LoRA with its optimizer for LoRA+.
 
 
-def _lora_plus_optimizer(model: PeftModel) -> torch.optim.Optimizer:
-    return create_loraplus_optimizer(
+REFERENCES["lora_plus"] = Reference(
+    lora_config(),
+    AB,
+    optimizer=lambda model: create_loraplus_optimizer(
         model, torch.optim.AdamW, lr=LEARNING_RATE, loraplus_lr_ratio=16, loraplus_weight_decay=DECAY
-    )
-
-
-REFERENCES["lora_plus"] = Reference(lora_config(), AB, optimizer=_lora_plus_optimizer)
+    ),
+)
 
 
 # PEFT's MiSS.
 
 
-REFERENCES["miss"] = Reference(
-    lambda targets: MissConfig(r=RANK, target_modules=targets), {"miss_block": "D"}, models=("llama",)
-)
+REFERENCES["miss"] = Reference(method(MissConfig, r=RANK), {"miss_block": "D"}, models=("llama",))
 
 
 # PEFT's OFT with the Cayley-Neumann series and in the exact form, both with blocks of 8 inputs.
 
 
 REFERENCES["oft"] = Reference(
-    lambda targets: OFTConfig(oft_block_size=8, target_modules=targets),
-    {"oft_R.weight": "Q"},
-    extra={"block_size": 8},
-    models=("llama",),
+    method(OFTConfig, oft_block_size=8), {"oft_R.weight": "Q"}, extra={"block_size": 8}, models=("llama",)
 )
 OTHER_SETTINGS["oft"] = {
     "exact": Reference(
-        lambda targets: OFTConfig(oft_block_size=8, use_cayley_neumann=False, target_modules=targets),
+        method(OFTConfig, oft_block_size=8, use_cayley_neumann=False),
         {"oft_R.weight": "Q"},
         extra={"block_size": 8, "cayley_neumann": False},
     )
@@ -388,7 +387,7 @@ OTHER_SETTINGS["oft"] = {
 
 
 def _init_olora(reference_model: PeftModel, adapters: Adapters, case: Case) -> None:
-    modules = dict(reference_model.get_base_model().named_modules())
+    modules = modules_of(reference_model)
     for name, layer in adapters.layers.items():
         module = modules[name]
         if not is_conv1d(layer.base_layer):
@@ -414,7 +413,7 @@ REFERENCES["pissa"] = Reference(lora_config(init_lora_weights="pissa"), AB, resi
 
 
 def _copy_subspace(reference_model: PeftModel, adapters: Adapters, case: Case) -> None:
-    modules = dict(reference_model.get_base_model().named_modules())
+    modules = modules_of(reference_model)
     for name in adapters.layers:
         a, b = modules[name]._get_psoft_ab_cache_buffers("default")
         frozen = adapters.frozen("0")
@@ -423,7 +422,7 @@ def _copy_subspace(reference_model: PeftModel, adapters: Adapters, case: Case) -
 
 
 REFERENCES["psoft"] = Reference(
-    lambda targets: PsoftConfig(r=RANK, target_modules=targets),
+    method(PsoftConfig, r=RANK),
     {"psoft_R.weight": "Q", "psoft_R.vector_a": "a", "psoft_R.vector_b": "b"},
     init=_copy_subspace,
     models=("llama",),
@@ -435,20 +434,16 @@ REFERENCES["psoft"] = Reference(
 
 def _copy_bases(reference_model: PeftModel, adapters: Adapters, case: Case) -> None:
     """Compare the initial scales, which involve no noise, and copy the bases."""
-    modules = dict(reference_model.get_base_model().named_modules())
+    modules = modules_of(reference_model)
     for name in adapters.layers:
         for ours, theirs in {"l": "randlora_lambda", "g": "randlora_gamma"}.items():
-            own, expected = (
-                adapters.trainable("0")[f"{name}.{ours}"],
-                getattr(modules[name], theirs)["default"],
-            )
-            torch.testing.assert_close(own, expected.to(own))
-    for key, tensor in adapters.frozen("0").items():
-        tensor.copy_(getattr(reference_model.base_model, f"randlora_{key[-1]}")["default"])
+            own, expected = adapters.trainable("0")[f"{name}.{ours}"], getattr(modules[name], theirs)
+            torch.testing.assert_close(own, expected["default"].to(own))
+    copy_from_model("randlora")(reference_model, adapters, case)
 
 
 REFERENCES["rand_lora"] = Reference(
-    lambda targets: RandLoraConfig(r=2 * RANK, randlora_alpha=int(2 * ALPHA), target_modules=targets),
+    method(RandLoraConfig, r=2 * RANK, randlora_alpha=int(2 * ALPHA)),
     {"randlora_lambda": "l", "randlora_gamma": "g"},
     extra={"rank_factor": 2, "normalized": False},
     init=_copy_bases,
@@ -460,7 +455,7 @@ REFERENCES["rand_lora"] = Reference(
 
 def _reference(form: str, group_size: int) -> Reference:
     return Reference(
-        lambda targets: RoadConfig(variant=form, group_size=group_size, target_modules=targets),
+        method(RoadConfig, variant=form, group_size=group_size),
         {"road_theta": "theta", "road_alpha": "scale"},
         extra={"form": form, "group_size": group_size},
         models=("llama",),
@@ -474,11 +469,13 @@ OTHER_SETTINGS["road"] = {form: _reference(form, size) for form, size in (("road
 # PEFT's LoRA with its Riemannian optimizer.
 
 
-def _riemannian_optimizer(model: PeftModel) -> torch.optim.Optimizer:
-    return create_riemannian_optimizer(model, torch.optim.AdamW, lr=LEARNING_RATE, weight_decay=DECAY)
-
-
-REFERENCES["rplora"] = Reference(lora_config(), AB, optimizer=_riemannian_optimizer)
+REFERENCES["rplora"] = Reference(
+    lora_config(),
+    AB,
+    optimizer=lambda model: create_riemannian_optimizer(
+        model, torch.optim.AdamW, lr=LEARNING_RATE, weight_decay=DECAY
+    ),
+)
 
 
 # PEFT's rsLoRA.
@@ -490,16 +487,10 @@ REFERENCES["rslora"] = Reference(lora_config(use_rslora=True), AB)
 # PEFT's SHiRA, whose random indices are copied to the lane.
 
 
-def _init_shira(reference_model: PeftModel, adapters: Adapters, case: Case) -> None:
-    modules = dict(reference_model.get_base_model().named_modules())
-    for key, indices in adapters.frozen("0").items():
-        indices.copy_(modules[key.removesuffix(".indices")].shira_indices["default"])
-
-
 REFERENCES["shira"] = Reference(
-    lambda targets: ShiraConfig(r=RANK, random_seed=5, target_modules=targets),
+    method(ShiraConfig, r=RANK, random_seed=5),
     {"shira_weight": "values"},
-    init=_init_shira,
+    init=copy_from_layers("shira_indices"),
     models=("llama",),
 )
 
@@ -508,7 +499,7 @@ REFERENCES["shira"] = Reference(
 
 
 def _init_uni_lora(reference_model: PeftModel, adapters: Adapters, case: Case) -> None:
-    modules, frozen = dict(reference_model.get_base_model().named_modules()), adapters.frozen("0")
+    modules, frozen = modules_of(reference_model), adapters.frozen("0")
     for name in adapters.layers:
         for factor in "AB":
             places = getattr(modules[name], f"unilora_indices_{factor}")["default"]
@@ -520,7 +511,7 @@ def _init_uni_lora(reference_model: PeftModel, adapters: Adapters, case: Case) -
 
 
 REFERENCES["uni_lora"] = Reference(
-    lambda targets: UniLoraConfig(r=RANK, theta_d_length=300, target_modules=targets),
+    method(UniLoraConfig, r=RANK, theta_d_length=300),
     {"unilora_theta_d": "theta"},
     extra={"length": 300},
     init=_init_uni_lora,
@@ -531,7 +522,7 @@ REFERENCES["uni_lora"] = Reference(
 
 
 REFERENCES["vb_lora"] = Reference(
-    lambda targets: VBLoRAConfig(r=RANK, num_vectors=12, vector_length=8, topk=3, target_modules=targets),
+    method(VBLoRAConfig, r=RANK, num_vectors=12, vector_length=8, topk=3),
     {"vblora_logits_A": "PA", "vblora_logits_B": "PB", "vblora_vector_bank": "bank"},
     extra={"vectors": 12, "vector_length": 8, "top_k": 3, "logit_lr_ratio": 1.0},
 )
@@ -540,14 +531,9 @@ REFERENCES["vb_lora"] = Reference(
 # PEFT's VeRA, whose frozen matrices are copied to the lane.
 
 
-def _init_vera(reference_model: PeftModel, adapters: Adapters, case: Case) -> None:
-    for key, tensor in adapters.frozen("0").items():
-        tensor.copy_(getattr(reference_model.base_model, f"vera_{key[-1]}")["default"])
-
-
 REFERENCES["vera"] = Reference(
-    lambda targets: VeraConfig(r=16 * RANK, target_modules=targets),
+    method(VeraConfig, r=16 * RANK),
     {"vera_lambda_b": "b", "vera_lambda_d": "d"},
     extra={"rank_factor": 16},
-    init=_init_vera,
+    init=copy_from_model("vera"),
 )

@@ -22,9 +22,11 @@ import torch
 from kinds import KINDS
 
 from variants import catalogue
+from variants.__main__ import export_forms
+from variants.api import Variant
 from variants.baseline.lora import LoRA
-from variants.describe import export_forms
 from variants.testing import CASES, LAWS, Case, NotApplicableError, applies, check_laws
+from variants.testing.laws import find_broken_laws
 
 NAMES = catalogue.names()
 CHEAP = (
@@ -175,6 +177,46 @@ def test_the_default_and_the_slow_run_meet_every_law_variant_and_pair_of_law_and
                 assert traits(chosen) == traits(applicable_cases(law, name)), f"{name}, {law}"
     pairs = {(case, law) for name in NAMES for law in LAWS for case in applicable_cases(law, name)}
     assert {(case, law) for _, case, law in marks} == pairs, "a case that no variant meets before the night"
+
+
+# Each broken variant is detected by exactly one law, so no law is empty or redundant.
+
+
+BY_NAME = {case.name: case for case in CASES}
+ONE, SEVERAL = BY_NAME["tall-bias-float32-one"], BY_NAME["wide-nobias-float32-several"]
+
+MUTANTS: list[tuple[type[Variant], Case, str]] = [
+    (broken.StartsElsewhere, SEVERAL, "starts_as_declared"),
+    (broken.DeadTensor, SEVERAL, "every_tensor_gets_a_gradient"),
+    (broken.MergesUnscaled, ONE, "merged_equals_forward"),
+    (broken.RoundsTheBase, SEVERAL, "removal_restores_the_base"),
+    (broken.MovesFrozen, ONE, "frozen_stays_frozen"),
+    (broken.ForgetsFrozen, SEVERAL, "saved_lane_is_restored"),
+    (broken.LeaksBetweenLanes, SEVERAL, "lanes_are_independent"),
+    (broken.ScalesAcrossExperts, SEVERAL, "lanes_are_independent"),
+    (broken.CountsWrong, ONE, "parameter_count_follows_from_shapes"),
+    (broken.GoesUphill, SEVERAL, "fits_a_representable_target"),
+    (broken.ExportsWrongAlpha, SEVERAL, "export_loads_in_peft"),
+]
+
+
+FEW = ("lanes_are_independent", "merged_equals_forward", "saved_lane_is_restored")
+"""The laws whose broken variants the default run checks; all laws run to show that one alone is broken."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "case", "law"),
+    [
+        pytest.param(*mutant, id=mutant[2], marks=() if mutant[2] in FEW else pytest.mark.slow)
+        for mutant in MUTANTS
+    ],
+)
+def test_a_broken_variant_breaks_one_law_only(kind: type[Variant], case: Case, law: str) -> None:
+    assert [found for found, _ in find_broken_laws(kind(), case)] == [law]
+
+
+def test_every_law_has_a_broken_variant() -> None:
+    assert {law for _, _, law in MUTANTS} == set(LAWS)
 
 
 def test_check_laws_accepts_a_correct_variant_and_names_the_law_that_a_broken_one_breaks() -> None:

@@ -5,15 +5,18 @@ The language models have layers of type Linear (Llama) and Conv1D (GPT-2).
 
 from __future__ import annotations
 
+import broken
 import parity
 import pytest
 from peft import get_peft_model
 from references import ADALORA_FIXED_RANKS, OTHER_SETTINGS, REFERENCES, replace_extension
 
 from variants import catalogue
-from variants.api import VerifiedBy
+from variants.api import Variant, VerifiedBy
+from variants.baseline.lora import LoRA
+from variants.optimization.dora import DoRA
 from variants.peft_format import peft_method
-from variants.testing.cases import Case
+from variants.testing.rig import Case
 
 
 @pytest.mark.parametrize(
@@ -73,3 +76,18 @@ def test_peft_refuses_conv1d_exactly_where_the_variant_says_so(name: str) -> Non
         return
     with pytest.raises((TypeError, ValueError), match=r"[Uu]nsupported|not supported|not implemented"):
         get_peft_model(Case("gpt2", model="gpt2").build(), config(["c_attn"]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "reference"),
+    [(broken.AttachedNorm, REFERENCES["dora"]), (broken.GoesUphill, REFERENCES["lora"])],
+)
+def test_parity_detects_a_broken_variant(kind: type[Variant], reference: parity.Reference) -> None:
+    with pytest.raises(AssertionError, match="step"):
+        parity.compare_steps(kind(), reference, "llama")
+
+
+@pytest.mark.parametrize(("kind", "name"), [(LoRA, "dora"), (DoRA, "rslora")])
+def test_parity_detects_another_method(kind: type[Variant], name: str) -> None:
+    with pytest.raises((AssertionError, KeyError)):
+        parity.compare_steps(kind(), REFERENCES[name], "llama")

@@ -28,7 +28,7 @@ from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile
 from orchestrator.study.configuration import ModelChoice
 from variants import catalogue
-from variants.describe import read_methods
+from variants.__main__ import read_methods
 
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "experiments" / "benchmarks"
@@ -93,7 +93,7 @@ def test_drawn_rows_have_the_lengths_of_metamathqa() -> None:
 
 
 def test_every_variant_of_the_survey_that_peft_has_is_compared() -> None:
-    evaluated = {method.variant for method in read_methods() if method.evaluated}
+    evaluated = {method["variant"] for method in read_methods() if method["evaluated"]}
     with_method = {name for name in evaluated if vars(type(catalogue.get(name))).get("peft")}
     assert len(with_method) > 6
     assert with_method <= step.PEFT_CONFIGS.keys()

@@ -17,7 +17,7 @@ from orchestrator.study.configuration import Configuration
 from orchestrator.study.options import StudyOptions
 from orchestrator.study.space import get_value
 from variants import catalogue
-from variants.traits import canonical_name
+from variants.variant_settings import canonical_name
 
 OWN = '''
 """A LoRA whose scaling is a hyperparameter."""

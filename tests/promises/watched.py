@@ -20,7 +20,7 @@ RAISES = 0.3
 RUNS_OUT_OF_MEMORY = 0.7
 
 
-class Watched(LoRA):
+class Watched(api.StepHooks, LoRA):
     """W' = W + s B A, as in LoRA."""
 
     def before_step(self, lane: api.LaneView) -> None:

@@ -19,7 +19,7 @@ RATES = (1e-4, 1e-3, 1e-1)
 
 
 def default(variant: str) -> Configuration:
-    return template(variant, **catalogue.traits(variant).extra_defaults)
+    return template(variant, **catalogue.traits(variant)["extra_defaults"])
 
 
 def parsed(*words: str, fixed: tuple[str, ...] = ()) -> dict[str, list[str]]:

@@ -16,7 +16,7 @@ from variants.api import MergeError, UnsupportedError, VariantSettings
 from variants.baseline.lora import LoRA
 from variants.errors import BypassedLayerError, UnassignedRowsError
 from variants.merging import merge_and_detach
-from variants.testing import Case
+from variants.testing.rig import Case, LaneOptimizer, attach_lanes, lane_outputs, train_step
 
 SETTINGS = VariantSettings(rank=2, alpha=4.0)
 
@@ -235,3 +235,26 @@ def test_restoring_a_lane_names_tensors_that_do_not_fit() -> None:
         adapters.restore_lane("new", {"blocks.7.A": torch.ones(2, 6)}, {}, SETTINGS)
     with pytest.raises(UnsupportedError, match=r"'blocks\.0' is missing"):
         adapters.restore_lane("new", {}, {}, SETTINGS)
+
+
+# Full fine-tuning, in which the lane's copies replace the model's parameters during computation.
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_full_lanes_copies_are_float32_and_leave_the_model_and_its_dtype(dtype: torch.dtype) -> None:
+    case = Case("full", model="llama", dtype=dtype)
+    model = case.build()
+    frozen = dict(model.named_parameters())
+    adapters = attach_lanes(case, catalogue.get("full"), 1, model=model)
+    assert {p.dtype for p in adapters.trainable("0").values()} == {torch.float32}
+    before = {name: p.detach().clone() for name, p in adapters.trainable("0").items()}
+    # The learning rate is below the resolution of most weights in bfloat16.
+    train_step(case, adapters, {"0": LaneOptimizer(adapters, "0", 1e-4, 1)})
+    assert all(not torch.equal(p, before[name]) for name, p in adapters.trainable("0").items())
+    assert lane_outputs(case, adapters).dtype == dtype
+    with pytest.raises(RuntimeError, match="in the middle"), adapters.activate_lanes(["0"], 0):
+        raise RuntimeError("in the middle")
+    assert all(parameter is frozen[name] for name, parameter in model.named_parameters())
+    assert adapters.max_lanes == 1
+    with pytest.raises(UnsupportedError, match="one lane at a time"):
+        adapters.add_lane("1", adapters.settings, seed=1)

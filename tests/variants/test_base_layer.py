@@ -16,8 +16,7 @@ from variants import catalogue
 from variants.adapters import Adapters, attach
 from variants.api import AdaptationScope, Start, VariantSettings
 from variants.nf4 import NF4Linear
-from variants.testing.cases import Case
-from variants.testing.rig import attach_lanes, perturb_lanes
+from variants.testing.rig import Case, attach_lanes, perturb_lanes
 
 NAMES = [n for n in catalogue.names() if catalogue.get(n).adaptation_scope is AdaptationScope.TARGET_LAYERS]
 STARTING_AT_BASE = [name for name in NAMES if catalogue.get(name).start is Start.BASE]
@@ -88,14 +87,6 @@ def test_a_layer_that_is_more_than_a_product_is_called(name: str) -> None:
         for with_gradients in (False, True):
             with torch.set_grad_enabled(with_gradients), adapters.activate_lanes(["0"], None):
                 assert torch.equal(model(x), expected), kind
-
-
-@pytest.mark.parametrize("kind", [nn.Linear, Conv1D, NF4Linear])
-@pytest.mark.parametrize("name", ["lora", "pissa", "dora", "vera", "hira"])
-def test_a_plain_layer_is_computed_without_a_call(name: str, kind: type[nn.Module]) -> None:
-    layer = NF4Linear.from_linear(nn.Linear(32, 32)) if kind is NF4Linear else kind(32, 32)
-    adapters = attach_lanes(CASE, catalogue.get(name), 1, model=OneLayer(layer))
-    assert adapters.layers["there.0"]._is_plain_product()
 
 
 IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {

@@ -22,7 +22,7 @@ def test_five_variants_have_their_axis_batching_and_verification() -> None:
     assert set(expected) <= set(catalogue.names())
     for name, (axis, batching) in expected.items():
         variant = catalogue.get(name)
-        assert (catalogue.axis(name), variant.batching) == (axis, batching)
+        assert (variant.axis, variant.batching) == (axis, batching)
         assert variant.verified_by == VerifiedBy.REFERENCE_IMPLEMENTATION
 
 
@@ -42,7 +42,7 @@ def test_an_unknown_name_gets_a_suggestion() -> None:
     with pytest.raises(ValueError, match=r"no variant 'rs-lora'. Did you mean 'rslora'\?"):
         catalogue.get("rs-lora")
     with pytest.raises(ValueError, match=f"Choose from: {', '.join(sorted(catalogue.names()))}"):
-        catalogue.axis("zzz")
+        catalogue.get("zzz")
 
 
 def test_two_exchanged_letters_are_put_right() -> None:

@@ -11,19 +11,17 @@ import pytest
 from safetensors import safe_open
 
 from variants import catalogue
-from variants.__main__ import main
-from variants.api import RANK_MASK, FrozenLayer, InitialTensors, LayerRandom, VariantSettings
-from variants.baseline.lora import LoRA
-from variants.describe import (
+from variants.__main__ import (
     count_parameters,
     describe,
     export_forms,
+    main,
     vllm_obstacle,
 )
+from variants.api import RANK_MASK, FrozenLayer, InitialTensors, LayerRandom, VariantSettings
+from variants.baseline.lora import LoRA
 from variants.storage import save_peft
-from variants.testing.cases import CASES, Case
-from variants.testing.rig import attach_lanes
-from variants.traits import Traits
+from variants.testing.rig import CASES, Case, attach_lanes
 
 
 def output(capsys: pytest.CaptureFixture[str], *words: str) -> str:
@@ -55,13 +53,13 @@ def test_each_entry_has_a_title_a_summary_and_an_explanation(
     name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     entry = describe(name)
-    assert entry.title
-    assert entry.summary
-    assert entry.is_control or (entry.authors and entry.paper)
+    assert entry["title"]
+    assert entry["summary"]
+    assert entry["is_control"] or (entry["authors"] and entry["paper"])
     text = output(capsys, name)
     assert max(map(len, text.splitlines()[:-1])) <= 80
     assert f"--variants {'' if name == 'lora' else 'lora '}{name}" in text.splitlines()[-1]
-    for own in entry.hyperparameters:
+    for own in entry["hyperparameters"]:
         assert f"{own['name']} = " in text
         assert own["help"], f"{name}: {own['name']} has no help"
 
@@ -101,7 +99,7 @@ def test_parameters_of_known_size() -> None:
         "full": None,
         "head_only": None,
     }
-    assert {name: describe(name).parameter_count for name in expected} == expected
+    assert {name: describe(name)["parameter_count"] for name in expected} == expected
 
 
 def test_a_count_that_depends_on_the_weight_is_not_shown() -> None:
@@ -142,10 +140,11 @@ def test_what_is_kept_of_the_variants_is_what_they_are(
     for _ in range(2):
         catalogue._built_in_traits.cache_clear()
         for name in catalogue.built_in_names():
-            assert catalogue.traits(name) == Traits.of(catalogue.get(name))
+            for trait, value in catalogue.traits(name).items():
+                assert value == getattr(catalogue.get(name), trait)
     (tmp_path / "lora-orchestrator" / "traits.json").write_text('{"sources": ')
     catalogue._built_in_traits.cache_clear()
-    assert catalogue.traits("lora").uses_rank
+    assert catalogue.traits("lora")["uses_rank"]
 
 
 LORA = {"peft_type": "LORA", "r": 16, "bias": "none", "use_dora": False, "modules_to_save": None}

@@ -2,86 +2,46 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from variants import catalogue
-from variants.adapters import Adapters, attach
+from variants.adapters import Adapters
 from variants.api import (
-    AdaptationScope,
-    Calibrated,
-    CalibrationStatistic,
     DropoutOnBase,
     LowRank,
     VariantSettings,
 )
 from variants.forward_context import draw_dropout_masks
+from variants.testing.rig import Case, attach_lanes
 
 SETTINGS = VariantSettings(rank=8, alpha=16.0, dropout=0.25)
-INPUT_STATISTICS = (CalibrationStatistic.INPUT_COVARIANCE, CalibrationStatistic.INPUT_MOMENT)
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList([nn.Linear(64, 48)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.blocks[0](x)
+CASE = Case("dropout", out_features=48, in_features=64, bias=True)
 
 
 def adapted(name: str = "lora") -> Adapters:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = Block()
-    adapters = attach(model, catalogue.get(name), SETTINGS)
-    for lane in range(2):
-        adapters.add_lane(str(lane), SETTINGS, seed=lane)
-        with torch.no_grad():
-            adapters.trainable(str(lane))["blocks.0.B"].normal_(generator=torch.Generator().manual_seed(5))
-            adapters.trainable(str(lane))["blocks.0.A"].normal_(generator=torch.Generator().manual_seed(6))
+    adapters = attach_lanes(CASE, catalogue.get(name), 2, SETTINGS)
+    with torch.no_grad():
+        for lane, (seed, key) in product(adapters.lanes, enumerate("BA", 5)):
+            tensor = adapters.trainable(lane)[f"there.0.{key}"]
+            tensor.normal_(generator=torch.Generator().manual_seed(seed))
     return adapters
-
-
-def validated_settings(name: str) -> VariantSettings:
-    variant = catalogue.get(name)
-    extra = {"calibration_batches": 1} if "calibration_batches" in variant.extra_defaults else {}
-    return variant.validate_settings(VariantSettings(rank=4, alpha=8.0, dropout=0.25, extra=extra))
-
-
-def random_calibration(adapters: Adapters) -> dict[str, dict[str, Tensor]] | None:
-    """Return calibration tensors computed from a random matrix, or None if the variant needs none."""
-    variant = adapters.variant
-    if not isinstance(variant, Calibrated):
-        return None
-    found = {}
-    for name, layer in adapters.layers.items():
-        matrix = torch.randn(layer.frozen_layer.weight.shape, generator=torch.Generator().manual_seed(1))
-        if variant.calibration_statistic in INPUT_STATISTICS:
-            matrix = matrix.T @ matrix
-        found[name] = variant.reduce_calibration(layer.frozen_layer.with_settings(adapters.settings), matrix)
-    return found
 
 
 def tensor_names(name: str) -> set[str]:
     """Return the names of the tensors that a lane of this variant has in a layer."""
-    variant, settings = catalogue.get(name), validated_settings(name)
-    if variant.adaptation_scope is not AdaptationScope.TARGET_LAYERS:
-        return set()
-    adapters = attach(Block(), variant, settings)
-    adapters.add_lane("0", settings, seed=0, calibration=random_calibration(adapters))
-    return set(adapters.layers["blocks.0"].lane_tensors("0"))
+    return set(attach_lanes(CASE, catalogue.get(name), 1).layers["there.0"].lane_tensors("0"))
 
 
 def update(adapters: Adapters, lane: str = "0", step: int | None = 0, micro: int = 0) -> Tensor:
-    """Return what the adapter adds to the output for an input of ones."""
-    x = torch.ones(16, 64)
-    with torch.no_grad(), adapters.disable_adapters():
-        base = adapters.model(x)
+    """Return what the adapter adds to a layer's output for an input of ones."""
+    x, layer = torch.ones(16, 64), adapters.layers["there.0"]
     with torch.no_grad(), adapters.activate_lanes([lane], step, micro):
-        return adapters.model(x) - base
+        return layer(x) - layer.base_layer(x)
 
 
 def test_masks_repeat_for_the_same_step_and_differ_otherwise() -> None:
@@ -100,7 +60,7 @@ def test_masks_repeat_for_the_same_step_and_differ_otherwise() -> None:
 def test_another_gradient_checkpointing_cannot_change_the_masks() -> None:
     adapters, x = adapted(), torch.ones(16, 64, requires_grad=True)
     with adapters.activate_lanes(["0"], 0):
-        y = checkpoint(adapters.model, x, use_reentrant=False)
+        y = checkpoint(adapters.layers["there.0"], x, use_reentrant=False)
         with pytest.raises(RuntimeError, match="no other gradient checkpointing"):
             y.sum().backward()
 
@@ -117,9 +77,9 @@ def test_dora_applies_dropout_to_the_change_of_the_base_output() -> None:
     """If W is a part of the identity, B = 0 and m is doubled, the change is x with dropout."""
     adapters = adapted("dora")
     with torch.no_grad():
-        adapters.layers["blocks.0"].base_layer.weight.copy_(torch.eye(48, 64))
-        adapters.trainable("0")["blocks.0.B"].zero_()
-        adapters.trainable("0")["blocks.0.m"].fill_(2.0)
+        adapters.layers["there.0"].base_layer.weight.copy_(torch.eye(48, 64))
+        adapters.trainable("0")["there.0.B"].zero_()
+        adapters.trainable("0")["there.0.m"].fill_(2.0)
     torch.testing.assert_close(update(adapters, step=None), torch.ones(16, 48))
     change = update(adapters, step=0)
     kept = change > 0.5
@@ -145,10 +105,8 @@ def test_only_variants_with_a_residual_or_merged_factors_have_a_frozen_update() 
 )
 def test_dropout_does_not_apply_to_the_frozen_update(name: str) -> None:
     """W' x = (W + frozen part) x + s B A dropout(x), with the lane's own mask."""
-    model, settings = Block(), validated_settings(name)
-    adapters = attach(model, catalogue.get(name), settings)
-    adapters.add_lane("0", settings, seed=0, calibration=random_calibration(adapters))
-    (layer,) = adapters.layers.values()
+    adapters = attach_lanes(CASE, catalogue.get(name), 1, VariantSettings(4, 8.0, dropout=0.25))
+    settings, layer = adapters.lane_settings("0"), adapters.layers["there.0"]
     tensors = layer.own_tensors.lane_tensors("0")
     with torch.no_grad():
         for number, tensor in enumerate(tensors.values()):
@@ -160,7 +118,7 @@ def test_dropout_does_not_apply_to_the_frozen_update(name: str) -> None:
     scaling = adapters.variant.scaling(settings)
     x = torch.randn(16, 64, generator=torch.Generator().manual_seed(7))
     with torch.no_grad(), adapters.activate_lanes(["0"], 3) as context:
-        found = model(x)
+        found = layer(x)
         context.mask_draws.clear()  # This makes the next draw repeat the same masks.
         masks = draw_dropout_masks(x.unsqueeze(0), settings.dropout, layer.name, context, {"0": 0})
         dropped = x * masks[0]

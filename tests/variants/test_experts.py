@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 from rule import initial_tensors
-from torch import Tensor, nn
+from torch import Tensor
 
 from variants import catalogue
-from variants.adapters import Adapters, attach
+from variants.__main__ import count_parameters
 from variants.api import ExtraSettings, FrozenLayer, UnsupportedError, VariantSettings
-from variants.describe import count_parameters
 from variants.mixture import keep_largest
 
 VARIANT = catalogue.get("lora_moe")
 OUT, IN = 20, 12
-ROWS = 12 if os.environ.get("MKL_CBWR") == "COMPATIBLE" else 9
-"""Rows of a lane. These kernels of MKL keep the bits of the frozen product for multiples of 4 only."""
 
 
 def settings(rank: int = 8, **extra: float | int) -> VariantSettings:
@@ -165,38 +160,3 @@ def test_the_balancing_loss_ignores_padding_and_length() -> None:
 
 def select_lane(params: dict[str, Tensor], lane: int) -> dict[str, Tensor]:
     return {name: tensor[lane : lane + 1] for name, tensor in params.items()}
-
-
-def adapted(rank: int = 8, **extra: float | int) -> Adapters:
-    torch.manual_seed(0)
-    model = nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(48, 64)])})
-    lane_settings = settings(rank, **extra)
-    adapters = attach(model, VARIANT, lane_settings)
-    for lane in range(3):
-        adapters.add_lane(str(lane), lane_settings, seed=lane)
-    return adapters
-
-
-def gradients(adapters: Adapters, names: list[str], x: Tensor) -> dict[str, Tensor]:
-    """Return the gradients of lane "1" after one backward pass of these lanes together."""
-    for lane in names:
-        for parameter in adapters.trainable(lane).values():
-            parameter.grad = None
-    with adapters.activate_lanes(names, 0) as context:
-        y = adapters.layers["blocks.0"](x).unflatten(0, (len(names), -1))
-        extra = context.auxiliary_loss()
-        assert extra is not None
-        (y.square().sum((1, 2)) + extra).sum().backward()
-    return {n: p.grad.clone() for n, p in adapters.trainable("1").items() if p.grad is not None}
-
-
-@pytest.mark.parametrize(("rank", "top_k"), [(2, 0), (2, 2), (16, 2)])
-def test_lanes_are_independent(rank: int, top_k: int) -> None:
-    """Unlike in the laws, experts may have rank 1, and only some of the gates may be kept."""
-    adapters, x = adapted(rank, top_k=top_k), torch.randn(3 * ROWS, 48)
-    with torch.no_grad():
-        for lane in adapters.lanes:
-            adapters.trainable(lane)["blocks.0.B"].normal_()
-    alone, grouped = gradients(adapters, ["1"], x[ROWS : 2 * ROWS]), gradients(adapters, ["0", "1", "2"], x)
-    assert len(alone) == 3
-    assert all(torch.equal(gradient, grouped[name]) for name, gradient in alone.items())

@@ -28,8 +28,8 @@ from variants.calibrate import calibrate
 from variants.hooks import statistic_of
 from variants.merging import merge_and_detach
 from variants.peft_format import peft_method
-from variants.storage import load_lane, load_peft, save_lane, save_peft
-from variants.testing.cases import LAW_SETTINGS
+from variants.storage import load_peft, save_peft
+from variants.testing.rig import LAW_SETTINGS
 
 SETTINGS = VariantSettings(rank=2, alpha=4.0)
 IDS = torch.arange(16).view(8, 2)
@@ -88,23 +88,6 @@ def test_the_base_model_uses_its_own_head_or_a_given_one() -> None:
     assert not torch.equal(given, own)
 
 
-def test_a_head_only_lane_is_a_linear_probe() -> None:
-    """The gradients are those of logistic regression on the frozen features."""
-    adapters, plain = adapted("head_only"), bert()
-    labels = torch.arange(8) % 3
-    with adapters.activate_lanes(["0", "1"], 0, rows_per_lane=8):
-        out = adapters.model(input_ids=IDS.repeat(2, 1)).logits.chunk(2)
-        sum(nn.functional.cross_entropy(each, labels) for each in out).backward()
-    assert set(adapters.trainable("0")) == {"classifier.weight", "classifier.bias"}
-    with torch.no_grad():
-        features = plain.bert(input_ids=IDS).pooler_output
-    for lane in ("0", "1"):
-        trainable = adapters.trainable(lane)
-        probe = nn.functional.linear(features, trainable["classifier.weight"], trainable["classifier.bias"])
-        error = probe.softmax(1) - nn.functional.one_hot(labels, 3)
-        torch.testing.assert_close(trainable["classifier.weight"].grad, error.t() @ features / 8)
-
-
 def test_head_only_needs_a_head() -> None:
     with pytest.raises(
         UnsupportedError, match="head_only trains the task's head alone, and this task has none"
@@ -116,20 +99,6 @@ def test_heads_are_float32_over_bfloat16() -> None:
     adapters = adapted(dtype=torch.bfloat16)
     assert adapters.trainable("0")["classifier.weight"].dtype == torch.float32
     assert logits(adapters, "0").dtype == torch.float32
-
-
-@pytest.mark.parametrize("name", ["lora", "head_only", "full"])
-def test_a_lane_and_its_head_are_saved_and_merged(name: str, tmp_path: Path) -> None:
-    adapters = adapted(name, lanes=1)
-    perturb(adapters)
-    before = logits(adapters, "0")
-    save_lane(adapters, "0", tmp_path / "lane.safetensors")
-    fresh = adapted(name, lanes=0)
-    load_lane(fresh, "0", tmp_path / "lane.safetensors")
-    assert torch.equal(logits(fresh, "0"), before)
-    merge_and_detach(adapters, "0")
-    with torch.no_grad():
-        torch.testing.assert_close(adapters.model(input_ids=IDS).logits, before)
 
 
 def test_a_head_inside_the_base_is_exported_too(tmp_path: Path) -> None:

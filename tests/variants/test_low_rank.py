@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -15,8 +16,12 @@ from variants import catalogue
 from variants.api import FrozenLayer, Params, VariantSettings
 from variants.baseline.lora import LoRA
 from variants.low_rank import LowRank, LowRankProduct
-from variants.testing.cases import CASES, ROWS, Case
+from variants.optimization.dora import DoRA
 from variants.testing.rig import (
+    CASES,
+    ROWS,
+    Case,
+    LaneOptimizer,
     attach_lanes,
     calibrate_lane,
     lane_inputs,
@@ -40,6 +45,19 @@ def _layer(is_transposed: bool, has_bias: bool) -> FrozenLayer:
 
 def _base(x: Tensor, layer: FrozenLayer) -> Tensor:
     return x @ layer.weight.mT + (0 if layer.bias is None else layer.bias)
+
+
+@contextmanager
+def keep_saved() -> Iterator[list[Tensor]]:
+    """Collect the tensors that autograd keeps for the backward pass."""
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield kept
 
 
 @pytest.mark.parametrize("is_transposed", [False, True])
@@ -94,7 +112,6 @@ def test_only_the_input_the_hidden_values_and_computed_factors_are_kept(variant:
     adapters = attach_lanes(case, catalogue.get(variant), 1, VariantSettings(3, 6.0))
     layer = adapters.model.there[0]  # type: ignore[union-attr,index]
     x = lane_inputs(case, adapters.lanes).requires_grad_()
-    kept: list[Tensor] = []
     resident = {
         t.untyped_storage().data_ptr()
         for t in [
@@ -104,12 +121,7 @@ def test_only_the_input_the_hidden_values_and_computed_factors_are_kept(variant:
         ]
     }
 
-    def keep(tensor: Tensor) -> Tensor:
-        kept.append(tensor)
-        return tensor
-
-    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-    with adapters.activate_lanes(adapters.lanes, 0, rows_per_lane=ROWS), hooks:
+    with adapters.activate_lanes(adapters.lanes, 0, rows_per_lane=ROWS), keep_saved() as kept:
         layer(x)
     own = Counter(t.numel() for t in kept if t.untyped_storage().data_ptr() not in resident)
     factors = [6 * 24, 40 * 6] if variant == "pissa" else [40 * 3]
@@ -231,3 +243,153 @@ def test_factors_are_rounded_once_for_all_tokens_and_give_the_same_bits(
             outputs.append(model_output(adapters.model, inputs))
     assert (first.count > 0, second.count) == (True, 0)
     assert all(torch.equal(output.view(expected.shape), expected) for output in outputs)
+
+
+# The layer of a dense update: gradients, number of products of full size, and kept memory.
+
+
+FULL_IN, FULL_OUT, FULL_RANK = 24, 40, 3
+
+
+class CountFullProducts(TorchDispatchMode):
+    """A mode that counts matrix products with a factor or result of shape (FULL_OUT, FULL_IN).
+
+    Products with A or B are not counted.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in ("mm", "addmm", "bmm", "baddbmm"):
+            rows, columns = args[-2:]
+            sizes = {*rows.shape[-2:], *columns.shape[-2:]}
+            lanes = len(rows) if rows.dim() == 3 else 1
+            self.count += lanes * ({FULL_IN, FULL_OUT} <= sizes and FULL_RANK not in sizes)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("has_base", [False, True])
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_gradients_equal_numerical_ones(has_base: bool, is_transposed: bool) -> None:
+    """`is_transposed`: the module stores (in, out), as Conv1D does."""
+    torch.manual_seed(0)
+    weight, bias = torch.randn(4, 3).double(), torch.randn(4).double()
+    if is_transposed:
+        weight = weight.t().contiguous().t()
+    shapes = [(2, 5, 3), (2, 5, 4), (2, 2, 3), (2, 4, 2)]
+    x, base, a, b = (torch.randn(shape).double().requires_grad_() for shape in shapes)
+
+    def product(x: Tensor, base: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        layer = FrozenLayer("layer", weight, bias).with_settings(
+            VariantSettings(2, None), torch.ones(2, 1, 1)
+        )
+        inputs = {"A": a, "B": b}, layer
+        hira = catalogue.get("hira")
+        return hira.forward(x, base, *inputs) if has_base else hira.forward_with_base(x, *inputs)
+
+    expected = x @ (weight * (b @ a)).mT + (base if has_base else x @ weight.T + bias)
+    torch.testing.assert_close(product(x, base, a, b), expected)
+    assert torch.autograd.gradcheck(product, (x, base, a, b))
+
+
+@pytest.mark.parametrize(("dtype", "products"), [(torch.float32, 3), (torch.bfloat16, 5)])
+def test_a_lane_takes_three_products_of_full_size_and_keeps_only_x_and_its_factors(
+    dtype: torch.dtype, products: int
+) -> None:
+    """A lane has one product forward and two backward. In bfloat16 the frozen layer adds one to each pass."""
+    case = Case("dense", out_features=FULL_OUT, in_features=FULL_IN, dtype=dtype)
+    adapters = attach_lanes(case, catalogue.get("hira"), LANES, VariantSettings(FULL_RANK, None))
+    layer = adapters.model.there[0]  # type: ignore[union-attr,index]
+    x = lane_inputs(case, adapters.lanes).requires_grad_()
+    with CountFullProducts() as counter, adapters.activate_lanes(adapters.lanes, 0, rows_per_lane=ROWS):
+        with keep_saved() as kept:
+            out = layer(x)
+        out.sum().backward()
+    base_products = 2 if products == 5 else 0  # the base's products are over the rows of all lanes
+    assert counter.count == LANES * 3 + base_products
+    weight = layer.base_layer.weight
+    own = Counter(t.numel() for t in kept if t.untyped_storage().data_ptr() != weight.data_ptr())
+    assert own == {x.numel(): 1, LANES * FULL_RANK * FULL_IN: 1, LANES * FULL_RANK * FULL_OUT: 1}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_drops_the_input_of_the_update_alone(dtype: torch.dtype) -> None:
+    case = Case("dense", dtype=dtype)
+    adapters = attach_lanes(case, catalogue.get("hira"), 1, VariantSettings(4, None, dropout=0.5))
+    perturb_lanes(case, adapters)
+    layer, x = adapters.layers["there.0"], case.rows(0)
+    with torch.no_grad(), adapters.activate_lanes(["0"], 0) as context:
+        out = layer(x)
+        context.mask_draws.clear()
+    from variants.forward_context import draw_dropout_masks
+
+    with torch.no_grad():
+        mask = draw_dropout_masks(x.view(1, -1, 32), 0.5, "there.0", context, adapters.state.seeds)
+        a, b = (adapters.trainable("0")[f"there.0.{name}"] for name in "AB")
+        weight = layer.frozen_layer.weight.double()
+        update = (x.view(1, -1, 32) * mask).double() @ (weight * (b.double() @ a.double())).T
+        expected = x.double() @ weight.T + update.view(x.shape)
+    assert (out.double() - expected).norm() < case.tolerance * expected.norm()
+
+
+# DoRA's row norms are computed once for each value of a lane's parameters, and never outdated.
+
+
+NORMS_CASE = Case("norms")
+NORM_LAYERS = 4
+
+
+class CountingDoRA(DoRA):
+    """DoRA that counts the lanes and layers whose norms it computes."""
+
+    def __init__(self) -> None:
+        self.computed = 0
+
+    def gradient_constants(self, params: Params, layer: FrozenLayer) -> Params:
+        self.computed += len(layer.scaling)
+        return super().gradient_constants(params, layer)
+
+
+def test_norms_are_computed_once_a_step_and_lane_whatever_lanes_share_a_micro_batch() -> None:
+    variant = CountingDoRA()
+    adapters = attach_lanes(NORMS_CASE, variant, 3)
+    optimizers = [LaneOptimizer(adapters, lane, 0.01, 2) for lane in adapters.lanes]
+    for step in range(2):
+        variant.computed = 0
+        for micro_batch, groups in enumerate([(("0", "1", "2"),), (("0", "2"), ("1",)), (("2", "1", "0"),)]):
+            for lanes in groups:
+                with adapters.activate_lanes(lanes, step, micro_batch, rows_per_lane=ROWS):
+                    model_output(adapters.model, lane_inputs(NORMS_CASE, lanes)).square().mean().backward()
+        assert variant.computed == 3 * NORM_LAYERS
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    variant.computed = 0
+    for _ in range(2):  # batches of an evaluation
+        lane_outputs(NORMS_CASE, adapters)
+    assert variant.computed == 3 * NORM_LAYERS
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_new_lane_of_an_old_name_has_its_own_norms(dtype: torch.dtype) -> None:
+    case = Case("norms", dtype=dtype)
+    adapters = attach_lanes(case, DoRA(), 1)
+    first = lane_outputs(case, adapters)
+    tensors = {name: tensor + 0.1 for name, tensor in adapters.trainable("0").items()}
+    adapters.remove_lane("0")
+    adapters.restore_lane("0", tensors, {}, VariantSettings(rank=4, alpha=8.0))
+    restored = lane_outputs(case, adapters)
+    fresh = attach_lanes(case, DoRA(), 0)
+    fresh.restore_lane("0", tensors, {}, VariantSettings(rank=4, alpha=8.0))
+    assert torch.equal(restored, lane_outputs(case, fresh))
+    assert not torch.equal(restored, first)
+
+
+def test_blocks_of_rows_give_the_norms_of_the_whole_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, blocks = (attach_lanes(NORMS_CASE, DoRA(), 2) for _ in range(2))
+    expected = lane_outputs(NORMS_CASE, whole)
+    monkeypatch.setattr("variants.optimization.dora.CAST_NUMEL", 7 * NORMS_CASE.in_features)
+    assert torch.equal(lane_outputs(NORMS_CASE, blocks), expected)

@@ -10,7 +10,7 @@ from peft import PeftType
 
 from orchestrator.analyze.published import published_variants
 from variants import catalogue
-from variants.describe import Method, describe, read_methods
+from variants.__main__ import Description, describe, read_methods
 from variants.errors import UnsupportedError
 
 METHODS = read_methods()
@@ -38,41 +38,41 @@ SECTION_II = words("""
     LLaVA-MoLE
 """)
 """The methods that section II of the survey places under one name."""
-IMPLEMENTED = [each for each in METHODS if each.variant]
+IMPLEMENTED = [each for each in METHODS if each["variant"]]
 
 
-def titles(methods: list[Method]) -> list[str]:
-    return sorted(each.title for each in methods)
+def titles(methods: list[Description]) -> list[str]:
+    return sorted(each["title"] for each in methods)
 
 
 def test_the_54_methods_of_the_surveys_code_are_accounted_for() -> None:
     assert len(SURVEY_CODE) == 54
-    assert titles([each for each in METHODS if each.survey_code]) == sorted(SURVEY_CODE)
+    assert titles([each for each in METHODS if each["survey_code"]]) == sorted(SURVEY_CODE)
 
 
 def test_the_methods_of_section_ii_are_accounted_for() -> None:
-    assert SECTION_II - {each.title for each in METHODS} == set()
+    assert SECTION_II - {each["title"] for each in METHODS} == set()
 
 
 def test_the_twenty_that_the_survey_trained_are_marked_and_exist() -> None:
-    twenty = {each.variant for each in METHODS if each.evaluated}
+    twenty = {each["variant"] for each in METHODS if each["evaluated"]}
     assert twenty == set(published_variants())
     assert len(twenty) == 20
     assert twenty <= set(catalogue.names())
 
 
 def test_every_method_of_peft_has_one_row() -> None:
-    counts = Counter(each.peft for each in METHODS if each.peft)
+    counts = Counter(each["peft"] for each in METHODS if each["peft"])
     assert counts == Counter(each.value for each in PeftType)
 
 
 def test_each_row_has_an_entry_or_a_reason() -> None:
-    assert [each.title for each in METHODS if bool(each.variant) == bool(each.reason)] == []
-    assert all(each.reason.endswith(".") for each in METHODS if each.reason)
+    assert [each["title"] for each in METHODS if bool(each["variant"]) == bool(each["reason"])] == []
+    assert all(each["reason"].endswith(".") for each in METHODS if each["reason"])
 
 
 def test_a_method_without_an_entry_names_the_tuner_of_peft_that_a_study_accepts() -> None:
-    absent = {each.peft: each.reason for each in METHODS if each.peft and not each.variant}
+    absent = {each["peft"]: each["reason"] for each in METHODS if each["peft"] and not each["variant"]}
     named = {peft for peft, reason in absent.items() if f"peft:{peft}" in reason}
     assert named == {peft for peft in absent if is_accepted(f"peft:{peft}")}
 
@@ -86,22 +86,24 @@ def is_accepted(name: str) -> bool:
 
 
 def test_each_row_with_an_entry_names_one_of_its_own() -> None:
-    counts = Counter(each.variant for each in IMPLEMENTED)
+    counts = Counter(each["variant"] for each in IMPLEMENTED)
     assert counts <= Counter(set(catalogue.names()) - CONTROLS)
     assert counts.total() > 60
 
 
-@pytest.mark.parametrize("method", IMPLEMENTED, ids=lambda each: each.variant)
-def test_a_row_agrees_with_the_entrys_folder_docstring_and_peft(method: Method) -> None:
-    entry = describe(method.variant)
-    assert method.axis == entry.axis
+@pytest.mark.parametrize("method", IMPLEMENTED, ids=lambda each: each["variant"])
+def test_a_row_agrees_with_the_entrys_folder_docstring_and_peft(method: Description) -> None:
+    entry = describe(method["variant"])
+    assert method["axis"] == entry["axis"]
     numbers = r"\d{4}\.\d{4,5}|(?<=openreview )\w+"
-    paper = re.findall(numbers, method.paper, re.IGNORECASE)
-    assert paper == re.findall(numbers, entry.paper, re.IGNORECASE)
-    if method.peft and entry.peft:
-        assert entry.peft in (method.peft, "LORA"), "a product of factors may be exported as a plain LoRA"
+    paper = re.findall(numbers, method["paper"], re.IGNORECASE)
+    assert paper == re.findall(numbers, entry["paper"], re.IGNORECASE)
+    if method["peft"] and entry["peft"]:
+        assert entry["peft"] in (method["peft"], "LORA"), (
+            "a product of factors may be exported as a plain LoRA"
+        )
 
 
 def test_other_places_of_a_method_are_places_of_the_survey() -> None:
-    places = {f"{each.axis}.{each.leaf}" for each in METHODS}
-    assert {place for each in METHODS for place in each.also} <= places
+    places = {f"{each['axis']}.{each['leaf']}" for each in METHODS}
+    assert {place for each in METHODS for place in each["also"]} <= places

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from variants import catalogue, traits
+from variants import catalogue
 from variants.adapters import attach
 from variants.api import UnsupportedError, VariantSettings
 from variants.storage import load_lane, save_lane
 from variants.testing import Case
 from variants.testing.rig import tensors_equal
+from variants.variant_settings import ENTRY_POINT_GROUP, canonical_key
 
 OWN = '''
 """A LoRA whose scaling is a hyperparameter."""
@@ -49,7 +50,7 @@ def write(folder: Path, text: str = OWN, name: str = "my-own.v2.py") -> str:
 def test_a_file_outside_the_package_is_a_variant_of_the_axis_user(tmp_path: Path) -> None:
     path = write(tmp_path)
     variant = catalogue.get(path)
-    assert (variant.name, variant.source_path, catalogue.axis(path)) == ("my-own.v2.py", path, "user")
+    assert (variant.name, variant.source_path, variant.axis) == ("my-own.v2.py", path, "user")
     assert variant.extra_defaults == {"factor": 2.0}
 
 
@@ -57,7 +58,7 @@ def test_a_relative_path_names_the_same_variant(tmp_path: Path, monkeypatch: pyt
     path = write(tmp_path)
     monkeypatch.chdir(tmp_path)
     assert catalogue.get("my-own.v2.py") is catalogue.get(path)
-    assert traits.canonical_key("./my-own.v2.py.fac-tor") == "my-own.v2.py.fac_tor"
+    assert canonical_key("./my-own.v2.py.fac-tor") == "my-own.v2.py.fac_tor"
 
 
 def test_the_revision_is_that_of_the_content(tmp_path: Path) -> None:
@@ -124,7 +125,7 @@ def install(folder: Path, **targets: str) -> None:
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: my-package\nVersion: 1.0\n")
     lines = [f"{name} = {target}" for name, target in targets.items()]
-    (info / "entry_points.txt").write_text("\n".join([f"[{traits.ENTRY_POINT_GROUP}]", *lines, ""]))
+    (info / "entry_points.txt").write_text("\n".join([f"[{ENTRY_POINT_GROUP}]", *lines, ""]))
 
 
 def run(folder: Path, code: str) -> list[str]:
@@ -138,14 +139,14 @@ def test_a_package_registers_a_variant(tmp_path: Path) -> None:
     install(tmp_path, **{"my-scaled": "my_package:Scaled"})
     code = """
 from variants.__main__ import main
-print('my_scaled' in catalogue.names(), catalogue.axis('my_scaled'), 'torch' in sys.modules)
+print('my_scaled' in catalogue.names(), 'torch' in sys.modules)
 v = catalogue.get('my_scaled')
-print(v.name, dict(v.extra_defaults), len(v.revision))
+print(v.name, v.axis, dict(v.extra_defaults), len(v.revision))
 main([])
 """
     first, second, *rest = run(tmp_path, code)
-    assert first == "True user False"
-    assert second == "my_scaled {'factor': 2.0} 16"
+    assert first == "True False"
+    assert second == "my_scaled user {'factor': 2.0} 16"
     assert any(line.startswith("my_scaled") for line in rest)
 
 

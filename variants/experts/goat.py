@@ -76,11 +76,8 @@ class GOAT(api.Calibrated, api.FrozenUpdate, BalancedMixture):
         return {"U": u[:, chosen], "S": s[chosen], "Vh": vh[chosen]}
 
     def prepare(self, params: api.Params, layer: api.FrozenLayer) -> api.Params:
-        scale = layer.scaling * self.theory_scale(layer)
-        prepared = dict(super().prepare(params, replace(layer, scaling=scale)))
-        if "A0" in params:
-            prepared["sB0"] = params["B0"] * (scale / self.expert_count(layer.settings))
-        return prepared
+        prepared = super().prepare(params, replace(layer, scaling=layer.scaling * self.theory_scale(layer)))
+        return {**prepared, **self.prepare_frozen_update(params, layer)} if "A0" in params else prepared
 
     def prepare_frozen_update(self, params: api.Params, layer: api.FrozenLayer) -> api.Params:
         scale = layer.scaling * self.theory_scale(layer) / self.expert_count(layer.settings)

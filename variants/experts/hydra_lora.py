@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from variants import api
-from variants.mixture import Mixture, router_probabilities
+from variants.mixture import Mixture
 
 
 class HydraLoRA(Mixture):
@@ -31,10 +31,6 @@ class HydraLoRA(Mixture):
         initial = super().init(layer, random)
         initial.trainable["B"] = initial.trainable["B"].repeat(1, self.expert_count(layer.settings))
         return initial
-
-    def route(self, x: Tensor, params: api.Params, settings: api.VariantSettings) -> tuple[Tensor, Tensor]:
-        probabilities = router_probabilities(x, params)
-        return probabilities, probabilities
 
     def features(self, x: Tensor, params: api.Params, experts: int) -> Tensor:
         return api.bmm(x, params["A"].to(x.dtype).transpose(1, 2)).repeat(1, 1, experts)

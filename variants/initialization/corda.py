@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from variants import api
-from variants.low_rank import LowRank, start_from
+from variants.initialization.pissa import PiSSA
 
 
-class CorDA(api.Calibrated, LowRank):
+class CorDA(PiSSA):
     """W' = W + s (B A - B0 A0) with s = alpha / rank.
 
     Initialization: W C = U S V^T, where C is the mean of X^T X over the samples of `calibration_batches`
@@ -41,12 +41,7 @@ class CorDA(api.Calibrated, LowRank):
         u, s, vh = torch.linalg.svd(layer.weight.to(matrix) @ moment, full_matrices=False)
         rank, in_instruction_mode = layer.settings.rank, layer.settings["mode"] == "instruction"
         used = slice(rank) if in_instruction_mode else slice(len(s) - rank, None)
-        return {"U": u[:, used].contiguous(), "S": s[used].contiguous(), "V": vh[used] @ inverse}
-
-    def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
-        u, s, v = self.calibrated(layer, *"USV")
-        root = (s / self.scaling(layer.settings)).sqrt()
-        return start_from(root.unsqueeze(1) * v, u * root)
+        return {"U": u[:, used].contiguous(), "S": s[used].contiguous(), "Vh": vh[used] @ inverse}
 
 
 def _invertible(moment: Tensor, layer: api.FrozenLayer) -> tuple[Tensor, Tensor]:

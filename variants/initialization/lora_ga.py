@@ -6,7 +6,7 @@ from torch import Tensor
 
 from variants import api
 from variants.linalg import fix_signs, randomized_svd
-from variants.low_rank import LowRank, rank_stabilized, start_from
+from variants.low_rank import LowRank, start_from
 
 
 class LoRAGA(api.Calibrated, LowRank):
@@ -47,8 +47,7 @@ class LoRAGA(api.Calibrated, LowRank):
         "gamma": api.Number(16.0, above=0, help="a larger value makes A and B smaller"),
     }
 
-    def scaling(self, settings: api.VariantSettings) -> float:
-        return rank_stabilized(settings)
+    scaling = LowRank.rank_stabilized
 
     def largest_rank(self, layer: api.FrozenLayer) -> int:
         return min(layer.shape) // 2

@@ -5,7 +5,6 @@ from torch import Tensor
 
 from variants import api
 from variants.linalg import randomized_svd
-from variants.low_rank import rank_stabilized
 
 
 class LoRAOne(api.Calibrated, api.LowRank):
@@ -34,8 +33,7 @@ class LoRAOne(api.Calibrated, api.LowRank):
     start = api.Start.OTHER
     calibration_statistic = api.CalibrationStatistic.MEAN_GRADIENT
 
-    def scaling(self, settings: api.VariantSettings) -> float:
-        return rank_stabilized(settings)
+    scaling = api.LowRank.rank_stabilized
 
     def reduce_calibration(self, layer: api.FrozenLayer, matrix: Tensor) -> api.Params:
         rank = layer.settings.rank

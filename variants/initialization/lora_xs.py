@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from variants import api
-from variants.weight_svd import WeightSVD
+from variants.linalg import WeightSVD
 
 
 class LoRAXS(WeightSVD):

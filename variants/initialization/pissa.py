@@ -1,8 +1,8 @@
 """PiSSA: LoRA from the largest singular triplets of the weight."""
 
 from variants import api
+from variants.linalg import WeightSVD
 from variants.low_rank import start_from
-from variants.weight_svd import WeightSVD
 
 
 class PiSSA(WeightSVD):

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from variants import api
-from variants.weight_svd import WeightSVD
+from variants.linalg import WeightSVD
 
 
 class SORSA(api.StepHooks, WeightSVD):

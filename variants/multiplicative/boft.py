@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from variants import api
+from variants.linalg import cayley_change, multiply_blocks
 from variants.maps import InputMap
-from variants.rotations import cayley_change, multiply_blocks
 
 
 class BOFT(api.PeftFormat, InputMap):
@@ -46,13 +46,11 @@ class BOFT(api.PeftFormat, InputMap):
         fields={"block_size": "boft_block_size", "factors": "boft_n_butterfly_factor"},
     )
 
-    def validate_settings(self, settings: api.VariantSettings) -> api.VariantSettings:
-        settings = super().validate_settings(settings)
+    def check_settings(self, settings: api.VariantSettings) -> None:
         if settings["factors"] > 1 and settings["block_size"] % 2:
             raise api.UnsupportedError(
                 f"block_size {settings['block_size']}: must be even for more than one factor"
             )
-        return settings
 
     def check_layer(self, layer: api.FrozenLayer) -> None:
         in_features = layer.shape[1]

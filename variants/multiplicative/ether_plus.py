@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from variants import api
+from variants.linalg import multiply_rank_one, unit_rows
 from variants.maps import LowRankMap
-from variants.rotations import multiply_rank_one, unit_rows
 
 
 class ETHERPlus(LowRankMap):

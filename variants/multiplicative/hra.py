@@ -38,17 +38,14 @@ class HRA(api.LowRank):
     def largest_rank(self, layer: api.FrozenLayer) -> int | None:
         return None  # as in PEFT
 
-    def validate_settings(self, settings: api.VariantSettings) -> api.VariantSettings:
-        settings = super().validate_settings(settings)
+    def check_settings(self, settings: api.VariantSettings) -> None:
         if settings.rank % 2:
             raise api.UnsupportedError(
                 f"rank {settings.rank}: HRA starts from pairs of reflections; it must be even"
             )
-        return settings
 
     def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
-        pairs = layer.settings.rank // 2
-        half = random.kaiming("U", (layer.shape[1], pairs))
+        half = random.kaiming("U", (layer.shape[1], layer.settings.rank // 2))
         return api.InitialTensors({"U": half.repeat_interleave(2, dim=1)})
 
     def factors(self, params: api.Params, layer: api.FrozenLayer) -> tuple[Tensor, Tensor]:

@@ -6,8 +6,8 @@ from typing import Any
 from torch import Tensor
 
 from variants import api
+from variants.linalg import cayley_change, multiply_blocks, nearest_divisor, neumann_change, skew_symmetric
 from variants.maps import InputMap
-from variants.rotations import cayley_change, multiply_blocks, nearest_divisor, neumann_change, skew_symmetric
 
 
 class OFT(api.PeftFormat, InputMap):

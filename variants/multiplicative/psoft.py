@@ -4,8 +4,7 @@ import torch
 from torch import Tensor
 
 from variants import api
-from variants.rotations import cayley_change, skew_symmetric
-from variants.weight_svd import WeightSVD
+from variants.linalg import WeightSVD, cayley_change, skew_symmetric
 
 
 class PSOFT(WeightSVD):
@@ -28,10 +27,9 @@ class PSOFT(WeightSVD):
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
     uses_alpha = False
 
-    def validate_settings(self, settings: api.VariantSettings) -> api.VariantSettings:
+    def check_settings(self, settings: api.VariantSettings) -> None:
         if settings.rank == 1:
             raise api.UnsupportedError("rank 1: a rotation needs at least two singular triplets")
-        return super().validate_settings(settings)
 
     def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
         u, s, vh = self.triplets(layer)

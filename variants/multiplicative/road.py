@@ -45,11 +45,9 @@ class RoAd(api.PeftFormat, OutputMap):
         adapts_conv1d=False,
     )
 
-    def validate_settings(self, settings: api.VariantSettings) -> api.VariantSettings:
-        settings = super().validate_settings(settings)
+    def check_settings(self, settings: api.VariantSettings) -> None:
         if settings["group_size"] % 2:
             raise api.UnsupportedError(f"group_size {settings['group_size']}: must be even")
-        return settings
 
     def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
         scale = layer.ones(_ANGLES[layer.settings["form"]] * layer.shape[0] // 2)

@@ -73,7 +73,7 @@ class DeLoRA(api.LowRank):
         if "A0" in params:
             a, b = torch.cat([params["A"], params["A0"]]), torch.cat([params["B"], -params["B0"]], dim=1)
             params = {"A": a, "B": b, "lambda": 2 * params["lambda"]}
-        return {peft_name: params[name] for name, peft_name in self.peft.names.items()}
+        return api.PeftFormat.to_peft(self, params, layer)
 
     def peft_layer_fields(self, params: api.Params, layer: api.FrozenLayer) -> dict[str, Any]:
         return {"r": (2 if "A0" in params else 1) * layer.settings.rank}

@@ -43,8 +43,7 @@ class LoFT(api.StepHooks, api.LowRank):
     verified_by = api.VerifiedBy.AUTHORS_CODE
     uses_alpha = False
     typical_lr_scale = 0.1
-    mutable_buffers = STATE
-    hook_only_buffers = STATE
+    mutable_buffers = hook_only_buffers = STATE
 
     def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
         initial = super().init(layer, random)

@@ -43,8 +43,7 @@ class LoRAPro(api.StepHooks, api.LowRank):
     verified_by = api.VerifiedBy.AUTHORS_CODE
     batching = api.Batching.EXCLUSIVE
     typical_lr_scale = 0.1
-    mutable_buffers = MOMENTS
-    hook_only_buffers = MOMENTS
+    mutable_buffers = hook_only_buffers = MOMENTS
 
     def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
         initial = super().init(layer, random)

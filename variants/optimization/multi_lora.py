@@ -28,13 +28,9 @@ class MultiLoRA(api.LowRank):
     def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
         (out_features, in_features), rank = layer.shape, layer.settings.rank
         modules = layer.settings["modules"]
-        initial = {"g": layer.zeros(modules, out_features)}
-        for name, shape, fan_in in (
-            ("A", (modules * rank, in_features), in_features),
-            ("B", (out_features, modules * rank), rank),
-        ):
-            initial[name] = random.kaiming(name, shape, fan_in)
-        return api.InitialTensors(initial)
+        a = random.kaiming("A", (modules * rank, in_features))
+        b = random.kaiming("B", (out_features, modules * rank), fan_in=rank)
+        return api.InitialTensors({"g": layer.zeros(modules, out_features), "A": a, "B": b})
 
     def factors(self, params: api.Params, layer: api.FrozenLayer) -> tuple[Tensor, Tensor]:
         scales = params["g"].transpose(-1, -2).repeat_interleave(layer.settings.rank, dim=-1)

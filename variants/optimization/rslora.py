@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from variants import api
-from variants.low_rank import LORA_PEFT, LowRank, rank_stabilized
+from variants.low_rank import LORA_PEFT, LowRank
 
 
 class RsLoRA(LowRank):
@@ -18,5 +18,4 @@ class RsLoRA(LowRank):
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
     peft = replace(LORA_PEFT, constants={**LORA_PEFT.constants, "use_rslora": True})
 
-    def scaling(self, settings: api.VariantSettings) -> float:
-        return rank_stabilized(settings)
+    scaling = LowRank.rank_stabilized

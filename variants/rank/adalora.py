@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -52,21 +53,24 @@ class AdaLoRA(api.StepHooks, api.RankAllocation, api.AuxiliaryLoss, api.LowRank)
         "final": api.Number(900 / 1562, help="fraction of the total steps with fixed ranks at the end"),
         "orthogonality": api.Number(0.5, help="weight of the orthogonality loss"),
     }
-    peft = api.PeftMethod("ADALORA", {name: f"lora_{name}" for name in "AEB"})
+    peft = api.PeftMethod(
+        "ADALORA",
+        {name: f"lora_{name}" for name in "AEB"},
+        rank="target_r",
+        fields={"orthogonality": "orth_reg_weight"},
+    )
 
-    def validate_settings(self, settings: api.VariantSettings) -> api.VariantSettings:
-        settings = super().validate_settings(settings)
+    def check_settings(self, settings: api.VariantSettings) -> None:
         if settings["warmup"] + settings["final"] >= 1:
             raise api.UnsupportedError(
                 "warmup and final: must be fractions of the total steps with a sum below 1"
             )
-        return settings
 
     def scaling(self, settings: api.VariantSettings) -> float:
-        return super().scaling(settings) * settings.rank / (_initial_rank(settings) + 1e-5)
+        return super().scaling(settings) * settings.rank / (initial_rank(settings) + 1e-5)
 
     def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
-        (out_features, in_features), rank = layer.shape, _initial_rank(layer.settings)
+        (out_features, in_features), rank = layer.shape, initial_rank(layer.settings)
         trainable = {
             "A": random.normal("A", (rank, in_features), INIT_STD),
             "E": layer.zeros(rank, 1),
@@ -103,7 +107,7 @@ class AdaLoRA(api.StepHooks, api.RankAllocation, api.AuxiliaryLoss, api.LowRank)
             _update_importance(views)
         if lane.step <= pruning_end:
             left = _triplet_budget(len(views), lane.settings, lane.step, lane.total_steps)
-            if left == len(views) * _initial_rank(lane.settings):
+            if left == len(views) * initial_rank(lane.settings):
                 return  # all triplets are kept, and the stored mask still has its initial ones
             scores = _triplet_scores(views)
             keep_mask = torch.ones_like(scores)
@@ -121,27 +125,19 @@ class AdaLoRA(api.StepHooks, api.RankAllocation, api.AuxiliaryLoss, api.LowRank)
         self, layer_count: int, settings: api.VariantSettings, step: int, total_steps: int
     ) -> int:
         is_pruned = step >= _pruning_steps(settings, total_steps)[1]
-        return layer_count * (settings.rank if is_pruned else _initial_rank(settings))
+        return layer_count * (settings.rank if is_pruned else initial_rank(settings))
 
     def to_peft(self, params: api.Params, layer: api.FrozenLayer) -> dict[str, Tensor]:
         return {"lora_A": params["A"], "lora_E": params["E"] * params[api.RANK_MASK], "lora_B": params["B"]}
 
     def peft_config(self, settings: api.VariantSettings) -> dict[str, Any]:
-        return {
-            "peft_type": "ADALORA",
-            "target_r": settings.rank,
-            "init_r": _initial_rank(settings),
-            "lora_alpha": settings.alpha,
-            "lora_dropout": settings.dropout,
-            "orth_reg_weight": settings["orthogonality"],
-            "total_step": 1,  # PEFT requires a number, which matters only if it trains on
-            "bias": "none",
-        }
+        # PEFT requires a `total_step`, which matters only if it trains on.
+        own = {"init_r": initial_rank(settings), "total_step": 1, "bias": "none"}
+        return {**super().peft_config(settings), **own}
 
     def settings_from_peft(self, config: Mapping[str, Any]) -> api.VariantSettings:
-        rank, dropout = config["target_r"], float(config.get("lora_dropout", 0))
-        extra = {"initial": config["init_r"] / rank, "orthogonality": config.get("orth_reg_weight", 0.5)}
-        return api.VariantSettings(rank, float(config["lora_alpha"]), dropout, extra)
+        settings = super().settings_from_peft(config)
+        return replace(settings, extra={**settings.extra, "initial": config["init_r"] / settings.rank})
 
     def init_from_peft(self, tensors: api.Params, settings: api.VariantSettings) -> api.InitialTensors:
         """Invert `to_peft`; the running averages, which PEFT does not save, start at zero."""
@@ -154,7 +150,8 @@ def _init_buffers(trainable: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {**averages, api.RANK_MASK: torch.ones_like(trainable["E"])}
 
 
-def _initial_rank(settings: api.VariantSettings) -> int:
+def initial_rank(settings: api.VariantSettings) -> int:
+    """Return the rank of each layer at step 0: the hyperparameter `initial` times the rank, rounded up."""
     return math.ceil(round(settings["initial"] * settings.rank, 6))
 
 
@@ -170,7 +167,7 @@ def _pruning_steps(settings: api.VariantSettings, total_steps: int) -> tuple[int
 def _triplet_budget(layer_count: int, settings: api.VariantSettings, step: int, total_steps: int) -> int:
     """Return b(t), the number of triplets of all layers that are kept after `step` steps."""
     start, pruning_end = _pruning_steps(settings, total_steps)
-    begin, end = layer_count * _initial_rank(settings), layer_count * settings.rank
+    begin, end = layer_count * initial_rank(settings), layer_count * settings.rank
     if step <= start:
         return begin
     return end + int((begin - end) * (1 - (step - start) / (pruning_end - start)) ** 3)

@@ -30,16 +30,13 @@ class DenseLoRA(api.SharedTensors, api.Variant):
     def largest_rank(self, layer: api.FrozenLayer) -> int | None:
         return None
 
-    def shared_rank(self, settings: api.VariantSettings) -> int:
-        return settings.rank * settings["rank_factor"]
-
     def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
         r = self.shared_rank(layer.settings)
         return api.InitialTensors({"M": random.kaiming("M", (r, r))})
 
     def prepare(self, params: api.Params, layer: api.FrozenLayer) -> api.Params:
-        out_features, in_features = layer.shape
-        return {**params, "A": params["A"][..., :in_features], "B": params["B"][:, :out_features]}
+        a, b = self.own_part(params["A"], params["B"], layer)
+        return {**params, "A": a, "B": b}
 
     def forward(self, x: Tensor, base: Tensor, params: api.Params, layer: api.FrozenLayer) -> Tensor:
         a, m, b = (params[name].to(x.dtype).transpose(1, 2) for name in "AMB")

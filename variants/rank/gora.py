@@ -7,7 +7,6 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from variants import api
-from variants.low_rank import rank_stabilized
 
 
 class GoRA(api.InitTogether, api.RankAllocation, api.Calibrated, api.LowRank):
@@ -45,8 +44,7 @@ class GoRA(api.InitTogether, api.RankAllocation, api.Calibrated, api.LowRank):
         "largest": api.Number(4.0, minimum=1, help="largest rank of a layer, relative to `rank`"),
     }
 
-    def scaling(self, settings: api.VariantSettings) -> float:
-        return rank_stabilized(settings)
+    scaling = api.LowRank.rank_stabilized
 
     def reduce_calibration(self, layer: api.FrozenLayer, matrix: Tensor) -> api.Params:
         random = api.LayerRandom(layer, api.stable_seed(layer.name))

@@ -47,13 +47,11 @@ class GraLoRA(api.PeftFormat, api.Variant):
         assert settings.alpha is not None
         return settings.alpha / (settings.rank + settings["hybrid_rank"])
 
-    def validate_settings(self, settings: api.VariantSettings) -> api.VariantSettings:
-        settings = super().validate_settings(settings)
+    def check_settings(self, settings: api.VariantSettings) -> None:
         if settings.rank % settings["blocks"]:
             raise api.UnsupportedError(
                 f"rank {settings.rank}: must be a multiple of blocks {settings['blocks']}"
             )
-        return settings
 
     def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
         (out_features, in_features), rank = layer.shape, layer.settings.rank

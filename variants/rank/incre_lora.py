@@ -69,13 +69,11 @@ class IncreLoRA(api.StepHooks, api.RankAllocation, api.AuxiliaryLoss, api.LowRan
         "largest": api.Number(4.0, minimum=1, help="largest rank of a layer, relative to `rank`"),
     }
 
-    def validate_settings(self, settings: api.VariantSettings) -> api.VariantSettings:
-        settings = super().validate_settings(settings)
+    def check_settings(self, settings: api.VariantSettings) -> None:
         if settings["initial"] > settings.rank:
             raise api.UnsupportedError(
                 f"initial {settings['initial']}: must not exceed the rank {settings.rank}"
             )
-        return settings
 
     def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
         (out_features, in_features), allocated = layer.shape, _largest_rank(layer.settings)

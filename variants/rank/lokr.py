@@ -40,19 +40,16 @@ class LoKr(api.PeftFormat, api.Variant):
         adapts_conv1d=False,
     )
 
-    def validate_settings(self, settings: api.VariantSettings) -> api.VariantSettings:
-        settings = super().validate_settings(settings)
+    def check_settings(self, settings: api.VariantSettings) -> None:
         if settings["factor"] == 0:
             raise api.UnsupportedError("factor 0: must be at least 1, or -1 for no limit")
-        return settings
 
     def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
         (out1, out2), (in1, in2) = (_divide(side, layer.settings["factor"]) for side in layer.shape)
         rank = layer.settings.rank
         shapes = {"A": (rank, in2), "B": (out2, rank)} if 2 * rank < max(out2, in2) else {"D": (out2, in2)}
         trainable = {name: random.kaiming(name, shape) for name, shape in shapes.items()}
-        c = layer.zeros(out1, in1)
-        return api.InitialTensors({"C": c, **trainable})
+        return api.InitialTensors({"C": layer.zeros(out1, in1), **trainable})
 
     def forward(self, x: Tensor, base: Tensor, params: api.Params, layer: api.FrozenLayer) -> Tensor:
         c = (layer.scaling * params["C"]).to(x.dtype)

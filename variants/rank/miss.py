@@ -30,8 +30,7 @@ class MiSS(api.PeftFormat, api.Variant):
     )
 
     def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
-        shape = layer.settings.rank, layer.shape[0]
-        return api.InitialTensors({"D": layer.zeros(*shape)})
+        return api.InitialTensors({"D": layer.zeros(layer.settings.rank, layer.shape[0])})
 
     def forward(self, x: Tensor, base: Tensor, params: api.Params, layer: api.FrozenLayer) -> Tensor:
         rank = layer.settings.rank

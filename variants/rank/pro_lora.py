@@ -32,13 +32,11 @@ class PRoLoRA(api.LowRank):
         "out_copies": api.Int(2, help="number n of chunks of B"),
     }
 
-    def validate_settings(self, settings: api.VariantSettings) -> api.VariantSettings:
-        settings = super().validate_settings(settings)
+    def check_settings(self, settings: api.VariantSettings) -> None:
         if settings["unshared"] >= settings.rank:
             raise api.UnsupportedError(
                 f"unshared {settings['unshared']}: must be below the rank {settings.rank}"
             )
-        return settings
 
     def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
         (out_features, in_features), unshared = layer.shape, layer.settings["unshared"]

@@ -56,7 +56,7 @@ class RandLoRA(api.SharedTensors, api.LowRank):
         return None
 
     def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
-        n, r = _basis_count(layer.shape, layer.settings), _basis_rank(layer.settings)
+        n, r = self._basis_count(layer.shape, layer.settings), self.shared_rank(layer.settings)
         shape = n, min(layer.shape)
         g = torch.full(shape, 1 / max(shape), dtype=layer.dtype, device=layer.device)
         return api.InitialTensors({"l": g.new_zeros(r, n), "g": g})
@@ -66,13 +66,13 @@ class RandLoRA(api.SharedTensors, api.LowRank):
 
     def init_layer_group(self, layers: api.Layers, random: api.LayerRandom) -> api.InitialTensors:
         settings = api.shared_settings(layers)
-        sides, r = largest_sides(layers), _basis_rank(settings)
-        shapes = {"A": (r, 1, min(sides)), "B": (max(sides), _basis_count(sides, settings), r)}
+        sides, r = largest_sides(layers), self.shared_rank(settings)
+        shapes = {"A": (r, 1, min(sides)), "B": (max(sides), self._basis_count(sides, settings), r)}
         bases = {name: random.uniform(name, shape, 1.0) for name, shape in shapes.items()}
         return api.InitialTensors({}, {name: basis / basis.std() for name, basis in bases.items()})
 
     def factors(self, params: api.Params, layer: api.FrozenLayer) -> tuple[Tensor, Tensor]:
-        n, p, q = _basis_count(layer.shape, layer.settings), min(layer.shape), max(layer.shape)
+        n, p, q = self._basis_count(layer.shape, layer.settings), min(layer.shape), max(layer.shape)
         scales = params["l"].unsqueeze(-1) * params["g"].unsqueeze(-3)  # (..., r, n, p)
         if layer.settings["normalized"]:
             scales = scales / math.sqrt(n)
@@ -83,7 +83,7 @@ class RandLoRA(api.SharedTensors, api.LowRank):
 
     def to_peft(self, params: api.Params, layer: api.FrozenLayer) -> dict[str, Tensor]:
         n, p = params["g"].shape
-        if n * _basis_rank(layer.settings) < p:
+        if n * self.shared_rank(layer.settings) < p:
             raise api.UnsupportedError(
                 f"rand_lora with base_limit {layer.settings['base_limit']} cannot be exported: PEFT has {p}"
             )
@@ -91,17 +91,13 @@ class RandLoRA(api.SharedTensors, api.LowRank):
         return {"randlora_lambda": params["l"], "randlora_gamma": g}
 
     def peft_layer_fields(self, params: api.Params, layer: api.FrozenLayer) -> dict[str, Any]:
-        rank = _basis_rank(layer.settings)
+        rank = self.shared_rank(layer.settings)
         return {"r": rank, "randlora_alpha": self.scaling(layer.settings) * rank}
 
     def settings_from_peft(self, config: Mapping[str, Any]) -> api.VariantSettings:
         extra = {"rank_factor": 1, "base_limit": 1 << 30, "normalized": False}
         return replace(super().settings_from_peft(config), extra=extra)
 
-
-def _basis_rank(settings: api.VariantSettings) -> int:
-    return settings.rank * settings["rank_factor"]
-
-
-def _basis_count(shape: tuple[int, int], settings: api.VariantSettings) -> int:
-    return math.ceil(min(*shape, settings["base_limit"]) / _basis_rank(settings))
+    def _basis_count(self, shape: tuple[int, int], settings: api.VariantSettings) -> int:
+        """Return n, the number of random bases, for a layer of this shape."""
+        return math.ceil(min(*shape, settings["base_limit"]) / self.shared_rank(settings))

@@ -35,11 +35,9 @@ class RaSA(api.InitTogether, api.SharedTensors, api.LowRank):
     def scaling(self, settings: api.VariantSettings) -> float:
         return 1.0
 
-    def validate_settings(self, settings: api.VariantSettings) -> api.VariantSettings:
-        settings = super().validate_settings(settings)
+    def check_settings(self, settings: api.VariantSettings) -> None:
         if settings["shared"] >= settings.rank:
             raise api.UnsupportedError(f"shared {settings['shared']}: must be below the rank {settings.rank}")
-        return settings
 
     def init_layer_group(self, layers: api.Layers, random: api.LayerRandom) -> api.InitialTensors:
         settings = api.shared_settings(layers)
@@ -61,7 +59,5 @@ class RaSA(api.InitTogether, api.SharedTensors, api.LowRank):
         return initial
 
     def factors(self, params: api.Params, layer: api.FrozenLayer) -> tuple[Tensor, Tensor]:
-        out_features, in_features = layer.shape
-        a = torch.cat([params["A"], params["sA"][..., :in_features]], dim=-2)
-        b = torch.cat([params["B"], params["sB"][..., :out_features, :]], dim=-1)
-        return params["E"] * a, b
+        a, b = self.own_part(params["sA"], params["sB"], layer)
+        return params["E"] * torch.cat([params["A"], a], dim=-2), torch.cat([params["B"], b], dim=-1)

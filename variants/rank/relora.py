@@ -1,7 +1,6 @@
 """ReLoRA: LoRA that is merged and restarted during training."""
 
 import math
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -89,8 +88,13 @@ class ReLoRA(api.StepHooks, api.RateScales, api.LowRank):
         view.trainable["B"].zero_()
 
     def restart_optimizer(self, lane: api.LaneView, parameter: Tensor) -> None:
-        """Change AdamW's state of a parameter after a merge."""
-        _prune_moments(lane.moments(parameter), lane.settings["pruned"])
+        """Set both moments of AdamW to zero where |exp_avg| is smallest. It runs after each merge."""
+        moments = lane.moments(parameter)
+        first = moments["exp_avg"].flatten()
+        # A sort, because torch.quantile refuses more than 16 million values.
+        smallest = first.abs().argsort(stable=True)[: int(lane.settings["pruned"] * len(first))]
+        for moment in moments.values():
+            moment.view(-1)[smallest] = 0
 
     def factors(self, params: api.Params, layer: api.FrozenLayer) -> tuple[Tensor, Tensor]:
         a, b = super().factors(params, layer)
@@ -107,14 +111,3 @@ def _merge_steps(total_steps: int, settings: api.VariantSettings) -> list[int]:
     """Return the numbers of steps after which a merge is due."""
     parts = min(settings["merges"] + 1, total_steps // 2)
     return [total_steps * part // parts for part in range(1, parts)]
-
-
-def _prune_moments(moments: Mapping[str, Tensor], share: float) -> None:
-    """Set a fraction of both moments to zero in place, where |exp_avg| is smallest.
-
-    Sorting is used because torch.quantile refuses more than 16 million values.
-    """
-    first = moments["exp_avg"].flatten()
-    smallest = first.abs().argsort(stable=True)[: int(share * len(first))]
-    for moment in moments.values():
-        moment.view(-1)[smallest] = 0

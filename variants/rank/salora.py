@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from variants import api
+from variants.rank.adalora import initial_rank
 
 TAU, GAMMA, ZETA = 1.0, -0.1, 1.1
 """Temperature and limits of the hard concrete distribution, which is cut off at 0 and 1."""
@@ -50,8 +51,8 @@ class SaLoRA(api.StepHooks, api.RateScales, api.RankAllocation, api.LowRank):
         return settings["gate_lr"] if parameter == "log_d" else 1.0
 
     def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
-        initial = random.lora(_initial_rank(layer.settings))
-        initial.trainable["log_d"] = layer.ones(_initial_rank(layer.settings), 1)
+        initial = random.lora(initial_rank(layer.settings))
+        initial.trainable["log_d"] = layer.ones(initial_rank(layer.settings), 1)
         initial.frozen["noise"] = _draw_noise(random, initial.trainable["log_d"])
         return initial
 
@@ -67,7 +68,7 @@ class SaLoRA(api.StepHooks, api.RateScales, api.RankAllocation, api.LowRank):
     def before_step(self, lane: api.LaneView) -> None:
         settings, views = lane.settings, list(lane.layers.values())
         done = min(1.0, lane.step / max(1.0, settings["warmup"] * lane.total_steps))
-        target = 1 - done * (1 - settings.rank / _initial_rank(settings))
+        target = 1 - done * (1 - settings.rank / initial_rank(settings))
         log_d = torch.stack([view.trainable["log_d"] for view in views])
         open_ = (log_d - TAU * math.log(-GAMMA / ZETA)).sigmoid()
         slope = open_ * (1 - open_) / open_.numel()
@@ -93,10 +94,6 @@ class SaLoRA(api.StepHooks, api.RateScales, api.RankAllocation, api.LowRank):
         self, layer_count: int, settings: api.VariantSettings, step: int, total_steps: int
     ) -> int | None:
         return None
-
-
-def _initial_rank(settings: api.VariantSettings) -> int:
-    return math.ceil(round(settings["initial"] * settings.rank, 6))
 
 
 def _draw_noise(random: api.LayerRandom, like: Tensor) -> Tensor:

@@ -32,5 +32,4 @@ class ShareLoRA(api.SharedTensors, api.LowRank):
         return api.InitialTensors({name: own[name] for name in own if name not in layer.settings["part"]})
 
     def factors(self, params: api.Params, layer: api.FrozenLayer) -> tuple[Tensor, Tensor]:
-        out_features, in_features = layer.shape
-        return params["A"][..., :in_features], params["B"][..., :out_features, :]
+        return self.own_part(params["A"], params["B"], layer)

@@ -27,6 +27,5 @@ class TiedLoRA(api.SharedTensors, api.LowRank):
         return api.InitialTensors({"u": layer.ones(rank, 1), "v": layer.ones(out_features, 1)})
 
     def factors(self, params: api.Params, layer: api.FrozenLayer) -> tuple[Tensor, Tensor]:
-        out_features, in_features = layer.shape
-        a, b = params["A"][..., :in_features], params["B"][..., :out_features, :]
+        a, b = self.own_part(params["A"], params["B"], layer)
         return params["u"] * a, params["v"] * b

@@ -54,12 +54,10 @@ class VBLoRA(api.InitTogether, api.SharedTensors, api.RateScales, api.LowRank):
         fields={"vectors": "num_vectors", "vector_length": "vector_length", "top_k": "topk"},
     )
 
-    def validate_settings(self, settings: api.VariantSettings) -> api.VariantSettings:
-        settings = super().validate_settings(settings)
+    def check_settings(self, settings: api.VariantSettings) -> None:
         top_k, vectors = settings["top_k"], settings["vectors"]
         if top_k > vectors:
             raise api.UnsupportedError(f"top_k {top_k}: must be at most vectors {vectors}")
-        return settings
 
     def check_layer(self, layer: api.FrozenLayer) -> None:
         out_features, in_features = layer.shape

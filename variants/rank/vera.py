@@ -51,25 +51,25 @@ class VeRA(api.SharedTensors, api.LowRank):
 
     def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
         b = layer.zeros(layer.shape[0])
-        return api.InitialTensors({"d": b.new_full((_vera_rank(layer.settings),), 0.1), "b": b})
+        return api.InitialTensors({"d": b.new_full((self.shared_rank(layer.settings),), 0.1), "b": b})
 
     def layer_group(self, layer_name: str) -> str:
         return "vera"
 
     def init_layer_group(self, layers: api.Layers, random: api.LayerRandom) -> api.InitialTensors:
         settings = api.shared_settings(layers)
-        rank = _vera_rank(settings)
+        rank = self.shared_rank(settings)
         out_features, in_features = largest_sides(layers)
         a = random.uniform("A", (rank, in_features), math.sqrt(6 / in_features))
         b = random.uniform("B", (out_features, rank), math.sqrt(6 / rank))
         return api.InitialTensors({}, {"A": a, "B": b})
 
     def factors(self, params: api.Params, layer: api.FrozenLayer) -> tuple[Tensor, Tensor]:
-        a, b = self._matrices(params, layer)
+        a, b = self.own_part(params["A"], params["B"], layer)
         return params["d"].unsqueeze(-1) * a, params["b"].unsqueeze(-1) * b
 
     def prepare(self, params: api.Params, layer: api.FrozenLayer) -> api.Params:
-        a, b = self._matrices(params, layer)
+        a, b = self.own_part(params["A"], params["B"], layer)
         prepared = {"A": a.mT, "B": b.mT, "d": params["d"].unsqueeze(1), "b": params["b"].unsqueeze(1)}
         return {name: tensor.to(layer.stored_weight.dtype) for name, tensor in prepared.items()}
 
@@ -77,19 +77,10 @@ class VeRA(api.SharedTensors, api.LowRank):
         update = api.bmm(api.bmm(x, params["A"]) * params["d"], params["B"])
         return torch.addcmul(base, update, params["b"])
 
-    def _matrices(self, params: api.Params, layer: api.FrozenLayer) -> tuple[Tensor, Tensor]:
-        out_features, in_features = layer.shape
-        return params["A"][..., :in_features], params["B"][..., :out_features, :]
-
-    def to_peft(self, params: api.Params, layer: api.FrozenLayer) -> dict[str, Tensor]:
-        return {peft_name: params[name] for name, peft_name in self.peft.names.items()}
+    to_peft = api.PeftFormat.to_peft
 
     def peft_layer_fields(self, params: api.Params, layer: api.FrozenLayer) -> dict[str, Any]:
         return {"r": len(params["d"])}
 
     def settings_from_peft(self, config: Mapping[str, Any]) -> api.VariantSettings:
         return replace(super().settings_from_peft(config), extra={"rank_factor": 1})
-
-
-def _vera_rank(settings: api.VariantSettings) -> int:
-    return settings.rank * settings["rank_factor"]

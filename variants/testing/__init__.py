@@ -9,8 +9,7 @@ The laws run on small models on the CPU. They need transformers, and the law abo
 `test` of this project installs it); they do not need pytest.
 """
 
-from variants.testing.cases import CASES, Case
 from variants.testing.laws import LAWS, Law, applies, check_laws
-from variants.testing.rig import NotApplicableError
+from variants.testing.rig import CASES, Case, NotApplicableError
 
 __all__ = ["CASES", "LAWS", "Case", "Law", "NotApplicableError", "applies", "check_laws"]

@@ -16,16 +16,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from variants.__main__ import count_parameters
 from variants.adapters import Adapters
 from variants.api import RANK_MASK, AdaptationScope, Batching, Start, Variant, VariantSettings
-from variants.describe import count_parameters
 from variants.errors import MergeError, UnsupportedError
 from variants.hooks import RankAllocation, StepHooks, parameter_lr_scale
 from variants.merging import merge_and_detach
 from variants.peft_format import TaskType
 from variants.storage import load_lane, load_peft, save_lane, save_peft
-from variants.testing.cases import CASES, ROUNDS_BY_SIZE, ROWS, Case
 from variants.testing.rig import (
+    CASES,
+    ROUNDS_BY_SIZE,
+    ROWS,
+    Case,
     LaneOptimizer,
     NotApplicableError,
     attach_lanes,
@@ -42,7 +45,7 @@ from variants.testing.rig import (
     train,
     train_step,
 )
-from variants.traits import PEFT_AXIS
+from variants.variant_settings import PEFT_AXIS
 
 DROPOUT_SETTINGS = VariantSettings(rank=4, alpha=8.0, dropout=0.1)
 

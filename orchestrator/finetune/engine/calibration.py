@@ -26,9 +26,8 @@ from orchestrator.finetune.evaluation.forward import compute_objective
 from orchestrator.study.configuration import Configuration, LRSchedule, OptimizerConfig
 from orchestrator.util.atomic_files import DamagedFileError, canonical_json
 from variants.adapters import Adapters, CalibrationTensors
-from variants.api import CalibrationStatistic
+from variants.api import CalibrationStatistic, statistic_of
 from variants.calibrate import calibrate
-from variants.hooks import statistic_of
 
 
 def ensure_calibration(lane_group: LaneGroup, configuration: Configuration, folder: Path) -> Path | None:

@@ -35,8 +35,7 @@ from orchestrator.study.configuration import (
     warmup_steps,
 )
 from variants.adapters import Adapters, CalibrationTensors
-from variants.api import VariantSettings
-from variants.hooks import parameter_lr_scale, schedule_lr_scale
+from variants.api import VariantSettings, parameter_lr_scale, schedule_lr_scale
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STEP_COUNTERS = "step"

@@ -19,7 +19,7 @@ from orchestrator.study.options import StudyOptions
 from orchestrator.study.space import Space
 from orchestrator.util.errors import UsageError, suggest_nearest
 from variants import catalogue
-from variants.traits import FILE_SUFFIX, PEFT_PREFIX, AdaptationScope, canonical_name
+from variants.variant_settings import FILE_SUFFIX, PEFT_PREFIX, AdaptationScope, canonical_name
 
 MAX_TRIED_RANK = 64
 """The largest rank with which `_try_variant` tries a variant. It keeps the layer small, whose sides are at
@@ -210,10 +210,10 @@ def variant_hyperparameters(name: str) -> Mapping[str, Value]:
     """
     variant = catalogue.traits(name)
     own: dict[str, Value] = {}
-    if variant.adaptation_scope is AdaptationScope.TARGET_LAYERS:
-        usual = {"rank": variant.uses_rank, "alpha": variant.uses_alpha, "dropout": variant.uses_dropout}
-        own = {name: 0 for name, is_used in {**usual, "targets": True}.items() if is_used}
-    return own | dict(variant.extra_defaults)
+    if variant["adaptation_scope"] == AdaptationScope.TARGET_LAYERS:
+        used = (each for each in ("rank", "alpha", "dropout") if variant[f"uses_{each}"])
+        own = dict.fromkeys((*used, "targets"), 0)
+    return own | dict(variant["extra_defaults"])
 
 
 def _parse_fixed_and_space(

@@ -39,7 +39,7 @@ from orchestrator.study.space import Space, apply_values
 from orchestrator.util.errors import UsageError, format_error, report_user_errors
 from variants import catalogue
 from variants.catalogue import cached, source_digest
-from variants.traits import AdaptationScope
+from variants.variant_settings import AdaptationScope
 
 _PROGRAM = Path(__file__).parents[2]
 _ARTICLES = {"image": "an image", "text": "a text"}
@@ -260,16 +260,16 @@ def _variant_choice(name: str, options: StudyOptions) -> VariantChoice:
     Without that, an option without effect would change the fingerprint.
     """
     variant = catalogue.traits(name)
-    adapts_layers = variant.adaptation_scope is AdaptationScope.TARGET_LAYERS
+    adapts_layers = variant["adaptation_scope"] == AdaptationScope.TARGET_LAYERS
     return VariantChoice(
         name,
-        rank=options.rank if variant.uses_rank else 0,
-        alpha=options.alpha if variant.uses_alpha else None,
-        dropout=options.dropout if variant.uses_dropout and adapts_layers else 0.0,
+        rank=options.rank if variant["uses_rank"] else 0,
+        alpha=options.alpha if variant["uses_alpha"] else None,
+        dropout=options.dropout if variant["uses_dropout"] and adapts_layers else 0.0,
         targets=options.targets if adapts_layers else "blocks",
-        extra=dict(variant.extra_defaults),
-        numerics=variant.numerics,
-        revision=variant.revision,
+        extra=dict(variant["extra_defaults"]),
+        numerics=variant["numerics"],
+        revision=variant["revision"],
     )
 
 

@@ -32,8 +32,8 @@ from orchestrator.util.errors import UsageError, report_user_errors, suggest_nea
 from orchestrator.util.keyed_folder import KeyedFolder
 from variants import catalogue as variants
 from variants.errors import UnsupportedError
-from variants.traits import FILE_SUFFIX
 from variants.user_files import check_own_imports, execute, find_class, hash_code, hash_source
+from variants.variant_settings import FILE_SUFFIX
 
 if TYPE_CHECKING:
     from variants.api import Variant

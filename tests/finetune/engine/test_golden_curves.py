@@ -23,7 +23,7 @@ from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration
 from variants import catalogue
 from variants.api import AdaptationScope
-from variants.testing.cases import LAW_SETTINGS
+from variants.testing.rig import LAW_SETTINGS
 
 FILE = Path(__file__).with_name("golden_curves.json")
 

@@ -54,7 +54,7 @@ def point(variant: str, task: str) -> Configuration:
     return replace(
         one,
         variant=replace(one.variant, extra=extra),
-        optimizer=replace(one.optimizer, clip_norm=1e-3),
+        optimizer=replace(one.optimizer, clip_norm=1e-4),
     )
 
 
@@ -83,5 +83,5 @@ def test_a_resumed_lane_is_bit_equal(task: str, variant: str, store: Store, tmp_
     assert record is not None
     assert record.state == "finished", record.traceback
     assert record.provenance.resumed_from == (4,)
-    assert all(step.gradient_norm > 1e-3 for step in record.curve)
+    assert all(step.gradient_norm > 1e-4 for step in record.curve)
     assert numbers_of(record) == numbers_of(solo(one, tmp_path))

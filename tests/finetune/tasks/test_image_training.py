@@ -31,7 +31,7 @@ from orchestrator.study.configuration import Configuration, ModelChoice
 from variants import catalogue as variants
 from variants.adapters import attach
 from variants.api import Batching, VariantSettings
-from variants.testing.cases import LAW_SETTINGS, ROUNDS_BY_SIZE
+from variants.testing.rig import LAW_SETTINGS, ROUNDS_BY_SIZE
 
 pytestmark = pytest.mark.xdist_group("pair")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,10 +21,10 @@ from variants.api import (
     Variant,
     VariantSettings,
 )
-from variants.testing.cases import Case
-from variants.testing.rig import LaneOptimizer, attach_lanes, model_output, perturb_lanes
+from variants.testing.rig import Case, LaneOptimizer, attach_lanes, model_output, perturb_lanes
 
 ROWS, TOLERANCE = 8, 1e-9
+assert_close = partial(torch.testing.assert_close, rtol=TOLERANCE, atol=TOLERANCE)
 
 Change = Callable[[Mapping[str, Tensor], Tensor, VariantSettings, float], Tensor]
 """Function of (a layer's tensors, W (out, in), settings, s) that returns W' - W, (out, in)."""
@@ -77,6 +78,26 @@ def initial_tensors(
     return initial_layers(variant, {layer.name: layer}, settings, seed)[layer.name]
 
 
+def start_of(
+    name: str, weight: Tensor, settings: VariantSettings, seed: int = 0, statistic: Tensor | None = None
+) -> InitialTensors:
+    """Return a variant's initial tensors over a weight, calibrated with a statistic if one is given."""
+    variant = catalogue.get(name)
+    settings, layer = variant.validate_settings(settings), FrozenLayer("layer", weight, None)
+    if statistic is not None:
+        found = variant.reduce_calibration(layer.with_settings(settings), statistic)
+        layer = FrozenLayer("layer", weight, None, calibration=found)
+    return initial_tensors(variant, layer, settings, seed)
+
+
+@torch.no_grad()
+def weight_change(adapters: Adapters, layer: str, lane: str = "0") -> Tensor:
+    """Return W' - W of a lane in one layer, which is what a merge adds."""
+    settings, own = adapters.lane_settings(lane), adapters.layers[layer]
+    frozen = own.frozen_layer.with_settings(settings, adapters.variant.scaling(settings))
+    return adapters.variant.delta_weight(own.lane_tensors(lane), frozen)
+
+
 def check_update(
     name: str,
     change: Change,
@@ -110,12 +131,12 @@ def check_update(
         tensors, frozen = layer.lane_tensors("0"), layer.frozen_layer
         merged = adapters.variant.delta_weight(tensors, frozen.with_settings(lane, scaling))
         expected = change(tensors, frozen.weight, lane, scaling)
-        torch.testing.assert_close(merged, expected, rtol=TOLERANCE, atol=TOLERANCE)
+        assert_close(merged, expected)
         assert isinstance(adapters.variant, BiasUpdate) == (change_bias is not None)
         if isinstance(adapters.variant, BiasUpdate):
             merged_bias = adapters.variant.delta_bias(tensors, frozen.with_settings(lane, scaling))
             expected = change_bias(tensors, frozen.bias, lane)
-            torch.testing.assert_close(merged_bias, expected, rtol=TOLERANCE, atol=TOLERANCE)
+            assert_close(merged_bias, expected)
 
 
 def check_output(
@@ -156,18 +177,12 @@ def check_output(
         expected = x @ frozen.weight.T + frozen.bias + update(x, leaves, frozen.weight, lane, scaling)
         if change_bias is not None:
             expected = expected + change_bias(leaves, frozen.bias, lane)
-        torch.testing.assert_close(output, expected, rtol=TOLERANCE, atol=TOLERANCE)
+        assert_close(output, expected)
         (expected * direction).sum().backward()
-        torch.testing.assert_close(own_x.grad, x.grad, rtol=TOLERANCE, atol=TOLERANCE)
+        assert_close(own_x.grad, x.grad)
         for key, leaf in leaves.items():
             if leaf.requires_grad:
-                torch.testing.assert_close(
-                    tensors[key].grad,
-                    leaf.grad,
-                    rtol=TOLERANCE,
-                    atol=TOLERANCE,
-                    msg=lambda m, k=key: f"{k}: {m}",
-                )
+                assert_close(tensors[key].grad, leaf.grad, msg=lambda m, k=key: f"{k}: {m}")
     return adapters
 
 

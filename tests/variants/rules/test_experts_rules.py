@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from rule import check_output, initial_layers, initial_tensors
+from rule import check_output, initial_layers, initial_tensors, start_of
 from torch import Tensor
 
 from variants import catalogue
@@ -90,9 +90,8 @@ def test_adamole_the_balancing_loss_is_the_official_one_for_each_example() -> No
 
 def test_adamole_the_router_and_the_threshold_start_as_linear_layers() -> None:
     """All values are from U(-1/sqrt(in), 1/sqrt(in)); each seed draws only one value of c."""
-    layer = FrozenLayer("layer", torch.zeros(20, 200), None)
-    settings = ADAMOLE_VARIANT.validate_settings(VariantSettings(8, 16.0))
-    starts = [initial_tensors(ADAMOLE_VARIANT, layer, settings, seed=seed).trainable for seed in range(40)]
+    settings = VariantSettings(8, 16.0)
+    starts = [start_of("adamole", torch.zeros(20, 200), settings, seed).trainable for seed in range(40)]
     for name, shape in {"R": (8, 200), "T": (1, 200), "c": (1,)}.items():
         drawn = torch.stack([start[name] for start in starts]) * 200**0.5
         assert drawn.shape == (40, *shape)
@@ -237,12 +236,10 @@ def test_hydra_lora_the_router_weighs_the_b_matrices(experts: int) -> None:
 
 
 def test_hydra_lora_every_b_matrix_has_the_whole_rank() -> None:
-    variant, layer = catalogue.get("hydra_lora"), FrozenLayer("layer", torch.zeros(20, 30), None)
-    settings = variant.validate_settings(VariantSettings(7, 14.0))
-    initial = initial_tensors(variant, layer, settings).trainable
+    initial = start_of("hydra_lora", torch.zeros(20, 30), VariantSettings(7, 14.0)).trainable
     shapes = {name: tuple(tensor.shape) for name, tensor in initial.items()}
     assert shapes == {"A": (7, 30), "B": (20, 21), "R": (3, 30)}
-    assert variant.scaling(settings) == 2.0
+    assert catalogue.get("hydra_lora").scaling(VariantSettings(7, 14.0)) == 2.0
     assert not initial["B"].any()
     assert 0.9 * 30**-0.5 < initial["R"].abs().max() < 30**-0.5
 

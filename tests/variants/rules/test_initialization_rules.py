@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from peft.tuners.lora.corda import collect_eigens, crop_corda_eigens
-from rule import Change, check_update, initial_tensors
+from rule import Change, check_update, start_of
 from torch import Tensor, nn
 
 from variants import catalogue
@@ -66,11 +66,8 @@ def inputs(positions: int = 200) -> Tensor:
 
 
 def start(mode: str, moment: Tensor, weight: Tensor) -> InitialTensors:
-    variant = catalogue.get("corda")
-    settings = variant.validate_settings(VariantSettings(CORDA_RANK, CORDA_ALPHA, extra={"mode": mode}))
-    found = variant.reduce_calibration(FrozenLayer("layer", weight, None).with_settings(settings), moment)
-    layer = FrozenLayer("layer", weight, None, calibration=found)
-    return initial_tensors(variant, layer, settings)
+    settings = VariantSettings(CORDA_RANK, CORDA_ALPHA, extra={"mode": mode})
+    return start_of("corda", weight, settings, statistic=moment)
 
 
 def random_weight() -> Tensor:
@@ -180,11 +177,8 @@ LORA_ONE_RANK, LORA_ONE_ALPHA, GAMMA = 3, 6.0, 128.0
 def test_lora_one_start_is_a_normalized_gradient_step_of_the_given_rank() -> None:
     noise = torch.Generator().manual_seed(0)
     weight, gradient = torch.randn(2, 20, 14, generator=noise, dtype=torch.float64)
-    variant = catalogue.get("lora_one")
-    settings = variant.validate_settings(VariantSettings(LORA_ONE_RANK, LORA_ONE_ALPHA))
-    layer = FrozenLayer("layer", weight, None)
-    found = variant.reduce_calibration(layer.with_settings(settings), gradient)
-    initial = initial_tensors(variant, FrozenLayer("layer", weight, None, calibration=found), settings)
+    settings = VariantSettings(LORA_ONE_RANK, LORA_ONE_ALPHA)
+    initial = start_of("lora_one", weight, settings, statistic=gradient)
     assert not initial.frozen
     a, b = initial.trainable["A"], initial.trainable["B"]
     u, s, vh = torch.linalg.svd(gradient)
@@ -218,10 +212,8 @@ def test_lora_sb_start_is_the_best_approximation_of_a_sign_step() -> None:
     left, right = (torch.randn(side, LORA_SB_RANK, generator=noise, dtype=torch.float64) for side in (60, 50))
     gradient = left @ right.t() + 0.1 * torch.randn(60, 50, generator=noise, dtype=torch.float64)
     weight = torch.randn(60, 50, generator=noise, dtype=torch.float64)
-    variant = catalogue.get("lora_sb")
-    settings = variant.validate_settings(VariantSettings(LORA_SB_RANK, extra={"step_size": STEP_SIZE}))
-    found = variant.reduce_calibration(FrozenLayer("layer", weight, None).with_settings(settings), gradient)
-    start = initial_tensors(variant, FrozenLayer("layer", weight, None, calibration=found), settings)
+    settings = VariantSettings(LORA_SB_RANK, extra={"step_size": STEP_SIZE})
+    start = start_of("lora_sb", weight, settings, statistic=gradient)
     a, b, r = start.frozen["A"], start.frozen["B"], start.trainable["R"]
     u, s, vh = torch.linalg.svd(-STEP_SIZE * gradient.sign())
     torch.testing.assert_close(
@@ -243,9 +235,7 @@ LORA_XS_RANK = 5
 
 def test_lora_xs_factors_are_the_largest_triplets_with_the_singular_values_in_a() -> None:
     weight = torch.randn(20, 14, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    variant = catalogue.get("lora_xs")
-    settings = variant.validate_settings(VariantSettings(LORA_XS_RANK, 6.0))
-    start = initial_tensors(variant, FrozenLayer("layer", weight, None), settings, seed=1)
+    start = start_of("lora_xs", weight, VariantSettings(LORA_XS_RANK, 6.0), seed=1)
     u, s, vh = torch.linalg.svd(weight, full_matrices=False)
     a, b = start.frozen["A"], start.frozen["B"]
     torch.testing.assert_close(b @ a, (u[:, :LORA_XS_RANK] * s[:LORA_XS_RANK]) @ vh[:LORA_XS_RANK])
@@ -256,10 +246,12 @@ def test_lora_xs_factors_are_the_largest_triplets_with_the_singular_values_in_a(
 
 
 def test_lora_xs_the_matrix_starts_from_a_narrow_normal_distribution() -> None:
-    variant = catalogue.get("lora_xs")
-    settings = variant.validate_settings(VariantSettings(64, 64.0))
-    layer = FrozenLayer("layer", torch.randn(80, 90, generator=torch.Generator().manual_seed(0)), None)
-    r = initial_tensors(variant, layer, settings, seed=1).trainable["R"]
+    r = start_of(
+        "lora_xs",
+        torch.randn(80, 90, generator=torch.Generator().manual_seed(0)),
+        VariantSettings(64, 64.0),
+        seed=1,
+    ).trainable["R"]
     assert r.std().item() == pytest.approx(1e-5, rel=0.05)
     assert abs(r.mean().item()) < 1e-6
 
@@ -281,9 +273,7 @@ MILORA_RANK, MILORA_ALPHA = 3, 12.0
 def test_milora_start_has_the_smallest_triplets(shape: tuple[int, int]) -> None:
     """The published study's code takes the largest, with U and V exchanged, if its SVD is randomized."""
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    variant = catalogue.get("milora")
-    settings = variant.validate_settings(VariantSettings(MILORA_RANK, MILORA_ALPHA))
-    start = initial_tensors(variant, FrozenLayer("layer", weight, None), settings)
+    start = start_of("milora", weight, VariantSettings(MILORA_RANK, MILORA_ALPHA))
     a, b = start.trainable["A"], start.trainable["B"]
     u, s, vh = torch.linalg.svd(weight, full_matrices=False)
     scale = MILORA_ALPHA / MILORA_RANK
@@ -313,9 +303,7 @@ NORA_RANK, NORA_ALPHA = 3, 6.0
 def test_nora_start_has_the_largest_triplets_at_the_full_rank(outer: int) -> None:
     """The published study's code starts from one triplet, the second, whatever the rank is."""
     weight = torch.randn(20, 14, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    variant = catalogue.get("nora")
-    settings = variant.validate_settings(VariantSettings(NORA_RANK, NORA_ALPHA, extra={"outer": outer}))
-    start = initial_tensors(variant, FrozenLayer("layer", weight, None), settings)
+    start = start_of("nora", weight, VariantSettings(NORA_RANK, NORA_ALPHA, extra={"outer": outer}))
     a, b = start.frozen["A"], start.frozen["B"]
     assert len(a) == min(outer * NORA_RANK, 14)
     u, s, vh = torch.linalg.svd(weight, full_matrices=False)
@@ -334,10 +322,7 @@ NZLORA_OUT, NZLORA_IN, NZLORA_RANK = 400, 900, 8
 
 
 def initial(**extra: float | str | bool) -> InitialTensors:
-    variant = catalogue.get("nzlora")
-    settings = variant.validate_settings(VariantSettings(NZLORA_RANK, extra=extra))
-    layer = FrozenLayer("layer", torch.zeros(NZLORA_OUT, NZLORA_IN), None)
-    return initial_tensors(variant, layer, settings)
+    return start_of("nzlora", torch.zeros(NZLORA_OUT, NZLORA_IN), VariantSettings(NZLORA_RANK, extra=extra))
 
 
 def assert_uniform(tensor: Tensor, bound: float) -> None:
@@ -395,9 +380,7 @@ OLORA_RANK, OLORA_ALPHA = 3, 12.0
 @pytest.mark.parametrize("shape", [(20, 14), (14, 20)])
 def test_olora_start_is_the_first_part_of_the_qr_decomposition(shape: tuple[int, int]) -> None:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    variant = catalogue.get("olora")
-    settings = variant.validate_settings(VariantSettings(OLORA_RANK, OLORA_ALPHA))
-    start = initial_tensors(variant, FrozenLayer("layer", weight, None), settings)
+    start = start_of("olora", weight, VariantSettings(OLORA_RANK, OLORA_ALPHA))
     a, b = start.trainable["A"], start.trainable["B"]
     torch.testing.assert_close(b.t() @ b, torch.eye(OLORA_RANK, dtype=torch.float64))
     # The first columns of W are products of the first columns of Q alone.
@@ -416,9 +399,7 @@ SORSA_RANK = 3
 
 def test_sorsa_start_has_the_largest_triplets_in_three_tensors() -> None:
     weight = torch.randn(20, 14, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    variant = catalogue.get("sorsa")
-    settings = variant.validate_settings(VariantSettings(SORSA_RANK))
-    start = initial_tensors(variant, FrozenLayer("layer", weight, None), settings)
+    start = start_of("sorsa", weight, VariantSettings(SORSA_RANK))
     a, b, s = (start.trainable[name] for name in "ABS")
     u, values, vh = torch.linalg.svd(weight, full_matrices=False)
     torch.testing.assert_close(s, values[:SORSA_RANK])

@@ -23,8 +23,7 @@ from torch import Tensor
 
 from variants import catalogue
 from variants.api import VariantSettings
-from variants.testing.cases import Case
-from variants.testing.rig import LaneOptimizer, attach_lanes, lane_outputs, relative_error, train_step
+from variants.testing.rig import Case, LaneOptimizer, attach_lanes, lane_outputs, relative_error, train_step
 
 CASE = Case("invariance", out_features=40, in_features=24, bias=True, dtype=torch.float64)
 STEPS, RATE, ALPHA = 20, 0.003, 8.0

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from rule import adapt, check_output, check_update, initial_layers, initial_tensors, record_step
+from rule import adapt, check_output, check_update, initial_layers, record_step, start_of
 from torch import Tensor
 
 from variants import catalogue
@@ -15,8 +15,7 @@ from variants.adapters import Adapters
 from variants.api import FrozenLayer, Params, UnsupportedError, VariantSettings
 from variants.rank.salora import _gate
 from variants.storage import load_lane, save_lane
-from variants.testing.cases import Case
-from variants.testing.rig import LaneOptimizer, attach_lanes, model_output, perturb_lanes, train_step
+from variants.testing.rig import Case, LaneOptimizer, attach_lanes, model_output, perturb_lanes, train_step
 
 # GoRA: ranks by importance, and the initial update as a projected step of gradient descent.
 
@@ -103,8 +102,7 @@ def test_incre_lora_the_update_divides_by_the_present_rank() -> None:
 
 
 def test_incre_lora_a_and_b_start_with_a_deviation_of_0_02() -> None:
-    variant, layer = catalogue.get("incre_lora"), FrozenLayer("layer", torch.zeros(200, 300), None)
-    initial = initial_tensors(variant, layer, variant.validate_settings(VariantSettings(8, 16.0)))
+    initial = start_of("incre_lora", torch.zeros(200, 300), VariantSettings(8, 16.0))
     assert not initial.trainable["E"].any()
     assert initial.frozen["mask"].sum() == 1
     for name in "AB":

@@ -7,15 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from rule import check_update, initial_tensors, record_step
+from rule import adapt, check_update, record_step, start_of, weight_change
 from torch import Tensor
 
 from variants import catalogue
-from variants.adapters import Adapters, attach
+from variants.adapters import attach
 from variants.api import FrozenLayer, InitialTensors, Params, UnsupportedError, VariantSettings
 from variants.storage import load_lane, save_lane
-from variants.testing.cases import Case
-from variants.testing.rig import LaneOptimizer, attach_lanes, lane_outputs, perturb_lanes
+from variants.testing.rig import Case, LaneOptimizer, attach_lanes, lane_outputs, perturb_lanes
 
 # COLA: each LoRA of the chain is trained by a new AdamW on the weight with the earlier LoRAs merged in.
 
@@ -97,11 +96,7 @@ def test_melora_the_overall_rank_is_the_number_of_blocks_times_the_rank() -> Non
     for name, parameter in adapters.trainable("0").items():
         if name.endswith(".B"):
             torch.nn.init.normal_(parameter)
-    layer = adapters.layers["there.0"]
-    change = adapters.variant.delta_weight(
-        layer.lane_tensors("0"), layer.frozen_layer.with_settings(adapters.settings, 2.0)
-    )
-    assert torch.linalg.matrix_rank(change) == 12
+    assert torch.linalg.matrix_rank(weight_change(adapters, "there.0")) == 12
     assert sum(p.numel() for p in adapters.trainable("0").values()) == 4 * 3 * (24 + 96)
 
 
@@ -136,17 +131,6 @@ def test_periodic_lora_the_update_is_the_sum_of_all_products() -> None:
     check_update("periodic_lora", change)
 
 
-def changes(adapters: Adapters) -> dict[str, Tensor]:
-    settings = adapters.lane_settings("0")
-    with torch.no_grad():
-        return {
-            name: adapters.variant.delta_weight(
-                layer.lane_tensors("0"), layer.frozen_layer.with_settings(settings, 2.0)
-            )
-            for name, layer in adapters.layers.items()
-        }
-
-
 @pytest.mark.parametrize("momentum", [0.1, 0.75, 1.0])
 def test_periodic_lora_a_merge_takes_a_part_of_the_product(momentum: float) -> None:
     """A and B are multiplied by 1 - m, so (1 - m)^2 of the product remains beside the merged part."""
@@ -158,12 +142,12 @@ def test_periodic_lora_a_merge_takes_a_part_of_the_product(momentum: float) -> N
     assert not any(tensor.any() for tensor in adapters.frozen("0").values())
     optimizer.total_steps = 10**6  # without a merge after the fourth step
     record_step(PERIODIC_LORA_CASE, adapters, optimizer)
-    before = changes(adapters)
+    before = {name: weight_change(adapters, name) for name in adapters.layers}
     values = {name: parameter.detach().clone() for name, parameter in adapters.trainable("0").items()}
     adapters.after_step("0", 4, 8, optimizer.optimizer)
-    for name, now in changes(adapters).items():
+    for name, old in before.items():
         remaining = momentum + (1 - momentum) ** 2
-        torch.testing.assert_close(now, remaining * before[name])
+        torch.testing.assert_close(weight_change(adapters, name), remaining * old)
         a, b = (adapters.trainable("0")[f"{name}.{key}"] for key in "AB")
         if momentum < 1:
             torch.testing.assert_close(a, (1 - momentum) * values[f"{name}.A"])
@@ -209,19 +193,11 @@ def test_pro_lora_the_update_has_rotated_copies(unshared: int, in_copies: int, o
 
 
 def test_pro_lora_the_update_has_the_full_rank_with_fewer_values() -> None:
-    adapters = attach_lanes(
-        Case("square", out_features=64, in_features=64),
-        catalogue.get("pro_lora"),
-        1,
-        VariantSettings(8, 16.0),
-    )
+    case = Case("square", out_features=64, in_features=64)
+    adapters = attach_lanes(case, catalogue.get("pro_lora"), 1, VariantSettings(8, 16.0))
     for parameter in adapters.trainable("0").values():
         torch.nn.init.normal_(parameter)
-    layer = adapters.layers["there.0"]
-    change = adapters.variant.delta_weight(
-        layer.lane_tensors("0"), layer.frozen_layer.with_settings(adapters.settings, 2.0)
-    )
-    assert torch.linalg.matrix_rank(change) == 8
+    assert torch.linalg.matrix_rank(weight_change(adapters, "there.0")) == 8
     count = sum(p.numel() for n, p in adapters.trainable("0").items() if n.startswith("there.0."))
     assert count == 7 * (32 + 32) + 64 + 64
 
@@ -264,12 +240,10 @@ def make_gradient(shape: tuple[int, int], rank: int) -> Tensor:
 def init(shape: tuple[int, int], effective_rank: int, settings: VariantSettings) -> InitialTensors:
     weight = torch.zeros(shape, dtype=torch.float64)
     gradient = make_gradient(shape, effective_rank)
-    calibration = RALORA.reduce_calibration(
-        FrozenLayer("layer", weight, None).with_settings(settings), gradient
-    )
-    assert calibration["effective_rank"].item() == pytest.approx(effective_rank, rel=0.01)
-    layer = FrozenLayer("layer", weight, None, calibration=calibration)
-    return initial_tensors(RALORA, layer, settings)
+    layer = FrozenLayer("layer", weight, None).with_settings(settings)
+    found = RALORA.reduce_calibration(layer, gradient)["effective_rank"]
+    assert found.item() == pytest.approx(effective_rank, rel=0.01)
+    return start_of("ra_lora", weight, settings, statistic=gradient)
 
 
 def test_ra_lora_the_update_is_block_diagonal() -> None:
@@ -393,31 +367,6 @@ def test_share_lora_a_lane_without_tensors_in_its_layers_is_restored(tmp_path: P
     assert torch.equal(lane_outputs(case, restored), lane_outputs(case, adapters))
 
 
-def test_share_lora_the_gradient_of_a_shared_factor_is_the_sum_over_its_layers() -> None:
-    case = Case("tall", out_features=24, in_features=16, dtype=torch.float64)
-    adapters = attach_lanes(case, catalogue.get("share_lora"), 1)
-    noise = torch.Generator().manual_seed(1)
-    for parameter in adapters.trainable("0").values():
-        parameter.data.copy_(torch.randn(parameter.shape, generator=noise, dtype=torch.float64))
-    x = case.rows(0)
-    with adapters.activate_lanes(["0"], 0):
-        adapters.model(x).square().sum().backward()
-    tensors = {name: p.detach().clone() for name, p in adapters.trainable("0").items()}
-    copies = {f"{side}.{block}": tensors[f"group:{side}.A"].clone().requires_grad_()
-              for side in ("there", "back") for block in (0, 1)}  # fmt: skip
-    model = case.build()
-    weights = {name: model.get_submodule(name).weight + 2.0 * tensors[f"{name}.B"] @ a
-               for name, a in copies.items()}  # fmt: skip
-    y = x
-    for block in (0, 1):
-        y = y + torch.tanh(y @ weights[f"there.{block}"].T) @ weights[f"back.{block}"].T
-    y.square().sum().backward()
-    for side in ("there", "back"):
-        gradients = [copies[f"{side}.{block}"].grad for block in (0, 1)]
-        assert all(g is not None for g in gradients)
-        torch.testing.assert_close(adapters.trainable("0")[f"group:{side}.A"].grad, sum(gradients))
-
-
 # Tied-LoRA's rule and initialization.
 
 
@@ -463,3 +412,28 @@ def test_uni_lora_the_factors_are_an_isometry_of_one_vector() -> None:
         torch.testing.assert_close(size, theta.square().sum())
     first, second = (adapters.frozen(lane)["model.layers.0.mlp.down_proj.IA"] for lane in ("0", "1"))
     assert (first != second).float().mean() > 0.9
+
+
+# VeRA's two matrices, which all layers share; tests/contract compares its rule with PEFT's.
+
+
+def test_vera_the_shared_matrices_fit_the_largest_layer_and_are_kaiming_uniform() -> None:
+    adapters = adapt("vera", VariantSettings(8, None), perturb=False)
+    frozen = adapters.frozen("0")
+    assert set(frozen) == {"group:vera.A", "group:vera.B"}
+    for matrix, shape in ((frozen["group:vera.A"], (256, 40)), (frozen["group:vera.B"], (40, 256))):
+        assert matrix.shape == shape
+        assert matrix.abs().max() <= (6 / shape[1]) ** 0.5
+        assert matrix.std().item() == pytest.approx((2 / shape[1]) ** 0.5, rel=0.05)
+
+
+def test_vera_the_shared_matrices_come_with_a_lane_from_its_seed_and_go_with_it() -> None:
+    adapters = adapt("vera", VariantSettings(8, None), perturb=False)
+    for lane, seed in (("other", 1), ("again", 0)):
+        adapters.add_lane(lane, adapters.settings, seed)
+    for name, mine in adapters.frozen("0").items():
+        assert torch.equal(mine, adapters.frozen("again")[name])
+        assert not torch.equal(mine, adapters.frozen("other")[name])
+    adapters.remove_lane("0")
+    (group,) = adapters.layer_groups.values()
+    assert set(group.frozen) == {"other", "again"}
