@@ -74,7 +74,8 @@ class LaneLinear(nn.Module):
         key, found = (state.generation, lanes, layer), self._group_layer
         if found is None or found[0] != key:
             scaling = state.scaling(self.variant, lanes, layer)
-            found = key, replace(layer, settings=state.group_settings, scaling=scaling)
+            settings = state.settings[lanes[0]] if len(lanes) == 1 else state.group_settings
+            found = key, replace(layer, settings=settings, scaling=scaling)
             self._group_layer = found
         return found[1]
 

@@ -23,84 +23,64 @@ from variants.variant_settings import PEFT_AXIS, PEFT_PREFIX, Choice, Flag, Hype
 
 ADAPTER = "default"
 """Name of the only adapter in each of PEFT's layers."""
-ALPHA_FIELDS = ("lora_alpha", "alpha", "psoft_alpha")
-"""Fields that are the alpha of the variant."""
 PROBE_SIZES = (64, 256, 768, 1280)
 """Sizes of the layer that is probed: the first that the settings fit, for example a block size that divides
 it."""
 RULE = (
-    "it must add to each linear layer tensors of its own, and compute with these and the frozen weights "
+    "PEFT must add to each linear layer tensors of its own, and compute with these and the frozen weights "
     "alone, of which it changes none and trains no copy"
 )
 """What lanes need, which share the frozen weights and have nothing but their tensors."""
 
 
 class PeftTuner(api.FusesBase, api.PeftFormat, api.BiasUpdate, api.Variant):
-    """W' is what PEFT's layer computes with: `peft_variant` makes a subclass for each of PEFT's types.
+    """W' is what PEFT's layer computes with: `peft_variant` makes an instance for each of PEFT's types.
 
     Initialization: PEFT's, with noise that follows from the lane's seed and the layer's name.
 
     A lane group has one lane.
 
     Deviations: trained without dropout, and PEFT's fields of a dropout are no hyperparameters, because its
-    masks follow from the global random state. IA3 counts no layer as a feed-forward layer.
+    masks follow from the global random state.
     """
 
+    axis = PEFT_AXIS
+    verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
     batching = api.Batching.EXCLUSIVE
     uses_dropout = False
     config_class: type[Any]
     """PEFT's config."""
 
-    def scaling(self, settings: api.VariantSettings) -> float:
-        """Return alpha; PEFT's layer computes the factor s from it."""
-        return 1.0 if settings.alpha is None else settings.alpha
-
     def validate_settings(self, settings: api.VariantSettings) -> api.VariantSettings:
-        complete = super().validate_settings(settings)
-        _probe(self, complete.rank, tuple(complete.extra.items()))
+        complete, defaults = super().validate_settings(settings), self.extra_defaults
+        try:
+            _probe(self, complete.rank, tuple(complete.extra.items()))
+        except api.UnsupportedError as refusal:
+            own = [
+                f"{n} {v!r} (default {defaults[n]!r})" for n, v in complete.extra.items() if v != defaults[n]
+            ]
+            raise api.UnsupportedError(f"{', '.join(own) or f'rank {complete.rank}'}: {refusal}") from refusal
         return complete
 
-    def config(self, settings: api.VariantSettings, alpha: float) -> Any:
-        """Return PEFT's config for complete settings.
-
-        Raises:
-            UnsupportedError: PEFT refuses a value.
-        """
+    def peft_config(self, settings: api.VariantSettings) -> dict[str, Any]:
         words: Mapping[Any, Any] = {"true": True, "false": False}
-        values: dict[str, Any] = {name: words.get(value, value) for name, value in settings.extra.items()}
-        names = {each.name for each in fields(self.config_class)}
-        if self.uses_rank:
-            values["r"] = settings.rank
-        if self.uses_alpha:
-            values[next(name for name in ALPHA_FIELDS if name in names)] = alpha
-        if "feedforward_modules" in names:
-            values["feedforward_modules"] = []
-        try:
-            return self.config_class(target_modules=["layer"], **values)
-        except (ValueError, TypeError) as error:
-            raise _refusal(error) from error
+        return {name: words.get(value, value) for name, value in super().peft_config(settings).items()}
 
     def to_peft(self, params: api.Params, layer: api.FrozenLayer) -> dict[str, Tensor]:
         """Return the tensors under the names that they have in PEFT's file, without the adapter's name."""
         return {name.replace(f"/{ADAPTER}", "").replace("/", "."): t for name, t in params.items()}
 
-    def peft_config(self, settings: api.VariantSettings) -> dict[str, Any]:
-        return self.config(settings, self.scaling(settings)).to_dict()
-
-    def largest_rank(self, layer: api.FrozenLayer) -> None:
-        return None
-
     def check_layer(self, layer: api.FrozenLayer) -> None:
         weight = torch.empty(layer.shape, device="meta")
         try:
-            build_layers(self.config(layer.settings, 1.0), {"one": (weight, None)}, 0)
-        except (ValueError, TypeError) as error:
+            build_layers(self, layer.settings, {"one": (weight, None)}, 0)
+        except ValueError as error:
             raise _refusal(error, f"{layer.name}: ") from error
-        except (NotImplementedError, RuntimeError):
+        except (TypeError, RuntimeError):
             pass  # PEFT needs the values of the weight, and refuses a shape when a lane starts
 
     def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
-        return self._build(layer, random.seed, self.scaling(layer.settings))
+        return self._build(layer, random.seed)
 
     def forward(self, x: Tensor, base: Tensor, params: api.Params, layer: api.FrozenLayer) -> Tensor:
         return self.forward_with_base(x, params, layer)
@@ -126,59 +106,55 @@ class PeftTuner(api.FusesBase, api.PeftFormat, api.BiasUpdate, api.Variant):
         outputs = call(self._layer(layer), rows, layer.weight.to(layer.dtype), bias, params)[0]
         return outputs[:-1], outputs[-1]
 
-    def _build(self, layer: api.FrozenLayer, seed: int, alpha: float) -> api.InitialTensors:
+    def _build(self, layer: api.FrozenLayer, seed: int) -> api.InitialTensors:
         """Make PEFT's layer on the CPU, so that every device has the same values; return its state.
 
-        The layer's cache keeps it without parameters: name -> layer, its alpha, and the tensor of the alpha.
+        The layer's cache keeps it without parameters, with its settings.
         """
         device = "meta" if layer.device.type == "meta" else "cpu"
         weight = layer.weight.to(device, torch.float32)
         bias = None if layer.bias is None else layer.bias.to(device, torch.float32)
-        made = build_layers(self.config(layer.settings, alpha), {"one": (weight, bias)}, seed)["one"]
-        trainable: dict[str, Tensor] = {}
-        frozen: dict[str, Tensor] = {}
+        made = build_layers(self, layer.settings, {"one": (weight, bias)}, seed)["one"]
+        tensors: tuple[dict[str, Tensor], dict[str, Tensor]] = {}, {}
         for name, tensor in read_state(made.to(layer.device, layer.dtype)).items():
-            (trainable if tensor.requires_grad else frozen)[name] = tensor.detach()
+            tensors[not tensor.requires_grad][name] = tensor.detach()
         for parameter in made.parameters():
             parameter.data = parameter.new_empty(0)
-        layer.cache[self._cache_key(layer)] = made, alpha, None
-        return api.InitialTensors(trainable, frozen)
+        layer.cache[self.name] = layer.settings, made
+        return api.InitialTensors(*tensors)
 
     def _layer(self, layer: api.FrozenLayer) -> nn.Module:
         """Return PEFT's layer for these settings, made again for a lane that was restored."""
-        key = self._cache_key(layer)
-        _, alpha, scaling = layer.cache.get(key, (None, None, None))
-        if scaling is not layer.scaling:  # read once: the host waits for a GPU
-            if (current := layer.scaling.item()) != alpha:
-                self._build(layer, 0, current)
-            layer.cache[key] = layer.cache[key][0], current, layer.scaling
-        return layer.cache[key][0]
-
-    def _cache_key(self, layer: api.FrozenLayer) -> str:
-        return f"{self.name} {layer.settings.rank} {sorted(layer.settings.extra.items())}"
+        if layer.cache.get(self.name, (None,))[0] != layer.settings:
+            self._build(layer, 0)
+        made: nn.Module = layer.cache[self.name][1]
+        return made
 
 
 def build_layers(
-    config: Any, layers: Mapping[str, tuple[Tensor, Tensor | None]], seed: int
+    variant: PeftTuner,
+    settings: api.VariantSettings,
+    layers: Mapping[str, tuple[Tensor, Tensor | None]],
+    seed: int,
 ) -> dict[str, nn.Module]:
     """Return PEFT's layers around frozen weights. Their random values follow from the seed alone.
 
     Args:
-        config: PEFT's config.
+        variant: The tuner.
+        settings: Complete settings.
         layers: Name -> weight (out, in), in the dtype of the trainable tensors, and bias (out,). On the
             device "meta" only the names and shapes of a layer's tensors are right.
         seed: The seed.
     """
     from peft import inject_adapter_in_model
 
-    config, blocks = copy.copy(config), nn.ModuleDict()
-    is_meta = any(weight.is_meta for weight, _ in layers.values())
+    blocks, is_meta = nn.ModuleDict(), any(weight.is_meta for weight, _ in layers.values())
     for name, (weight, bias) in layers.items():
-        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+        linear = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
         linear.weight = nn.Parameter(weight, requires_grad=False)
-        if bias is not None:
-            linear.bias = nn.Parameter(bias, requires_grad=False)
+        linear.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
         blocks[name] = nn.ModuleDict({"layer": linear})
+    config = variant.config_class(**variant.peft_config(settings), target_modules=["layer"])
     with torch.random.fork_rng([]), torch.enable_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.default_generator.manual_seed(seed)  # that of the CPU alone
@@ -218,7 +194,9 @@ def call(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None, tenso
 
 
 def _refusal(error: Exception, where: str = "") -> api.UnsupportedError:
-    return api.UnsupportedError(where + " ".join(str(error).split()))
+    """Return a refusal in the words of PEFT's own checks; errors of other classes come from torch."""
+    says = f"PEFT says: {' '.join(str(error).split())}"
+    return api.UnsupportedError(where + (says if isinstance(error, ValueError) else RULE))
 
 
 @cache
@@ -228,31 +206,31 @@ def _probe(variant: PeftTuner, rank: int, extra: tuple[tuple[str, Any], ...]) ->
     Raises:
         UnsupportedError: PEFT cannot make the layer with these settings, or it breaks `RULE`.
     """
-    config = variant.config(api.VariantSettings(rank, 8.0, 0.0, dict(extra)), 8.0)
     for size in PROBE_SIZES:
-        noise = torch.Generator().manual_seed(0)
-        shapes = (size, size), (2 * size, size), (1, 6, size)
-        weight, larger, x = (torch.randn(shape, generator=noise) / 8 for shape in shapes)
         try:
-            start = _start(config, weight, larger, x)
+            return _start(variant, api.VariantSettings(rank, 8.0, 0.0, dict(extra)), size)
+        except api.UnsupportedError:
+            raise
         except Exception as error:  # of any class, because the tuner is not known
             refusal = _refusal(error)
-            continue
-        if start is None:
-            raise api.UnsupportedError(RULE)
-        return start
     raise refusal
 
 
-def _start(config: Any, weight: Tensor, larger: Tensor, x: Tensor) -> api.Start | None:
-    """Return the function that a layer computes at step 0; None if it breaks `RULE`.
+def _start(variant: PeftTuner, settings: api.VariantSettings, size: int) -> api.Start:
+    """Return the function that a layer of a size computes at step 0.
 
     The layer is made beside two others, and again alone with another seed. All that it trains is changed;
     then the second must compute the same outputs and gradients with the tensors of the first.
+
+    Raises:
+        UnsupportedError: The layer breaks `RULE`.
     """
+    noise = torch.Generator().manual_seed(0)
+    shapes = (size, size), (2 * size, size), (1, 6, size)
+    weight, larger, x = (torch.randn(shape, generator=noise) / 8 for shape in shapes)
     layers = {"one": (weight, x[0, 0]), "equal": (weight.clone(), x[0, 0]), "larger": (larger, None)}
-    made = build_layers(config, copy.deepcopy(layers), 1)
-    alone = build_layers(config, copy.deepcopy({"one": layers["one"]}), 2)["one"]
+    made = build_layers(variant, settings, copy.deepcopy(layers), 1)
+    alone = build_layers(variant, settings, copy.deepcopy({"one": layers["one"]}), 2)["one"]
     layer: Any = made["one"]
     state, equal = read_state(layer), read_state(made["equal"])
     first, base = layer(x).detach(), layer.base_layer(x)
@@ -263,18 +241,11 @@ def _start(config: Any, weight: Tensor, larger: Tensor, x: Tensor) -> api.Start 
             tensor += 0.1 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(seed))
     values = {n: t.detach().clone().requires_grad_(t.requires_grad) for n, t in state.items()}
     expected = _outputs_and_gradients(layer.train(), x, state)
-    is_kept = all(torch.equal(tensor, values[name]) for name, tensor in state.items())
     found = _outputs_and_gradients(lambda rows: call(alone, rows, *layers["one"], values), x, values)
-    follows = (
-        not has_copy
-        and not any(one is other for one in state.values() for other in equal.values())
-        and {n: t.shape for n, t in state.items()} == {n: t.shape for n, t in read_state(alone).items()}
-        and is_kept
-        and all(torch.allclose(*pair, rtol=1e-3, atol=1e-4) for pair in zip(found, expected, strict=True))
-        and not torch.allclose(first, expected[0])  # the tensors have an effect
-    )
-    if not follows:
-        return None
+    is_shared = any(one is other for one in state.values() for other in equal.values())
+    same = (torch.allclose(*pair, rtol=1e-3, atol=1e-4) for pair in zip(found, expected, strict=True))
+    if has_copy or is_shared or not all(same):
+        raise api.UnsupportedError(RULE)
     if torch.equal(first, base):
         return api.Start.BASE
     return api.Start.ROUNDED if torch.allclose(first, base, atol=1e-5) else api.Start.OTHER
@@ -311,61 +282,57 @@ def peft_variant(name: str, own: api.Variant | None) -> api.Variant:
         raise api.UnsupportedError(f"{name}: PEFT {peft.__version__} has no such tuner; it has {known}")
     config_class: Any = PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(peft_type)]
     tuner: Any = PEFT_TYPE_TO_TUNER_MAPPING.get(peft.PeftType(peft_type))
-    defaults: dict[str, Any] = {each.name: each.default for each in fields(config_class)}
-    own_peft = peft_method(own)
-    # PEFT does not say which of its tuners take layers of type Conv1D; a variant of this project does.
-    adapts_conv1d = own_peft is not None and own_peft.peft_type == peft_type and own_peft.adapts_conv1d
-    attributes = {
-        "__doc__": PeftTuner.__doc__,
-        "name": name,
-        "axis": PEFT_AXIS,
-        "revision": f"peft {peft.__version__}",
-        "verified_by": api.VerifiedBy.REFERENCE_IMPLEMENTATION,
-        "config_class": config_class,
-        "peft": api.PeftMethod(peft_type, {}, adapts_conv1d=adapts_conv1d),
-        "hyperparameters": _read_hyperparameters(config_class, tuner),
-        "uses_rank": _is_rank("r", defaults.get("r")),
-        "uses_alpha": any(isinstance(defaults.get(each), int) for each in ALPHA_FIELDS),
-        "typical_lr_scale": 1.0 if own is None else own.typical_lr_scale,
-    }
-    made: Any = type(f"Peft{peft_type.title().replace('_', '')}", (PeftTuner,), attributes)
-    variant: PeftTuner = made()
+    own_peft, variant = peft_method(own), PeftTuner()
+    ints = [each.name for each in fields(config_class) if isinstance(each.default, int)]
+    rank, alpha = "r" if "r" in ints else None, next((n for n in ints if n.endswith("alpha")), None)
+    hyperparameters = _read_hyperparameters(config_class, tuner, {rank, alpha})
+    method = api.PeftMethod(
+        peft_type, {}, rank=rank, alpha=alpha, dropout=None, fields={n: n for n in hyperparameters},
+        # PEFT does not say which of its tuners take layers of type Conv1D; a variant of this project does.
+        adapts_conv1d=own_peft is not None and own_peft.peft_type == peft_type and own_peft.adapts_conv1d,
+    )  # fmt: skip
+    vars(variant).update(
+        name=name, revision=f"peft {peft.__version__}", config_class=config_class, peft=method,
+        hyperparameters=hyperparameters, uses_rank=rank is not None, uses_alpha=alpha is not None,
+        typical_lr_scale=1.0 if own is None else own.typical_lr_scale,
+    )  # fmt: skip
+    complete = api.Variant.validate_settings(variant, api.VariantSettings(rank=4, alpha=8.0))
     try:
-        if "target_modules" not in defaults or getattr(tuner, "uses_shared_state", True):
-            raise api.UnsupportedError(RULE)
-        complete = api.Variant.validate_settings(variant, api.VariantSettings(rank=4, alpha=8.0))
-        made.start = _probe(variant, complete.rank, tuple(complete.extra.items()))
+        vars(variant)["start"] = _probe(variant, complete.rank, tuple(complete.extra.items()))
     except api.UnsupportedError as refusal:
-        hint = "" if own is None else f"; take {own.name}, a variant of this project"
-        raise api.UnsupportedError(f"{name}: {refusal}{hint}") from refusal
+        other = "`python -m variants` names the variants" if own is None else f"take {own.name}, a variant"
+        raise api.UnsupportedError(f"{name}: {refusal}; {other} of this project") from refusal
     return variant
 
 
-def _is_rank(name: str, default: object) -> bool:
-    return name == "r" and isinstance(default, int) and default > 0
-
-
-def _read_hyperparameters(config_class: type[Any], tuner: Any) -> dict[str, Hyperparameter]:
+def _read_hyperparameters(
+    config_class: type[Any], tuner: Any, shared: set[str | None]
+) -> dict[str, Hyperparameter]:
     """Return the fields of a tuner's config that are numbers, flags or one of several words.
 
     Fields of all tuners are none, nor are those of a dropout, those that PEFT reads in its call after each
     step, which a study does not make, and a flag for an initialization, which PEFT's tests switch off.
+
+    Args:
+        config_class: PEFT's config.
+        tuner: The class that adapts a model.
+        shared: The fields for the rank and alpha.
     """
     from peft import PeftConfig
 
     hints, own = get_type_hints(config_class), {each.name: each.default for each in fields(config_class)}
     layout = "fan_in_fan_out"  # of the weights: it follows from the model
-    skipped = {layout, *ALPHA_FIELDS, *(each.name for each in fields(PeftConfig))}
+    skipped = {layout, *shared, *(each.name for each in fields(PeftConfig))}
     each_step = inspect.getsource(tuner.update_and_allocate) if hasattr(tuner, "update_and_allocate") else ""
-    found = {
+    found: dict[str, Hyperparameter] = {}
+    for name, default in own.items():
         # A word with a config of its own (`eva_config`) needs a call of PEFT that a study does not make.
-        name: _declare(name, default, [w for w in _words(hints[name]) if f"{w}_config" not in own])
-        for name, default in own.items()
-        if not (
-            name in skipped or _is_rank(name, default) or "dropout" in name or f"config.{name}" in each_step
-        )
-    }
-    return {name: declared for name, declared in found.items() if declared is not None}
+        words = [word for word in _words(hints[name]) if f"{word}_config" not in own]
+        declared = _declare(name, default, words)
+        is_skipped = name in skipped or "dropout" in name or f"config.{name}" in each_step
+        if declared is not None and not is_skipped:
+            found[name] = declared
+    return found
 
 
 def _words(hint: Any) -> list[str]:

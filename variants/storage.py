@@ -166,7 +166,7 @@ def save_peft(
     # Copies, because safetensors refuses tensors that share memory, as those of a layer group do.
     copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     save_file(copies, folder / TENSORS_FILE, metadata={"format": "pt"})
-    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True, default=sorted) + "\n")
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def peft_fields(adapters: Adapters, lane: str) -> dict[str, Any]:
