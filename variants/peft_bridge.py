@@ -64,7 +64,9 @@ class PeftTuner(api.FusesBase, api.PeftFormat, api.BiasUpdate, api.Variant):
 
     def peft_config(self, settings: api.VariantSettings) -> dict[str, Any]:
         words: Mapping[Any, Any] = {"true": True, "false": False}
-        return {name: words.get(value, value) for name, value in super().peft_config(settings).items()}
+        values = {name: words.get(value, value) for name, value in super().peft_config(settings).items()}
+        complete: dict[str, Any] = self.config_class(target_modules=r".*\.layer", **values).to_dict()
+        return complete
 
     def to_peft(self, params: api.Params, layer: api.FrozenLayer) -> dict[str, Tensor]:
         """Return the tensors under the names that they have in PEFT's file, without the adapter's name."""
@@ -154,7 +156,7 @@ def build_layers(
         linear.weight = nn.Parameter(weight, requires_grad=False)
         linear.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
         blocks[name] = nn.ModuleDict({"layer": linear})
-    config = variant.config_class(**variant.peft_config(settings), target_modules=["layer"])
+    config = variant.config_class(**variant.peft_config(settings))
     with torch.random.fork_rng([]), torch.enable_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.default_generator.manual_seed(seed)  # that of the CPU alone
@@ -220,7 +222,7 @@ def _start(variant: PeftTuner, settings: api.VariantSettings, size: int) -> api.
     """Return the function that a layer of a size computes at step 0.
 
     The layer is made beside two others, and again alone with another seed. All that it trains is changed;
-    then the second must compute the same outputs and gradients with the tensors of the first.
+    then its output must differ, and the second must compute the same outputs and gradients with its tensors.
 
     Raises:
         UnsupportedError: The layer breaks `RULE`.
@@ -244,7 +246,8 @@ def _start(variant: PeftTuner, settings: api.VariantSettings, size: int) -> api.
     found = _outputs_and_gradients(lambda rows: call(alone, rows, *layers["one"], values), x, values)
     is_shared = any(one is other for one in state.values() for other in equal.values())
     same = (torch.allclose(*pair, rtol=1e-3, atol=1e-4) for pair in zip(found, expected, strict=True))
-    if has_copy or is_shared or not all(same):
+    has_effect = not torch.allclose(first, expected[0])
+    if has_copy or is_shared or not has_effect or not all(same):
         raise api.UnsupportedError(RULE)
     if torch.equal(first, base):
         return api.Start.BASE

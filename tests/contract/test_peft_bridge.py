@@ -216,7 +216,8 @@ def peft_model(case: Case, adapters: Adapters) -> nn.Module:
     """
     found = adapters.variant
     assert isinstance(found, PeftTuner)
-    config = found.config_class(**found.peft_config(adapters.settings), target_modules=set(adapters.layers))
+    fields = {**found.peft_config(adapters.settings), "target_modules": set(adapters.layers)}
+    config = found.config_class(**fields)
     with torch.random.fork_rng([]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = peft.get_peft_model(case.build().float(), config).eval()
@@ -293,6 +294,7 @@ def test_every_type_of_peft_has_a_variant_or_a_reason() -> None:
         ("LOHA", "rank_dropout", 0.1, "peft:LOHA does not know 'rank_dropout'"),
         ("ADAMSS", "use_asa", True, "peft:ADAMSS does not know 'use_asa'"),
         ("WAVEFT", "proportional_parameters", True, f"proportional_parameters True (default False): {RULE}"),
+        ("FOURIERFT", "scaling", 0.0, f"scaling 0.0 (default 150.0): {RULE}"),
         ("ADAMSS", "subspace_rank", 7, f"subspace_rank 7 (default 1): {RULE}"),
         ("GRALORA", "gralora_k", 3, "gralora_k 3 (default 2): PEFT says: r should be divisible by gralora_k"),
         *(
