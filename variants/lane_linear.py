@@ -76,7 +76,8 @@ class LaneLinear(nn.Module):
             # filled on the device: for the copy of a tensor from the CPU, the host would wait for a GPU.
             with torch.inference_mode(False):
                 scaling = torch.cat([layer.ones(1, 1, 1).fill_(self.variant.scaling(s)) for s in settings])
-            found = layer.with_settings(replace(settings[0], alpha=None), scaling)
+            shared = settings[0] if len(settings) == 1 else replace(settings[0], alpha=None)
+            found = layer.with_settings(shared, scaling)
             self._group_layers[lanes] = found
         return found
 

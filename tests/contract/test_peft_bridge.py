@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
 import subprocess
@@ -21,7 +22,7 @@ from variants import catalogue
 from variants.adapters import Adapters, attach
 from variants.api import FrozenLayer, MergeError, UnsupportedError, Variant, VariantSettings
 from variants.merging import merge_and_detach
-from variants.peft_bridge import build_layers, read_state
+from variants.peft_bridge import RULE, PeftTuner, build_layers, read_state
 from variants.testing import CASES, LAWS, Case, NotApplicableError, applies
 from variants.testing.rig import (
     LaneOptimizer,
@@ -33,29 +34,26 @@ from variants.testing.rig import (
 )
 
 REFUSED_TYPES = {
-    **dict.fromkeys(("FROD", "LILY", "PVERA", "TINYLORA", "UNILORA"), "its layers share tensors"),
-    "RANDLORA": "its layers share tensors, and `peft:` makes each layer alone; take rand_lora",
-    "VBLORA": "its layers share tensors, and `peft:` makes each layer alone; take vb_lora",
-    "VERA": "its layers share tensors, and `peft:` makes each layer alone; take vera",
     **dict.fromkeys(
         (
-            "ADAPTION_PROMPT", "CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING",
-            "PROMPT_TUNING", "P_TUNING", "XLORA",
+            "CARTRIDGE", "CPT", "LILY", "LN_TUNING", "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING",
+            "PROMPT_TUNING", "P_TUNING", "TRAINABLE_TOKENS", "XLORA",
         ),
-        "it changes something else than single linear layers",
+        f"{RULE}; `python -m variants` names the variants of this project",
     ),
+    "RANDLORA": f"{RULE}; take rand_lora, a variant of this project",
+    **dict.fromkeys(("FROD", "PVERA", "TINYLORA", "UNILORA", "VBLORA", "VERA"), "uses shared state"),
+    **dict.fromkeys(("ADAPTION_PROMPT", "SHADOW"), "does not support prompt learning"),
     "ADALORA": "`total_step` is None, supply a value > 0.; take adalora",
-    "LN_TUNING": "it trains a copy of the frozen weights",
-    "SHADOW": "does not support prompt learning, adaption prompt and shadow",
+    "IA3": "Please specify `feedforward_modules` in `peft_config`; take ia3",
+    "OFT": "either r (4) or oft_block_size (32)",
     "POLY": "task_ids should not be None",
-    "TRAINABLE_TOKENS": "its layer fails on a small input",
 }  # fmt: skip
 """Types that the probe refuses, with a part of the reason."""
 TYPES = sorted(each.value for each in PEFT_TYPE_TO_CONFIG_MAPPING if each.value not in REFUSED_TYPES)
 SMALL: dict[str, dict[str, Any]] = {
     "C3A": {"block_size": 8},
     "FOURIERFT": {"n_frequency": 64, "scaling": 15.0},
-    "OFT": {"oft_block_size": 8},
     "ROAD": {"group_size": 4},
     "SUPERTUNING": {"sparsity": 0.9},
     "WAVEFT": {"n_frequency": 64, "scaling": 5.0},
@@ -71,7 +69,7 @@ FAILURES = {
     ("GLORA", "every_tensor_gets_a_gradient", "gpt2"): "D multiplies the bias, which is 0 in a new GPT-2",
 }
 """(tuner, law, model) -> reason for which the tuner breaks the law by its nature, as PEFT computes it."""
-DEFAULT_TYPES = ("IA3", "LOHA", "LORA", "OFT", "SHIRA")
+DEFAULT_TYPES = ("BEFT", "BOFT", "LOHA", "LORA", "SHIRA")
 """Tuners whose laws the default run checks but for the one that trains for long; the others differ in PEFT's
 code alone."""
 LAW_CASES = tuple(CASES[number] for number in (0, 1, 3, 5, 6, 8))
@@ -83,9 +81,9 @@ def variant(peft_type: str, **more: Any) -> Variant:
     declared = dict(found.hyperparameters)
     for name, value in {**SMALL.get(peft_type, {}), **more}.items():
         declared[name] = dataclasses.replace(declared[name], default=value)
-    cls = type(found)
-    attributes = {"name": cls.name, "axis": cls.axis, "hyperparameters": declared}
-    return type(cls.__name__, (cls,), attributes)()
+    found = copy.copy(found)
+    vars(found).update(hyperparameters=declared)
+    return found
 
 
 def law_cases(peft_type: str, law: str) -> list[Case]:
@@ -159,7 +157,6 @@ OTHER_VALUES: list[tuple[str, dict[str, Any]]] = [
     ("LORA", {"lora_bias": True}),
     ("MISS", {"init_weights": "bat"}),
     ("MISS", {"init_weights": "mini", "mini_r": 4}),
-    ("OFT", {"r": 4, "oft_block_size": 0, "use_cayley_neumann": False, "block_share": True}),
     ("PEANUT", {"depth": 2}),
     ("PSOFT", {"psoft_svd": "lowrank", "psoft_orth": False, "ab_svd_init": "pissa_init"}),
     ("ROAD", {"variant": "road_4"}),
@@ -217,8 +214,10 @@ def peft_model(case: Case, adapters: Adapters) -> nn.Module:
 
     PEFT makes it in float32, because its SVD needs float32.
     """
-    config = adapters.variant.config(adapters.settings, 8.0)  # type: ignore[attr-defined]
-    config.target_modules = set(adapters.layers)
+    found = adapters.variant
+    assert isinstance(found, PeftTuner)
+    fields = {**found.peft_config(adapters.settings), "target_modules": set(adapters.layers)}
+    config = found.config_class(**fields)
     with torch.random.fork_rng([]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = peft.get_peft_model(case.build().float(), config).eval()
@@ -243,8 +242,10 @@ def peft_model(case: Case, adapters: Adapters) -> nn.Module:
 def test_all_random_values_of_a_layer_are_tensors_of_the_lane(peft_type: str) -> None:
     """What differs between layers of two seeds is stored with the lane, and equal seeds give equal layers."""
     layer = FrozenLayer("layer", CASES[0].build().there[0].weight.detach(), None)
-    config = variant(peft_type).config(variant(peft_type).validate_settings(VariantSettings(4, 8.0)), 8.0)
-    made = [build_layers(config, {"one": (layer.weight, None)}, seed)["one"] for seed in (1, 1, 2)]
+    tuner, layers = variant(peft_type), {"one": (layer.weight, None)}
+    assert isinstance(tuner, PeftTuner)
+    settings = tuner.validate_settings(VariantSettings(4, 8.0))
+    made = [build_layers(tuner, settings, layers, seed)["one"] for seed in (1, 1, 2)]
     tensors = [read_state(each) for each in made]
     assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
     buffers = [dict(each.named_buffers()) for each in made]
@@ -291,14 +292,19 @@ def test_every_type_of_peft_has_a_variant_or_a_reason() -> None:
     ("peft_type", "name", "value", "reason"),
     [
         ("LOHA", "rank_dropout", 0.1, "peft:LOHA does not know 'rank_dropout'"),
-        ("OFT", "coft", True, "overwrites its tensors in the forward pass"),
         ("ADAMSS", "use_asa", True, "peft:ADAMSS does not know 'use_asa'"),
-        ("WAVEFT", "proportional_parameters", True, "depend on the other layers"),
-        *(("LORA", "init_lora_weights", each, f"`{each}_config`") for each in ("corda", "eva", "loftq")),
-        *(("LORA", "init_lora_weights", each, "changes the frozen weights") for each in ("olora", "pissa")),
-        ("LORA", "bias", "all", "changes the frozen weights"),
+        ("WAVEFT", "proportional_parameters", True, f"proportional_parameters True (default False): {RULE}"),
+        ("FOURIERFT", "scaling", 0.0, f"scaling 0.0 (default 150.0): {RULE}"),
+        ("ADAMSS", "subspace_rank", 7, f"subspace_rank 7 (default 1): {RULE}"),
+        ("GRALORA", "gralora_k", 3, "gralora_k 3 (default 2): PEFT says: r should be divisible by gralora_k"),
+        *(
+            ("LORA", "init_lora_weights", each, "must be one of 'true', 'gaussian'")
+            for each in ("corda", "eva", "loftq")
+        ),
+        *(("LORA", "init_lora_weights", each, RULE) for each in ("olora", "pissa")),
+        ("LORA", "bias", "all", RULE),
         ("LOHA", "nothing", 1, "peft:LOHA does not know 'nothing'"),
-        ("OFT", "oft_block_size", 0, "Either `r` or `oft_block_size` must be non-zero"),
+        ("BOFT", "boft_block_size", 0, "Either `boft_block_size` or `boft_block_num` must be non-zero"),
         ("LOKR", "decompose_both", 3, "must be true or false"),
     ],
 )

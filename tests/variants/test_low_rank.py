@@ -53,7 +53,8 @@ def keep_saved() -> Iterator[list[Tensor]]:
 def test_only_the_input_the_hidden_values_and_computed_factors_are_kept(variant: str) -> None:
     """The lane's own tensors, such as LoRA's A, are not counted; s B is computed.
 
-    PiSSA's factors and hidden values have twice the rank. Where A does not learn (LoRA-FA), the input is not kept.
+    PiSSA's factors and hidden values have twice the rank. Where A does not learn (LoRA-FA), the input is not
+    kept.
     """
     case = Case("low rank", out_features=40, in_features=24)
     adapters = attach_lanes(case, catalogue.get(variant), 1, VariantSettings(3, 6.0))
