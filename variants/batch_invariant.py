@@ -22,18 +22,6 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 
-def refuse_second_derivative() -> None:
-    """Refuse to differentiate the backward pass of a hand-written autograd node.
-
-    `once_differentiable` of PyTorch does the same, and takes some microseconds per layer.
-
-    Raises:
-        RuntimeError: The backward pass runs with `create_graph=True`.
-    """
-    if torch.is_grad_enabled():
-        raise RuntimeError("a second derivative through an adapted layer is not supported")
-
-
 def pad_rank_one(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Pad factors of rank 1 with a second rank of zeros; return factors of a higher rank unchanged.
 

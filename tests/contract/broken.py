@@ -16,7 +16,6 @@ from variants.api import (
     StepHooks,
 )
 from variants.baseline.lora import LoRA
-from variants.batch_invariant import pad_rank_one
 from variants.initialization.pissa import PiSSA
 from variants.optimization.dora import DoRA
 
@@ -138,7 +137,7 @@ class AttachedNorm(DoRA):
     """DoRA with a gradient through the norm, which is another method with the same outputs at step 0."""
 
     def prepare(self, params: Params, layer: FrozenLayer) -> Params:
-        a, b = pad_rank_one(params["A"], params["B"])
+        a, b = params["A"], params["B"]
         adapted = layer.weight + layer.scaling * torch.bmm(b, a)
         gain = params["m"] / adapted.norm(dim=2)
         return {"A": a, "B": b * (gain.unsqueeze(2) * layer.scaling), "more": gain.unsqueeze(1) - 1}
