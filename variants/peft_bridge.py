@@ -164,7 +164,11 @@ def build_layers(
         warnings.simplefilter("ignore")
         torch.default_generator.manual_seed(seed)  # that of the CPU alone
         inject_adapter_in_model(config, blocks, ADAPTER, low_cpu_mem_usage=is_meta)
-    return {name: block.get_submodule("layer").eval() for name, block in blocks.items()}
+    made = {name: block.get_submodule("layer").eval() for name, block in blocks.items()}
+    for layer in made.values():  # a search in each `call` for hooks of gradients takes 12 microseconds
+        found = ((path, parameter._backward_hooks or {}) for path, parameter in layer.named_parameters())
+        vars(layer)["_hooks"] = [(path, hook) for path, hooks in found for hook in hooks.values()]
+    return made
 
 
 def read_state(layer: nn.Module) -> dict[str, Tensor]:
@@ -185,10 +189,9 @@ def call(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None, tenso
         tensors: Values for the names of `read_state`.
     """
     values = {name.replace("/", "."): tensor for name, tensor in tensors.items()}
-    for path, parameter in layer.named_parameters() if torch.is_grad_enabled() else ():
-        for hook in (parameter._backward_hooks or {}).values():
-            if values[path].requires_grad:
-                values[path].register_hook(hook)
+    for path, hook in vars(layer)["_hooks"] if torch.is_grad_enabled() else ():
+        if values[path].requires_grad:
+            values[path].register_hook(hook)
     values["base_layer.weight"] = weight
     if bias is not None:
         values["base_layer.bias"] = bias
