@@ -11,24 +11,24 @@ FOLDERS = ("docs", "experiments", "orchestrator", "tests", "variants")
 PRIVATE_OF_RAY = re.compile(r"\bray(?:\.\w+)*\._[a-z]\w+")
 PRIVATE_OF_RAY_FILE = ROOT / "orchestrator" / "execution" / "private_ray.py"
 BUDGETS = {
-    "orchestrator": (151, 20726),
-    "orchestrator/analyze": (19, 4299),
+    "orchestrator": (151, 20723),
+    "orchestrator/analyze": (19, 4298),
     "orchestrator/cli": (4, 304),
     "orchestrator/cluster": (3, 230),
     "orchestrator/execution": (16, 2513),
     "orchestrator/export": (4, 461),
-    "orchestrator/finetune": (63, 8185),
+    "orchestrator/finetune": (63, 8184),
     "orchestrator/launch": (8, 1288),
     "orchestrator/record": (11, 1607),
     "orchestrator/study": (9, 1203),
-    "orchestrator/util": (10, 557),
-    "variants": (108, 6449),
+    "orchestrator/util": (10, 556),
+    "variants": (107, 6057),
     "experiments": (16, 2065),
-    "tests": (265, 32794),
+    "tests": (259, 32427),
 }
 """Package -> (modules, lines of code) that it may have at most. A change that makes one smaller
 lowers its numbers; a change that raises one says what that is worth."""
-DOC_WORDS = 39_902
+DOC_WORDS = 39_893
 """Words that all pages may have together."""
 
 

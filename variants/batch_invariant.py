@@ -22,18 +22,6 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 
-def pad_rank_one(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Pad factors of rank 1 with a second rank of zeros; return factors of a higher rank unchanged.
-
-    Args:
-        a: (K, rank, in).
-        b: (K, out, rank).
-    """
-    if a.shape[1] > 1:
-        return a, b
-    return pad(a, (0, 0, 0, 1)), pad(b, (0, 1))
-
-
 def bmm(x: Tensor, y: Tensor) -> Tensor:
     """Return `torch.bmm(x, y)`, with the same bits for one lane as for several.
 

@@ -34,8 +34,9 @@ def calibrate(
     A statistic of the weight needs no batches. The mean gradient is the mean over batches, the moment of the
     inputs is the mean over samples, and the covariance of the inputs is over all positions. Padding does not
     count in inputs. A layer's matrix has the shape (out, in) for gradients and (in, in) for inputs, in the
-    lanes' dtype. Layers are processed in groups, with one pass over the same batches for each group, whose
-    matrices take at most the memory budget, in bytes, and one matrix more. The lanes do not take part.
+    lanes' dtype. Layers are processed in groups, with one pass over the same batches for each group.
+    The matrices of a group fit into the memory budget, in bytes; a larger matrix has a group of its own. The
+    lanes do not take part.
 
     Returns:
         Layer -> the tensors of `reduce_calibration`, on the CPU.
@@ -49,12 +50,16 @@ def calibrate(
             name: _reduce(layer, settings, layer.frozen_layer.weight.to(layer.frozen_layer.dtype))
             for name, layer in adapters.layers.items()
         }
-    groups: dict[int, list[LaneLinear]] = {}
-    total = 0
+    groups: list[list[LaneLinear]] = []
+    free = 0
     for layer in adapters.layers.values():
-        total += layer.frozen_layer.dtype.itemsize * math.prod(_matrix_shape(layer, statistic))
-        groups.setdefault((total - 1) // memory_budget, []).append(layer)
-    for group in groups.values():
+        size = layer.frozen_layer.dtype.itemsize * math.prod(_matrix_shape(layer, statistic))
+        if size > free:
+            groups.append([])
+            free = memory_budget
+        groups[-1].append(layer)
+        free -= size
+    for group in groups:
         accumulators = [_StatisticAccumulator(layer, statistic) for layer in group]
         batches = 0
         try:

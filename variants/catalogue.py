@@ -1,9 +1,9 @@
-"""The catalogue of variants by name, and what makes a user's Python file one of them.
+"""The catalogue of variants by name, and the functions that read a user's Python file.
 
 A variant of this package is the file variants/<axis>/<name>.py; no list has to be maintained. Further names
 are those of entry points of installed packages, `peft:TYPE` for a tuner of the PEFT library, and the path of
-a user's Python file; what reads such a file reads a user's task, too. torch is imported only when a variant
-is used, or when its traits are not cached yet.
+a user's Python file. torch is imported only when a variant is used, or when its traits are not cached yet.
+Tasks of users are read by the same functions.
 """
 
 from __future__ import annotations

@@ -116,7 +116,7 @@ def check_rows(x: Tensor, context: ForwardContext, layer_name: str) -> None:
     Raises:
         UnassignedRowsError: The number of rows is not a multiple of the number of lanes, or of K * R.
     """
-    if x.dim() < 2 or x.shape[0] % context.row_multiple:
+    if (x.dim() < 2 and context.row_multiple > 1) or x.shape[0] % context.row_multiple:
         raise UnassignedRowsError(
             f"{layer_name} was called with {x.shape[0]} rows, not a multiple of {len(context.lanes)} lanes x "
             f"{context.rows_per_lane or 1} rows: the other rows belong to no lane"

@@ -201,7 +201,7 @@ class StepHooks:
     """Code that runs before or after the optimizer's step of a lane."""
 
     mutable_buffers: ClassVar[frozenset[str]] = frozenset()
-    """Names of the frozen tensors that the hooks write; all others keep their initial values."""
+    """Names of the frozen tensors that the hooks write. The laws check that all others stay as they are."""
     hook_only_buffers: ClassVar[frozenset[str]] = frozenset()
     """Names of the frozen tensors that only the hooks read."""
 
@@ -233,7 +233,7 @@ class RankAllocation:
     def rank_budget(
         self, layer_count: int, settings: VariantSettings, step: int, total_steps: int
     ) -> int | None:
-        """Return the sum of `rank_in_use` over all layers at a step of the training, if it is exact.
+        """Return the sum of `rank_in_use` over all layers at a step; None without `has_exact_budget`.
 
         Args:
             layer_count: The number of adapted layers.

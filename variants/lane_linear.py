@@ -181,6 +181,7 @@ class LaneLinear(nn.Module):
         forward = type(base).forward
         if forward in (nn.Linear.forward, NF4Linear.forward):
             return True
+        # By name, because transformers need not be imported.
         return (forward.__module__, forward.__qualname__) == ("transformers.pytorch_utils", "Conv1D.forward")
 
     def _prepare_params(self, context: ForwardContext, layer: FrozenLayer) -> Params:

@@ -13,8 +13,9 @@ from variants.hooks import BiasUpdate, FusesBase
 class InputMap(FusesBase, Variant):
     """W' x = W (x + c(x)) with a linear map c of each lane, which a subclass defines as `map_input`.
 
-    A subclass may also change the product with W, before the bias is added (`map_product`). If its update has
-    low rank, it is an `InputMap, LowRank` and defines `factors` too, and is merged and exported as a LoRA.
+    A subclass may also change the product with W, before the bias is added (`map_product`). A subclass whose
+    update has low rank inherits from `InputMap` and `LowRank`, and also defines `factors`. It is then merged
+    and exported as a LoRA.
 
     All lanes share the products with W. In float32 and float64 the frozen layer and the update are one
     product, (x + c(x)) W^T + bias. In bfloat16 the sum x + c(x) would be x again where c(x) is less than

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from variants import api
+from variants.errors import format_error
 from variants.peft_format import peft_method
 from variants.variant_settings import PEFT_AXIS, PEFT_PREFIX, Choice, Flag, Hyperparameter, Int, Number
 
@@ -27,8 +28,8 @@ PROBE_SIZES = (64, 256, 768, 1280)
 """Sizes of the layer that is probed: the first that the settings fit, for example a block size that divides
 it."""
 RULE = (
-    "PEFT must add to each linear layer tensors of its own, and compute with these and the frozen weights "
-    "alone, of which it changes none and trains no copy"
+    "PEFT must add to each linear layer tensors of its own that change its output, and compute with these "
+    "and the frozen weights alone, of which it changes none and trains no copy"
 )
 """What lanes need, which share the frozen weights and have nothing but their tensors."""
 
@@ -85,7 +86,7 @@ class PeftTuner(api.FusesBase, api.PeftFormat, api.BiasUpdate, api.Variant):
         return self._build(layer, random.seed)
 
     def fuses(self, layer: api.FrozenLayer) -> bool:
-        return True
+        return True  # PEFT's layer calls the frozen layer by itself
 
     def forward(self, x: Tensor, base: Tensor, params: api.Params, layer: api.FrozenLayer) -> Tensor:
         return self.forward_with_base(x, params, layer)
@@ -93,7 +94,7 @@ class PeftTuner(api.FusesBase, api.PeftFormat, api.BiasUpdate, api.Variant):
     def forward_with_base(self, x: Tensor, params: api.Params, layer: api.FrozenLayer) -> Tensor:
         tensors = {name: tensor[0] for name, tensor in params.items()}
         rows = x.reshape(1, -1, x.shape[-1])
-        return call(self._layer(layer), rows, layer.weight, layer.bias, tensors).view(*x.shape[:-1], -1)
+        return call_layer(self._layer(layer), rows, layer.weight, layer.bias, tensors).view(*x.shape[:-1], -1)
 
     def delta_weight(self, params: api.Params, layer: api.FrozenLayer) -> Tensor:
         outputs, at_zero = self._outputs(params, layer)
@@ -108,7 +109,7 @@ class PeftTuner(api.FusesBase, api.PeftFormat, api.BiasUpdate, api.Variant):
         size = layer.shape[1]
         rows = torch.eye(size + 1, size, dtype=layer.dtype, device=layer.device).unsqueeze(0)
         bias = None if layer.bias is None else layer.bias.to(layer.dtype)
-        outputs = call(self._layer(layer), rows, layer.weight.to(layer.dtype), bias, params)[0]
+        outputs = call_layer(self._layer(layer), rows, layer.weight.to(layer.dtype), bias, params)[0]
         return outputs[:-1], outputs[-1]
 
     def _build(self, layer: api.FrozenLayer, seed: int) -> api.InitialTensors:
@@ -178,7 +179,9 @@ def read_state(layer: nn.Module) -> dict[str, Tensor]:
     return {n.replace(".", "/"): t for n, t in tensors if n in names and not n.startswith("base_layer.")}
 
 
-def call(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None, tensors: api.Params) -> Tensor:
+def call_layer(
+    layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None, tensors: api.Params
+) -> Tensor:
     """Return the output of one of PEFT's layers, (1, N, out), with other tensors in place of its own.
 
     Args:
@@ -202,9 +205,10 @@ def call(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None, tenso
 
 
 def _refusal(error: Exception, where: str = "") -> api.UnsupportedError:
-    """Return a refusal in the words of PEFT's own checks; errors of other classes come from torch."""
-    says = f"PEFT says: {' '.join(str(error).split())}"
-    return api.UnsupportedError(where + (says if isinstance(error, ValueError) else RULE))
+    """Return a refusal with PEFT's words, or with `RULE` and the error where PEFT does not check."""
+    is_check = isinstance(error, ValueError)
+    says = f"PEFT says: {' '.join(str(error).split())}" if is_check else f"{RULE} ({format_error(error)})"
+    return api.UnsupportedError(where + says)
 
 
 @cache
@@ -227,8 +231,9 @@ def _probe(variant: PeftTuner, rank: int, extra: tuple[tuple[str, Any], ...]) ->
 def _start(variant: PeftTuner, settings: api.VariantSettings, size: int) -> api.Start:
     """Return the function that a layer of a size computes at step 0.
 
-    The layer is made beside two others, and again alone with another seed. All that it trains is changed;
-    then its output must differ, and the second must compute the same outputs and gradients with its tensors.
+    The layer is made beside two others, and a second time alone, with another seed. All trained tensors of
+    the first are changed. Its output must change. The second must give the same output and gradients with the
+    tensors of the first.
 
     Raises:
         UnsupportedError: The layer breaks `RULE`.
@@ -249,7 +254,7 @@ def _start(variant: PeftTuner, settings: api.VariantSettings, size: int) -> api.
             tensor += 0.1 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(seed))
     values = {n: t.detach().clone().requires_grad_(t.requires_grad) for n, t in state.items()}
     expected = _outputs_and_gradients(layer.train(), x, state)
-    found = _outputs_and_gradients(lambda rows: call(alone, rows, *layers["one"], values), x, values)
+    found = _outputs_and_gradients(lambda rows: call_layer(alone, rows, *layers["one"], values), x, values)
     is_shared = any(one is other for one in state.values() for other in equal.values())
     same = (torch.allclose(*pair, rtol=1e-3, atol=1e-4) for pair in zip(found, expected, strict=True))
     has_effect = not torch.allclose(first, expected[0])

@@ -32,9 +32,11 @@ class PeftMethod:
     group_names: Mapping[str, str] = field(default_factory=dict)
     """Name of a frozen tensor of a layer group -> PEFT's name, relative to the root of PEFT's model."""
     rank: str = "r"
-    """PEFT's field for the rank, which only a variant that uses the rank has; alpha and dropout likewise."""
+    """PEFT's field for the rank. It is written if the variant uses the rank."""
     alpha: str = "lora_alpha"
+    """PEFT's field for alpha, likewise."""
     dropout: str = "lora_dropout"
+    """PEFT's field for the dropout, likewise."""
     fields: Mapping[str, str] = field(default_factory=dict)
     """Own hyperparameter of the variant -> PEFT's field."""
     constants: Mapping[str, Any] = field(default_factory=dict)

@@ -3,7 +3,8 @@
 The default run checks the laws of CHEAP for each variant, and nearly all laws for one variant of each kind
 (KINDS), on one case each. The tests marked `slow` add all other laws on one case each, and for the variants
 in KINDS all cases (except for the law that trains for long). The laws of FORMS are checked on a model whose
-files are saved and loaded. All other combinations are marked `nightly`.
+files are saved and loaded, and for LoRA on all cases, in the default run. All other combinations are marked
+`nightly`.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from variants.testing.rig import (
     perturb_lanes,
     relative_error,
     tensors_equal,
+    train,
 )
 
 NAMES = catalogue.names()
@@ -287,6 +289,23 @@ def test_the_check_of_the_gpu_tests_holds_on_a_cpu() -> None:
 RANK_ONE = Case("rank-one", out_features=64, in_features=48)
 WITHOUT_RANK_ONE = ["adamole", "goat", "gralora", "head_only", "hra", "lora_moe", "pro_lora", "psoft", "rasa"]
 """A head alone, and variants that divide the rank."""
+
+
+@pytest.mark.parametrize("name", ["adalora", "delta_lora", "relora"])
+def test_lanes_are_independent_through_all_phases(name: str) -> None:
+    """Sixteen steps have three merges of ReLoRA and six prunings of AdaLoRA.
+
+    The law's five steps have one merge and two prunings.
+    """
+    case, steps = CASES[3], 16
+    grouped = attach_lanes(case, catalogue.get(name), 3)
+    train(case, grouped, steps)
+    for lane in range(3):
+        alone = attach_lanes(case, catalogue.get(name), 0)
+        alone.add_lane(str(lane), alone.settings, seed=lane)
+        train(case, alone, steps)
+        assert tensors_equal(alone.trainable(str(lane)), grouped.trainable(str(lane)))
+        assert tensors_equal(alone.frozen(str(lane)), grouped.frozen(str(lane)))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -31,6 +31,7 @@ class ETHER(InputMap, api.LowRank):
     hyperparameters = {
         "blocks": api.Int(1, divides=("in",), help="number of reflections, each of a block of inputs")
     }
+    numerics = 1  # LowRank's products are not used
     uses_rank = uses_alpha = uses_dropout = False
     start = api.Start.OTHER
 

@@ -24,6 +24,7 @@ class ETHERPlus(InputMap, api.LowRank):
     offered."""
     verified_by = api.VerifiedBy.AUTHORS_CODE
     hyperparameters = {"blocks": api.Int(1, divides=("in", "out"), help="number of blocks on either side")}
+    numerics = 1  # LowRank's products are not used
     uses_rank = uses_alpha = uses_dropout = False
 
     def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:

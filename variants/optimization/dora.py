@@ -2,9 +2,9 @@
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from variants import api
-from variants.batch_invariant import pad_rank_one
 from variants.low_rank import LORA_PEFT, LowRank, prepare_factors
 
 CAST_NUMEL = 1 << 22
@@ -37,7 +37,9 @@ class DoRA(api.GradientConstants, api.DropoutOnBase, LowRank):
         return initial
 
     def gradient_constants(self, params: api.Params, layer: api.FrozenLayer) -> api.Params:
-        a, b = pad_rank_one(*self.factors(params, layer))
+        a, b = self.factors(params, layer)
+        if a.shape[1] == 1:  # a second rank of zeros, for the same bits with one lane as with several
+            a, b = pad(a, (0, 0, 0, 1)), pad(b, (0, 1))
         return {"n": _row_norms(a, b, layer)}
 
     def prepare(self, params: api.Params, layer: api.FrozenLayer) -> api.Params:

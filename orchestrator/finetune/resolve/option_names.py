@@ -147,6 +147,7 @@ def load_variants(typed_names: Sequence[str]) -> tuple[str, ...]:
         other = typed_by_name.setdefault(name, typed)
         if name.endswith(FILE_SUFFIX) and os.path.realpath(other) != os.path.realpath(typed):
             raise _same_name_error("--variants", other, typed)
+    by_revision: dict[str, str] = {}
     for name, typed in typed_by_name.items():
         if not catalogue.is_known(name):
             raise UsageError(
@@ -155,14 +156,12 @@ def load_variants(typed_names: Sequence[str]) -> tuple[str, ...]:
             )
         if name not in catalogue.built_in_names():
             try:
-                catalogue.load(typed) if name.endswith(FILE_SUFFIX) else catalogue.get(name)
+                variant = catalogue.load(typed) if name.endswith(FILE_SUFFIX) else catalogue.get(name)
             except ValueError as error:
                 raise UsageError(f"--variants: {error}") from error
-    by_revision: dict[str, str] = {}
-    for name in (each for each in typed_by_name if each.endswith(FILE_SUFFIX)):
-        other = by_revision.setdefault(catalogue.get(name).revision, name)
-        if other != name:
-            raise UsageError(f"--variants: {other!r} and {name!r} have the same content; leave one out.")
+            other = by_revision.setdefault(variant.revision, name)
+            if name.endswith(FILE_SUFFIX) and other != name:
+                raise UsageError(f"--variants: {other!r} and {name!r} have the same content; leave one out.")
     return tuple(typed_by_name)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -21,6 +22,7 @@ from variants.testing.rig import Case, LaneOptimizer, attach_lanes, model_output
 
 ROWS, TOLERANCE = 8, 1e-9
 TALL = Case("tall", out_features=40, in_features=24, dtype=torch.float64)
+BIASED = replace(TALL, name="biased", bias=True)
 assert_close = partial(torch.testing.assert_close, rtol=TOLERANCE, atol=TOLERANCE)
 
 Change = Callable[[Mapping[str, Tensor], Tensor, VariantSettings, float], Tensor]

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from rule import TALL
+from rule import BIASED
 from torch import Tensor
 
 from variants import catalogue
@@ -30,7 +30,7 @@ STEPS, RATE, ALPHA = 20, 0.003, 8.0
 
 def train(name: str, settings: VariantSettings, rate: float, start: float) -> list[Tensor]:
     """Return the lane's outputs before training and after each step; `start` multiplies the initial A."""
-    adapters = attach_lanes(TALL, catalogue.get(name), 1, settings)
+    adapters = attach_lanes(BIASED, catalogue.get(name), 1, settings)
     for parameter, tensor in adapters.trainable("0").items():
         if parameter.endswith(".A"):
             tensor.data *= start
@@ -38,10 +38,10 @@ def train(name: str, settings: VariantSettings, rate: float, start: float) -> li
     for group in optimizer.optimizer.param_groups:
         # So small that it changes no sum. At 0 the first step of A would be 0 / 0, because B is 0.
         group.update(eps=1e-200, weight_decay=0.0)
-    outputs = [lane_outputs(TALL, adapters)]
+    outputs = [lane_outputs(BIASED, adapters)]
     for _ in range(STEPS):
-        train_step(TALL, adapters, {"0": optimizer})
-        outputs.append(lane_outputs(TALL, adapters))
+        train_step(BIASED, adapters, {"0": optimizer})
+        outputs.append(lane_outputs(BIASED, adapters))
     return outputs
 
 

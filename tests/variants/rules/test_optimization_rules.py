@@ -583,6 +583,8 @@ def test_multi_lora_only_the_scales_start_at_zero() -> None:
 
 
 # RPLoRA: the preconditioned gradients reach the optimizer.
+
+
 def test_rplora_gradients_are_preconditioned() -> None:
     case = Case("wide", out_features=24, in_features=40, dtype=torch.float64)
     settings = VariantSettings(4, 8.0, extra={"delta": 0.1})

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from rule import TALL, adapt, check_output, check_update, record_step, start_of
+from rule import BIASED, TALL, adapt, check_output, check_update, record_step, start_of
 from torch import Tensor
 
 from variants import catalogue
@@ -396,10 +396,10 @@ def test_salora_log_d_has_a_higher_learning_rate(parameter: str, scale: float) -
 
 def test_adalora_the_ranks_follow_the_budget() -> None:
     """Of 4 layers with 6 triplets each, 16 triplets are kept. t_i is 3 and T - t_f is 17 of 40 steps."""
-    adapters = attach_lanes(TALL, catalogue.get("adalora"), 2)
+    adapters = attach_lanes(BIASED, catalogue.get("adalora"), 2)
     optimizers = {lane: LaneOptimizer(adapters, lane, 0.01, 40) for lane in adapters.lanes}
     for step in range(1, 41):
-        train_step(TALL, adapters, optimizers)
+        train_step(BIASED, adapters, optimizers)
         share = min(1.0, max(0.0, (step - 3) / 14))
         left = 16 + math.floor(8 * (1 - share) ** 3)
         for lane in adapters.lanes:
@@ -420,9 +420,9 @@ def test_adalora_the_ranks_follow_the_budget() -> None:
 
 
 def test_adalora_the_averages_stay_where_a_layer_has_no_gradient() -> None:
-    adapters = attach_lanes(TALL, catalogue.get("adalora"), 1)
+    adapters = attach_lanes(BIASED, catalogue.get("adalora"), 1)
     optimizer = LaneOptimizer(adapters, "0", 0.01, 40)
-    train_step(TALL, adapters, {"0": optimizer})
+    train_step(BIASED, adapters, {"0": optimizer})
     before = {name: tensor.clone() for name, tensor in adapters.frozen("0").items()}
     for name, parameter in adapters.trainable("0").items():
         if name.startswith("there.1."):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from rule import TALL, adapt, check_update, record_step, start_of, weight_change
+from rule import BIASED, TALL, adapt, check_update, record_step, start_of, weight_change
 from torch import Tensor
 
 from variants import catalogue
@@ -39,12 +39,12 @@ def test_the_update_is_the_sum_of_the_present_and_the_merged_product(name: str) 
 def test_cola_a_chain_equals_loras_that_are_trained_one_after_the_other() -> None:
     """The reference trains plain LoRA with AdamW, writes it into the weight, and starts again."""
     settings, steps = VariantSettings(3, 6.0), 12
-    adapters = attach_lanes(TALL, catalogue.get("cola"), 1, settings)
+    adapters = attach_lanes(BIASED, catalogue.get("cola"), 1, settings)
     optimizer = LaneOptimizer(adapters, "0", 0.01, steps)
-    model, total = TALL.build(), {}
+    model, total = BIASED.build(), {}
     layers = {name: model.get_submodule(name) for name in adapters.layers}
     for link in range(3):
-        reference = attach_lanes(TALL, catalogue.get("lora"), 1, settings, model=model)
+        reference = attach_lanes(BIASED, catalogue.get("lora"), 1, settings, model=model)
         own, theirs = adapters.trainable("0"), reference.trainable("0")
         with torch.no_grad():
             for name, parameter in theirs.items():
@@ -53,8 +53,8 @@ def test_cola_a_chain_equals_loras_that_are_trained_one_after_the_other() -> Non
         reference_optimizer = LaneOptimizer(reference, "0", 0.01, steps)
         reference_optimizer.steps_taken = 4 * link  # selects the rows
         for step in range(4):
-            record_step(TALL, adapters, optimizer)
-            record_step(TALL, reference, reference_optimizer)
+            record_step(BIASED, adapters, optimizer)
+            record_step(BIASED, reference, reference_optimizer)
             if step < 3:
                 for name, parameter in theirs.items():
                     torch.testing.assert_close(own[name], parameter, rtol=1e-6, atol=1e-9)
@@ -427,7 +427,7 @@ LLAMA = Case("llama", model="llama", lanes=2)
 LOW = Case("low", out_features=24, in_features=40, dtype=torch.bfloat16, lanes=2)
 
 
-@pytest.mark.parametrize("case", [TALL, LLAMA, LOW], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [BIASED, LLAMA, LOW], ids=lambda case: case.name)
 def test_relora_a_merge_changes_no_output(case: Case) -> None:
     adapters = attach_lanes(case, catalogue.get("relora"), 2)
     optimizers = {lane: LaneOptimizer(adapters, lane, 0.01, 1000) for lane in adapters.lanes}
@@ -449,10 +449,10 @@ def test_relora_a_merge_changes_no_output(case: Case) -> None:
 
 
 def test_relora_it_prunes_adams_moments() -> None:
-    adapters = attach_lanes(TALL, catalogue.get("relora"), 1)
+    adapters = attach_lanes(BIASED, catalogue.get("relora"), 1)
     optimizer = LaneOptimizer(adapters, "0", 0.01, 1000)
     for _ in range(3):
-        train_step(TALL, adapters, {"0": optimizer})
+        train_step(BIASED, adapters, {"0": optimizer})
     parameters = adapters.trainable("0").values()
     state, moments = optimizer.optimizer.state, ("exp_avg", "exp_avg_sq")
     before = [{key: state[parameter][key].clone() for key in moments} for parameter in parameters]
@@ -477,7 +477,7 @@ def test_relora_the_rate_warms_up_again_after_each_merge() -> None:
     assert [s for s in range(20) if variant.schedule_lr_scale(s, 20, settings) < 1] == [5, 10, 15]
 
 
-@pytest.mark.parametrize("case", [TALL, LLAMA], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [BIASED, LLAMA], ids=lambda case: case.name)
 def test_relora_it_reaches_a_higher_rank_and_can_be_merged_and_exported(case: Case, tmp_path: Path) -> None:
     adapters = attach_lanes(case, catalogue.get("relora"), 1, VariantSettings(2, 8.0))
     train(case, adapters, steps=8)
