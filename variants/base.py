@@ -131,14 +131,17 @@ class Variant:
         return complete
 
     def check_settings(self, settings: VariantSettings) -> None:
-        """Check the rules that link several settings. Each setting alone is permitted already.
+        """Check the rules that link several settings. Each setting on its own has been checked before.
 
         Raises:
             UnsupportedError: The settings break a rule.
         """
 
     def largest_rank(self, layer: FrozenLayer) -> int | None:
-        """Return the largest rank of a layer; None without a limit, as for a rank times a `rank_factor`."""
+        """Return the largest rank that a layer permits; None if any rank is permitted.
+
+        By default a variant with the hyperparameter `rank_factor` permits any rank.
+        """
         return min(layer.shape) if self.uses_rank and "rank_factor" not in self.hyperparameters else None
 
     def check_layer(self, layer: FrozenLayer) -> None:

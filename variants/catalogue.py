@@ -326,7 +326,7 @@ def check_own_imports(source: bytes | str, path: str) -> None:
 
 
 def _is_beside(parts: Sequence[str], folder: str) -> bool:
-    """Return whether a module is a file in a folder, and not installed.
+    """Return whether a module is a file in `folder` that belongs to no installed package.
 
     Args:
         parts: The parts of the module's dotted name.

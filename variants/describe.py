@@ -1,4 +1,4 @@
-"""Descriptions of the variants and of the survey's methods as JSON objects, and the words that show them."""
+"""Descriptions of the variants and of the survey's methods as JSON objects, and texts for their fields."""
 
 from __future__ import annotations
 
@@ -201,7 +201,10 @@ def vllm_obstacle(config: Mapping[str, Any]) -> str:
 
 
 def read_methods() -> list[Description]:
-    """Return the methods of `taxonomy.toml`, sorted by axis and leaf. Its head explains the fields."""
+    """Return the methods of `taxonomy.toml`, sorted by axis and leaf.
+
+    The comment at the top of that file explains the fields.
+    """
     absent = {"variant": "", "reason": "", "also": [], "survey_code": False, "evaluated": False, "peft": ""}
     return [
         {"title": title, "axis": axis, "leaf": leaf, "paper": "", **absent, **fields}

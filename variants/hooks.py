@@ -47,7 +47,7 @@ class FusesBase:
         """Return whether the variant computes this layer together with the update.
 
         By default it does if both have one dtype. In a lower precision than the lanes' dtype, the sum of W
-        and a small update would be W.
+        and a small update would round to W.
         """
         return layer.stored_weight.dtype == layer.dtype
 

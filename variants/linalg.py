@@ -66,11 +66,11 @@ class WeightSVD(api.Calibrated, api.LowRank):
     """True for the smallest triplets, which only an exact SVD finds: such a variant has no `svd`."""
 
     def triplet_count(self, settings: api.VariantSettings) -> int:
-        """Return the largest number of triplets; by default the rank."""
+        """Return the number r of singular triplets that a lane can use at most; by default its rank."""
         return settings.rank
 
     def reduce_calibration(self, layer: api.FrozenLayer, matrix: Tensor) -> api.Params:
-        """Return "U" (out, r), "S" (r,) and "Vh" = V^T (r, in), in descending order."""
+        """Return r singular triplets in descending order: "U" (out, r), "S" (r,) and "Vh" = V^T (r, in)."""
         count, svd = self.triplet_count(layer.settings), str(layer.settings.extra.get("svd", "exact"))
         u, s, vh = (
             torch.linalg.svd(matrix, full_matrices=False)

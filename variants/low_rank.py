@@ -84,7 +84,7 @@ class LowRank(FrozenUpdate, PeftFormat, Variant):
         fields: dict[str, Any] = {self.peft.rank: rank}
         if self.peft.peft_type != "LORA":
             return fields
-        fields["lora_dropout"] = layer.settings.dropout
+        fields["lora_dropout"] = layer.settings.dropout  # 0.0 for a variant without dropout
         if self.peft.constants["use_rslora"]:
             return fields
         # PEFT scales by lora_alpha / r, which has to equal this variant's s even if s is not alpha / rank.

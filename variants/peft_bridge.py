@@ -31,18 +31,18 @@ RULE = (
     "PEFT must add to each linear layer tensors of its own that change its output, and compute with these "
     "and the frozen weights alone, of which it changes none and trains no copy"
 )
-"""What lanes need, which share the frozen weights and have nothing but their tensors."""
+"""The condition that a tuner must fulfil: lanes share the frozen weights and own only their tensors."""
 
 
 class PeftTuner(api.FusesBase, api.PeftFormat, api.BiasUpdate, api.Variant):
-    """W' is what PEFT's layer computes with: `peft_variant` makes an instance for each of PEFT's types.
+    """W' is the weight that PEFT's own layer applies.
 
-    Initialization: PEFT's, with noise that follows from the lane's seed and the layer's name.
+    Initialization: PEFT's. Its random values follow from the lane's seed and the layer's name.
 
     A lane group has one lane.
 
-    Deviations: trained without dropout, and PEFT's fields of a dropout are no hyperparameters, because its
-    masks follow from the global random state.
+    Deviations: A lane trains without dropout, because PEFT draws the masks from the global random state.
+    PEFT's dropout fields are therefore no hyperparameters.
     """
 
     axis = PEFT_AXIS
@@ -113,21 +113,22 @@ class PeftTuner(api.FusesBase, api.PeftFormat, api.BiasUpdate, api.Variant):
         return outputs[:-1], outputs[-1]
 
     def _build(self, layer: api.FrozenLayer, seed: int) -> api.InitialTensors:
-        """Make PEFT's layer on the CPU, so that every device has the same values; return its state.
+        """Make PEFT's layer, and return its initial tensors.
 
-        The layer's cache keeps it without parameters, with its settings.
+        The layer is made on the CPU, so that its initial values are the same on every device. `layer.cache`
+        keeps PEFT's layer with its settings, but without the values of its parameters.
         """
         device = "meta" if layer.device.type == "meta" else "cpu"
         weight = layer.weight.to(device, torch.float32)
         bias = None if layer.bias is None else layer.bias.to(device, torch.float32)
         made = build_layers(self, layer.settings, {"one": (weight, bias)}, seed)["one"]
-        tensors: tuple[dict[str, Tensor], dict[str, Tensor]] = {}, {}
-        for name, tensor in read_state(made.to(layer.device, layer.dtype)).items():
-            tensors[not tensor.requires_grad][name] = tensor.detach()
+        state = read_state(made.to(layer.device, layer.dtype))
+        trainable = {name: tensor.detach() for name, tensor in state.items() if tensor.requires_grad}
+        frozen = {name: tensor for name, tensor in state.items() if name not in trainable}
         for parameter in made.parameters():
             parameter.data = parameter.new_empty(0)
         layer.cache[self.name] = layer.settings, made
-        return api.InitialTensors(*tensors)
+        return api.InitialTensors(trainable, frozen)
 
     def _layer(self, layer: api.FrozenLayer) -> nn.Module:
         """Return PEFT's layer for these settings, made again for a lane that was restored."""
@@ -166,7 +167,7 @@ def build_layers(
         torch.default_generator.manual_seed(seed)  # that of the CPU alone
         inject_adapter_in_model(config, blocks, ADAPTER, low_cpu_mem_usage=is_meta)
     made = {name: block.get_submodule("layer").eval() for name, block in blocks.items()}
-    for layer in made.values():  # a search in each `call` for hooks of gradients takes 12 microseconds
+    for layer in made.values():  # a search for gradient hooks in each call takes 12 microseconds
         found = ((path, parameter._backward_hooks or {}) for path, parameter in layer.named_parameters())
         vars(layer)["_hooks"] = [(path, hook) for path, hooks in found for hook in hooks.values()]
     return made
@@ -189,7 +190,7 @@ def call_layer(
         x: (1, N, in).
         weight: The frozen weight, (out, in).
         bias: (out,).
-        tensors: Values for the names of `read_state`.
+        tensors: Name, as in the result of `read_state` -> tensor.
     """
     values = {name.replace("/", "."): tensor for name, tensor in tensors.items()}
     for path, hook in vars(layer)["_hooks"] if torch.is_grad_enabled() else ():
@@ -213,7 +214,7 @@ def _refusal(error: Exception, where: str = "") -> api.UnsupportedError:
 
 @cache
 def _probe(variant: PeftTuner, rank: int, extra: tuple[tuple[str, Any], ...]) -> api.Start:
-    """Return the function that PEFT's layer computes at step 0, around small weights.
+    """Return which function PEFT's layer computes at step 0, measured on a small layer.
 
     Raises:
         UnsupportedError: PEFT cannot make the layer with these settings, or it breaks `RULE`.
@@ -229,11 +230,11 @@ def _probe(variant: PeftTuner, rank: int, extra: tuple[tuple[str, Any], ...]) ->
 
 
 def _start(variant: PeftTuner, settings: api.VariantSettings, size: int) -> api.Start:
-    """Return the function that a layer of a size computes at step 0.
+    """Return which function PEFT's layer of `size` inputs and outputs computes at step 0.
 
-    The layer is made beside two others, and a second time alone, with another seed. All trained tensors of
-    the first are changed. Its output must change. The second must give the same output and gradients with the
-    tensors of the first.
+    PEFT's layer is made twice: first beside two other layers, then alone with another seed. The trained
+    tensors of the first copy are changed, and its output must change with them. With these tensors, the
+    second copy must give the same output and gradients as the first.
 
     Raises:
         UnsupportedError: The layer breaks `RULE`.
@@ -322,10 +323,13 @@ def peft_variant(name: str, own: api.Variant | None) -> api.Variant:
 def _read_hyperparameters(
     config_class: type[Any], tuner: Any, shared: set[str | None]
 ) -> dict[str, Hyperparameter]:
-    """Return the fields of a tuner's config that are numbers, flags or one of several words.
+    """Return the hyperparameters: the fields of a tuner's config that are numbers, flags or given words.
 
-    Fields of all tuners are none, nor are those of a dropout, those that PEFT reads in its call after each
-    step, which a study does not make, and a flag for an initialization, which PEFT's tests switch off.
+    These fields are left out:
+
+    - the fields of all tuners (`PeftConfig`), and the fields for dropout
+    - the fields that `update_and_allocate` reads, because a study does not call it after a step
+    - the flags that are true and whose name begins with `init_`, because PEFT's tests switch them off
 
     Args:
         config_class: PEFT's config.

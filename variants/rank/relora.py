@@ -87,7 +87,10 @@ class ReLoRA(api.StepHooks, api.RateScales, api.LowRank):
         view.trainable["B"].zero_()
 
     def restart_optimizer(self, lane: api.LaneView, parameter: Tensor) -> None:
-        """Set both moments of AdamW to zero where |exp_avg| is smallest. It runs after each merge."""
+        """Set both moments of AdamW to zero where |exp_avg| is smallest.
+
+        `after_step` calls this method after each merge.
+        """
         moments = lane.moments(parameter)
         first = moments["exp_avg"].flatten()
         # A sort, because torch.quantile refuses more than 16 million values.

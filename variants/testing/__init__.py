@@ -234,9 +234,10 @@ def fits_a_representable_target(variant: Variant, case: Case) -> None:
 
 
 def export_loads_in_peft(variant: Variant, case: Case) -> None:
-    """PEFT, and a lane loaded from the export, compute what the lane computed, or the export is refused.
+    """PEFT and this project load the export of a lane, and both compute the outputs of the lane.
 
-    A refusal names the variant. `AutoPeftModelForCausalLM` loads a language model, with its base model.
+    A variant may refuse the export with an error that names the variant. PEFT loads the export of a language
+    model by `AutoPeftModelForCausalLM`, together with the base model.
     """
     from peft import AutoPeftModelForCausalLM, PeftModel  # so that the other laws do not need peft
 
@@ -331,7 +332,10 @@ def _has_rank(adapters: Adapters, lane: str, parameter: str) -> bool:
 
 
 def _fit_teacher(variant: Variant, case: Case, highest_rate: float) -> float:
-    """Train a lane on the outputs of another lane with other values; return the last loss over the first."""
+    """Train a lane to reproduce the outputs of a teacher, and return its last loss divided by its first.
+
+    The teacher is a lane of the same variant whose tensors have other values.
+    """
     teacher = attach_lanes(case, variant, 1)
     perturb_lanes(case, teacher)
     learner = attach_lanes(case, variant, 1)

@@ -49,7 +49,15 @@ def check_balancing_loss(
     layer: str = "layer",
     **extra: float | str,
 ) -> None:
-    """Compare a variant's balancing loss of three padded examples with the mean of a loss of their tokens."""
+    """Check that a variant's balancing loss of three padded examples is the mean of their own losses.
+
+    Args:
+        name: The variant.
+        loss: Returns the loss of one example from its tokens (L, in), without padding, and the tensors.
+        weight: The factor of the mean.
+        layer: The name of the layer.
+        extra: Values of the variant's own hyperparameters.
+    """
     variant, noise = catalogue.get(name), torch.Generator().manual_seed(0)
     given = variant.validate_settings(VariantSettings(8, 16.0, extra=extra))
     frozen = FrozenLayer(layer, torch.randn(20, 24, generator=noise, dtype=torch.float64), None)
