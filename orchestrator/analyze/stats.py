@@ -515,3 +515,37 @@ def find_peak(log10_rates: Floats, scores: Floats, seeds: Floats) -> Peak:
     if not offsets.min() < top < offsets.max():
         return grid_point
     return grid_point._replace(log10_rate=float(x[best] + top), interpolated=True)
+
+
+def find_optimum(log10_rates: Floats, scores: Floats) -> tuple[Peak, Floats]:
+    """Return the optimum of the mean curve, and log10 of the best rate without each seed in turn.
+
+    A statistic of several curves, such as the ratio of two best rates, leaves out the same seed of all curves
+    at once. The results are the values for `jackknife`.
+
+    Args:
+        log10_rates: Log10 of the learning rates, shape (rates,).
+        scores: One score for each rate and seed, shape (rates, seeds); NaN for a missing score.
+
+    Returns:
+        The optimum of the mean over the known seeds, and the log10 rates, shape (seeds,). Without a score at
+        any rate, the log10 rates are NaN.
+
+    Raises:
+        ValueError: No rate has a score.
+    """
+    seeds = scores.shape[1]
+    kept = [np.delete(scores, seed, axis=1) for seed in range(seeds)]
+    left_out = [
+        find_peak(log10_rates, *_means(each)).log10_rate if np.isfinite(each).any() else math.nan
+        for each in kept
+    ]
+    return find_peak(log10_rates, *_means(scores)), np.array(left_out)
+
+
+def _means(scores: Floats) -> tuple[Floats, Floats]:
+    """Return the mean of the known scores at each rate and their number, each of shape (rates,)."""
+    known = np.isfinite(scores)
+    count = known.sum(axis=1).astype(float)
+    total = np.where(known, scores, 0.0).sum(axis=1)
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan), count

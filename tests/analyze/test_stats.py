@@ -416,3 +416,19 @@ def test_collapsed_points_do_not_bend_the_curve() -> None:
     scores[6:] = np.nan
     found = stats.find_peak(GRID, scores, np.full(len(GRID), 3.0))
     assert found.log10_rate == pytest.approx(-3.1)
+
+
+def test_the_optimum_is_that_of_the_mean_and_moves_when_a_seed_is_left_out() -> None:
+    rates = np.arange(-4.0, -1.9, 0.5)
+    tops = np.array([-3.2, -3.0, -2.8])
+    scores = 0.9 - 0.1 * (rates[:, None] - tops) ** 2
+    peak, left_out = stats.find_optimum(rates, scores)
+    assert peak.log10_rate == pytest.approx(-3.0)
+    assert left_out == pytest.approx([-2.9, -3.0, -3.1])
+
+
+def test_the_optimum_leaves_out_missing_scores() -> None:
+    rates = np.array([-3.0, -2.0])
+    peak, left_out = stats.find_optimum(rates, np.array([[0.5, math.nan], [math.nan, 0.6]]))
+    assert peak.log10_rate == -2.0
+    assert left_out.tolist() == [-2.0, -3.0]
