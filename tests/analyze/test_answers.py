@@ -67,13 +67,13 @@ def test_a_study_answers_each_published_number(tmp_path: Path, capsys: pytest.Ca
     assert ratio["measured_low"] < ratio["measured"] < ratio["measured_high"], "over three seeds"
 
     known_truth.rewrite(output, "key", swapped)
-    shown = flat(as_a_user.succeed("report", "key", cwd=tmp_path))
-    assert "0 of 6 published numbers come out here, 6 do not; 3 more are not tested." in shown
-    assert "not reproduced" in shown
-    assert "not tested: dora was not trained" in shown
+    as_a_user.succeed("report", "key", cwd=tmp_path)
+    page = flat((output / "key" / "report.html").read_text())
+    assert "0 of 6 published numbers come out here, 6 do not; 3 more are not tested." in page
+    assert "not tested: dora was not trained" in page
+    assert SOURCE in page
     summary = json.loads((output / "key" / "summary.json").read_text())
     assert Counter(row["outcome"] for row in summary["answers"]) == {"not reproduced": 6, "not tested": 3}
-    assert SOURCE in (output / "key" / "report.html").read_text()
 
 
 def flat(text: str) -> str:

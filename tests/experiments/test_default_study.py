@@ -47,7 +47,7 @@ def test_local_folders_are_planned_in_full(data: Path, run: Run, monkeypatch: py
     assert lines["Variants"] == "lora dora nzlora pissa milora"
     rates = "rates 2e-06 3.56e-06 6.32e-06 1.12e-05 2e-05 3.56e-05 6.32e-05 "
     rates += "0.000112 0.0002 0.000356 0.000632 0.00112 0.002"
-    assert lines["Answer"].startswith("key         42 published numbers (28 scores, ")
+    assert lines["Answer"].startswith("key      42 published numbers (28 scores, ")
     assert lines["Learning"].split() == rates.split()
     assert lines["Seeds"] == "3"
     assert lines["Configurations"] == "195, of them 0 known"
