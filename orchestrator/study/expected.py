@@ -136,9 +136,12 @@ def _checked(entry: Mapping[str, Any]) -> Expectation:
 
 
 def _read_entry_of_one(entry: object) -> Expectation:
-    found = read_entry(entry)
+    try:
+        found = read_entry(entry)
+    except UsageError as error:
+        raise UsageError(f"--{error}") from None
     if len(found) != 1:
-        raise UsageError("expected: a table must be in the file of --config; name its scores one by one.")
+        raise UsageError("--expected: a table must be in the file of --config; name its scores one by one.")
     return found[0]
 
 
