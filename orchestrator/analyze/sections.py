@@ -400,7 +400,8 @@ def _published_text(row: Row) -> str:
     if math.isnan(row["published"]):
         return ""
     if row["quantity"] in ("best_rate", "ratio"):
-        return f"{row['published']:.3g} ± {number(row['tolerance'], 2)} decades"
+        shown = rate if row["quantity"] == "best_rate" else number
+        return f"{shown(row['published'])} ± {number(row['tolerance'], 2)} decades"
     return f"{number(row['published'])} ± {number(row['tolerance'])}"
 
 

@@ -100,7 +100,7 @@ def read_entry(entry: object, folder: Path = Path()) -> list[Expectation]:
         return [entry]
     if isinstance(entry, str):
         with suppress(yaml.YAMLError):  # such a text is refused below
-            entry = yaml.safe_load(entry)
+            entry = yaml.safe_load(entry) or entry  # an error quotes an empty text as it is
     if not isinstance(entry, Mapping):
         example = "{quantity: best_rate, variant: lora, value: 2e-4, tolerance: 0.25, source: ...}"
         raise UsageError(f"expected: {quote_value(str(entry))}: must be a mapping, such as {example}.")
