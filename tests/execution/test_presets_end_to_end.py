@@ -57,7 +57,7 @@ def test_a_preset_is_trained_and_reported(
     assert study.run_here(tmp_path / "out", *arguments, address=preset_cluster.address) == 0
     out = capsys.readouterr().out
     records = study.records(tmp_path / "out")
-    assert len(records) == len(tasks) * len(VARIANTS) * 2
+    assert len(records) == len(tasks) * len(VARIANTS) * 2 * preset.seed_count
     assert {record.state for record in records.values()} <= {"finished", "diverged"}
     assert {r.configuration.task.name for r in records.values()} == set(tasks)
     for record in records.values():
