@@ -261,7 +261,7 @@ def resolve_study(experiment: Experiment, given: StudyOptions, command: str = ""
     models, names = [each.model for each in tasks], [each.task.name for each in tasks]
     name = options.study or default_study_name(
         experiment.module,
-        [options.preset] if options.preset else names,
+        [f"{options.preset}.yaml"] if options.preset else names,
         models[0] if len(set(models)) == 1 else None,
         None if options.search == "grid" else options.search_method,
     )
