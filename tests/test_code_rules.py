@@ -11,8 +11,8 @@ FOLDERS = ("docs", "experiments", "orchestrator", "tests", "variants")
 PRIVATE_OF_RAY = re.compile(r"\bray(?:\.\w+)*\._[a-z]\w+")
 PRIVATE_OF_RAY_FILE = ROOT / "orchestrator" / "execution" / "private_ray.py"
 BUDGETS = {
-    "orchestrator": (152, 20881),
-    "orchestrator/analyze": (20, 4456),
+    "orchestrator": (152, 20897),
+    "orchestrator/analyze": (20, 4472),
     "orchestrator/cli": (4, 304),
     "orchestrator/cluster": (3, 230),
     "orchestrator/execution": (16, 2513),
@@ -23,7 +23,7 @@ BUDGETS = {
     "orchestrator/study": (9, 1203),
     "orchestrator/util": (10, 556),
     "variants": (107, 6057),
-    "experiments": (16, 2065),
+    "experiments": (16, 2091),
     "tests": (260, 32514),
 }
 """Package -> (modules, lines of code) that it may have at most. A change that makes one smaller
