@@ -12,7 +12,7 @@ from itertools import pairwise
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.analyze import curves, stats
+from orchestrator.analyze import curves
 from orchestrator.study.expected import Expectation
 
 if TYPE_CHECKING:
@@ -184,26 +184,16 @@ def _collapse(results: Results, each: Expectation) -> dict[str, Any]:
 
 
 def _ratio(results: Results, each: Expectation) -> dict[str, Any]:
-    import numpy as np
-
     assert each.value is not None
-    seeds = sorted(results.runs["seed"].unique())
-    found = []
-    for variant in (each.variant, each.over):
-        _best(results, variant)  # says what is missing
-        table = _rows(results.runs, results, variant).pivot_table(
-            "validation_score", "learning_rate", "seed", dropna=False
-        )
-        table = table.reindex(columns=seeds)
-        peak, left_out = stats.find_optimum(np.log10(table.index.to_numpy()), table.to_numpy())
-        if peak.at_edge:
-            raise _UntestedError(f"the best rate of {variant} is at an end of its grid")
-        found.append((peak.log10_rate, left_out))
-    (own, own_without), (other, other_without) = found
-    shown = stats.jackknife(own - other, own_without - other_without)
-    ends = {f"measured_{end}": 10 ** getattr(shown, end) for end in ("low", "high")}
-    ratio = 10 ** (own - other)
-    return {"measured": ratio, "distance": _decades(ratio, each.value), **ends}
+    curve, over = (str(_rows(results.points, results, v)["curve"].iloc[0]) for v in (each.variant, each.over))
+    found = results.ratios.query("curve == @curve and baseline == @over")
+    if len(found) != 1:
+        raise _UntestedError(f"the study has no ratio of {each.variant} over {each.over}, or several")
+    row = found.iloc[0]
+    if math.isnan(row["ratio"]):
+        raise _UntestedError(f"the best rate of {each.variant} or {each.over} is at an end of its grid")
+    ends = {f"measured_{end}": float(row[f"ratio_{end}"]) for end in ("low", "high")}
+    return {"measured": float(row["ratio"]), "distance": _decades(row["ratio"], each.value), **ends}
 
 
 def _slope(results: Results, each: Expectation) -> dict[str, Any]:

@@ -66,7 +66,7 @@ def test_a_study_answers_each_published_number(tmp_path: Path, capsys: pytest.Ca
         "the study varies no factor beside the learning rate",
     ]
     ratio = as_published.loc[as_published["quantity"] == "ratio"].iloc[0]
-    assert ratio["measured_low"] < ratio["measured"] < ratio["measured_high"], "over three seeds"
+    assert ratio["measured_low"] < 1 / 3 < ratio["measured_high"]
 
     known_truth.rewrite(output, "key", swapped)
     as_a_user.succeed("report", "key", cwd=tmp_path)
@@ -118,7 +118,7 @@ def test_the_published_scores_reproduce_their_own_key(preset: str, seeds: int) -
     untested = answers.loc[answers["outcome"] == "not tested", "reason"]
     assert all("was not trained" in reason for reason in untested)
     assert preset != CurveOptions.default_config or not len(untested)
-    assert len(tested) >= 25
+    assert len(tested) == {"lr-matters-qwen3-0.6b": 42, "lr-matters-32-runs": 30}[preset]
 
 
 def test_another_best_rate_is_not_reproduced() -> None:
