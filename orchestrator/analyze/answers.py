@@ -186,7 +186,9 @@ def _collapse(results: Results, each: Expectation) -> dict[str, Any]:
 def _ratio(results: Results, each: Expectation) -> dict[str, Any]:
     assert each.value is not None
     curve, over = (str(_rows(results.points, results, v)["curve"].iloc[0]) for v in (each.variant, each.over))
-    found = results.ratios.query("curve == @curve and baseline == @over")
+    found = results.ratios
+    if len(found):  # an empty frame has no columns
+        found = found[(found["curve"] == curve) & (found["baseline"] == over)]
     if len(found) != 1:
         raise _UntestedError(f"the study has no ratio of {each.variant} over {each.over}, or several")
     row = found.iloc[0]
