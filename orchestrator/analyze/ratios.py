@@ -5,7 +5,7 @@ to validation scores. The ratio of two optima is computed from the difference of
 
 - In a grid, the interval is that of the jackknife over seeds, which leaves out a seed of both curves at
   once. All seeds share the rates of the grid, so the spread between seeds does not show the error of the
-  parabola. Half of the spacing of the grid is therefore added in quadrature.
+  parabola. Half of the spacing of the grid at the optimum is therefore added in quadrature.
 - In a replicated tuning, every replicate has an optimum on its own shifted grid. The interval is the paired t
   interval over replicates.
 
@@ -70,7 +70,7 @@ class Optimum:
         log10_rate: Log10 of the best rate.
         by_seed: Seed -> log10 of the best rate without this seed (grid) or in this replicate (tuning).
         edge: "low edge" or "high edge" if the optimum lies at an end of the grid, else empty.
-        step: The spacing of the grid in decades; 0 for replicates, whose grids are shifted.
+        step: The spacing of the grid at the optimum in decades; 0 for replicates, whose grids are shifted.
     """
 
     log10_rate: float
@@ -134,7 +134,8 @@ def grid_optimum(x: stats.Floats, scores: stats.Floats, seeds: Sequence[int]) ->
         seeds: The seeds.
     """
     peak, left_out = stats.find_optimum(x, scores)
-    step = float(np.median(np.diff(x))) if len(x) > 1 else math.inf
+    at = int(np.argmin(np.abs(x - peak.log10_rate)))
+    step = float(np.diff(x[max(0, at - 1) : at + 2]).mean()) if len(x) > 1 else math.inf
     return Optimum(peak.log10_rate, dict(zip(seeds, left_out.tolist(), strict=True)), _edge(peak, x), step)
 
 
@@ -202,7 +203,7 @@ def _estimate(value: float, by_seed: Sequence[float], step: float, sides: set[in
     Args:
         value: The value.
         by_seed: The values of `Optimum.by_seed`, or their differences.
-        step: The spacing of the grid in decades; 0 for replicates.
+        step: The spacing of the grid at the optimum in decades; 0 for replicates.
         sides: The signs of (true value - `value`) that optima at edges allow.
     """
     if sides:  # two optima at edges may give no bound

@@ -86,7 +86,8 @@ def write_report(
     study = replace(study, command=formatting.redact_secrets(study.command))
     results = analyze(study, records)
     uri = formatting.redact_secrets(tracking_uri)
-    made = sections.make_sections(sections.Report(results, uri, folder.parent, store))
+    shown = sections.Report(results, uri, folder.parent, store)
+    made = sections.make_sections(shown)
     chips = [f"{n} {label}" for label, n in results.states.items() if n or label == "finished"]
     chips += [f"{results.missing} pending"] if results.missing else []
     page = render.to_html(study.name, study.question, sections.setup_line(results), chips, made)
@@ -98,6 +99,7 @@ def write_report(
         "tracking_uri": uri,
         "setup": sections.setup_line(results),
         "pending": results.missing,
+        "next": dict(zip(("step", "command"), shown.next_step, strict=True)),
     }
     write_files(folder, page, about | results.to_json(), made)
     return results, made

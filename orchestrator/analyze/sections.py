@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.analyze import answers, charts, formatting, verdicts
+from orchestrator.analyze.advice import next_step
 from orchestrator.analyze.costs import loss_frame, time_use
 from orchestrator.analyze.formatting import count, number, points, rate
 from orchestrator.analyze.render import Column, Section, Table
@@ -48,6 +49,11 @@ class Report:
     def kind(self) -> StudyKind:
         """The kind of the analysis."""
         return self.results.study.settings.kind
+
+    @cached_property
+    def next_step(self) -> tuple[str, str]:
+        """What to do next: a sentence and a command."""
+        return next_step(self.results, self.output, self.store)
 
     @property
     def panel(self) -> dict[str, Any]:
@@ -127,11 +133,10 @@ def glance(report: Report) -> Iterator[Section]:
     """Yield the section that the first screen shows.
 
     The section has the best learning rates, whether the variant with the highest test score is better than
-    the others, the costs, and the next step.
+    the others, and the costs.
     """
     results = report.results
     is_tuned = len(results.comparison) > 0
-    step, command = _next_step(results)
     facts = verdicts.best_rate_facts(report.panel, results.best)
     rates = verdicts.decide(verdicts.BEST_RATES_RULES, facts)[1] if report.kind in GRIDS else ""
     yield Section(
@@ -140,8 +145,6 @@ def glance(report: Report) -> Iterator[Section]:
         " ".join(filter(None, [rates, _standing(results), _cost_sentence(results.costs)])),
         _tuned_table(results) if is_tuned else _best_table(report),
         note=_TUNED_NOTE if is_tuned else _BEST_NOTE,
-        step=step,
-        command=command,
     )
 
 
@@ -149,10 +152,15 @@ GRIDS = ("curve", "factors")
 """The kinds of studies whose points form curves over the learning rate."""
 
 
-def _next_step(results: Results) -> tuple[str, str]:
-    """Return the first next step of a panel's verdicts, and its command. Both are empty if there is none."""
-    found = results.verdicts[results.verdicts["next_step"] != ""]
-    return (found["next_step"].iloc[0], found["next_command"].iloc[0]) if len(found) else ("", "")
+def next_section(report: Report) -> Iterator[Section]:
+    """Yield the section with what to do next. The terminal shows it after the others."""
+    if len(report.results.panels):
+        step, command = report.next_step
+        yield Section(NEXT, "What to do next", step=step, command=command, in_terminal=False)
+
+
+NEXT = "next"
+"""The name of the section with what to do next."""
 
 
 _BEST_NOTE = (  # 0.01 is the value of `curves.TOLERANCE`
@@ -407,9 +415,8 @@ def _published_text(row: Row) -> str:
 
 def verdict_sections(report: Report) -> Iterator[Section]:
     """Yield a section for each verdict of the study."""
-    at_a_glance = {_next_step(part.results)[0] for part in report.panels}
     found = (verdicts.Verdict(**row) for row in report.results.verdicts.to_dict("records"))
-    yield from verdict_cards(found, at_a_glance)
+    yield from verdict_cards((replace(each, next_command="") for each in found), [report.next_step[0]])
 
 
 def verdict_cards(found: Iterable[verdicts.Verdict], at_a_glance: Collection[str]) -> Iterator[Section]:
@@ -417,7 +424,7 @@ def verdict_cards(found: Iterable[verdicts.Verdict], at_a_glance: Collection[str
 
     Args:
         found: The verdicts.
-        at_a_glance: The next steps that the first sections show. The sections of the verdicts do not repeat
+        at_a_glance: The next steps that another section shows. The sections of the verdicts do not repeat
             them.
     """
     for place, verdict in enumerate(found, 1):

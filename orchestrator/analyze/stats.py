@@ -176,6 +176,11 @@ def _t(tail: ArrayLike, degrees: ArrayLike) -> Floats:
     return found
 
 
+def t_quantile(n: int) -> float:
+    """Return half of the width of a t interval over `n` seeds, in standard errors."""
+    return float(_t(ALPHA / 2, n - 1))
+
+
 # -- several variants and one baseline
 
 

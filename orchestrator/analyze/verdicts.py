@@ -205,7 +205,11 @@ NOT_ENDED = Rule(
 NEXT_STEPS = (
     NOT_ENDED,
     Rule(lambda f: f.outcome != "undecided" or not f.open, ""),
-    Rule(lambda f: f.without, "There is no interval for {without}; more replicates may give one."),
+    Rule(
+        lambda f: f.without,
+        "There is no interval for {without}; more replicates may give one.",
+        command="{twice}",
+    ),
     Rule(
         lambda f: f.hopeless,
         "For {hopeless} even 1,000 replicates may not decide; this needs a larger test split (--test-size) "
@@ -237,13 +241,20 @@ SENSITIVITY_STEPS = (
     Rule(
         lambda f: not f.measured,
         "The levels of the factors have not been trained yet; the same command continues.",
+        command="{command}",
     ),
     Rule(lambda f: f.have < 2, "Five seeds give intervals.", command="{more}"),
-    Rule(lambda f: f.lacking, "There is no interval for {lacking}: fewer than two seeds have every score."),
+    Rule(
+        lambda f: f.lacking,
+        "There is no interval for {lacking}: fewer than two seeds have every score. This tries failed runs "
+        "again.",
+        command="{retry}",
+    ),
     Rule(
         lambda f: f.equal,
         "For {equal} the loss differs from that of the learning rate by the same number for every seed, so "
         "there is no limit; more seeds may give one.",
+        command="{more}",
     ),
     Rule(
         lambda f: f.hopeless,
@@ -257,7 +268,8 @@ SENSITIVITY_STEPS = (
 )
 """The rules for the next step of a sensitivity study (claim 1)."""
 
-REPLICATE = "Replicated tuning tells which variant is better."
+SEARCH_STEPS = (NOT_ENDED, Rule(_otherwise, ""))
+"""The rules for the next step of a search."""
 
 
 def shown_name(variant: str) -> str:
@@ -275,7 +287,7 @@ def find_verdicts(results: Results) -> list[Verdict]:
     return found
 
 
-def _decide_step(rules: Sequence[Rule], facts: Facts) -> tuple[str, str]:
+def decide_step(rules: Sequence[Rule], facts: Facts) -> tuple[str, str]:
     """Return the sentence and the command of the next step. Both may be empty."""
     rule, sentence = decide(rules, facts)
     return sentence, rule.command.format(**facts)
@@ -299,7 +311,9 @@ def _range_text(low: object, high: object) -> str:
 
 
 def _curves(results: Results) -> Iterator[Verdict]:
-    fixed = []
+    from orchestrator.analyze.advice import curve_step
+
+    fixed, step = [], curve_step(results) if len(results.panels) else ("", "")
     for panel in results.panels.to_dict("records"):
         title, scope = panel["panel"], panel["panel"].replace(f" on {panel['model']}", "")
         best, runs = (each[each["panel"] == title] for each in (results.best, results.runs))
@@ -317,8 +331,7 @@ def _curves(results: Results) -> Iterator[Verdict]:
             "descriptive",
             _join(text, _span_sentence(panel, best)),
             f"{title}: {count(len(best), 'variant')}, {grid}, {seeds}; {panel['metric'].replace('_', ' ')}.",
-            f"The rates were chosen on these seeds. {REPLICATE}",
-            results.study.again(experiment="tuned"),
+            *step,
             scope,
             title,
         )
@@ -522,9 +535,10 @@ def _next_step(results: Results, task: Facts, rows: Sequence[Facts], outcome: st
         "hopeless": ", ".join(variant for variant, n in numbers.items() if math.isnan(n)),
         "needed": needed,
         "command": results.study.command,
+        "twice": results.study.again("--replicates", str(max(5, 2 * task["replicates"]))),
         "more": results.study.again("--replicates", str(needed)),
     }
-    return _decide_step(NEXT_STEPS, facts)
+    return decide_step(NEXT_STEPS, facts)
 
 
 # -- sensitivity
@@ -627,14 +641,16 @@ def _sensitivity_step(
         "seeds": seeds,
         "command": results.study.command,
         "more": results.study.again("--seeds", str(seeds)),
+        "retry": results.study.again("--retry-failed"),
     }
-    return _decide_step(SENSITIVITY_STEPS, facts)
+    return decide_step(SENSITIVITY_STEPS, facts)
 
 
 # -- searches
 
 
 def _searches(results: Results) -> Iterator[Verdict]:
+    step = decide_step(SEARCH_STEPS, {"missing": results.missing, "command": results.study.command})
     for panel in results.panels.to_dict("records"):
         rows = _rows(results.best, panel["panel"])
         found = "; ".join(_best_point(row) for row in rows if not math.isnan(row["learning_rate"]))
@@ -646,8 +662,7 @@ def _searches(results: Results) -> Iterator[Verdict]:
             f"Best by validation score: {found}." if found else "No point has a score yet.",
             f"{panel['panel']}: {count(len(rows), 'variant')}, {tried}, one seed a point; "
             f"{panel['metric'].replace('_', ' ')}. The best of many single runs scores too high.",
-            REPLICATE,
-            results.study.again(experiment="tuned"),
+            *step,
             panel["task"],
             panel["panel"],
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, RenderableType
@@ -177,6 +177,7 @@ def _write_report(
         The description of the study in MLflow, and what was printed: the tables, and where the files are.
     """
     from orchestrator.analyze import render
+    from orchestrator.analyze.sections import NEXT
 
     folder = study.folder
     write_parquet(study.store, read_studies(study.options.output).values())
@@ -189,6 +190,7 @@ def _write_report(
     lines += [("Export", study.orchestrator_command(*words)) for words in export_words(study.file, records)]
     printed: list[RenderableType] = [render.to_terminal(sections)]
     printed += [f"{what:8} {where}" for what, where in lines]
+    printed += [render.to_terminal(replace(s, in_terminal=True) for s in sections if s.name == NEXT)]
     _print_lines(study.console, printed)
     return report.describe(results, sections), printed
 

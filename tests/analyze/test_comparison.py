@@ -444,12 +444,14 @@ def test_a_range_that_the_grids_do_not_leave_is_at_least_that_wide(tmp_path: Pat
     assert f"≥{row['width']:.2f}" in table.rows[1]
 
 
-def test_each_task_shows_its_own_next_step_at_a_glance(tmp_path: Path) -> None:
+def test_a_study_of_two_tasks_names_one_command(tmp_path: Path) -> None:
     clear = tuned_records({"lora": Truth(), "pissa": Truth(0.8)}, 6, task="digits")
     noisy = tuned_records({"lora": Truth(), "pissa": Truth()}, 6, noise=0.01, task="letters")
     found = [*clear, *noisy]
     _, sections = write_report(study_of(found), found, tmp_path / "study", "")
-    steps = {each.title.split()[0]: each.step for each in sections if each.name.startswith("glance")}
-    assert steps["digits"] == ""
-    assert "replicates decide" in steps["letters"]
-    assert not any(each.step in steps.values() for each in sections if each.outcome and each.step)
+    (step,) = (each for each in sections if each.command and "--replicates" in each.command)
+    assert (step.name, "replicates decide" in step.step) == ("next", True)
+    assert json.loads((tmp_path / "study" / "summary.json").read_text())["next"] == {
+        "step": step.step,
+        "command": step.command,
+    }

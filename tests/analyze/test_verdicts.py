@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -141,11 +140,6 @@ def test_a_width_below_the_spacing_of_the_grid_is_not_resolved() -> None:
     assert text(0.9, 0.9, 0.9)[1].startswith("≥")
 
 
-def test_the_verdict_of_curves_names_the_command_of_a_replicated_tuning() -> None:
-    verdict = first(analyze(StudyFile("rates", "", "python x.py", folder=Path("results/rates")), study()))
-    assert verdict["next_command"] == "lora-orchestrator tuned --config results/rates/study.yaml"
-
-
 def test_a_search_names_the_best_point_of_each_variant() -> None:
     file = StudyFile("s", "", "python x.py", settings=AnalysisSettings(kind="search"))
     runs = [record("lora", r, 0, s, extra={"batch_size": 4}) for r, s in ((1e-3, 0.5), (1e-2, 0.8))]
@@ -214,7 +208,8 @@ STEPS = (
     (lambda: compare(tuned_records(TWO, noise=0.001)), "", ""),
     (
         lambda: compare(tuned_records(TWO, 1)),
-        "There is no interval for pissa (1 replicate is usable for both); more replicates may give one.", "",
+        "There is no interval for pissa (1 replicate is usable for both); more replicates may give one.",
+        "lora-orchestrator tuned --config results/t/study.yaml --replicates 5",
     ),
     (lambda: compare(WIDE), "For pissa even 1,000 replicates may not decide", ""),
     (
@@ -315,10 +310,10 @@ SENSITIVITY_STEPS = (
     (lambda: without_rank_32(SURFACE), "Some configurations have not ended", SENSITIVITY),
     (lambda: star(SURFACE), "", ""),
     (lambda: star(NARROW, ("rank",)), "For lora the answer depends on how well the rate is known", ""),
-    (lambda: star(SURFACE, ()), "The levels of the factors have not been trained yet", ""),
+    (lambda: star(SURFACE, ()), "The levels of the factors have not been trained yet", SENSITIVITY),
     (lambda: star(SURFACE, seeds=1), "Five seeds give intervals.", "--seeds 5"),
-    (lambda: failing(1, 2), "There is no interval for rank (lora)", ""),
-    (lambda: star(SURFACE, ("rank",), noise=0.0), "For rank (lora) the loss differs", ""),
+    (lambda: failing(1, 2), "There is no interval for rank (lora)", "--retry-failed"),
+    (lambda: star(SURFACE, ("rank",), noise=0.0), "For rank (lora) the loss differs", "--seeds 6"),
     (lambda: star(replace(FLAT, costs={})), "The learning rate and the closest factor cost", ""),
     (
         lambda: star(Surface(width=3.0, cliff=9.0, aliases=()), ("rank",), seeds=2, noise=0.04),
