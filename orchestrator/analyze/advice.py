@@ -220,6 +220,9 @@ def next_step(results: Results, output: Path | None = None, store: Path | None =
         store: The folder of the records; None for the one in the output folder.
     """
     study, lanes = results.study, results.best_lanes
+    found = curve_step(results) if study.settings.kind == "curve" else ("", "")
+    if found[1]:
+        return found
     for verdict in results.verdicts.to_dict("records"):
         if verdict["next_command"]:
             return verdict["next_step"], verdict["next_command"]

@@ -311,9 +311,7 @@ def _range_text(low: object, high: object) -> str:
 
 
 def _curves(results: Results) -> Iterator[Verdict]:
-    from orchestrator.analyze.advice import curve_step
-
-    fixed, step = [], curve_step(results) if len(results.panels) else ("", "")
+    fixed = []
     for panel in results.panels.to_dict("records"):
         title, scope = panel["panel"], panel["panel"].replace(f" on {panel['model']}", "")
         best, runs = (each[each["panel"] == title] for each in (results.best, results.runs))
@@ -331,9 +329,8 @@ def _curves(results: Results) -> Iterator[Verdict]:
             "descriptive",
             _join(text, _span_sentence(panel, best)),
             f"{title}: {count(len(best), 'variant')}, {grid}, {seeds}; {panel['metric'].replace('_', ' ')}.",
-            *step,
-            scope,
-            title,
+            scope=scope,
+            panel=title,
         )
         if rows := _rows(results.fixed_rate, title):
             names = ", ".join([panel["reference"], *(row["variant"] for row in rows)])

@@ -274,7 +274,7 @@ def test_the_rate_matters_most(rule: verdicts.Rule, case: tuple[Any, ...]) -> No
     (verdict,) = results.verdicts.to_dict("records")
     assert (verdict["claim"], verdict["outcome"]) == (verdicts.RATE_MATTERS, rule.outcome)
     assert sentence in verdict["answer"]
-    assert (verdict["next_command"] == SENSITIVITY) == (results.missing > 0)
+    assert verdict["next_command"] == SENSITIVITY or not results.missing
 
 
 def test_an_unfinished_study_supports_nothing_and_names_its_command() -> None:
