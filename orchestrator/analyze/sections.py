@@ -843,6 +843,7 @@ def mlflow_command(tracking_uri: str) -> str:
 
 SECTIONS: tuple[MakeSections, ...] = (
     glance,
+    next_section,
     answer_sections,
     verdict_sections,
     limit_sections,
