@@ -248,6 +248,16 @@ class StudyOptions(StoreOptions):
         return 1
 
     @property
+    def models(self) -> tuple[str, ...]:
+        """Base models of each task, where they are what the study varies; empty for --model or the task's."""
+        return ()
+
+    @property
+    def design_name(self) -> str | None:
+        """The part of the default name of a study that names its design; None for a grid."""
+        return None if self.search == "grid" else self.search_method
+
+    @property
     def search_method(self) -> str:
         """Name of the sampler of a search, or `grid`."""
         return (self.sampler or "tpe") if self.search == "optuna" else self.search
