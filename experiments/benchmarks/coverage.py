@@ -34,6 +34,7 @@ from scipy import stats as scipy_stats
 from star_studies import ROWS, claim_cases, claim_share, interval_shares
 
 from orchestrator.analyze import stats
+from orchestrator.analyze.transfer import fit_slope, slope_interval
 
 Floats = NDArray[np.float64]
 Noise = Literal["equal", "unequal", "heavy tails", "near ceiling", "one in ten collapsed"]
@@ -296,6 +297,37 @@ def factor_rows(noise: str, seeds: int, studies: int, seed: int) -> list[Row]:
     ]
 
 
+def slope_rows(seeds: int, studies: int, seed: int) -> list[Row]:
+    """Measure the coverage of the interval of a slope of -1/2 over five levels, by two methods.
+
+    The score falls faster above the best rate than below it. Each seed moves the best rate, by 0.05 decades
+    at all levels alike and by 0.05 at each level alone. A grid has 4 rates a decade. The percentile bootstrap
+    over seeds is for comparison and has no limits.
+    """
+    generator, levels, slope = np.random.default_rng(seed), 2.0 ** np.arange(5), -0.5
+    x, covered = np.arange(-3.5, -0.49, 0.25), np.zeros(2)
+    for _ in range(studies):
+        shift = generator.uniform(-0.125, 0.125)
+        moved = 0.05 * (generator.standard_normal((5, seeds)) + generator.standard_normal(seeds))
+        best = -2 + shift + slope * np.log10(levels / 4)[:, None] + moved
+        distance = x[:, None] - best[:, None, :]
+        scores = 0.9 * np.exp(-((distance / np.where(distance > 0, 0.5, 0.9)) ** 2))
+        scores += 0.01 * generator.standard_normal(scores.shape)
+        found = [stats.find_optimum(x, own) for own in scores]
+        peaks = np.array([peak.log10_rate for peak, _ in found])
+        interval = slope_interval(levels, peaks, np.array([left_out for _, left_out in found]))
+        drawn = [generator.integers(0, seeds, seeds) for _ in range(100)]
+        again = [[stats.find_optimum(x, own[:, each])[0].log10_rate for own in scores] for each in drawn]
+        low, high = np.quantile([fit_slope(levels, np.array(each)) for each in again], [0.025, 0.975])
+        covered += [interval.low <= slope <= interval.high, low <= slope <= high]
+    jackknife, bootstrap = 100 * covered / studies
+    case = f"{seeds} seeds"
+    return [
+        Row("slopes", case, "coverage of the jackknife with t", jackknife, (90.0, 100.0), studies),
+        Row("slopes", case, "coverage of the bootstrap", bootstrap, NO_LIMITS, studies),
+    ]
+
+
 def claim_rows(index: int, seeds: int, studies: int, seed: int) -> list[Row]:
     """Measure how often claim 1 has the outcome that a case of `claim_cases` counts."""
     case = claim_cases()[index]
@@ -323,6 +355,7 @@ def list_tasks(replicates: int) -> list[Task]:
     noises = list(STANDARD_DEVIATIONS)
     seeds = (3, 5, 10)
     tasks: list[Task] = [("factors", factor_rows, (noise, n), replicates) for noise in ROWS for n in seeds]
+    tasks += [("slopes", slope_rows, (n,), max(1, replicates // 4)) for n in seeds]
     tasks += [("claims", claim_rows, (i, 5), replicates) for i in range(len(claim_cases()))]
     tasks += [("tuning", tuning_rows, (noise, 4), many) for noise in noises]
     tasks += [("tuning", tuning_rows, ("equal", 2), many)]

@@ -884,7 +884,7 @@ def transfer(panel: Panel, curves: pd.DataFrame, levels: pd.DataFrame) -> Chart:
     x = levels["position"] if is_number else levels["level"].map(names).astype(float)
     palette, order = style.palette(curves["curve"], "lora"), list(curves["curve"])
     ends = {"best_rate": "rate", "best_rate_low": "low", "best_rate_high": "high"}
-    table = levels[["curve", "level", *ends, "at_edge"]].rename(columns=ends)
+    table = levels[["curve", "level", *ends, "left_out"]].rename(columns=ends)
     table = table.assign(x=x, hue=levels["curve"].map(palette.hues), text=table["rate"].map(formatting.rate))
     fits = _slope_lines(curves, table, palette)
     shown = levels[["curve", "level", "rates", "quality"]].explode(["rates", "quality"])
@@ -908,8 +908,8 @@ def transfer(panel: Panel, curves: pd.DataFrame, levels: pd.DataFrame) -> Chart:
             draw("line", "!datum.is_known", **line),
             draw("line", "datum.is_known", strokeDash=_DASHES["cliff"], opacity=0.6, **line),
             draw("rule", "isValid(datum.low)", strokeWidth=2, opacity=0.4, y=low, y2="high:Q", **at),
-            draw("point", "!datum.at_edge", size=80, y=up, tooltip=tooltip, **_SOLID, **at),
-            draw("point", "datum.at_edge", size=80, y=up, tooltip=tooltip, **_HOLLOW, **at),
+            draw("point", "!datum.left_out", size=80, y=up, tooltip=tooltip, **_SOLID, **at),
+            draw("point", "datum.left_out", size=80, y=up, tooltip=tooltip, **_HOLLOW, **at),
         ]
         return _plot(table, layers, width, 240, "best learning rate")
 
@@ -926,7 +926,8 @@ def transfer(panel: Panel, curves: pd.DataFrame, levels: pd.DataFrame) -> Chart:
     def build(width: int) -> Any:
         entries = [*palette.entries, ("published slope", _GAP, "", False)]
         key = _key(entries, palette.color, width)
-        return _stack(panel, width, "", key, best_rates(width - _LEFT - 12), *scores(width))
+        views = key, best_rates(width - _LEFT - 12), *scores(width)
+        return _stack(panel, width, "", *views).resolve_scale(color="independent")
 
     return Chart(f"Best learning rate over {title}, {panel['panel']}", build)
 
@@ -935,7 +936,7 @@ def _slope_lines(curves: pd.DataFrame, levels: pd.DataFrame, palette: Palette) -
     """Return the two ends of each fitted line and of each line with a published slope through its middle."""
     rows = []
     for row in curves[curves["slope"].notna()].to_dict("records"):
-        own = levels.loc[(levels["curve"] == row["curve"]) & ~levels["at_edge"], "x"]
+        own = levels.loc[(levels["curve"] == row["curve"]) & (levels["left_out"] == ""), "x"]
         logs = np.log10([own.min(), own.max()])
         for name in ("slope", "known_slope"):
             heights = row["log10_rate_at_1"] + row["slope"] * logs.mean() + row[name] * (logs - logs.mean())

@@ -450,7 +450,7 @@ def transfer_sections(report: Report) -> Iterator[Section]:
             figure("published", lambda r: number(r["known_slope"], 2)),
             figure("largest loss", lambda r: formatting.points_estimate(r, "worst")),
             text("from, to", lambda r: r["worst_pair"] or "-"),
-            text("at an edge", lambda r: r["at_edge"] or "-", more=True),
+            text("left out", lambda r: r["left_out"] or "-", more=True),
         ),
         chart=charts.transfer(report.panel, results.transfer, results.transfer_levels),
         note="At slope b, twice the factor has 2 to the power of b times the best rate. Largest loss: test "
@@ -459,8 +459,8 @@ def transfer_sections(report: Report) -> Iterator[Section]:
 
     def best_rate(row: Row) -> str:
         ends = [rate(row[f"best_rate_{end}"]) for end in ("low", "high")]
-        edge = " (edge)" if row["at_edge"] else ""
-        return f"{rate(row['best_rate'])}{'' if '-' in ends else f' [{ends[0]}, {ends[1]}]'}{edge}"
+        why = f" ({row['left_out']})" if row["left_out"] else ""
+        return f"{rate(row['best_rate'])}{'' if '-' in ends else f' [{ends[0]}, {ends[1]}]'}{why}"
 
     yield Section(
         "transfer_levels",

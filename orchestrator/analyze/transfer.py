@@ -23,6 +23,7 @@ import numpy as np
 
 from orchestrator.analyze import effects, stats
 from orchestrator.analyze.factors import Level, normalize, score_array
+from orchestrator.analyze.runs import SCORE_EPSILON, finite
 from orchestrator.record.schema import Record
 from orchestrator.record.study_file import AnalysisSettings
 from orchestrator.study.levels import (
@@ -86,6 +87,20 @@ class _Best:
     values: stats.Floats
     peak: stats.Peak
     left_out: stats.Floats
+
+    @property
+    def left_out_for(self) -> str:
+        """Why the level is left out of the fit and of the test; empty if it is not."""
+        records = self.level.runs.values()
+        before = [r.baseline_scores.get("validation", {}).get(r.configuration.task.metric) for r in records]
+        known = [score for score in map(finite, before) if not math.isnan(score)]
+        floor = max([r.configuration.task.floor for r in records] + known)
+        if not any(finite(record.score("validation")) > floor + SCORE_EPSILON for record in records):
+            return "nothing learned"
+        if not self.peak.at_edge:
+            return ""
+        end = "lowest" if self.peak.log10_rate < np.log10(self.rates).mean() else "highest"
+        return f"best at the {end} rate"
 
 
 def transfer_frames(
@@ -156,7 +171,7 @@ def _find_best(level: Level, settings: AnalysisSettings) -> _Best | None:
 # -- the slope
 
 
-def fit_slope(positions: Sequence[float], log10_rates: stats.Floats) -> float:
+def fit_slope(positions: Sequence[float] | stats.Floats, log10_rates: stats.Floats) -> float:
     """Return the slope of log10 of the best rate over log10 of the factor, by least squares.
 
     Args:
@@ -166,7 +181,9 @@ def fit_slope(positions: Sequence[float], log10_rates: stats.Floats) -> float:
     return float(np.polyfit(np.log10(positions), log10_rates, 1)[0])
 
 
-def slope_interval(positions: Sequence[float], peaks: stats.Floats, left_out: stats.Floats) -> stats.Estimate:
+def slope_interval(
+    positions: Sequence[float] | stats.Floats, peaks: stats.Floats, left_out: stats.Floats
+) -> stats.Estimate:
     """Return the slope of a curve with its jackknife interval over seeds.
 
     Leaving out a seed leaves it out at all levels. docs/statistics.md has the coverage.
@@ -188,7 +205,7 @@ def _curve_row(
     settings: AnalysisSettings,
 ) -> dict[str, Any]:
     """Return the row of a curve in `Results.transfer`."""
-    inside = [best for best in bests if not best.peak.at_edge and math.isfinite(best.position)]
+    inside = [best for best in bests if not best.left_out_for and math.isfinite(best.position)]
     slope, seeds = stats.Estimate(math.nan), min(len(best.level.seeds) for best in bests)
     center = math.nan
     if len(inside) >= MIN_LEVELS and all(best.level.seeds == inside[0].level.seeds for best in inside):
@@ -204,7 +221,7 @@ def _curve_row(
         "title": level_title(settings.factor),
         "levels": ", ".join(best.label for best in bests),
         "inside": len(inside),
-        "at_edge": ", ".join(f"{best.label} ({_edge(best)})" for best in bests if best.peak.at_edge),
+        "left_out": ", ".join(f"{best.label} ({why})" for best in bests if (why := best.left_out_for)),
         "seeds": seeds,
         "slope": slope.mean,
         "slope_low": slope.low,
@@ -220,10 +237,6 @@ def _curve_row(
     }
 
 
-def _edge(best: _Best) -> str:
-    return "lowest rate" if best.peak.log10_rate < np.log10(best.rates).mean() else "highest rate"
-
-
 def _level_row(best: _Best, factor: str) -> dict[str, Any]:
     """Return the row of a level in `Results.transfer_levels`."""
     found = stats.jackknife(best.peak.log10_rate, best.left_out)
@@ -235,7 +248,7 @@ def _level_row(best: _Best, factor: str) -> dict[str, Any]:
         "best_rate": 10**found.mean,
         "best_rate_low": 10**found.low,
         "best_rate_high": 10**found.high,
-        "at_edge": best.peak.at_edge,
+        "left_out": best.left_out_for,
         "interpolated": best.peak.interpolated,
         "seeds": int(seeds.max()),
         "rates": list(best.rates),
@@ -247,13 +260,13 @@ def _level_row(best: _Best, factor: str) -> dict[str, Any]:
 
 
 def _carry(bests: Sequence[_Best]) -> list[dict[str, Any]]:
-    """Return a row of `Results.carried` for each pair of levels whose best rates are not at an edge.
+    """Return a row of `Results.carried` for each pair of levels that are not left out.
 
     The additional key `losses` has the loss of each seed. A loss is NaN if the grid of the target does not
     reach the rate of the source. Between two rates of the grid, the score is interpolated.
     """
     rows = []
-    for source, target in permutations([best for best in bests if not best.peak.at_edge], 2):
+    for source, target in permutations([best for best in bests if not best.left_out_for], 2):
         losses = _losses(source, target)
         known = losses if np.isfinite(losses).all() else np.array([])
         found = stats.mean_interval(known, stats.DIFFERENCES)

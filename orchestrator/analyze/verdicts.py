@@ -639,11 +639,11 @@ CARRIES_RULES = (
     Rule(lambda f: f.missing, "Some configurations have not ended.", "undecided"),
     Rule(
         lambda f: not f.pairs,
-        "Fewer than two levels have their best rate inside the grid.",
+        "Fewer than two levels have learned and have their best rate inside the grid.",
         "undecided",
     ),
     Rule(
-        lambda f: f.p_carries <= stats.ALPHA and not f.at_edge,
+        lambda f: f.p_carries <= stats.ALPHA and not f.left_out,
         "Every level loses less than {margin} points at the best rate of any other.",
         "supported",
     ),
@@ -686,7 +686,11 @@ SLOPE_RULES = (
 
 TRANSFER_STEPS = (
     NOT_ENDED,
-    Rule(lambda f: f.at_edge, "The best rate is at an end of the grid; widen it.", command="{wider}"),
+    Rule(
+        lambda f: "best at" in f.left_out,
+        "A best rate is at an end of its grid; widen the grid.",
+        command="{wider}",
+    ),
     Rule(
         lambda f: f.seeds < 10 and (f.outcome == "undecided" or math.isnan(f.slope_low)),
         "More seeds narrow the intervals.",
@@ -720,7 +724,7 @@ def _transfer(results: Results) -> Iterator[Verdict]:
             if not math.isnan(row["known_slope"]):
                 slope += f"; published {row['known_slope']:+.2f} ({row['known_source']})"
             slope += "."
-        edge = f"Left out, best at an end of the grid: {row['at_edge']}." if row["at_edge"] else ""
+        edge = f"Left out: {row['left_out']}." if row["left_out"] else ""
         step, command = _decide_step(TRANSFER_STEPS, facts | {"outcome": rule.outcome})
         yield Verdict(
             CARRIES.format(title=row["title"]),

@@ -128,7 +128,7 @@ class StudyOptions(StoreOptions):
     scheduler: Annotated[str, Option(registry="orchestrator.execution.schedulers:SCHEDULERS")] = "none"
     """Early stopping by validation loss, separately for each variant and task, by Ray Tune. Stopped lanes
     are shown as censored; without early stopping they continue. With --evaluations 10, asha takes about a
-    third of the steps (docs/early_stopping.md)."""
+    third of the steps (docs/search.md)."""
     steps: Annotated[
         int | None, HYPERPARAMETERS["steps"].bounds, Option(section="training", sets="steps")
     ] = None

@@ -106,7 +106,7 @@ def transfer(summary: Mapping[str, Any]) -> dict[str, Any]:
             "slope": _estimate(row, "slope"),
             "published": row["known_slope"],
             "lost": [row["worst_pair"], *_estimate(row, "worst")],
-            "at an edge": row["at_edge"],
+            "left out": row["left_out"],
         }
         for row in summary["transfer"]
     }

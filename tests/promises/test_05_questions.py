@@ -230,9 +230,9 @@ def test_the_slope_of_the_best_rate_lies_in_its_interval(answered: Callable[[str
 @pytest.mark.parametrize(
     ("truth", "outcome", "answer"),
     [
-        (known_truth.transfer(slope=0.0), "supported", "Keep the rate"),
+        (known_truth.transfer(slope=0.0, optimum=3.16e-3), "supported", "Keep the rate"),
         (known_truth.transfer(slope=-1.0), "refuted", "Multiply the rate by 0.5"),
-        (known_truth.transfer(optimum=1.0), "undecided", "Left out, best at an end of the grid: 2"),
+        (known_truth.transfer(optimum=0.1), "undecided", "Left out: 2 (best at the highest rate)"),
     ],
     ids=["it stays", "it moves", "at the edge"],
 )
