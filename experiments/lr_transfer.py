@@ -41,6 +41,7 @@ class TransferOptions(CurveOptions):
     """The factor, its levels, and what moves with it."""
 
     unused: ClassVar[Mapping[str, str]] = SensitivityOptions.unused
+    default_config: ClassVar[str] = ""
 
     factor: FactorName = "rank"
     """What changes besides the learning rate; `model`: the base model, by its width."""

@@ -904,10 +904,11 @@ def transfer(panel: Panel, curves: pd.DataFrame, levels: pd.DataFrame) -> Chart:
         at = {"x": _axis(alt.X, "x", span, title, is_number, **axis), "color": palette.color, "clip": True}
         line = {"data": inline(fits), "y": up, "detail": "piece:N", **at}
         tooltip = tips(curve="curve", level=title, text="best rate")
+        both_ends = "isValid(datum.low) && isValid(datum.high)"  # at an end of the grid there is one
         layers = [
             draw("line", "!datum.is_known", **line),
             draw("line", "datum.is_known", strokeDash=_DASHES["cliff"], opacity=0.6, **line),
-            draw("rule", "isValid(datum.low)", strokeWidth=2, opacity=0.4, y=low, y2="high:Q", **at),
+            draw("rule", both_ends, strokeWidth=2, opacity=0.4, y=low, y2="high:Q", **at),
             draw("point", "!datum.left_out", size=80, y=up, tooltip=tooltip, **_SOLID, **at),
             draw("point", "datum.left_out", size=80, y=up, tooltip=tooltip, **_HOLLOW, **at),
         ]

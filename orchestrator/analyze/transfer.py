@@ -2,7 +2,7 @@
 
 A level is one value of the factor, with the settings that a link moves with it (see `study.levels`). A curve
 has the levels of one variant and one link. The best rate of a level is the optimum of a parabola in the
-log rate (`stats.find_optimum`). The slope of a curve is that of log10 of the best rate over log10
+log rate, with the interval of `ratios`. The slope of a curve is that of log10 of the best rate over log10
 of the factor: at slope b, twice the factor has 2 ** b times the rate.
 
 The best rate carries over from level a to level b if b, trained at the best rate of a, loses less than the
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from orchestrator.analyze import effects, stats
+from orchestrator.analyze import effects, ratios, stats
 from orchestrator.analyze.factors import Level, normalize, score_array
 from orchestrator.analyze.runs import SCORE_EPSILON, finite
 from orchestrator.record.schema import Record
@@ -53,15 +53,18 @@ class Known(NamedTuple):
     source: str
 
 
-MUA = "muA, arXiv 2602.06204"
+MUA = "muA, arXiv 2602.06204, Corollary 4.4, second-hand"
 KNOWN_SLOPES = (
     Known("rank", "lora", "none", 0.0, MUA),
     Known("rank", "lora", "alpha", -1 / 2, MUA),
     Known("rank", "rslora", "none", -1 / 4, MUA),
     Known(MODEL, "lora", "none", -1 / 2, MUA),
 )
-"""Published slopes, for AdamW, A drawn at random and B = 0. LoRA's update has the multiplier alpha/rank: it
-falls as 1/rank with fixed alpha and is constant with the link alpha. That of rsLoRA falls as 1/sqrt(rank)."""
+"""Published slopes. For A drawn at random (variance 1/width), B = 0, one rate for both and sign descent in
+place of Adam, the best rate is proportional to width^(-1/2) rank^(-(1 - g)/2), if the update B A has the
+multiplier rank^(-g). The multiplier alpha/rank has g = 1 with fixed alpha and g = 0 with the link alpha; that
+of rsLoRA, alpha/sqrt(rank), has g = 1/2. Only the abstract was read here. The corollary is taken from two
+summaries that agree. The slope over width supposes that base models differ in width alone."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +78,7 @@ class _Best:
         rates: The learning rates with a score, ascending.
         choices: The values that choose a rate, shape (rates, seeds); NaN for a missing run.
         values: Test scores, of the same shape.
-        peak: The optimum of the mean of the choices.
-        left_out: Log10 of the optimum without each seed, shape (seeds,).
+        optimum: The best rate by the mean of the choices.
     """
 
     level: Level
@@ -85,8 +87,7 @@ class _Best:
     rates: tuple[float, ...]
     choices: stats.Floats
     values: stats.Floats
-    peak: stats.Peak
-    left_out: stats.Floats
+    optimum: ratios.Optimum
 
     @property
     def left_out_for(self) -> str:
@@ -97,10 +98,8 @@ class _Best:
         floor = max([r.configuration.task.floor for r in records] + known)
         if not any(finite(record.score("validation")) > floor + SCORE_EPSILON for record in records):
             return "nothing learned"
-        if not self.peak.at_edge:
-            return ""
-        end = "lowest" if self.peak.log10_rate < np.log10(self.rates).mean() else "highest"
-        return f"best at the {end} rate"
+        ends = {"": "", "low edge": "best at the lowest rate", "high edge": "best at the highest rate"}
+        return ends[self.optimum.edge]
 
 
 def transfer_frames(
@@ -156,8 +155,7 @@ def _find_best(level: Level, settings: AnalysisSettings) -> _Best | None:
     known = np.isfinite(choices).any(axis=1)
     if not known.any():
         return None
-    x = np.log10(rates)[known]
-    peak, left_out = stats.find_optimum(x, choices[known])
+    optimum = ratios.grid_optimum(np.log10(rates)[known], choices[known], seeds)
     value = level_of(level.configuration, settings.factor)
     assert value is not None
     position = float(settings.widths.get(str(value), math.nan)) if settings.factor == MODEL else math.nan
@@ -165,37 +163,27 @@ def _find_best(level: Level, settings: AnalysisSettings) -> _Best | None:
         position = float(value)
     kept = tuple(rate for rate, is_known in zip(rates, known, strict=True) if is_known)
     label = level_label(settings.factor, value)
-    return _Best(level, label, position, kept, choices[known], values[known], peak, left_out)
+    return _Best(level, label, position, kept, choices[known], values[known], optimum)
 
 
 # -- the slope
 
 
-def fit_slope(positions: Sequence[float] | stats.Floats, log10_rates: stats.Floats) -> float:
-    """Return the slope of log10 of the best rate over log10 of the factor, by least squares.
+def slope_interval(positions: Sequence[float], optima: Sequence[ratios.Optimum]) -> stats.Estimate:
+    """Return the slope of a curve, by least squares, with its interval.
+
+    Leaving out a seed leaves it out at all levels. As in `ratios`, half of the spacing of the grid is the
+    error of the parabola; here those of the levels are independent. docs/statistics.md has the coverage.
 
     Args:
         positions: Values of the factor, at least two.
-        log10_rates: Log10 of the best rate at each, shape (levels,).
+        optima: The best rate at each, on grids with the same seeds.
     """
-    return float(np.polyfit(np.log10(positions), log10_rates, 1)[0])
-
-
-def slope_interval(
-    positions: Sequence[float] | stats.Floats, peaks: stats.Floats, left_out: stats.Floats
-) -> stats.Estimate:
-    """Return the slope of a curve with its jackknife interval over seeds.
-
-    Leaving out a seed leaves it out at all levels. docs/statistics.md has the coverage.
-
-    Args:
-        positions: Values of the factor.
-        peaks: Log10 of the best rates, shape (levels,).
-        left_out: Log10 of the best rates without each seed, shape (levels, seeds).
-    """
-    slopes = [fit_slope(positions, without) for without in left_out.T if np.isfinite(without).all()]
-    whole = len(slopes) == left_out.shape[1]
-    return stats.jackknife(fit_slope(positions, peaks), slopes if whole else [])
+    offsets = np.log10(positions) - np.log10(positions).mean()
+    weights = offsets / np.square(offsets).sum()
+    without = [float(weights @ values) for values in zip(*(o.by_seed.values() for o in optima), strict=True)]
+    step = float(np.linalg.norm(weights)) * max(optimum.step for optimum in optima)
+    return ratios.estimate(float(weights @ [o.log10_rate for o in optima]), without, step)
 
 
 def _curve_row(
@@ -209,10 +197,10 @@ def _curve_row(
     slope, seeds = stats.Estimate(math.nan), min(len(best.level.seeds) for best in bests)
     center = math.nan
     if len(inside) >= MIN_LEVELS and all(best.level.seeds == inside[0].level.seeds for best in inside):
-        peaks = np.array([best.peak.log10_rate for best in inside])
-        positions = [best.position for best in inside]
-        slope = slope_interval(positions, peaks, np.array([best.left_out for best in inside]))
-        center = float(peaks.mean() - slope.mean * np.log10(positions).mean())
+        positions, optima = [best.position for best in inside], [best.optimum for best in inside]
+        slope = slope_interval(positions, optima)
+        middle = np.mean([optimum.log10_rate for optimum in optima])
+        center = float(middle - slope.mean * np.log10(positions).mean())
     key = settings.factor, place["variant"], place["link"]
     known = next((each for each in KNOWN_SLOPES if each[:3] == key), None)
     worst = max(carried, key=lambda pair: pair["lost"], default=None)
@@ -239,7 +227,7 @@ def _curve_row(
 
 def _level_row(best: _Best, factor: str) -> dict[str, Any]:
     """Return the row of a level in `Results.transfer_levels`."""
-    found = stats.jackknife(best.peak.log10_rate, best.left_out)
+    found = ratios.estimate_rate(best.optimum)
     seeds = np.isfinite(best.choices).sum(axis=1)
     return {
         "factor": factor,
@@ -249,7 +237,6 @@ def _level_row(best: _Best, factor: str) -> dict[str, Any]:
         "best_rate_low": 10**found.low,
         "best_rate_high": 10**found.high,
         "left_out": best.left_out_for,
-        "interpolated": best.peak.interpolated,
         "seeds": int(seeds.max()),
         "rates": list(best.rates),
         "quality": np.nanmean(best.choices, axis=1).tolist(),

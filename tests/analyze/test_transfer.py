@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.analyze import transfer
+from orchestrator.analyze.ratios import Optimum
 from orchestrator.study import levels
 from orchestrator.study.configuration import Configuration
 from orchestrator.study.levels import LINKS, at_level, is_on_curve, level_of
@@ -19,22 +20,28 @@ from orchestrator.study.levels import LINKS, at_level, is_on_curve, level_of
 LINKED = [(factor, link) for link, each in LINKS.items() for factor in each.moved if factor != levels.TARGETS]
 
 
-@given(st.floats(-2, 2), st.lists(st.floats(-3, 0), min_size=3, max_size=8))
-def test_the_slope_of_exact_powers_is_exact_and_its_error_that_of_a_mean(
-    slope: float, shifts: list[float]
+@given(st.floats(-2, 2), st.lists(st.floats(-3, 0), min_size=3, max_size=8), st.floats(0.05, 0.5))
+def test_the_slope_of_powers_is_exact_and_its_error_that_of_a_mean_and_of_the_grid(
+    slope: float, shifts: list[float], step: float
 ) -> None:
     """A shift of all levels by a seed leaves the slope; a shift of the power itself has the t interval."""
     positions = [2.0, 4.0, 8.0, 16.0]
-    line = slope * np.log10(positions)
-    found = transfer.slope_interval(positions, line, line[:, None] + np.array(shifts))
+    logs, moved = np.log10(positions), np.array(shifts)
+    without = (moved.sum() - moved) / (len(moved) - 1)
+    grid = step / 2 / math.sqrt(np.square(logs - logs.mean()).sum())
+    both = [
+        [
+            Optimum(slope * x, dict(enumerate(slope * x + by * without)), "", step)
+            for x, by in zip(logs, scale, strict=True)
+        ]
+        for scale in (np.ones(4), logs)
+    ]
+    found = transfer.slope_interval(positions, both[0])
     assert found.mean == pytest.approx(slope, abs=1e-9)
-    assert math.isnan(found.low), "no seed changes the slope"
-    powers = np.array(shifts)
-    without = (powers.sum() - powers) / (len(powers) - 1)
-    moved = transfer.slope_interval(positions, line, np.log10(positions)[:, None] * without)
-    mean = transfer.stats.mean_interval(powers)
-    if math.isfinite(mean.low) and np.ptp(powers) > 1e-6:
-        assert moved.high - moved.low == pytest.approx(mean.high - mean.low, rel=1e-6)
+    assert found.high - slope == pytest.approx(grid, rel=1e-6), "no seed changes the slope"
+    found, mean = transfer.slope_interval(positions, both[1]), transfer.stats.mean_interval(moved)
+    if math.isfinite(mean.low) and np.ptp(moved) > 1e-6:
+        assert found.high - slope == pytest.approx(math.hypot((mean.high - mean.low) / 2, grid), rel=1e-6)
 
 
 @pytest.mark.parametrize(("factor", "link"), LINKED)
