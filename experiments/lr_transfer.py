@@ -45,7 +45,7 @@ class TransferOptions(CurveOptions):
 
     factor: FactorName = "rank"
     """What changes besides the learning rate; `model`: the base model, by its width."""
-    levels: Annotated[Words | None, Option("LEVEL", commas=True)] = None
+    levels: Annotated[Words | None, Option("LEVEL", commas=True, paths=True)] = None
     """Values of the factor, three to six: numbers; for targets `all attention MLP`; for model names as in
     --model. Default for the rank: 2 4 8 16 32; with --dry-run: 2 4 8 16."""
     link: Annotated[tuple[LinkName, ...] | None, Field(min_length=1), Option(commas=True)] = None

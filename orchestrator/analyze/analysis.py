@@ -83,7 +83,7 @@ def analyze(study: StudyFile, records: Iterable[Record]) -> Results:
         score_of = (
             {} if own_scores.empty else own_scores.set_index(["panel", "variant"])["test_score"].to_dict()
         )
-    if kind != "search":
+    if kind not in ("search", "transfer"):  # the latter compares best rates by `by`, as powers
         from orchestrator.analyze.ratios import ratio_rows
 
         references = panels.set_index("panel")["reference"].to_dict()
