@@ -39,7 +39,7 @@ class CurveOptions(StudyOptions):
 
     rates_per_decade: Annotated[int | None, Field(ge=0, le=100), Option(rival="learning_rates")] = None
     """Without --learning-rates: refine the task's grid to about this number of rates a decade; 0 leaves it as
-    it is. Default: 4 for a --dry-run, else 0, because the cost grows with the number of rates."""
+    it is. Default: 4 for a --dry-run or a transfer, else 0, because each rate costs."""
     widen: Annotated[float, Field(ge=0, le=5)] = 1.0
     """Decades by which the grid may grow at each end, half a decade at a time and for every variant alike,
     while the best rate of a variant lies on its edge; 0: the grid stays as it is."""

@@ -20,7 +20,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,6 +34,7 @@ from scipy import stats as scipy_stats
 from star_studies import ROWS, claim_cases, claim_share, interval_shares
 
 from orchestrator.analyze import ratios, stats
+from orchestrator.analyze.transfer import slope_interval
 
 Floats = NDArray[np.float64]
 Noise = Literal["equal", "unequal", "heavy tails", "near ceiling", "one in ten collapsed"]
@@ -296,6 +297,36 @@ def factor_rows(noise: str, seeds: int, studies: int, seed: int) -> list[Row]:
     ]
 
 
+def slope_rows(shape: str, seeds: int, studies: int, seed: int) -> list[Row]:
+    """Measure the coverage of the interval of a slope of -1/2 over five levels.
+
+    Each seed moves the best rate, by 0.05 decades at all levels alike and by 0.05 at each level alone. A grid
+    has 4 rates a decade. The curve of a level is symmetric, or it is "skewed": steeper above the best rate.
+    The parabola then misses the best rate by a bias that depends on the place of the grid and that more seeds
+    do not reduce. The second row has the jackknife alone, without the term for this bias.
+    """
+    generator, levels, slope = np.random.default_rng(seed), 2.0 ** np.arange(5), -0.5
+    x, covered = np.arange(-3.5, -0.49, 0.25), np.zeros(2)
+    above, below = (0.5, 0.9) if shape == "skewed" else (0.7, 0.7)
+    for _ in range(studies):
+        shift = generator.uniform(-0.125, 0.125)
+        moved = 0.05 * (generator.standard_normal((5, seeds)) + generator.standard_normal(seeds))
+        best = -2 + shift + slope * np.log10(levels / 4)[:, None] + moved
+        distance = x[:, None] - best[:, None, :]
+        scores = 0.9 * np.exp(-((distance / np.where(distance > 0, above, below)) ** 2))
+        scores += 0.01 * generator.standard_normal(scores.shape)
+        optima = [ratios.grid_optimum(x, own, range(seeds)) for own in scores]
+        for i, found in enumerate((optima, [replace(each, step=1e-9) for each in optima])):
+            low, high = slope_interval(list(levels), found)[1:3]
+            covered[i] += low <= slope <= high
+    whole, alone = 100 * covered / studies
+    case = f"{shape}, {seeds} seeds"
+    return [
+        Row("slopes", case, "coverage of the slope", whole, (90.0, 100.0), studies),
+        Row("slopes", case, "coverage of the jackknife alone", alone, NO_LIMITS, studies),
+    ]
+
+
 def ratio_rows(design: str, shape: str, n: int, studies: int, seed: int) -> list[Row]:
     """Measure the coverage of the interval of a ratio of two best rates.
 
@@ -357,6 +388,9 @@ def list_tasks(replicates: int) -> list[Task]:
     noises = list(STANDARD_DEVIATIONS)
     seeds = (3, 5, 10)
     tasks: list[Task] = [("factors", factor_rows, (noise, n), replicates) for noise in ROWS for n in seeds]
+    tasks += [
+        ("slopes", slope_rows, (shape, n), replicates) for shape in ("symmetric", "skewed") for n in seeds
+    ]
     tasks += [
         ("ratios", ratio_rows, (design, shape, n), replicates)
         for design in ("grid", "tuned")

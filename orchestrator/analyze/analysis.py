@@ -53,18 +53,22 @@ def analyze(study: StudyFile, records: Iterable[Record]) -> Results:
     if kind == "factors":
         from orchestrator.analyze.factors import FactorStudy, find_stars
 
-        order = {fingerprint: i for i, fingerprint in enumerate(study.configurations)}
-        stars = find_stars(sorted(kept, key=lambda r: order.get(r.fingerprint, len(order))))
+        stars = find_stars(study.in_order(kept))
         found = FactorStudy(stars, frame, study.settings)
         more = {"factors": found.factors, "claims": found.claims}
         if stars:
             shown = frame[frame["fingerprint"].isin([f for star in stars for f in star.curve])]
+    if kind == "transfer":
+        from orchestrator.analyze.transfer import transfer_frames
+
+        panel_of = frame.set_index("fingerprint")["panel"].to_dict()
+        more = transfer_frames(study.in_order(kept), panel_of, study.settings)
     points = curves.make_points(frame)
-    if kind in ("curve", "factors"):
+    if kind in ("curve", "factors", "transfer"):
         best, panels = curves.best_of_curves(shown, points[points["group"].isin(shown["group"])])
         if kind == "curve":
             more = _compare_curves(frame, best, panels)
-        elif not stars:  # no curve has a score
+        elif kind == "factors" and not stars:  # no curve has a score
             best, panels = best.head(0), panels.head(0)
     else:
         best, panels = curves.best_of_groups(frame, points)
@@ -79,7 +83,7 @@ def analyze(study: StudyFile, records: Iterable[Record]) -> Results:
         score_of = (
             {} if own_scores.empty else own_scores.set_index(["panel", "variant"])["test_score"].to_dict()
         )
-    if kind != "search":
+    if kind not in ("search", "transfer"):  # the latter compares best rates by `by`, as powers
         from orchestrator.analyze.ratios import ratio_rows
 
         references = panels.set_index("panel")["reference"].to_dict()

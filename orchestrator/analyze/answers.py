@@ -199,8 +199,8 @@ def _ratio(results: Results, each: Expectation) -> dict[str, Any]:
 
 
 def _slope(results: Results, each: Expectation) -> dict[str, Any]:
-    frame = getattr(results, "transfer", None)
-    if frame is None or not len(frame):
+    frame = results.transfer
+    if not len(frame):
         raise _UntestedError("the study varies no factor beside the learning rate")
     row = frame[(frame["curve"] == each.variant) & (frame["factor"] == each.factor)]
     if len(row) != 1 or math.isnan(row["slope"].iloc[0]):

@@ -112,6 +112,19 @@ class Results:
     claims: pd.DataFrame = field(default_factory=_empty)
     """Sensitivity study: one row for each panel and variant, with the test of the claim that the learning
     rate matters more than any other hyperparameter."""
+    transfer: pd.DataFrame = field(default_factory=_empty)
+    """Transfer of the rate: one row for each panel and curve, that is, variant and link. `slope` is that of
+    log10 of the best rate over log10 of the factor, from the `inside` levels whose best rate is not at an
+    edge, and `known_slope` is the published one. `worst` is the largest test score that a level loses at the
+    best rate of another one. `p_carries` and `p_moves` are the p values of "the rate carries over" and of "it
+    does not", see `analyze.transfer`."""
+    transfer_levels: pd.DataFrame = field(default_factory=_empty)
+    """Transfer of the rate: one row for each level of a curve, with its best rate. `position` is the value of
+    the factor. `quality` has the mean at each of `rates` of what chose the rate: the validation score, or the
+    inverse perplexity exp(-loss)."""
+    carried: pd.DataFrame = field(default_factory=_empty)
+    """Transfer of the rate: one row for each pair of levels of a curve. `lost` is the test score that the
+    level `target` loses at the best rate of the level `source` against its own."""
     costs: pd.DataFrame = field(default_factory=_empty)
     """One row for each panel and curve, see `costs.cost_frame`."""
     verdicts: pd.DataFrame = field(default_factory=_empty)

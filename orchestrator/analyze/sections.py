@@ -148,7 +148,7 @@ def glance(report: Report) -> Iterator[Section]:
     )
 
 
-GRIDS = ("curve", "factors")
+GRIDS = ("curve", "factors", "transfer")
 """The kinds of studies whose points form curves over the learning rate."""
 
 
@@ -502,6 +502,47 @@ def _factor_table(rows: pd.DataFrame) -> Table:
 
 
 @per_panel
+def transfer_sections(report: Report) -> Iterator[Section]:
+    """Yield the sections of a study of transfer: slopes, best rates, and what carrying a rate over loses."""
+    results = report.results
+    if not len(results.transfer):
+        return
+    yield Section(
+        "transfer",
+        "The best rate as a power of the factor",
+        table=make_table(
+            results.transfer,
+            text("curve", lambda r: r["curve"]),
+            figure("slope", lambda r: formatting.estimate(r, "slope", 2)),
+            figure("published", lambda r: number(r["known_slope"], 2)),
+            figure("largest loss", lambda r: formatting.points_estimate(r, "worst")),
+            text("from, to", lambda r: r["worst_pair"] or "-"),
+            text("left out", lambda r: r["left_out"] or "-", more=True),
+        ),
+        chart=charts.transfer(report.panel, results.transfer, results.transfer_levels),
+        note="At slope b, twice the factor has 2 to the power of b times the best rate. Largest loss: test "
+        "score in points that a level loses at the best rate of another. 95 % intervals over seeds.",
+    )
+
+    def best_rate(row: Row) -> str:
+        ends = [rate(row[f"best_rate_{end}"]) for end in ("low", "high")]
+        why = f" ({row['left_out']})" if row["left_out"] else ""
+        return f"{rate(row['best_rate'])}{'' if '-' in ends else f' [{ends[0]}, {ends[1]}]'}{why}"
+
+    yield Section(
+        "transfer_levels",
+        "Best rate of each level",
+        table=make_table(
+            results.transfer_levels,
+            text("curve", lambda r: r["curve"]),
+            text("level", lambda r: r["level"]),
+            figure("best rate", best_rate),
+            figure("seeds", lambda r: str(r["seeds"])),
+        ),
+    )
+
+
+@per_panel
 def comparison_charts(report: Report) -> Iterator[Section]:
     """Yield the sections with the charts of a replicated tuning.
 
@@ -539,21 +580,22 @@ def curve_charts(report: Report) -> Iterator[Section]:
     )
     if points["validation_score"].isna().all():
         return
-    yield Section(
-        "curves",
-        "Score over learning rate",
-        chart=charts.score_curves(panel, points, best, runs),
-        note="Mean over seeds with its 95 % interval; the best rate is ringed. Single runs are dots, "
-        "collapsed ones triangles, diverged ones crosses at the score of a constant answer. The line is "
-        "dashed across a cliff, between the last usable rate and the first at which most runs break.",
-    )
+    if report.kind != "transfer":  # its own chart has a curve for each level
+        yield Section(
+            "curves",
+            "Score over learning rate",
+            chart=charts.score_curves(panel, points, best, runs),
+            note="Mean over seeds with its 95 % interval; the best rate is ringed. Single runs are dots, "
+            "collapsed ones triangles, diverged ones crosses at the score of a constant answer. The line is "
+            "dashed across a cliff, between the last usable rate and the first at which most runs break.",
+        )
     yield Section(
         "heatmap",
         "Every variant and rate",
         chart=charts.heat_map(panel, points, best),
         note="Mean validation score; a frame marks the best rate. ▽ most runs collapsed or diverged.",
     )
-    if best["test_at_common_rate"].notna().sum() > 1:
+    if report.kind != "transfer" and best["test_at_common_rate"].notna().sum() > 1:
         yield Section(
             "spread",
             "One rate for all, or each its own",
@@ -848,6 +890,7 @@ SECTIONS: tuple[MakeSections, ...] = (
     verdict_sections,
     limit_sections,
     factor_sections,
+    transfer_sections,
     comparison_charts,
     curve_charts,
     ratio_table,

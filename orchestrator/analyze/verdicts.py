@@ -280,6 +280,7 @@ def shown_name(variant: str) -> str:
 def find_verdicts(results: Results) -> list[Verdict]:
     """Return the verdicts of a study, the most important one first."""
     find = {"factors": _factors, "replicates": _tuned, "curve": _curves, "search": _searches}
+    find["transfer"] = _transfer
     found = list(find[results.study.settings.kind](results))
     if results.study.settings.select == "published":
         mark = "Selected on the test set, as published (--select published)."
@@ -641,6 +642,113 @@ def _sensitivity_step(
         "retry": results.study.again("--retry-failed"),
     }
     return decide_step(SENSITIVITY_STEPS, facts)
+
+
+# -- transfer of the learning rate
+
+CARRIES = "The best learning rate carries over from one {title} to another."
+CARRIES_RULES = (
+    Rule(lambda f: f.missing, "Some configurations have not ended.", "undecided"),
+    Rule(
+        lambda f: not f.pairs,
+        "Fewer than two levels have learned and have their best rate inside the grid.",
+        "undecided",
+    ),
+    Rule(
+        lambda f: f.p_carries <= stats.ALPHA and not f.left_out,
+        "Every level loses less than {margin} points at the best rate of any other.",
+        "supported",
+    ),
+    Rule(
+        lambda f: f.p_moves <= stats.ALPHA,
+        "A level loses more than {margin} points at the best rate of another ({worst_pair}: {lost}).",
+        "refuted",
+    ),
+    Rule(_otherwise, "Most is lost from {worst_pair}: {lost} points.", "undecided"),
+)
+"""The rules for the score that is lost by carrying a rate over, see `transfer`."""
+
+KEPT_SLOPE = math.log2(4 / 3)
+"""The largest slope at which a rate is kept. Doubling the factor then moves the best one by half a step of a
+grid of 4 rates a decade."""
+SLOPE_RULES = (
+    Rule(
+        lambda f: math.isnan(f.slope),
+        "There is no slope: it needs three levels with a number and a best rate inside the grid; "
+        "{inside} have both.",
+    ),
+    Rule(
+        lambda f: math.isnan(f.slope_low),
+        "Twice the {title} has {times} times the best rate, without an interval.",
+    ),
+    Rule(
+        lambda f: f.slope_low > 0 or f.slope_high < 0,
+        "Multiply the rate by {times} [{times_low}, {times_high}] when the {title} doubles.",
+    ),
+    Rule(
+        lambda f: max(-f.slope_low, f.slope_high) <= KEPT_SLOPE,
+        "Keep the rate: doubling the {title} multiplies the best one by {times_low} to {times_high}.",
+    ),
+    Rule(
+        _otherwise,
+        "Whether the best rate moves is open: twice the {title} has {times_low} to {times_high} times it.",
+    ),
+)
+"""The rules for the sentence on the rate at another level."""
+
+TRANSFER_STEPS = (
+    NOT_ENDED,
+    Rule(
+        lambda f: "best at" in f.left_out,
+        "A best rate is at an end of its grid; widen the grid.",
+        command="{wider}",
+    ),
+    Rule(
+        lambda f: f.seeds < 10 and (f.outcome == "undecided" or math.isnan(f.slope_low)),
+        "More seeds narrow the intervals.",
+        command="{more}",
+    ),
+    Rule(_otherwise, ""),
+)
+"""The rules for the next step of a study of transfer."""
+
+
+def _transfer(results: Results) -> Iterator[Verdict]:
+    settings = results.study.settings
+    for row in results.transfer.to_dict("records"):
+        low, high = sorted(2 ** row[f"slope_{end}"] for end in ("low", "high"))
+        seeds = row["seeds"]
+        facts = row | {
+            "missing": results.missing,
+            "margin": points(settings.margin, sign=False),
+            "lost": points_estimate(row, "worst"),
+            "times": f"{2 ** row['slope']:.2f}",
+            "times_low": f"{low:.2f}",
+            "times_high": f"{high:.2f}",
+            "command": results.study.command,
+            "more": results.study.again("--seeds", str(max(5, 2 * seeds))),
+            "wider": results.study.again("--widen", "2"),
+        }
+        rule, text = decide(CARRIES_RULES, facts)
+        slope = decide(SLOPE_RULES, facts)[1]
+        if not math.isnan(row["slope"]):
+            slope += f" Slope {formatting.estimate(row, 'slope', 2)}"
+            if not math.isnan(row["known_slope"]):
+                slope += f"; published {row['known_slope']:+.2f} ({row['known_source']})"
+            slope += "."
+        edge = f"Left out: {row['left_out']}." if row["left_out"] else ""
+        step, command = _decide_step(TRANSFER_STEPS, facts | {"outcome": rule.outcome})
+        yield Verdict(
+            CARRIES.format(title=row["title"]),
+            rule.outcome,
+            _join(slope, text, edge),
+            f"{row['panel']}: {row['curve']}; {row['title']} {row['levels']}; {count(seeds, 'seed')}; rates "
+            f"chosen by validation {settings.by}; margin {facts['margin']} points; jackknife intervals.",
+            step,
+            command,
+            row["curve"],
+            row["panel"],
+        )
 
 
 # -- searches

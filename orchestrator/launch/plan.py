@@ -74,7 +74,7 @@ def print_plan(study: Study) -> Plan:
         The content of what was printed.
     """
     lines: list[Line] = []
-    for template in {each.task.name: each for each in study.templates}.values():
+    for template in {(each.task.name, each.model): each for each in study.templates}.values():
         lines += _task_lines(template, study.store.bases, study.options)
     lines += _configuration_lines(study)
     lines += _cost_lines(study) if study.num_to_train else [("Time", "nothing to train")]

@@ -328,8 +328,7 @@ def write_config(
         elif name == EXPECTED:
             continue
         elif options.declared()[name].saved:
-            is_name = name == "model" and value in built_in_models
-            values[name] = value if is_name else _full_paths(type(options), name, value)
+            values[name] = _full_paths(type(options), name, value, built_in_models)
     for name, value in {EXPERIMENT: experiment, **values}.items():
         text = yaml.safe_dump(value, default_flow_style=True, width=10_000, allow_unicode=True)
         lines.append(f"{name}: {text.removesuffix('...' + chr(10)).strip()}")
@@ -340,11 +339,12 @@ def write_config(
     atomic_files.write_atomically(folder / CONFIG_NAME, "\n".join([*lines, ""]).encode())
 
 
-def _full_paths(options_class: type[Options], name: str, value: Any) -> Any:
-    """Return a value with full paths in place of files and folders, for YAML."""
+def _full_paths(options_class: type[Options], name: str, value: Any, names: Collection[str] = ()) -> Any:
+    """Return a value with full paths in place of files and folders other than `names`, for YAML."""
     if isinstance(value, tuple):
-        return [_full_paths(options_class, name, word) for word in value]
-    if not isinstance(value, (str, Path)):
+        return [_full_paths(options_class, name, word, names) for word in value]
+    is_name = name in ("model", "levels") and (value in names or str(value).isdecimal())
+    if is_name or not isinstance(value, (str, Path)):
         return value
     word = str(value)
     if name == "tracking_uri":

@@ -129,7 +129,7 @@ class StudyOptions(StoreOptions):
     scheduler: Annotated[str, Option(registry="orchestrator.execution.schedulers:SCHEDULERS")] = "none"
     """Early stopping by validation loss, separately for each variant and task, by Ray Tune. Stopped lanes
     are shown as censored; without early stopping they continue. With --evaluations 10, asha takes about a
-    third of the steps (docs/early_stopping.md)."""
+    third of the steps (docs/search.md)."""
     steps: Annotated[
         int | None, HYPERPARAMETERS["steps"].bounds, Option(section="training", sets="steps")
     ] = None
@@ -250,6 +250,16 @@ class StudyOptions(StoreOptions):
     def replicate_count(self) -> int:
         """Number of tunings of each variant, each with a seed of its own."""
         return 1
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Base models of each task, where they are what the study varies; empty for --model or the task's."""
+        return ()
+
+    @property
+    def design_name(self) -> str | None:
+        """The part of the default name of a study that names its design; None for a grid."""
+        return None if self.search == "grid" else self.search_method
 
     @property
     def search_method(self) -> str:
