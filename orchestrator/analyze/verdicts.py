@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from orchestrator.analyze import formatting, stats
 from orchestrator.analyze.formatting import count, number, points, points_estimate, rate
+from orchestrator.study.levels import MODEL
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -708,6 +709,11 @@ TRANSFER_STEPS = (
         "More seeds narrow the intervals.",
         command="{more}",
     ),
+    Rule(
+        lambda f: f.next_rate,
+        "Try {title} {next_level}: the best rate there is about {next_rate}.",
+        command="{next}",
+    ),
     Rule(_otherwise, ""),
 )
 """The rules for the next step of a study of transfer."""
@@ -737,7 +743,8 @@ def _transfer(results: Results) -> Iterator[Verdict]:
                 slope += f"; published {row['known_slope']:+.2f} ({row['known_source']})"
             slope += "."
         edge = f"Left out: {row['left_out']}." if row["left_out"] else ""
-        step, command = _decide_step(TRANSFER_STEPS, facts | {"outcome": rule.outcome})
+        facts |= _next_level(results, row)
+        step, command = decide_step(TRANSFER_STEPS, facts | {"outcome": rule.outcome})
         yield Verdict(
             CARRIES.format(title=row["title"]),
             rule.outcome,
@@ -749,6 +756,29 @@ def _transfer(results: Results) -> Iterator[Verdict]:
             row["curve"],
             row["panel"],
         )
+
+
+def _next_level(results: Results, row: Facts) -> Facts:
+    """Return the facts on twice the highest level: the best rate there and the command that tries it.
+
+    The rate is that of the highest level, moved by the slope. Its interval has the errors of both.
+    """
+    found = results.transfer_levels
+    own = found[(found["panel"] == row["panel"]) & (found["curve"] == row["curve"])].dropna(subset="position")
+    facts = {"next_level": "", "next_rate": "", "next": ""}
+    if math.isnan(row["slope_low"]) or row["left_out"] or row["factor"] == MODEL:
+        return facts
+    last = own.sort_values("position").iloc[-1]
+    moved, error = math.log10(2) * row["slope"], math.log10(2) * (row["slope_high"] - row["slope"])
+    half = math.hypot(math.log10(last["best_rate_high"] / last["best_rate"]), error)
+    low, best, high = (rate(last["best_rate"] * 10 ** (moved + d)) for d in (-half, 0.0, half))
+    level = f"{2 * last['position']:g}"
+    words = ("--levels", *row["levels"].split(", "), level)
+    return {
+        "next_level": level,
+        "next_rate": f"{best} [{low}, {high}]",
+        "next": results.study.again(*words),
+    }
 
 
 # -- searches

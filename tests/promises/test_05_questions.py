@@ -7,6 +7,8 @@ ones (oracle.py).
 from __future__ import annotations
 
 import json
+import math
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -225,6 +227,16 @@ def test_the_slope_of_the_best_rate_lies_in_its_interval(answered: Callable[[str
         assert rows.loc[curve, "slope"] == pytest.approx(slope, abs=0.05)
     assert "Multiply the rate by 0.7" in results.verdicts.set_index("scope")["answer"][list(truth)[1]]
     assert len(results.transfer_levels) == 16
+
+
+def test_a_study_of_transfer_advises_the_rate_of_the_next_level(answered: Callable[[str], Path]) -> None:
+    results = orchestrator.load("transfer", output=answered("transfer") / "results")
+    steps = results.verdicts.set_index("scope")
+    for curve, truth in {"lora, alpha/rank constant": 2e-3, "rslora": 4e-3 / math.sqrt(2)}.items():
+        rate, low, high = (float(each) for each in re.findall(r"[\d.]+e-\d", steps.loc[curve, "next_step"]))
+        assert low < truth < high
+        assert rate == pytest.approx(truth, rel=0.05)
+    assert steps.loc["rslora", "next_command"].endswith(" --levels 2 4 8 16 32")
 
 
 @pytest.mark.parametrize(
