@@ -220,7 +220,8 @@ def next_step(results: Results, output: Path | None = None, store: Path | None =
         store: The folder of the records; None for the one in the output folder.
     """
     study, lanes = results.study, results.best_lanes
-    found = curve_step(results) if study.settings.kind == "curve" else ("", "")
+    is_grid = study.settings.kind == "curve" and len(results.runs) > 0
+    found = curve_step(results) if is_grid else ("", "")
     if found[1]:
         return found
     for verdict in results.verdicts.to_dict("records"):

@@ -153,10 +153,10 @@ GRIDS = ("curve", "factors", "transfer")
 
 
 def next_section(report: Report) -> Iterator[Section]:
-    """Yield the section with what to do next. The terminal shows it after the others."""
+    """Yield the section with what to do next."""
     if len(report.results.panels):
         step, command = report.next_step
-        yield Section(NEXT, "What to do next", step=step, command=command, in_terminal=False)
+        yield Section(NEXT, "What to do next", step=step, command=command)
 
 
 NEXT = "next"

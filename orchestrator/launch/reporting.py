@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, RenderableType
@@ -188,9 +188,9 @@ def _write_report(
     lines: list[tuple[str, object]] = [("Report", folder / "report.html")]
     lines += [("Picture", picture) for picture in pictures[:1]]
     lines += [("Export", study.orchestrator_command(*words)) for words in export_words(study.file, records)]
-    printed: list[RenderableType] = [render.to_terminal(sections)]
+    last_next = sorted(sections, key=lambda section: section.name == NEXT)  # where a terminal is read first
+    printed: list[RenderableType] = [render.to_terminal(last_next)]
     printed += [f"{what:8} {where}" for what, where in lines]
-    printed += [render.to_terminal(replace(s, in_terminal=True) for s in sections if s.name == NEXT)]
     _print_lines(study.console, printed)
     return report.describe(results, sections), printed
 
