@@ -280,6 +280,8 @@ def _best_table(report: Report) -> Table:
     more = (
         figure("validation score", lambda r: formatting.estimate(r, "validation_score"), more=True),
         figure("gain over untrained", lambda r: formatting.estimate(r, "gain"), more=True),
+        *_measured(results.best, "forgetting (nats per token)", "forgetting"),
+        *_measured(results.best, "test loss (bits per byte)", "test_bits_per_byte"),
     )
     if report.kind not in GRIDS:
         cells = [
@@ -309,6 +311,12 @@ def _best_table(report: Report) -> Table:
     return replace(table, rows=(*table.rows, last), dim=table.dim | {len(table.rows)})
 
 
+def _measured(frame: pd.DataFrame, header: str, name: str) -> Iterator[Cell]:
+    """Yield the column of an estimate if it is known for a row."""
+    if name in frame and frame[name].notna().any():
+        yield figure(header, lambda r: formatting.estimate(r, name), more=True)
+
+
 def _tuned_table(results: Results) -> Table:
     name = verdicts.shown_name(results.study.settings.baseline)
 
@@ -333,6 +341,8 @@ def _tuned_table(results: Results) -> Table:
         figure(f"minus {name}", unless_baseline(difference)),
         text("outcome", lambda r: r["role"] if r["role"] in ("baseline", "unverified") else r["outcome"]),
         text(f"{name} matches or beats it", unless_baseline(lambda r: r["counts"]), more=True),
+        *_measured(results.comparison, "forgetting (nats per token)", "forgetting"),
+        *_measured(results.comparison, f"its forgetting minus that of {name}", "forgetting_difference"),
         figure("usable tunings", lambda r: f"{r['usable']}/{r['tunings']}", more=True),
         figure("test score, 95 % interval", lambda r: formatting.estimate(r, "test_score"), more=True),
         figure("usable runs", lambda r: f"{r['usable_runs']}/{r['ended_runs']}", more=True),
@@ -566,6 +576,7 @@ def cost_sections(report: Report) -> Iterator[Section]:
             figure("evaluation of a run", lambda r: formatting.duration(r["evaluate_seconds"])),
             figure("peak memory", lambda r: formatting.memory(r["peak_memory"])),
             figure("trainable parameters", lambda r: f"{r['trainable_parameters']:,}"),
+            figure("forgetting", lambda r: number(r["forgetting"]), more=True),
             figure("all its runs", lambda r: formatting.duration(r["study_seconds"]), more=True),
         ),
         charts.cost_scatter(scored) if len(scored) > 1 else None,
@@ -700,6 +711,12 @@ differences the paired t interval over replicates, with Bonferroni's correction 
 Usable runs neither diverged nor collapsed, of those that ended. In means a collapsed run counts as its
 score and a diverged one as the score of a constant answer. A rate at which runs were stopped early is
 chosen only if it is the best even if every stopped run counts as a constant answer.
+
+Forgetting: the loss after training minus that of the untrained base model on a text that is part of no task
+(for a small base model, on examples of its pretraining), in nats per token. It enters no choice.
+
+Bits per byte: the loss of the answers without special tokens, over their UTF-8 bytes, so that models with
+different tokenizers can be compared.
 
 Decades: the width of the range of rates around the best (1 decade is a factor of 10) with a score within
 0.01 of the best one, or with at least 90 % of the way from a constant answer to it. Between rates the score

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -25,8 +25,10 @@ from orchestrator.finetune.evaluation.evaluate import (
     EvaluationSplit,
     Scores,
     evaluate,
+    evaluate_loss,
 )
 from orchestrator.finetune.evaluation.forward import compute_objective
+from orchestrator.finetune.evaluation.general_text import make_general_split
 from orchestrator.finetune.evaluation.generate import EvaluatedLanes, count_lanes_together
 from orchestrator.finetune.models.base_model import BaseModel
 from orchestrator.finetune.process_group import ProcessGroup, copy_without_waiting
@@ -47,9 +49,11 @@ class TaskData:
     task: Task
     train: Sequence[Row]
     splits: Mapping[str, EvaluationSplit]
-    """Validation and test."""
+    """Validation and test, and for a language model "general" (see `general_text`)."""
     baseline: BaselineScores
     """The scores of the base model without a lane, at least the validation loss."""
+    general_scores: Scores = field(default_factory=dict)
+    """Its scores on the split "general"."""
 
     @classmethod
     def load(
@@ -87,12 +91,13 @@ class TaskData:
             folder, configuration, task, base_model.processor, progress=lambda line: on_batch()
         )
         max_length = compute_max_row_length(task, configuration.batches.max_length)
-        pad_token_id = base_model.processor.pad_token_id
-        splits: Mapping[str, EvaluationSplit] = {
-            s: EvaluationSplit(prepared.examples[s], prepared.rows[s], max_length, pad_token_id)
+        splits: dict[str, EvaluationSplit] = {
+            s: EvaluationSplit(prepared.examples[s], prepared.rows[s], max_length, base_model.processor)
             for s in HELD_OUT_SPLITS
         }
-
+        general = make_general_split(task, base_model)
+        if general is not None:
+            splits["general"] = general
         baseline = BaselineScores(folder, configuration)
         data = cls(task, prepared.rows["train"], splits, baseline)
         has_answers = task.output == "generation"
@@ -101,7 +106,11 @@ class TaskData:
         baseline.load_or_compute_loss(
             lambda: group.score_base_model(at_once, False), has_answers, process_group
         )
-        return data
+        if general is None:
+            return data
+        before = BaselineScores(folder, configuration, general)
+        before.load_or_compute_loss(lambda: group.score_base_model(("general",), False), False, process_group)
+        return replace(data, general_scores=before.scores)
 
 
 class LaneGroup:
@@ -286,15 +295,16 @@ class LaneGroup:
         """Score the lanes on a split, in the order of `lanes`.
 
         Answers are generated for all lanes if the task grades every evaluation, else for those at their last
-        step.
+        step, and for none on "general".
 
         Args:
             lanes: The lanes.
-            split: "validation" or "test".
+            split: One of `TaskData.splits`.
         """
         found: dict[str, EvaluationResult] = {}
         task, scored_split = self.data.task, self.data.splits[split]
-        answering: Sequence[Lane] = lanes if task.output == "generation" else ()
+        has_answers = task.output == "generation" and split != "general"
+        answering: Sequence[Lane] = lanes if has_answers else ()
         if task.grade_at != "every_evaluation":
             answering = [lane for lane in answering if lane.is_at_last_step]
         for generates in (False, True):
@@ -319,6 +329,8 @@ class LaneGroup:
 
     def _evaluate(self, split: str, lanes: EvaluatedLanes, generates: bool) -> list[EvaluationResult]:
         of, workers = self.data.splits[split], self.process_group
+        if split == "general":
+            return evaluate_loss(self.base_model, self.data.task, of, lanes, workers, self.on_batch)
         return evaluate(self.base_model, self.data.task, of, lanes, workers, generates, self.on_batch)
 
 
