@@ -925,10 +925,8 @@ def cost_scatter(costs: pd.DataFrame) -> Chart:
                 marks += [(u, y + (v - y) * i / 40) for i in range(41)]
             labels = view.labels(own, marks)
             is_named &= len(labels) == len(own)
-            at = {
-                "x": view.x("x", title, format=".2~g" if field == "forgetting" else ".2~s", tickCount=4),
-                "y": view.y(),
-            }
+            digits = ".2~g" if field == "forgetting" else ".2~s"
+            at = {"x": view.x("x", title, format=digits, tickCount=4), "y": view.y()}
             mark = {"color": palette.color, "shape": palette.shape, "tooltip": names, "size": 80}
             layers = [
                 draw(

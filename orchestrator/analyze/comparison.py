@@ -83,7 +83,7 @@ class _Task:
         others: The variants besides the baseline, sorted by name.
         by_replicate: Column of `chosen` -> its values, as a frame with one row for each replicate and one
             column for each variant.
-        test, forgetting: Values of the usable tunings, in the same form as `by_replicate`; NaN for the others.
+        test, forgetting: The values of the usable tunings, in the form of `by_replicate`; NaN for the others.
         pooled: Variant -> its curve over the runs of all replicates, see `_pool`.
     """
 

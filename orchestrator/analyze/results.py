@@ -86,8 +86,9 @@ class Results:
     compared)."""
     comparison: pd.DataFrame = field(default_factory=_empty)
     """Replicated tuning: one row for each panel and variant, the baseline first. `difference` is the
-    variant's test score minus that of the baseline; `forgetting_difference` likewise. `outcome` is the word for this difference. `counts` says
-    whether the baseline matches or beats the variant. `usable` is the number of usable tunings."""
+    variant's test score minus that of the baseline, and `forgetting_difference` likewise. `outcome` is the
+    word for the difference of the scores. `counts` says whether the baseline matches or beats the variant.
+    `usable` is the number of usable tunings."""
     tuned: pd.DataFrame = field(default_factory=_empty)
     """Replicated tuning: one row for each panel. It has lower 95 % confidence bounds of the number of
     variants that the baseline matches or beats (`holds_at_least`) and of the number of variants that beat the

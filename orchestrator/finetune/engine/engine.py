@@ -203,7 +203,7 @@ class Engine:
         self._lane_group = LaneGroup(base_model, adapters, data, workers, self._on_batch)
 
     @on_all_workers
-    def score_base_model(self, splits: Sequence[str]) -> Scores:
+    def score_base_model(self, splits: Sequence[ScoredSplit]) -> Scores:
         """Return the scores of the base model without lanes, those of generated answers included."""
         return self.lane_group.score_base_model(splits, True)
 

@@ -231,7 +231,7 @@ class Lane:
         """Whether the lane has taken all its steps."""
         return self.step == self.configuration.lr_schedule.steps
 
-    def is_due(self, split: str) -> bool:
+    def is_due(self, split: ScoredSplit) -> bool:
         """Return whether an evaluation at this step scores a split, after the splits before it."""
         if split == "general":
             return self.is_at_last_step and self.find_nonfinite_loss() is None

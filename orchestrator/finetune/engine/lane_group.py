@@ -34,6 +34,7 @@ from orchestrator.finetune.models.base_model import BaseModel
 from orchestrator.finetune.process_group import ProcessGroup, copy_without_waiting
 from orchestrator.finetune.tasks.base import Task
 from orchestrator.finetune.tasks.examples import HELD_OUT_SPLITS
+from orchestrator.record.schema import ScoredSplit
 from orchestrator.study.configuration import Configuration
 from variants.adapters import Adapters
 from variants.api import AuxiliaryLoss
@@ -48,7 +49,7 @@ class TaskData:
 
     task: Task
     train: Sequence[Row]
-    splits: Mapping[str, EvaluationSplit]
+    splits: Mapping[ScoredSplit, EvaluationSplit]
     """Validation and test, and for a language model "general" (see `general_text`)."""
     baseline: BaselineScores
     """The scores of the base model without a lane, at least the validation loss."""
@@ -91,7 +92,7 @@ class TaskData:
             folder, configuration, task, base_model.processor, progress=lambda line: on_batch()
         )
         max_length = compute_max_row_length(task, configuration.batches.max_length)
-        splits: dict[str, EvaluationSplit] = {
+        splits: dict[ScoredSplit, EvaluationSplit] = {
             s: EvaluationSplit(prepared.examples[s], prepared.rows[s], max_length, base_model.processor)
             for s in HELD_OUT_SPLITS
         }
@@ -291,7 +292,7 @@ class LaneGroup:
         weighted = losses * batch.weights.to(losses.dtype)
         return [part.sum() for part in weighted.split(batch.lane_target_counts)]
 
-    def evaluate(self, lanes: Sequence[Lane], split: str) -> list[EvaluationResult]:
+    def evaluate(self, lanes: Sequence[Lane], split: ScoredSplit) -> list[EvaluationResult]:
         """Score the lanes on a split, in the order of `lanes`.
 
         Answers are generated for all lanes if the task grades every evaluation, else for those at their last
@@ -322,12 +323,12 @@ class LaneGroup:
                 found.update(zip(names, scored, strict=True))
         return [found[lane.fingerprint] for lane in lanes]
 
-    def score_base_model(self, splits: Sequence[str], predict_with_generate: bool) -> Scores:
+    def score_base_model(self, splits: Sequence[ScoredSplit], predict_with_generate: bool) -> Scores:
         """Return the scores of the base model without lanes on some splits; see `evaluate`."""
         lanes = EvaluatedLanes(self.adapters)
         return {split: self._evaluate(split, lanes, predict_with_generate)[0].scores for split in splits}
 
-    def _evaluate(self, split: str, lanes: EvaluatedLanes, generates: bool) -> list[EvaluationResult]:
+    def _evaluate(self, split: ScoredSplit, lanes: EvaluatedLanes, generates: bool) -> list[EvaluationResult]:
         of, workers = self.data.splits[split], self.process_group
         if split == "general":
             return evaluate_loss(self.base_model, self.data.task, of, lanes, workers, self.on_batch)
