@@ -1,8 +1,8 @@
 """The split "general": what the base model could do before, whose loss shows what fine-tuning forgets.
 
-It is English prose: the first 16,668 bytes of chapter 11 of Jane Austen's *Persuasion* (1817, public domain)
+It is English prose: the first 4,327 bytes of chapter 11 of Jane Austen's *Persuasion* (1817, public domain)
 with one line a paragraph, from the Debian package r-cran-janeaustenr 1.0.0-1; the file is ASCII and has the
-SHA-256 e24087da3b6d5598ced13f40d9d7b0d5d414e9e70aafafe74f316c3e056ed0a1.
+SHA-256 1f405b171eb9d81c716ade4ea0dcf7bcc2903a9f46d04ef3c889584d7ec85373.
 A base model whose tokenizer does not know English has the examples that the task gives in its place
 (`Task.general_examples`), or none.
 """

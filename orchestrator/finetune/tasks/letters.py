@@ -24,7 +24,7 @@ LENGTH = 5
 OPERATORS = ("copy", "reverse", "next", "previous", "rotate")
 MAX_EXAMPLES = 100_000
 """Examples per split. Each held-out split has about 210,000 of the 16^5 = 1,048,576 strings."""
-GENERAL_EXAMPLES = 250
+GENERAL_EXAMPLES = 100
 VOCABULARY = ("<pad>", "<eos>", "=", "unk", *OPERATORS, *LETTERS)
 RECIPE = Recipe(
     steps=600, batch_size=96, learning_rate=2e-3, label_smoothing=0.05, hidden_size=96, intermediate_size=192
