@@ -76,6 +76,13 @@ def analyze(study: StudyFile, records: Iterable[Record]) -> Results:
         compared = more["comparison"]
         # A row of `best` is one replicate. Without a comparison, there is no score of a variant as a whole.
         chosen = chosen.head(0) if compared.empty else compared.set_index(["panel", "variant"])
+    if kind != "search":
+        from orchestrator.analyze.ratios import ratio_rows
+
+        references = panels.set_index("panel")["reference"].to_dict()
+        if kind == "replicates":
+            references = dict.fromkeys(references, study.settings.baseline)
+        more["ratios"] = pd.DataFrame(ratio_rows(shown, points, best, references))
     points = _with_settings(points, frame).sort_values("validation_score", ascending=False, ignore_index=True)
     more |= {"costs": costs.cost_frame(shown, chosen), "best_lanes": find_best_lanes(study, named)}
     results = Results(study, named, frame, points, best, panels, **more)
