@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.analyze import costs, curves, runs
+from orchestrator.analyze.answers import answer_frame
 from orchestrator.analyze.limits import find_limits
 from orchestrator.analyze.results import Results
 from orchestrator.analyze.verdicts import Verdict, find_verdicts
@@ -87,7 +88,7 @@ def analyze(study: StudyFile, records: Iterable[Record]) -> Results:
     more |= {"costs": costs.cost_frame(shown, chosen), "best_lanes": find_best_lanes(study, named)}
     results = Results(study, named, frame, points, best, panels, **more)
     verdicts = pd.DataFrame(map(asdict, find_verdicts(results)), columns=[f.name for f in fields(Verdict)])
-    return replace(results, verdicts=verdicts, warnings=find_limits(results))
+    return replace(results, verdicts=verdicts, warnings=find_limits(results), answers=answer_frame(results))
 
 
 def find_best_lanes(study: StudyFile, records: Iterable[Record]) -> pd.DataFrame:
