@@ -137,7 +137,7 @@ def glance(report: Report) -> Iterator[Section]:
     yield Section(
         "glance",
         "",
-        " ".join(filter(None, [rates, _standing(results), _cost_sentence(results.costs)])),
+        " ".join(filter(None, [rates, _standing(results), *_cost_sentences(results.costs)])),
         _tuned_table(results) if is_tuned else _best_table(report),
         note=_TUNED_NOTE if is_tuned else _BEST_NOTE,
         step=step,
@@ -201,14 +201,18 @@ def _standing(results: Results) -> str:
     return f"{shown}, and its interval lies above all others; the rates were chosen on the same seeds."
 
 
-def _cost_sentence(costs: pd.DataFrame) -> str:
-    """Return a sentence with the time of a run and of all runs of a panel; empty if the times are unknown."""
-    if not len(costs) or not costs["study_seconds"].sum():
-        return ""
-    seconds = costs["train_seconds"] + costs["evaluate_seconds"]
-    each = dict.fromkeys((formatting.duration(seconds.min()), formatting.duration(seconds.max())))
-    total = formatting.duration(costs["study_seconds"].sum())
-    return f"A run takes {' to '.join(each)}; all runs together took {total}."
+def _cost_sentences(costs: pd.DataFrame) -> Iterator[str]:
+    """Yield a sentence on forgetting, and one on the time of a run and of all runs, as far as they are known."""
+    forgotten = costs.dropna(subset="forgetting").sort_values("forgetting")
+    if len(forgotten):
+        ends = forgotten.iloc[[0, -1]].drop_duplicates("curve")
+        shown = [f"{r['forgetting']:+.2f} ({r['curve']})" for r in ends.to_dict("records")]
+        yield f"Forgetting: the loss on other text changes by {' to '.join(shown)} nats per token."
+    if costs["study_seconds"].sum():
+        seconds = costs["train_seconds"] + costs["evaluate_seconds"]
+        each = dict.fromkeys((formatting.duration(seconds.min()), formatting.duration(seconds.max())))
+        total = formatting.duration(costs["study_seconds"].sum())
+        yield f"A run takes {' to '.join(each)}; all runs together took {total}."
 
 
 def width_text(row: Row, points_of_curve: pd.DataFrame, name: str = "width") -> str:
@@ -278,10 +282,10 @@ def _best_table(report: Report) -> Table:
     variant, score = text("variant", lambda r: r["curve"]), figure("test score", _score_text)
     usable = figure("usable runs", lambda r: f"{r['usable']}/{r['ended']}")
     more = (
+        *_measured(results.best, "forgetting", more=False),
         figure("validation score", lambda r: formatting.estimate(r, "validation_score"), more=True),
         figure("gain over untrained", lambda r: formatting.estimate(r, "gain"), more=True),
-        *_measured(results.best, "forgetting (nats per token)", "forgetting"),
-        *_measured(results.best, "test loss (bits per byte)", "test_bits_per_byte"),
+        *_measured(results.best, "test_bits_per_byte", "test loss (bits per byte)"),
     )
     if report.kind not in GRIDS:
         cells = [
@@ -311,10 +315,10 @@ def _best_table(report: Report) -> Table:
     return replace(table, rows=(*table.rows, last), dim=table.dim | {len(table.rows)})
 
 
-def _measured(frame: pd.DataFrame, header: str, name: str) -> Iterator[Cell]:
+def _measured(frame: pd.DataFrame, name: str, header: str = "", more: bool = True) -> Iterator[Cell]:
     """Yield the column of an estimate if it is known for a row."""
-    if name in frame and frame[name].notna().any():
-        yield figure(header, lambda r: formatting.estimate(r, name), more=True)
+    if frame[name].notna().any():
+        yield figure(header or name, lambda r: formatting.estimate(r, name), more)
 
 
 def _tuned_table(results: Results) -> Table:
@@ -340,9 +344,9 @@ def _tuned_table(results: Results) -> Table:
         figure("tuned test score", lambda r: number(r["test_score"])),
         figure(f"minus {name}", unless_baseline(difference)),
         text("outcome", lambda r: r["role"] if r["role"] in ("baseline", "unverified") else r["outcome"]),
+        *_measured(results.comparison, "forgetting", more=False),
+        *_measured(results.comparison, "forgetting_difference", f"forgetting minus that of {name}"),
         text(f"{name} matches or beats it", unless_baseline(lambda r: r["counts"]), more=True),
-        *_measured(results.comparison, "forgetting (nats per token)", "forgetting"),
-        *_measured(results.comparison, f"its forgetting minus that of {name}", "forgetting_difference"),
         figure("usable tunings", lambda r: f"{r['usable']}/{r['tunings']}", more=True),
         figure("test score, 95 % interval", lambda r: formatting.estimate(r, "test_score"), more=True),
         figure("usable runs", lambda r: f"{r['usable_runs']}/{r['ended_runs']}", more=True),
@@ -666,7 +670,6 @@ def cost_sections(report: Report) -> Iterator[Section]:
             figure("evaluation of a run", lambda r: formatting.duration(r["evaluate_seconds"])),
             figure("peak memory", lambda r: formatting.memory(r["peak_memory"])),
             figure("trainable parameters", lambda r: f"{r['trainable_parameters']:,}"),
-            figure("forgetting", lambda r: number(r["forgetting"]), more=True),
             figure("all its runs", lambda r: formatting.duration(r["study_seconds"]), more=True),
         ),
         charts.cost_scatter(scored) if len(scored) > 1 else None,
