@@ -202,7 +202,7 @@ def _standing(results: Results) -> str:
 
 
 def _cost_sentences(costs: pd.DataFrame) -> Iterator[str]:
-    """Yield a sentence on forgetting, and one on the time of a run and of all runs, as far as they are known."""
+    """Yield the sentences on forgetting and on the time of the runs, as far as they are known."""
     forgotten = costs.dropna(subset="forgetting").sort_values("forgetting")
     if len(forgotten):
         ends = forgotten.iloc[[0, -1]].drop_duplicates("curve")
