@@ -110,7 +110,7 @@ def build_model(
 class NumberTokenizer:
     """A tokenizer whose words are the numbers of the token ids."""
 
-    pad_token_id, eos_token_id = 0, 1
+    pad_token_id, eos_token_id, all_special_ids = 0, 1, (0, 1)
 
     def decode(self, ids: Sequence[int], **options: Any) -> str:
         """Return the ids as text."""
@@ -237,7 +237,7 @@ def make_lanes(
     adapters = attach(model, rule, settings)
     base_model = BaseModel(model, NumberTokenizer(), next(model.parameters()).device)
     held_out = [Example("", "") for _ in rows[:64]]
-    split = EvaluationSplit(held_out, rows[:64], size.max_length - 1, NumberTokenizer.pad_token_id)
+    split = EvaluationSplit(held_out, rows[:64], size.max_length - 1, base_model.processor)
     # The last argument, the untrained model's scores, is read by no benchmark.
     data = TaskData(SyntheticTask(), rows, {"validation": split}, {})  # type: ignore[arg-type]
     group = LaneGroup(base_model, adapters, data, SINGLE_PROCESS_GROUP)

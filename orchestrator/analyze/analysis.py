@@ -72,17 +72,15 @@ def analyze(study: StudyFile, records: Iterable[Record]) -> Results:
             best, panels = best.head(0), panels.head(0)
     else:
         best, panels = curves.best_of_groups(frame, points)
-    score_of = best.set_index(["panel", "curve"])["test_score"].to_dict()
+    chosen = best.set_index(["panel", "curve"])
     if kind == "replicates":
         from orchestrator.analyze.comparison import compare_tuned
 
         items = {r.fingerprint: own for r in kept if (own := runs.item_results(r, "test")) is not None}
         more = compare_tuned(frame, best, study.settings, items, missing)
-        own_scores = more["comparison"]
+        compared = more["comparison"]
         # A row of `best` is one replicate. Without a comparison, there is no score of a variant as a whole.
-        score_of = (
-            {} if own_scores.empty else own_scores.set_index(["panel", "variant"])["test_score"].to_dict()
-        )
+        chosen = chosen.head(0) if compared.empty else compared.set_index(["panel", "variant"])
     if kind not in ("search", "transfer"):  # the latter compares best rates by `by`, as powers
         from orchestrator.analyze.ratios import ratio_rows
 
@@ -91,7 +89,7 @@ def analyze(study: StudyFile, records: Iterable[Record]) -> Results:
             references = dict.fromkeys(references, study.settings.baseline)
         more["ratios"] = pd.DataFrame(ratio_rows(shown, points, best, references))
     points = _with_settings(points, frame).sort_values("validation_score", ascending=False, ignore_index=True)
-    more |= {"costs": costs.cost_frame(shown, score_of), "best_lanes": find_best_lanes(study, named)}
+    more |= {"costs": costs.cost_frame(shown, chosen), "best_lanes": find_best_lanes(study, named)}
     results = Results(study, named, frame, points, best, panels, **more)
     verdicts = pd.DataFrame(map(asdict, find_verdicts(results)), columns=[f.name for f in fields(Verdict)])
     return replace(results, verdicts=verdicts, warnings=find_limits(results), answers=answer_frame(results))

@@ -41,6 +41,7 @@ COSTS = {
     "train_seconds": "training seconds of a run",
     "trainable_parameters": "trainable parameters",
     "peak_memory": "peak memory (bytes)",
+    "forgetting": "forgetting (nats per token)",
 }
 """Column of the frame `Results.costs` -> title of its axis."""
 _LOSSES = {"A: set blindly": "misset", "B: the rate tuned again": "retuned"}
@@ -971,7 +972,11 @@ def cost_scatter(costs: pd.DataFrame) -> Chart:
         costs: The rows of one panel in the frame `Results.costs`.
     """
     costs = costs.dropna(subset=["test_score"]).sort_values("test_score", ascending=False)
-    fields = {field: title for field, title in COSTS.items() if (costs[field] > 0).all()}
+    fields = {
+        field: title
+        for field, title in COSTS.items()
+        if costs[field].notna().all() and (field == "forgetting" or (costs[field] > 0).all())
+    }
     palette = style.palette(costs["curve"], "lora")
     table = costs[["curve"]].assign(
         text=costs["curve"],
@@ -987,7 +992,8 @@ def cost_scatter(costs: pd.DataFrame) -> Chart:
         size = (width - columns * _LEFT - 12 - 24 * (columns - 1)) / columns
         plots, is_named = [], True
         for field, title in fields.items():
-            values, is_log = costs[field].astype(float), costs[field].max() > 5 * costs[field].min()
+            values = costs[field].astype(float)
+            is_log = bool(0 < 5 * values.min() < values.max())
             ends = _pad(values.map(math.log) if is_log else values, 0.2)
             ends = (math.exp(ends[0]), math.exp(ends[1])) if is_log else ends
             view = _View(size, 260, ends, _pad(costs["test_score"], 0.15, 0.02), is_log)
@@ -999,7 +1005,8 @@ def cost_scatter(costs: pd.DataFrame) -> Chart:
                 marks += [(u, y + (v - y) * i / 40) for i in range(41)]
             labels = view.labels(own, marks)
             is_named &= len(labels) == len(own)
-            at = {"x": view.x("x", title, format=".2~s", tickCount=4), "y": view.y()}
+            digits = ".2~g" if field == "forgetting" else ".2~s"
+            at = {"x": view.x("x", title, format=digits, tickCount=4), "y": view.y()}
             mark = {"color": palette.color, "shape": palette.shape, "tooltip": names, "size": 80}
             layers = [
                 draw(

@@ -31,6 +31,7 @@ OUTLYING, MIN_FOR_OUTLIERS = 8.0, 8
 BINS_PER_DECADE = 4
 """The number of bins per decade of the learning rate. The runs of all replicates in a bin are averaged."""
 
+_DIFFERENCES = ("difference", "forgetting_difference")
 _RUN_COLUMNS = (
     *("group", "variant", "seed", "fingerprint", "learning_rate", "label", "state", "test_items"),
     *("validation_score", "test_score", "task_title", "steps_horizon", "task_test_size"),
@@ -82,7 +83,7 @@ class _Task:
         others: The variants besides the baseline, sorted by name.
         by_replicate: Column of `chosen` -> its values, as a frame with one row for each replicate and one
             column for each variant.
-        test: The test scores of the usable tunings, in the same form as `by_replicate`; NaN for the others.
+        test, forgetting: The values of the usable tunings, in the form of `by_replicate`; NaN for the others.
         pooled: Variant -> its curve over the runs of all replicates, see `_pool`.
     """
 
@@ -108,9 +109,10 @@ class _Task:
         )
         self.by_replicate = {
             column: self.chosen.pivot(index="replicate", columns="variant", values=column)[self.names]
-            for column in ("point", "test_score", "is_usable", "has_result")
+            for column in ("point", "test_score", "forgetting", "is_usable", "has_result")
         }
         self.test = self.by_replicate["test_score"].where(self.by_replicate["is_usable"].eq(True))
+        self.forgetting = self.by_replicate["forgetting"].where(self.by_replicate["is_usable"].eq(True))
         self.pooled = {name: _pool(self.tried[self.tried["variant"] == name]) for name in self.names}
 
     def frames(self, items: Mapping[str, NDArray[np.float64]]) -> dict[str, list[dict[str, Any]]]:
@@ -129,6 +131,8 @@ class _Task:
         errors = [self._item_error(name, differences[name], items) for name in self.others]
         known_errors = np.nan_to_num(errors)
         found = stats.compare(differences.to_numpy(float), known_errors)
+        forgotten = self.forgetting[self.others].sub(self.forgetting[base], axis=0)[at_base]
+        found_forgotten = stats.compare(forgotten.to_numpy(float), bounds=stats.UNBOUNDED)
         share_p = [self._share_p(name) for name in self.others]
         adjusted, not_superior_p = stats.holm(share_p), stats.not_superior_p(found, margin)
         baseline = self._describe(base, "baseline")
@@ -136,6 +140,8 @@ class _Task:
         for i, name in enumerate(self.others):
             row = self._describe(name, self._role(name)) | {"usable_p": adjusted[i], "item_error": errors[i]}
             row |= _difference_fields(found, i, margin, known_errors[i])
+            for end, part in (("", "mean"), ("_low", "low"), ("_high", "high")):
+                row[f"forgetting_difference{end}"] = float(getattr(found_forgotten, part)[i])
             row["skewed"] = _outliers(differences[name].dropna(), margin)
             rows.append(_decide_by_share(row, baseline))
             if row["role"] == "variant":
@@ -194,6 +200,7 @@ class _Task:
         # The smallest number of items of all finished runs of the panel counts.
         items = self.tried.loc[self.tried["state"] == "finished", "test_items"].min()
         is_finished = (runs["state"] == "finished").any()
+        forgetting = stats.mean_interval(self.forgetting[name].dropna())
         test = stats.score_interval(self.test[name].dropna().to_list(), int(items) if is_finished else 0)
         ended = own[own["has_result"]]
         usable, labels = int(ended["is_usable"].sum()), runs["label"]
@@ -207,6 +214,9 @@ class _Task:
             "test_score": test.mean,
             "test_score_low": test.low,
             "test_score_high": test.high,
+            "forgetting": forgetting.mean,
+            "forgetting_low": forgetting.low,
+            "forgetting_high": forgetting.high,
             "usable": usable,
             "tunings": len(ended),
             "usable_low": share.low,
@@ -219,7 +229,8 @@ class _Task:
             "outcome": "undecided",
             "counts": "not counted",
             "pairs": 0,
-            **dict.fromkeys(("difference", "difference_low", "difference_high", "seed_error"), math.nan),
+            **{f"{name}{end}": math.nan for name in _DIFFERENCES for end in ("", "_low", "_high")},
+            "seed_error": math.nan,
             "replicates_to_decide": math.nan,
             **_optimum(self.pooled[name], self.settings.margin),
         }

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from orchestrator.record.schema import Record
@@ -17,12 +16,12 @@ MAX_BINS = 100
 steps."""
 
 
-def cost_frame(runs: pd.DataFrame, scores: Mapping[tuple[str, str], float]) -> pd.DataFrame:
+def cost_frame(runs: pd.DataFrame, chosen: pd.DataFrame) -> pd.DataFrame:
     """Return the costs of each curve that has a finished run, by panel, the best score first.
 
     Args:
         runs: The runs, from `run_frame`.
-        scores: (panel, curve) -> test score at the best point.
+        chosen: The columns test_score and forgetting at the best point, indexed by panel and curve.
 
     Returns:
         One row for each curve, with these columns:
@@ -34,7 +33,7 @@ def cost_frame(runs: pd.DataFrame, scores: Mapping[tuple[str, str], float]) -> p
         - peak_memory: the largest memory in bytes of all lanes of a lane group together; 0 if unknown.
         - trainable_parameters: the median number of trainable parameters.
         - study_seconds: the training and evaluation time of all runs, including unfinished ones.
-        - test_score: the test score at the best point; NaN if unknown.
+        - test_score, forgetting: the values at the best point; NaN if unknown.
     """
     import pandas as pd
 
@@ -49,7 +48,8 @@ def cost_frame(runs: pd.DataFrame, scores: Mapping[tuple[str, str], float]) -> p
     )
     total = runs["train_seconds"] + runs["evaluate_seconds"]
     costs["study_seconds"] = total.groupby([runs["panel"], runs["curve"]]).sum().reindex(costs.index)
-    costs["test_score"] = [scores.get((str(panel), str(curve)), math.nan) for panel, curve in costs.index]
+    names = ["test_score", "forgetting"]
+    costs[names] = chosen[names].reindex(costs.index)
     ordered = costs.reset_index().sort_values(
         ["panel", "test_score", "curve"], ascending=[True, False, True], ignore_index=True
     )

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 _GROUP, _POINT = ["panel", "group"], ["panel", "group", "point"]
 _SCORES = ("validation_score", "test_score")
+_MEASURES = ("forgetting", "forgetting_bits_per_byte", "test_bits_per_byte")
 EDGE_FRACTION = 0.05
 """A value lies at an edge if its distance from an end of the tried range is at most this share of the
 range."""
@@ -442,6 +443,11 @@ def _best_points(runs: pd.DataFrame, points: pd.DataFrame) -> pd.DataFrame:
     at_best = dict(iter(runs[runs["point"].isin(best["point"])].groupby("point")))
     gains = [_gain(at_best[point]) if point else stats.Estimate(math.nan) for point in best["point"]]
     best[["gain", "gain_low", "gain_high"]] = [each[:3] for each in gains]
+    known = runs.reindex(columns=["point", *_MEASURES]).groupby("point")
+    for name in _MEASURES:
+        values = known[name].agg(list).reindex(best["point"])
+        found = [_mean_of_known(own) if isinstance(own, list) else stats.Estimate(math.nan) for own in values]
+        best[[name, f"{name}_low", f"{name}_high"]] = [each[:3] for each in found]
     is_better = best["validation_score"] > grouped["base_score"].max() + SCORE_EPSILON
     best["nothing_learned"] = (best["point"] != "") & ~is_better
     return pd.DataFrame(best)
@@ -453,6 +459,11 @@ def _gain(runs: pd.DataFrame) -> stats.Estimate:
     known = runs.dropna(subset=["test_score", "untrained_test_score"])
     least = int(items.min()) if len(items) else 0
     return stats.gain_interval(known["test_score"], known["untrained_test_score"], least)
+
+
+def _mean_of_known(values: Sequence[float]) -> stats.Estimate:
+    """Return the mean of the values that are finite."""
+    return stats.mean_interval([value for value in values if math.isfinite(value)])
 
 
 def _sort_best(best: pd.DataFrame, *ties: str) -> pd.DataFrame:

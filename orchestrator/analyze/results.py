@@ -57,6 +57,9 @@ class Results:
 
     - `rates`: all learning rates with the best score, as text.
     - `gain`: the test score minus that of the untrained base model.
+    - `forgetting`, `forgetting_bits_per_byte`: the loss on the split "general" minus that of the untrained
+      base model, in nats per token and in bits per byte (`orchestrator.finetune.evaluation.general_text`).
+    - `test_bits_per_byte`: the loss of the test answers.
     - `nothing_learned`: whether the best score is no better than the untrained base model or a constant
       answer.
     - `usable`, `ended`: the number of runs that finished without collapsing, and the number of runs that
@@ -83,8 +86,9 @@ class Results:
     compared)."""
     comparison: pd.DataFrame = field(default_factory=_empty)
     """Replicated tuning: one row for each panel and variant, the baseline first. `difference` is the
-    variant's test score minus that of the baseline. `outcome` is the word for this difference. `counts` says
-    whether the baseline matches or beats the variant. `usable` is the number of usable tunings."""
+    variant's test score minus that of the baseline, and `forgetting_difference` likewise. `outcome` is the
+    word for the difference of the scores. `counts` says whether the baseline matches or beats the variant.
+    `usable` is the number of usable tunings."""
     tuned: pd.DataFrame = field(default_factory=_empty)
     """Replicated tuning: one row for each panel. It has lower 95 % confidence bounds of the number of
     variants that the baseline matches or beats (`holds_at_least`) and of the number of variants that beat the

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -304,13 +304,15 @@ def select_on_test(record: Record) -> Record:
         tests, items = [*(each for each in tests if each is not best), best], {}
     # Every title and chart shows the name of the model. The fingerprint does not depend on the name.
     model = replace(record.configuration.model, name=f"{record.configuration.model.name} {ON_TEST}")
+    general = [each for each in record.evaluations if each.split == "general"]
     copies: Sequence[Evaluation] = [replace(each, split="validation") for each in tests]
-    untrained: Mapping[str, float] = record.baseline_scores.get("test", {})
+    before = record.baseline_scores
+    untrained = {split: before.get(split if split == "general" else "test", {}) for split in before}
     return replace(
         record,
         configuration=replace(record.configuration, model=model),
-        evaluations=(*copies, *tests),
-        baseline_scores=dict.fromkeys(("validation", "test"), untrained) if record.baseline_scores else {},
+        evaluations=(*copies, *tests, *general),
+        baseline_scores=untrained,
         items={split: own for own in items.values() for split in ("validation", "test")},
     )
 

@@ -142,7 +142,7 @@ def glance(report: Report) -> Iterator[Section]:
     yield Section(
         "glance",
         "",
-        " ".join(filter(None, [rates, _standing(results), _cost_sentence(results.costs)])),
+        " ".join(filter(None, [rates, _standing(results), *_cost_sentences(results.costs)])),
         _tuned_table(results) if is_tuned else _best_table(report),
         note=_TUNED_NOTE if is_tuned else _BEST_NOTE,
     )
@@ -209,14 +209,18 @@ def _standing(results: Results) -> str:
     return f"{shown}, and its interval lies above all others; the rates were chosen on the same seeds."
 
 
-def _cost_sentence(costs: pd.DataFrame) -> str:
-    """Return a sentence with the time of a run and of all runs of a panel; empty if the times are unknown."""
-    if not len(costs) or not costs["study_seconds"].sum():
-        return ""
-    seconds = costs["train_seconds"] + costs["evaluate_seconds"]
-    each = dict.fromkeys((formatting.duration(seconds.min()), formatting.duration(seconds.max())))
-    total = formatting.duration(costs["study_seconds"].sum())
-    return f"A run takes {' to '.join(each)}; all runs together took {total}."
+def _cost_sentences(costs: pd.DataFrame) -> Iterator[str]:
+    """Yield the sentences on forgetting and on the time of the runs, as far as they are known."""
+    forgotten = costs.dropna(subset="forgetting").sort_values("forgetting")
+    if len(forgotten):
+        ends = forgotten.iloc[[0, -1]].drop_duplicates("curve")
+        shown = [f"{r['forgetting']:+.2f} ({r['curve']})" for r in ends.to_dict("records")]
+        yield f"Forgetting: the loss on other text changes by {' to '.join(shown)} nats per token."
+    if costs["study_seconds"].sum():
+        seconds = costs["train_seconds"] + costs["evaluate_seconds"]
+        each = dict.fromkeys((formatting.duration(seconds.min()), formatting.duration(seconds.max())))
+        total = formatting.duration(costs["study_seconds"].sum())
+        yield f"A run takes {' to '.join(each)}; all runs together took {total}."
 
 
 def width_text(row: Row, points_of_curve: pd.DataFrame, name: str = "width") -> str:
@@ -286,8 +290,10 @@ def _best_table(report: Report) -> Table:
     variant, score = text("variant", lambda r: r["curve"]), figure("test score", _score_text)
     usable = figure("usable runs", lambda r: f"{r['usable']}/{r['ended']}")
     more = (
+        *_measured(results.best, "forgetting", more=False),
         figure("validation score", lambda r: formatting.estimate(r, "validation_score"), more=True),
         figure("gain over untrained", lambda r: formatting.estimate(r, "gain"), more=True),
+        *_measured(results.best, "test_bits_per_byte", "test loss (bits per byte)"),
     )
     if report.kind not in GRIDS:
         cells = [
@@ -317,6 +323,12 @@ def _best_table(report: Report) -> Table:
     return replace(table, rows=(*table.rows, last), dim=table.dim | {len(table.rows)})
 
 
+def _measured(frame: pd.DataFrame, name: str, header: str = "", more: bool = True) -> Iterator[Cell]:
+    """Yield the column of an estimate if it is known for a row."""
+    if frame[name].notna().any():
+        yield figure(header or name, lambda r: formatting.estimate(r, name), more)
+
+
 def _tuned_table(results: Results) -> Table:
     name = verdicts.shown_name(results.study.settings.baseline)
 
@@ -340,6 +352,8 @@ def _tuned_table(results: Results) -> Table:
         figure("tuned test score", lambda r: number(r["test_score"])),
         figure(f"minus {name}", unless_baseline(difference)),
         text("outcome", lambda r: r["role"] if r["role"] in ("baseline", "unverified") else r["outcome"]),
+        *_measured(results.comparison, "forgetting", more=False),
+        *_measured(results.comparison, "forgetting_difference", f"forgetting minus that of {name}"),
         text(f"{name} matches or beats it", unless_baseline(lambda r: r["counts"]), more=True),
         figure("usable tunings", lambda r: f"{r['usable']}/{r['tunings']}", more=True),
         figure("test score, 95 % interval", lambda r: formatting.estimate(r, "test_score"), more=True),
@@ -839,6 +853,12 @@ differences the paired t interval over replicates, with Bonferroni's correction 
 Usable runs neither diverged nor collapsed, of those that ended. In means a collapsed run counts as its
 score and a diverged one as the score of a constant answer. A rate at which runs were stopped early is
 chosen only if it is the best even if every stopped run counts as a constant answer.
+
+Forgetting: the loss after training minus that of the untrained base model on a text that is part of no task
+(for a small base model, on examples of its pretraining), in nats per token. It enters no choice.
+
+Bits per byte: the loss of the answers without special tokens, over their UTF-8 bytes, so that models with
+different tokenizers can be compared.
 
 Decades: the width of the range of rates around the best (1 decade is a factor of 10) with a score within
 0.01 of the best one, or with at least 90 % of the way from a constant answer to it. Between rates the score

@@ -36,6 +36,8 @@ _REPOSITORY = Path(__file__).resolve().parents[2]
 _SOURCES = ("orchestrator", "variants", "experiments")
 
 RecordState = Literal["finished", "diverged", "stopped", "failed"]
+ScoredSplit = Literal["validation", "test", "general"]
+"""The splits of a task, and "general": what the base model could do before (`evaluation/general_text.py`)."""
 FINAL_STATES = ("finished", "diverged")
 """The states of a record that is reused for every later request of its configuration."""
 
@@ -80,7 +82,7 @@ class Evaluation:
 
     __pydantic_config__: ClassVar = _WITH_NAN
     step: int
-    split: Literal["validation", "test"]
+    split: ScoredSplit
     scores: Mapping[str, float]
 
 
@@ -203,12 +205,19 @@ class Record:
     def results(self) -> dict[str, float | None]:
         """Return `RESULTS` by name.
 
-        They are the task's metric at the end of training and without an adapter, and `Cost.seconds`.
+        They are the task's metric at the end of training and without an adapter, `Cost.seconds`, and
+        forgetting: how much higher the loss on the split "general" is than without an adapter, in nats per
+        token and in bits per byte; None for a record without this split.
         """
         metric, before = self.configuration.task.metric, self.baseline_scores
         values = self.score("validation"), self.score("test")
         untrained = (before.get(split, {}).get(metric) for split in ("validation", "test"))
-        return dict(zip(RESULTS, (*values, *untrained, self.cost.seconds), strict=True))
+        general = [e.scores for e in self.evaluations if e.split == "general"]
+        after, base = general[-1] if general else {}, before.get("general", {})
+        forgotten = (
+            after[n] - base[n] if n in after and n in base else None for n in ("loss", "bits_per_byte")
+        )
+        return dict(zip(RESULTS, (*values, *untrained, self.cost.seconds, *forgotten), strict=True))
 
     def to_json(self) -> dict[str, Any]:
         """Return the record as a JSON object, with NaN and infinities as strings."""
@@ -250,7 +259,10 @@ def _find_columns(part: type) -> dict[str, Field]:
 
 COLUMNS = {part: _find_columns(part) for part in (Record, Cost, Provenance, StepMetrics)}
 """Class -> column -> field."""
-RESULTS = ("validation_score", "test_score", "untrained_validation_score", "untrained_test_score", "seconds")
+RESULTS = (
+    *("validation_score", "test_score", "untrained_validation_score", "untrained_test_score", "seconds"),
+    *("forgetting", "forgetting_bits_per_byte"),
+)
 """The columns of `Record.results`."""
 TIME_FIELDS = tuple(name for name, each in COLUMNS[Cost].items() if each.unit == "s")
 """The fields of `Cost` in seconds."""

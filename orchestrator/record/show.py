@@ -68,13 +68,15 @@ def _format_scores(record: Record) -> Iterator[str]:
         untrained = record.baseline_scores.get(split, {}).get(metric)
         before = f" (untrained {untrained:.4f})" if untrained is not None else ""
         yield f"{split:<12} {metric} {'none' if score is None else f'{score:.4f}'}{before}"
+    forgetting = record.results()["forgetting"]
+    yield f"forgetting   {'-' if forgetting is None else f'{forgetting:.4f} nats per token'}"
     names = dict.fromkeys(name for e in record.evaluations for name in e.scores)
     if not names:
         return
     yield ""
-    yield f"{'step':>8}  {'split':<10}" + "".join(f"  {name:>12}" for name in names)
+    yield f"{'step':>8}  {'split':<10}" + "".join(f"  {name:>13}" for name in names)
     for e in record.evaluations:
-        cells = [f"{e.scores[name]:12.4f}" if name in e.scores else " " * 12 for name in names]
+        cells = [f"{e.scores[name]:13.4f}" if name in e.scores else " " * 13 for name in names]
         yield f"{e.step:>8}  {e.split:<10}" + "".join(f"  {cell}" for cell in cells)
 
 

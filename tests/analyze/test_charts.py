@@ -156,7 +156,7 @@ def make_costs(names: tuple[str, ...]) -> pd.DataFrame:
     }
     score = 0.9 + 0.05 * generator.random(len(names))
     table = pd.DataFrame({"panel": PANEL["panel"], **rows, "peak_memory": 0, "test_score": score})
-    return table.assign(peak_memory=4e9 + 1e7 * seconds)
+    return table.assign(peak_memory=4e9 + 1e7 * seconds, forgetting=score - 0.91)
 
 
 def make_losses(curves: tuple[str, ...]) -> pd.DataFrame:
@@ -559,13 +559,15 @@ def test_costs_have_known_axes_and_a_pareto_front() -> None:
     costs = costs.assign(
         train_seconds=[1.0, 2.0, 3.0, 4.0], trainable_parameters=[5, 50, 5, 5], peak_memory=0
     )
+    costs["forgetting"] = [0.0, 0.3, -0.1, math.nan]
     spec = specification(charts.cost_scatter(costs), WIDE)
     fronts = find_layers(spec, "line", interpolate="step-after")
     axes = [view["encoding"]["x"]["title"] for view in fronts]
-    assert axes == ["training seconds of a run", "trainable parameters"]  # memory is unknown
+    # Memory is unknown.
+    assert axes == ["training seconds of a run", "trainable parameters", "forgetting (nats per token)"]
     assert [(row["x"], row["score"]) for row in rows_of(spec, fronts[0])] == [(1, 0.8), (2, 0.9)]
     assert [(row["x"], row["score"]) for row in rows_of(spec, fronts[1])] == [(5, 0.85), (50, 0.9)]
-    assert [view["encoding"]["x"]["scale"].get("type") for view in fronts] == [None, "log"]
+    assert [view["encoding"]["x"]["scale"].get("type") for view in fronts] == [None, "log", None]
 
 
 def test_losses_far_above_the_first_are_cut_off() -> None:

@@ -15,12 +15,13 @@ from scipy import stats
 from synthetic import analyze_curves, record, study
 from tuned_records import Truth, compare, is_of, row_of, shifted_rates, study_of, task_of, tuned_records
 
+from orchestrator.analyze import sections
 from orchestrator.analyze.analysis import analyze
 from orchestrator.analyze.comparison import compare_at_fixed_rate
 from orchestrator.analyze.report import write_report
 from orchestrator.analyze.results import Results
 from orchestrator.cli.commands import Report
-from orchestrator.record.schema import ItemResults, Record
+from orchestrator.record.schema import Evaluation, ItemResults, Record
 from orchestrator.record.store import Store
 
 EQUAL = {v: Truth(optimum=x) for v, x in (("lora", -2.0), ("pissa", -2.6), ("hira", -1.0), ("dora", -2.1))}
@@ -96,6 +97,44 @@ def test_the_pooled_curve_finds_the_optimum_between_the_rates_of_any_one_grid() 
     assert 0.4 < row["width"] < 0.9, "within 0.02 of the top: 0.32 decades below it and up to 0.32 above"
     sharp = row_of(compare(records, margin=0.0001), "lora")
     assert math.isnan(sharp["width"]), "narrower than the bins: not resolved"
+
+
+def with_general(found: Record, rise: float) -> Record:
+    """Return a record of a language model whose loss on the split "general" rises from 2 nats by `rise`."""
+    before, after = ({"loss": loss, "bits_per_byte": loss / 4} for loss in (2.0, 2.0 + rise))
+    return replace(
+        found,
+        evaluations=(*found.evaluations, Evaluation(found.steps, "general", after)),
+        baseline_scores={**found.baseline_scores, "general": before},
+    )
+
+
+@pytest.mark.parametrize("analyzed", [compare, analyze_curves])
+def test_forgetting_is_a_column_with_a_dash_for_older_records_and_none_without_any(analyzed: Any) -> None:
+    rises = {"lora": 0.5, "pissa": 0.2}
+    old = [record(v, seed=k, validation=0.8) for v in (*rises, "dora") for k in range(3)]
+    new = [
+        with_general(each, rises[each.configuration.variant.name] + each.configuration.seed / 10)
+        if each.configuration.variant.name in rises
+        else each
+        for each in old
+    ]
+    before, first = (next(iter(sections.glance(sections.Report(analyzed(each))))) for each in (old, new))
+    assert before.table is not None
+    assert first.table is not None
+    assert "Forgetting" not in before.text
+    assert "forgetting" not in [column.header for column in before.table.columns]
+    assert "changes by +0.30 (pissa) to +0.60 (lora) nats per token" in first.text
+    headers = [column.header for column in first.table.columns]
+    cells = {row[0]: row[headers.index("forgetting")] for row in first.table.rows if row[0] != "untrained"}
+    assert cells == {"lora": "0.600 [0.352, 0.848]", "pissa": "0.300 [0.052, 0.548]", "dora": "-"}
+    if analyzed is compare:
+        place = headers.index("forgetting minus that of LoRA")
+        assert {row[0]: row[place] for row in first.table.rows} == {
+            "lora": "-",
+            "pissa": "-0.300",
+            "dora": "-",
+        }
 
 
 # -- the comparison with the baseline, and claim 2

@@ -46,4 +46,4 @@ def tokenized_split(
 ) -> EvaluationSplit:
     """Tokenize examples. `processor` is the model's tokenizer or image processor."""
     rows = encode_examples(examples, task, processor, max_row_length if task.has_head else None)
-    return EvaluationSplit(examples, rows, max_row_length, processor.pad_token_id)
+    return EvaluationSplit(examples, rows, max_row_length, processor)

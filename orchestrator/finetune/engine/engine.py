@@ -29,7 +29,8 @@ from orchestrator.finetune.process_group import (
 )
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.finetune.tasks.base import Task
-from orchestrator.finetune.tasks.examples import HELD_OUT_SPLITS, Split
+from orchestrator.finetune.tasks.examples import HELD_OUT_SPLITS
+from orchestrator.record.schema import ScoredSplit
 from orchestrator.study.configuration import Configuration, ModelChoice
 from variants.adapters import Adapters, attach
 from variants.api import Batching, Variant
@@ -83,7 +84,10 @@ class Engine:
     @property
     def untrained_scores(self) -> Scores:
         """The scores of the base model without a lane; empty without a lane group."""
-        return self._lane_group.data.baseline.scores if self._lane_group is not None else {}
+        if self._lane_group is None:
+            return {}
+        data = self._lane_group.data
+        return {**data.baseline.scores, **data.general_scores}
 
     @property
     def device_name(self) -> str:
@@ -199,7 +203,7 @@ class Engine:
         self._lane_group = LaneGroup(base_model, adapters, data, workers, self._on_batch)
 
     @on_all_workers
-    def score_base_model(self, splits: Sequence[str]) -> Scores:
+    def score_base_model(self, splits: Sequence[ScoredSplit]) -> Scores:
         """Return the scores of the base model without lanes, those of generated answers included."""
         return self.lane_group.score_base_model(splits, True)
 
@@ -258,7 +262,7 @@ class Engine:
         return [next((one for one in of if isinstance(one, WorkerError)), of[0]) for of in by_lane]
 
     @on_all_workers
-    def evaluate(self, split: Split, fingerprints: Sequence[str]) -> list[EvaluationResult]:
+    def evaluate(self, split: ScoredSplit, fingerprints: Sequence[str]) -> list[EvaluationResult]:
         """Score lanes on a split; see `LaneGroup.evaluate`."""
         return self.lane_group.evaluate([self.lanes[name] for name in fingerprints], split)
 

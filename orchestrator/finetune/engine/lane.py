@@ -17,7 +17,6 @@ from collections import deque
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from enum import StrEnum
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -26,7 +25,7 @@ from orchestrator.finetune.engine.lane_source import Lease, Report, evaluation_s
 from orchestrator.finetune.engine.tensor_files import Checkpoint
 from orchestrator.finetune.evaluation.evaluate import EvaluationResult
 from orchestrator.record.run_values import select_live_steps
-from orchestrator.record.schema import TIME_FIELDS, Cost, Evaluation, ItemResults, StepMetrics
+from orchestrator.record.schema import TIME_FIELDS, Cost, Evaluation, ItemResults, ScoredSplit, StepMetrics
 from orchestrator.study.configuration import (
     Configuration,
     DivergenceConfig,
@@ -232,10 +231,12 @@ class Lane:
         """Whether the lane has taken all its steps."""
         return self.step == self.configuration.lr_schedule.steps
 
-    @property
-    def is_test_due(self) -> bool:
-        """Whether an evaluation at this step scores the test split as well."""
-        return self.is_at_last_step or self.configuration.test_evaluations == "every"
+    def is_due(self, split: ScoredSplit) -> bool:
+        """Return whether an evaluation at this step scores a split, after the splits before it."""
+        if split == "general":
+            return self.is_at_last_step and self.find_nonfinite_loss() is None
+        every = split == "validation" or self.configuration.test_evaluations == "every"
+        return every or self.is_at_last_step
 
     # -- initialization ---------------------------------------------------------------------------------
 
@@ -331,11 +332,11 @@ class Lane:
 
     # -- scores -----------------------------------------------------------------------------------------
 
-    def record_scores(self, split: Literal["validation", "test"], result: EvaluationResult) -> None:
+    def record_scores(self, split: ScoredSplit, result: EvaluationResult) -> None:
         """Add the scores of an evaluation at the present step, and at the last step its results per item."""
         self.evaluations.append(Evaluation(self.step, split, result.scores))
         self.seconds["generate_seconds"] += result.generate_seconds
-        if self.is_at_last_step:
+        if self.is_at_last_step and split != "general":
             self.items[split] = result.items
 
     def queue_reports(self, after_step: int = 0) -> None:
@@ -360,9 +361,12 @@ class Lane:
         return max(steps, default=0)
 
     def find_nonfinite_loss(self) -> str | None:
-        """Return the reason why the lane has diverged if an evaluation at this step has a non-finite loss."""
+        """Return the reason why the lane has diverged if an evaluation at this step has a non-finite loss.
+
+        The loss of the split "general" does not count: it decides nothing.
+        """
         for e in self.evaluations:
-            if e.step == self.step and not math.isfinite(e.scores.get("loss", 0.0)):
+            if e.step == self.step and e.split != "general" and not math.isfinite(e.scores.get("loss", 0.0)):
                 return f"{e.split} loss {e.scores['loss']} after step {e.step}"
         return None
 

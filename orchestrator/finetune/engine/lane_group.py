@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -25,13 +25,16 @@ from orchestrator.finetune.evaluation.evaluate import (
     EvaluationSplit,
     Scores,
     evaluate,
+    evaluate_loss,
 )
 from orchestrator.finetune.evaluation.forward import compute_objective
+from orchestrator.finetune.evaluation.general_text import make_general_split
 from orchestrator.finetune.evaluation.generate import EvaluatedLanes, count_lanes_together
 from orchestrator.finetune.models.base_model import BaseModel
 from orchestrator.finetune.process_group import ProcessGroup, copy_without_waiting
 from orchestrator.finetune.tasks.base import Task
 from orchestrator.finetune.tasks.examples import HELD_OUT_SPLITS
+from orchestrator.record.schema import ScoredSplit
 from orchestrator.study.configuration import Configuration
 from variants.adapters import Adapters
 from variants.api import AuxiliaryLoss
@@ -46,10 +49,12 @@ class TaskData:
 
     task: Task
     train: Sequence[Row]
-    splits: Mapping[str, EvaluationSplit]
-    """Validation and test."""
+    splits: Mapping[ScoredSplit, EvaluationSplit]
+    """Validation and test, and for a language model "general" (see `general_text`)."""
     baseline: BaselineScores
     """The scores of the base model without a lane, at least the validation loss."""
+    general_scores: Scores = field(default_factory=dict)
+    """Its scores on the split "general"."""
 
     @classmethod
     def load(
@@ -87,12 +92,13 @@ class TaskData:
             folder, configuration, task, base_model.processor, progress=lambda line: on_batch()
         )
         max_length = compute_max_row_length(task, configuration.batches.max_length)
-        pad_token_id = base_model.processor.pad_token_id
-        splits: Mapping[str, EvaluationSplit] = {
-            s: EvaluationSplit(prepared.examples[s], prepared.rows[s], max_length, pad_token_id)
+        splits: dict[ScoredSplit, EvaluationSplit] = {
+            s: EvaluationSplit(prepared.examples[s], prepared.rows[s], max_length, base_model.processor)
             for s in HELD_OUT_SPLITS
         }
-
+        general = make_general_split(task, base_model)
+        if general is not None:
+            splits["general"] = general
         baseline = BaselineScores(folder, configuration)
         data = cls(task, prepared.rows["train"], splits, baseline)
         has_answers = task.output == "generation"
@@ -101,7 +107,11 @@ class TaskData:
         baseline.load_or_compute_loss(
             lambda: group.score_base_model(at_once, False), has_answers, process_group
         )
-        return data
+        if general is None:
+            return data
+        before = BaselineScores(folder, configuration, general)
+        before.load_or_compute_loss(lambda: group.score_base_model(("general",), False), False, process_group)
+        return replace(data, general_scores=before.scores)
 
 
 class LaneGroup:
@@ -282,19 +292,20 @@ class LaneGroup:
         weighted = losses * batch.weights.to(losses.dtype)
         return [part.sum() for part in weighted.split(batch.lane_target_counts)]
 
-    def evaluate(self, lanes: Sequence[Lane], split: str) -> list[EvaluationResult]:
+    def evaluate(self, lanes: Sequence[Lane], split: ScoredSplit) -> list[EvaluationResult]:
         """Score the lanes on a split, in the order of `lanes`.
 
         Answers are generated for all lanes if the task grades every evaluation, else for those at their last
-        step.
+        step, and for none on "general".
 
         Args:
             lanes: The lanes.
-            split: "validation" or "test".
+            split: One of `TaskData.splits`.
         """
         found: dict[str, EvaluationResult] = {}
         task, scored_split = self.data.task, self.data.splits[split]
-        answering: Sequence[Lane] = lanes if task.output == "generation" else ()
+        has_answers = task.output == "generation" and split != "general"
+        answering: Sequence[Lane] = lanes if has_answers else ()
         if task.grade_at != "every_evaluation":
             answering = [lane for lane in answering if lane.is_at_last_step]
         for generates in (False, True):
@@ -312,13 +323,15 @@ class LaneGroup:
                 found.update(zip(names, scored, strict=True))
         return [found[lane.fingerprint] for lane in lanes]
 
-    def score_base_model(self, splits: Sequence[str], predict_with_generate: bool) -> Scores:
+    def score_base_model(self, splits: Sequence[ScoredSplit], predict_with_generate: bool) -> Scores:
         """Return the scores of the base model without lanes on some splits; see `evaluate`."""
         lanes = EvaluatedLanes(self.adapters)
         return {split: self._evaluate(split, lanes, predict_with_generate)[0].scores for split in splits}
 
-    def _evaluate(self, split: str, lanes: EvaluatedLanes, generates: bool) -> list[EvaluationResult]:
+    def _evaluate(self, split: ScoredSplit, lanes: EvaluatedLanes, generates: bool) -> list[EvaluationResult]:
         of, workers = self.data.splits[split], self.process_group
+        if split == "general":
+            return evaluate_loss(self.base_model, self.data.task, of, lanes, workers, self.on_batch)
         return evaluate(self.base_model, self.data.task, of, lanes, workers, generates, self.on_batch)
 
 

@@ -282,12 +282,11 @@ class TrainingRounds:
     # -- evaluations ------------------------------------------------------------------------------------
 
     def _evaluate(self, lanes: Sequence[Lane]) -> None:
-        """Score the lanes on validation, and those with `is_test_due` on test too, and report the scores."""
+        """Score the lanes on the splits that are due, and report the scores."""
         active = self.active
         self._charge_waiting()
-        for split in ("validation", "test"):
-            scored_here = [lane for lane in lanes if split == "validation" or lane.is_test_due]
-            due = [lane for lane in scored_here if lane.state is LaneState.EVALUATING]
+        for split in active.engine.lane_group.data.splits:
+            due = [lane for lane in lanes if lane.state is LaneState.EVALUATING and lane.is_due(split)]
             evaluate = partial(active.engine.evaluate, split)
             for lane, scored in self.recovery.run_isolating_failures(due, evaluate, "evaluation"):
                 lane.record_scores(split, scored)

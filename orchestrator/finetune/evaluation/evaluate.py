@@ -78,7 +78,8 @@ class EvaluationSplit:
     """The row of each example."""
     max_row_length: int
     """The longest padded length, except for rows that are longer."""
-    pad_token_id: int
+    processor: Any
+    """The model's tokenizer or image processor."""
 
     @cached_property
     def batch_plan(self) -> Sequence[tuple[int, Sequence[int]]]:
@@ -90,7 +91,7 @@ class EvaluationSplit:
     def batch(self, number: int) -> Batch:
         """Return a batch of the plan."""
         length, items = self.batch_plan[number]
-        return pad_rows([self.rows[i] for i in items], length, self.pad_token_id)
+        return pad_rows([self.rows[i] for i in items], length, self.processor.pad_token_id)
 
     @property
     def batches(self) -> Iterator[Batch]:
@@ -113,6 +114,38 @@ class EvaluationSplit:
         item_order = np.argsort([item for _, items in self.batch_plan for item in items])
         return torch.cat(targets).double().numpy(), np.array(counts), item_order
 
+    def bits_per_byte(self, losses: np.ndarray) -> float:
+        """Return the loss of answers of text in bits per byte, for all tokenizers alike.
+
+        It is the sum of the losses of all targets but special tokens, such as the end token, in bits, over
+        the UTF-8 bytes of these targets as text; NaN without a byte. Special tokens have no text, and their
+        number depends on the chat template.
+
+        Args:
+            losses: The losses in nats, (targets,), in the order of `flat_targets`.
+        """
+        is_counted = ~np.isin(self.flat_targets[0], self.processor.all_special_ids)
+        return (
+            float(losses[is_counted].sum() / math.log(2) / self._target_bytes)
+            if self._target_bytes
+            else math.nan
+        )
+
+    @cached_property
+    def _target_bytes(self) -> int:
+        """The bytes of the targets that count in the loss, without special tokens."""
+
+        def count_bytes(ids: Sequence[int]) -> int:
+            return len(self.processor.decode(ids, skip_special_tokens=True).encode())
+
+        total = 0
+        for row in (self.rows[item] for _, items in self.batch_plan for item in items):
+            first = next(i for i, target in enumerate(row.targets) if target != IGNORE_INDEX)
+            own = [int(target) for target in row.targets[first:] if target != IGNORE_INDEX]
+            # After the id before it: some tokenizers leave out the blank before the first word of a text.
+            total += count_bytes([row.ids[first], *own]) - count_bytes([row.ids[first]])
+        return total
+
     @cached_property
     def graded_items(self) -> list[int]:
         """The numbers of the items that count in the metric."""
@@ -132,11 +165,12 @@ class EvaluationResult:
     """The scores of the split, by name.
 
     - "loss": nats per target token, text or image; the mean squared error of a regression task.
+    - "bits_per_byte": the loss of text, see `EvaluationSplit.bits_per_byte`.
     - "accuracy": the share of targets that are the argmax of the logits; not for regression.
     - the task's metric: a function of `metrics` for a task with a head, exp(-loss) for INVERSE_PERPLEXITY,
       else the mean of `items.correct`.
 
-    A split without items that count in the loss has neither loss nor accuracy. A generation task has its
+    A split without items that count in the loss has no loss and no accuracy. A generation task has its
     metric only if answers were generated.
     """
     items: ItemResults
@@ -200,6 +234,20 @@ def evaluate(
     return graded
 
 
+@torch.no_grad()
+def evaluate_loss(
+    base_model: BaseModel,
+    task: Task,
+    split: EvaluationSplit,
+    lanes: EvaluatedLanes,
+    process_group: ProcessGroup = SINGLE_PROCESS_GROUP,
+    on_batch: Callable[[], None] = lambda: None,
+) -> list[EvaluationResult]:
+    """Return the loss of lanes on a split of text, as "loss" and "bits_per_byte"; see `evaluate`."""
+    losses, _ = _predict_targets(base_model, task, split, lanes, process_group, on_batch)
+    return [EvaluationResult(_score_losses(task, split, own), ItemResults()) for own in losses]
+
+
 def _predict_targets(
     base_model: BaseModel,
     task: Task,
@@ -235,7 +283,7 @@ def _score_predictions(
     """Score one lane from the losses and predictions of its targets, each (targets,)."""
     targets, counts, item_order = split.flat_targets
     starts = np.cumsum([0, *counts[:-1]])
-    scores = {"loss": float(losses.mean())}
+    scores = _score_losses(task, split, losses)
     item_losses = (np.add.reduceat(losses, starts) / counts)[item_order]
     if task.output == "regression":
         correct = _closeness(predictions, targets)[item_order]
@@ -256,6 +304,11 @@ def _score_predictions(
         scores[task.metric] = float(correct.mean())
     item_grades = () if task.output == "generation" else tuple(correct.tolist())
     return EvaluationResult(scores, ItemResults(item_grades, tuple(item_losses.tolist()), answers))
+
+
+def _score_losses(task: Task, split: EvaluationSplit, losses: np.ndarray) -> dict[str, float]:
+    scores = {"loss": float(losses.mean())}
+    return scores if task.has_head else scores | {"bits_per_byte": split.bits_per_byte(losses)}
 
 
 def _grade_generated(
@@ -337,19 +390,27 @@ class BaselineScores:
     Args:
         folder: The cache folder.
         configuration: The configuration, which names the model and the data.
+        text: A split that depends on the model alone, in place of those of the task.
     """
 
-    def __init__(self, folder: Path, configuration: Configuration) -> None:
+    def __init__(
+        self, folder: Path, configuration: Configuration, text: EvaluationSplit | None = None
+    ) -> None:
         choice = configuration.task
-        key_fields: dict[str, Any] = {
+        data: dict[str, Any] = {
             "task": asdict(replace(choice, name="" if choice.content else choice.name)),
-            "model": [configuration.model.content, configuration.model.dtype],
             "length": configuration.batches.max_length,
+        }
+        if text is not None:
+            data = {"text": [(row.ids, row.targets) for row in text.rows]}
+        key_fields = data | {
+            "model": [configuration.model.content, configuration.model.dtype],
             "loop": configuration.loop_numerics,
         }
         self._folder = folder
         key = hashlib.sha256(atomic_files.canonical_json(key_fields)).hexdigest()[:16]
-        self._stem = f"{choice.content or choice.name}-{key}.untrained"
+        name = "general" if text is not None else choice.content or choice.name
+        self._stem = f"{name}-{key}.untrained"
         self.scores: Scores = {}
         """The known scores: at least the validation loss once `load_or_compute_loss` has returned."""
         self.is_complete = False

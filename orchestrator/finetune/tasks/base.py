@@ -235,6 +235,13 @@ class Task:
         """
         return None
 
+    def general_examples(self) -> Sequence[Example]:
+        """Return examples of what the task's own base model was pretrained on, which it may forget.
+
+        They are scored if the model's tokenizer does not know the English text of `general_text.txt`.
+        """
+        return ()
+
     # -- the same for all tasks ------------------------------------------------------------------------
 
     @property
@@ -381,9 +388,9 @@ class Task:
             for texts in ([example.prompt for example in examples], [example.answer for example in examples])
         )
         encoded = []
-        bos_ids = _bos_ids(tokenizer)
+        first_ids = bos_ids(tokenizer)
         for prompt_ids, answer_ids in zip(prompts, answers, strict=True):
-            prompt = [*bos_ids, *prompt_ids]
+            prompt = [*first_ids, *prompt_ids]
             answer = [*answer_ids, tokenizer.eos_token_id]
             labels = (*[IGNORE_INDEX] * len(prompt), *answer)
             encoded.append(EncodedExample((*prompt, *answer), labels, len(prompt)))
@@ -411,7 +418,7 @@ class Task:
         return encoded
 
 
-def _bos_ids(tokenizer: Any) -> list[int]:
+def bos_ids(tokenizer: Any) -> list[int]:
     """Return the BOS token in a list if the tokenizer starts every text with it, else an empty list."""
 
     def first_id(add_special_tokens: bool) -> list[int]:

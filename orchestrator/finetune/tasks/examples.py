@@ -14,7 +14,7 @@ from orchestrator.util.errors import UsageError
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
-HELD_OUT_SPLITS: tuple[Split, ...] = ("validation", "test")
+HELD_OUT_SPLITS: tuple[Literal["validation", "test"], ...] = ("validation", "test")
 
 CountsIn = Literal["both", "loss", "metric"]
 IGNORE_INDEX = -100

@@ -24,6 +24,7 @@ LENGTH = 5
 OPERATORS = ("copy", "reverse", "next", "previous", "rotate")
 MAX_EXAMPLES = 100_000
 """Examples per split. Each held-out split has about 210,000 of the 16^5 = 1,048,576 strings."""
+GENERAL_EXAMPLES = 100
 VOCABULARY = ("<pad>", "<eos>", "=", "unk", *OPERATORS, *LETTERS)
 RECIPE = Recipe(
     steps=600, batch_size=96, learning_rate=2e-3, label_smoothing=0.05, hidden_size=96, intermediate_size=192
@@ -46,6 +47,15 @@ class Letters(PretrainedTask, entry="letters"):
             if hash_split(word) == split:
                 seen[word] = None
         return [Example(f"unk {' '.join(word)} =", " ".join(reverse_next(word))) for word in seen]
+
+    def general_examples(self) -> list[Example]:
+        generator = random.Random("letters/general")
+        words = ["".join(generator.choices(LETTERS, k=LENGTH)) for _ in range(GENERAL_EXAMPLES)]
+        operators = OPERATORS * (GENERAL_EXAMPLES // len(OPERATORS))
+        return [
+            Example(f"{operator} {' '.join(word)} =", " ".join(apply_operator(operator, word)))
+            for operator, word in zip(operators, words, strict=True)
+        ]
 
     def processor(self) -> Any:
         return tokenizer()
@@ -81,7 +91,15 @@ class Letters(PretrainedTask, entry="letters"):
 
 def reverse_next(word: str) -> str:
     """Return the result of `unk`: the reversed string with each letter replaced by the next one (p by a)."""
-    return "".join(LETTERS[(LETTERS.index(letter) + 1) % len(LETTERS)] for letter in reversed(word))
+    return apply_operator("next", apply_operator("reverse", word))
+
+
+def apply_operator(operator: str, word: str) -> str:
+    """Return the result of one of OPERATORS on a string."""
+    if operator in ("next", "previous"):
+        shift = 1 if operator == "next" else -1
+        return "".join(LETTERS[(LETTERS.index(letter) + shift) % len(LETTERS)] for letter in word)
+    return {"copy": word, "reverse": word[::-1], "rotate": word[1:] + word[:1]}[operator]
 
 
 def tokenizer() -> Any:

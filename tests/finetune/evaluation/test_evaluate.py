@@ -154,7 +154,7 @@ def test_grading_that_ends_the_process_fails_the_lane_with_its_traceback() -> No
         def grade(self, example: Example, answer: str) -> float:
             raise SystemExit(7)
 
-    split = EvaluationSplit([Example("a", "b")], [], max_row_length=8, pad_token_id=0)
+    split = EvaluationSplit([Example("a", "b")], [], max_row_length=8, processor=None)
     with pytest.raises(RuntimeError, match="SystemExit: 7") as caught:
         _grade_generated(Ends(), split, [[("b",)]], SINGLE_PROCESS_GROUP)
     assert "in grade" in WorkerError.from_exception(caught.value).traceback_text
