@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -181,6 +181,9 @@ class Export(StoreOptions):
     """The best lane on this task; needed in a study of several tasks."""
     merge: bool = False
     """Write a plain model of transformers, with the adapter in its weights, in place of the adapter."""
+    as_lora: Annotated[Count | None, Option("RANK")] = None
+    """Write a plain LoRA of this rank that is near to the lane, for servers that take nothing else, such as
+    vLLM, and print its error."""
     raw: bool = False
     """Write the exact tensors of the lane, which every variant has, for `variants.storage.load_lane`."""
     to: Path | None = None
@@ -192,13 +195,18 @@ class Export(StoreOptions):
 
         from orchestrator.export.export import export_lane
         from orchestrator.export.lane_choice import LaneQuery
+        from orchestrator.export.model_card import Form
         from orchestrator.record.store import Store
 
-        if self.merge and self.raw:
-            raise UsageError("--merge with --raw: an export has one form; leave one of them out.")
-        form: Literal["merged", "raw"] | None = "merged" if self.merge else "raw" if self.raw else None
+        asked = {"--merge": self.merge, "--raw": self.raw, "--as-lora": self.as_lora is not None}
+        options = [option for option, is_set in asked.items() if is_set]
+        if len(options) > 1:
+            raise UsageError(f"{' with '.join(options)}: an export has one form; leave one of them out.")
+        forms: dict[str, Form] = {"--merge": "merged", "--raw": "raw", "--as-lora": "lora"}
+        form = forms[options[0]] if options else None
         query = LaneQuery(self.study, self.fingerprint, self.variant, self.task)
-        done = export_lane(Store(self.store_folder, create=False), self.output, query, form, self.to)
+        store, rank = Store(self.store_folder, create=False), self.as_lora or 0
+        done = export_lane(store, self.output, query, form, self.to, rank=rank)
         print(f"{shlex.quote(str(done.folder))}: {decimal(done.bytes)}; README.md says how to load it")
         return 0
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,11 +30,19 @@ if TYPE_CHECKING:
     from variants.peft_format import TaskType
 
 CARD_FILE = "README.md"
+ERRORS_FILE = "lora_errors.json"
+"""Name of the file with the error of each layer of a LoRA that is near to the lane."""
 LANE_FILE = "lane.safetensors"
 CONFIGURATION_FILE = "configuration.json"
 MARK_FILE = "export.json"
 """Name of the file that marks a folder as an export, with its study, fingerprint and form."""
-_FORM_OPTIONS: dict[Form, tuple[str, ...]] = {"peft": (), "merged": ("--merge",), "raw": ("--raw",)}
+_FORM_OPTIONS: dict[Form, tuple[str, ...]] = {
+    "peft": (), "lora": ("--as-lora",), "merged": ("--merge",), "raw": ("--raw",),
+}  # fmt: skip
+_ALTERNATIVES: dict[Form, str] = {
+    "peft": "try --merge", "lora": "try --merge", "merged": "try --raw", "raw": "try --merge",
+}  # fmt: skip
+"""What to try where a lane cannot be written in a form."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +78,7 @@ def export_lane(
     form: Form | None = None,
     folder: Path | None = None,
     notify: Callable[[str], None] = print,
+    rank: int = 0,
 ) -> Export:
     """Export a lane of a study. An export that exists is not written again.
 
@@ -79,7 +89,9 @@ def export_lane(
         form: The form; None for the first one that the variant supports: an adapter in PEFT's format, a
             merged model, the exact tensors.
         folder: The folder to write; None for `export/VARIANT-FINGERPRINT` in the study's folder.
-        notify: Called with one line of text about the lane, and one if no adapter can be written.
+        notify: Called with one line of text about the lane, one if no adapter can be written, and one about
+            the error of a LoRA.
+        rank: The rank of the form "lora".
 
     Raises:
         UsageError: There is no such lane, its adapter was not kept or is damaged, the form is not possible,
@@ -92,18 +104,22 @@ def export_lane(
     notify(
         f"{record.fingerprint[:12]}: {choice.name} on {task_name}, {format_scores(record)}; {chosen.reason}"
     )
-    task, variant = _find_code(record.configuration, store)
+    task, variant = find_code(record.configuration, store)
     form = _choose_form(variant, form, choice.name, notify)
-    name = f"{short_name(choice.name)}-{record.fingerprint[:12]}" + ("" if form == "peft" else f"-{form}")
-    folder = folder or chosen.study.folder / "export" / name
     mark = {"study": chosen.study.name, "fingerprint": record.fingerprint, "form": form}
+    mark |= {"rank": str(rank)} if form == "lora" else {}
+    name = f"{short_name(choice.name)}-{record.fingerprint[:12]}" + ("" if form == "peft" else f"-{form}")
+    folder = folder or chosen.study.folder / "export" / f"{name}{mark.get('rank', '')}"
     if not _is_present(folder, mark):
-        lane = _load_lane(store, record.configuration, task, variant, _adapter_of(store, chosen))
-        _write(store, chosen, lane, folder, mark)
+        base_model = load_base(store, record.configuration, task)
+        adapters = attach_lane(base_model, record.configuration, variant, adapter_of(store, chosen))
+        _write(store, chosen, _Lane(record.configuration, task, variant, base_model, adapters), folder, mark)
+    if form == "lora":
+        notify(_describe_errors(folder))
     return Export(folder, form, record)
 
 
-def _find_code(configuration: Configuration, store: Store) -> tuple[Task, Variant]:
+def find_code(configuration: Configuration, store: Store) -> tuple[Task, Variant]:
     """Return the task and the variant of a configuration. The store has those of a user's files.
 
     Raises:
@@ -127,14 +143,19 @@ def _choose_form(variant: Variant, form: Form | None, name: str, notify: Callabl
     """Return the form of an export. If no form was requested and no adapter is possible, report the reason.
 
     Raises:
-        UsageError: The variant cannot be merged; the message names a form that is possible.
+        UsageError: The variant does not have this form; the message names one that is possible.
     """
-    from variants.peft_format import peft_method  # torch
+    from variants.lora_conversion import lora_obstacle  # torch
+    from variants.peft_format import peft_method
 
     has_peft, obstacle = peft_method(variant) is not None, variant.merge_obstacle
-    if form == "merged" and obstacle:
-        written = "its adapter is written" if has_peft else "its exact tensors are written"
-        raise UsageError(f"--merge: {name} cannot be merged: {obstacle}; without --merge {written}.")
+    refused = {"merged": obstacle, "lora": lora_obstacle(variant)}.get(form or "", "")
+    if refused:
+        option, what = ("--merge", "merged") if form == "merged" else ("--as-lora", "written as a LoRA")
+        written = (
+            "its adapter is" if has_peft else "its exact tensors are" if obstacle else "a plain model is"
+        )
+        raise UsageError(f"{option}: {name} cannot be {what}: {refused}; without {option} {written} written.")
     if form is not None or has_peft:
         return form or "peft"
     form, what = ("raw", "the exact tensors") if obstacle else ("merged", "a plain model")
@@ -164,7 +185,7 @@ def _is_present(folder: Path, mark: dict[str, str]) -> bool:
     return False
 
 
-def _adapter_of(store: Store, chosen: ChosenLane) -> Path:
+def adapter_of(store: Store, chosen: ChosenLane) -> Path:
     """Return the file with the adapter of a lane.
 
     Raises:
@@ -180,20 +201,35 @@ def _adapter_of(store: Store, chosen: ChosenLane) -> Path:
     )
 
 
-def _load_lane(
-    store: Store, configuration: Configuration, task: Task, variant: Variant, adapter: Path
-) -> _Lane:
-    """Load the base model of a lane on the CPU, and attach the adapter in the file `adapter`.
+def load_base(store: Store, configuration: Configuration, task: Task, device: str = "cpu") -> BaseModel:
+    """Load the base model of a lane.
 
     Raises:
-        UsageError: The base model is missing or has changed, or the file is damaged or was removed meanwhile.
+        UsageError: The base model is missing or has changed.
+    """
+    from orchestrator.finetune.models import loading
+
+    return loading.load_base_model(configuration.model, store.bases, device, task)
+
+
+def attach_lane(
+    base_model: BaseModel, configuration: Configuration, variant: Variant, adapter: Path
+) -> Adapters:
+    """Attach the adapter of a lane to its base model.
+
+    Args:
+        base_model: The base model, without adapters.
+        configuration: The configuration of the lane.
+        variant: Its variant.
+        adapter: The file of its adapter.
+
+    Raises:
+        UsageError: The file is damaged or was removed meanwhile.
     """
     from orchestrator.finetune.engine.lane import variant_settings
     from orchestrator.finetune.engine.tensor_files import restore_adapter
-    from orchestrator.finetune.models import loading
     from variants.adapters import attach
 
-    base_model = loading.load_base_model(configuration.model, store.bases, "cpu", task)
     settings, targets = variant_settings(configuration), configuration.variant.targets
     adapters = attach(base_model.model, variant, settings, targets, base_model.head_names)
     try:
@@ -202,7 +238,7 @@ def _load_lane(
         raise UsageError(f"{error}; remove the file, and run the same command again") from error
     except FileNotFoundError as error:  # a study has removed it while the base model was loaded
         raise UsageError(f"{adapter} was removed by a running study; run the same command again") from error
-    return _Lane(configuration, task, variant, base_model, adapters)
+    return adapters
 
 
 def _write(store: Store, chosen: ChosenLane, lane: _Lane, folder: Path, mark: dict[str, str]) -> None:
@@ -220,6 +256,8 @@ def _write(store: Store, chosen: ChosenLane, lane: _Lane, folder: Path, mark: di
     try:
         with atomic_files.add_path_to_disk_errors(folder.absolute()):
             draft.mkdir()
+            if form == "lora":
+                lane = _convert(lane, int(mark["rank"]), draft)
             _write_files(store, chosen, lane, form, draft)
             (draft / MARK_FILE).write_text(json.dumps(mark, indent=1) + "\n")
             mode = (draft / MARK_FILE).stat().st_mode
@@ -228,7 +266,7 @@ def _write(store: Store, chosen: ChosenLane, lane: _Lane, folder: Path, mark: di
                 atomic_files.sync_file(path)
         draft.rename(folder)
     except (MergeError, UnsupportedError) as error:
-        raise UsageError(f"{error}; try {'--raw' if form == 'merged' else '--merge'}.") from error
+        raise UsageError(f"{error}; {_ALTERNATIVES[form]}.") from error
     except OSError as error:
         if folder.exists():
             raise UsageError(f"--to {folder}: another process has made it; name a new folder.") from error
@@ -240,21 +278,56 @@ def _write(store: Store, chosen: ChosenLane, lane: _Lane, folder: Path, mark: di
 def _write_files(store: Store, chosen: ChosenLane, lane: _Lane, form: Form, folder: Path) -> None:
     """Write the lane's tensors in their form, the tokenizer or image processor, and the model card."""
     from orchestrator.finetune.models.catalogue import locate_pretrained
+    from variants.describe import vllm_obstacle
 
     base, revision = locate_pretrained(lane.configuration.model, store.bases)
     heads = tuple(lane.adapters.heads)  # merging detaches them
-    if form == "peft":
-        _write_peft(lane, folder, base, revision)
+    adapter: dict[str, Any] = {}  # PEFT's description of it
+    if form in ("peft", "lora"):
+        adapter = _write_peft(lane, folder, base, revision)
     elif form == "merged":
         _write_merged(lane, folder)
     else:
         _write_raw(lane, folder)
     processor = lane.base_model.processor
     getattr(processor, "hf_processor", processor).save_pretrained(folder)
+    rank = str(adapter["r"]) if form == "lora" else ""
     words = ["export", chosen.study.name, chosen.record.fingerprint[:12], *_FORM_OPTIONS[form]]
+    words += [rank] if rank else []
     command = store_command(*words, output=chosen.study.folder.parent, store=store.root)
-    facts = CardFacts(form, base, revision, heads, command, _input_form(lane))
+    obstacle = vllm_obstacle(adapter) if adapter else ""
+    facts = CardFacts(form, base, revision, heads, command, _input_form(lane), adapter.get("r", 0), obstacle)
+    if form == "lora":
+        facts = replace(facts, approximation=_describe_errors(folder))
     (folder / CARD_FILE).write_text(render_card(chosen, lane.task, facts))
+
+
+def _convert(lane: _Lane, rank: int, folder: Path) -> _Lane:
+    """Replace the adapter of a lane by a LoRA that is near to it, and write its errors.
+
+    Raises:
+        MergeError: The lane's updates are not only matrices.
+        UnsupportedError: The rank is larger than any layer allows.
+    """
+    from variants.lora_conversion import convert_to_lora
+
+    adapters, norms = convert_to_lora(lane.adapters, lane.configuration.fingerprint, rank)
+    errors = {name: lost / (norm or 1.0) for name, (lost, norm) in norms.items()}
+    lost, norm = (math.hypot(*each) for each in zip(*norms.values(), strict=True))
+    largest = max(errors, key=errors.__getitem__)
+    content = {"rank": rank, "overall": lost / (norm or 1.0), "largest": largest, "layers": errors}
+    (folder / ERRORS_FILE).write_text(json.dumps(content, indent=1) + "\n")
+    return replace(lane, variant=adapters.variant, adapters=adapters)
+
+
+def _describe_errors(folder: Path) -> str:
+    """Return what a LoRA that is near to the lane leaves out of it, as a sentence."""
+    found = json.loads((folder / ERRORS_FILE).read_text())
+    largest = found["layers"][found["largest"]]
+    return (
+        f"This LoRA of rank {found['rank']} leaves out {found['overall']:.2g} of the lane's update (relative "
+        f"Frobenius norm), and at most {largest:.2g} of a layer's ({found['largest']}); all: {ERRORS_FILE}."
+    )
 
 
 def _input_form(lane: _Lane) -> InputForm:
@@ -270,13 +343,16 @@ def _input_form(lane: _Lane) -> InputForm:
     return "pair" if form == "pair" or len(columns) == 2 else "text"
 
 
-def _write_peft(lane: _Lane, folder: Path, base: str, revision: str | None) -> None:
-    from variants.storage import save_peft
+def _write_peft(lane: _Lane, folder: Path, base: str, revision: str | None) -> dict[str, Any]:
+    """Write the lane's adapter, and return the content of its adapter_config.json."""
+    from variants.storage import CONFIG_FILE, save_peft
 
     task_type: TaskType | None = "SEQ_CLS" if lane.task.has_head else "CAUSAL_LM"
     if lane.task.inputs == "image":
         task_type = None  # PEFT has no type for images
     save_peft(lane.adapters, lane.configuration.fingerprint, folder, base, task_type, revision)
+    content: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text())
+    return content
 
 
 def _write_merged(lane: _Lane, folder: Path) -> None:
