@@ -6,7 +6,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from orchestrator.export.lane_choice import ChosenLane, LaneQuery, choose_lane
 from orchestrator.export.model_card import CardFacts, Form, InputForm, format_scores, render_card
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
+from orchestrator.record.study_file import StudyFile
 from orchestrator.study.configuration import Configuration
 from orchestrator.study.names import store_command
 from orchestrator.util import atomic_files
@@ -111,8 +112,9 @@ def export_lane(
     name = f"{short_name(choice.name)}-{record.fingerprint[:12]}" + ("" if form == "peft" else f"-{form}")
     folder = folder or chosen.study.folder / "export" / f"{name}{mark.get('rank', '')}"
     if not _is_present(folder, mark):
+        (adapter,) = adapters_of(store, chosen.study, [record.fingerprint])
         base_model = load_base(store, record.configuration, task)
-        adapters = attach_lane(base_model, record.configuration, variant, adapter_of(store, chosen))
+        adapters = attach_lane(base_model, record.configuration, variant, adapter)
         _write(store, chosen, _Lane(record.configuration, task, variant, base_model, adapters), folder, mark)
     if form == "lora":
         notify(_describe_errors(folder))
@@ -185,20 +187,20 @@ def _is_present(folder: Path, mark: dict[str, str]) -> bool:
     return False
 
 
-def adapter_of(store: Store, chosen: ChosenLane) -> Path:
-    """Return the file with the adapter of a lane.
+def adapters_of(store: Store, study: StudyFile, fingerprints: Sequence[str]) -> list[Path]:
+    """Return the files with the adapters of lanes of a study.
 
     Raises:
-        UsageError: The adapter was not kept. The message has the command that trains the lane again.
+        UsageError: An adapter was not kept. The message has the command that trains those lanes again.
     """
-    if (file := store.find_adapter(chosen.record.fingerprint)) is not None:
-        return file
-    lane = chosen.record.fingerprint
-    command = chosen.study.train_again([lane], "--save-adapters", "all", store=store.root)
-    raise UsageError(
-        f"lane {lane[:12]}: its adapter was not kept (--save-adapters all keeps every "
-        f"one); to train it again, with its adapter: {command}"
-    )
+    files = {fingerprint: store.find_adapter(fingerprint) for fingerprint in fingerprints}
+    if missing := [fingerprint for fingerprint, file in files.items() if file is None]:
+        command = study.train_again(missing, "--save-adapters", "all", store=store.root)
+        raise UsageError(
+            f"lane {', '.join(each[:12] for each in missing)}: its adapter was not kept (--save-adapters all "
+            f"keeps every one); to train it again, with its adapter: {command}"
+        )
+    return [file for file in files.values() if file is not None]
 
 
 def load_base(store: Store, configuration: Configuration, task: Task, device: str = "cpu") -> BaseModel:
