@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.analyze import costs, curves, runs
+from orchestrator.analyze import costs, curves, runs, stats
 from orchestrator.analyze.limits import find_limits
-from orchestrator.analyze.results import Results
+from orchestrator.analyze.results import HARNESS_COLUMNS, Results
 from orchestrator.analyze.verdicts import Verdict, find_verdicts
+from orchestrator.record.harness import (
+    HarnessResult,
+    base_subject,
+    read_result,
+    read_results,
+    whole_scores,
+)
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile, find_study
@@ -164,4 +172,52 @@ def load(study: str, *, output: str | Path | None = None, store: str | Path | No
         raise UsageError(
             f"study {study_file.name!r}: no record of it in {opened.root}; run it: {study_file.command}"
         )
-    return analyze(study_file, found)
+    return with_harness(analyze(study_file, found), opened)
+
+
+def with_harness(results: Results, store: Store) -> Results:
+    """Return results with the frame `harness`: the scores of the study's lanes that the store has.
+
+    Args:
+        results: The results of a study.
+        store: The store of its records.
+
+    Raises:
+        UsageError: A file with scores is damaged.
+    """
+    import pandas as pd
+
+    lanes = results.runs.set_index("fingerprint")[["panel", "curve"]]
+    rows = []
+    for record in results.records:
+        base = base_subject(record.configuration.model)
+        for found in read_results(store, record.fingerprint):
+            untrained = read_result(store, base, found.task, found.settings)
+            known = untrained is not None and untrained.digest == found.digest
+            panel, curve = lanes.loc[record.fingerprint]
+            about = {"panel": panel, "curve": curve, "fingerprint": record.fingerprint}
+            about |= {"task": found.task, "settings": found.settings}
+            rows += [about | row for row in _harness_rows(found, untrained if known else None)]
+    return replace(results, harness=pd.DataFrame(rows, columns=HARNESS_COLUMNS))
+
+
+def _harness_rows(found: HarnessResult, untrained: HarnessResult | None) -> Iterator[dict[str, Any]]:
+    """Yield a row for each subtask and metric of a lane's result, compared item by item with the base."""
+    nothing: Mapping[str, Any] = {}
+    shown = whole_scores(found)
+    for name, scores in found.scores.items():
+        base = untrained.scores.get(name, nothing) if untrained else nothing
+        for metric, score in scores.items():
+            own = found.items.get(name, nothing).get(metric, ())
+            before = untrained.items.get(name, nothing).get(metric, ()) if untrained else ()
+            difference = stats.Estimate(score - base.get(metric, math.nan))
+            # The score of a metric such as perplexity is no mean over items.
+            is_mean = len(own) == len(before) > 1 and math.isclose(sum(own) / len(own), score, abs_tol=1e-6)
+            if is_mean:
+                difference = stats.mean_interval([a - b for a, b in zip(own, before, strict=True)])
+            yield {
+                "subtask": name, "metric": metric, "score": score, "items": len(own) or None,
+                "untrained": base.get(metric), "difference": difference.value,
+                "difference_low": difference.low, "difference_high": difference.high,
+                "is_whole": name in shown,
+            }  # fmt: skip

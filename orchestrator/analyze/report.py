@@ -81,10 +81,10 @@ def write_report(
         OSError: The folder cannot be written.
     """
     from orchestrator.analyze import render, sections
-    from orchestrator.analyze.analysis import analyze
+    from orchestrator.analyze.analysis import analyze, with_harness
 
     study = replace(study, command=formatting.redact_secrets(study.command))
-    results = analyze(study, records)
+    results = with_harness(analyze(study, records), store)
     uri = formatting.redact_secrets(tracking_uri)
     made = sections.make_sections(sections.Report(results, uri, folder.parent, store))
     chips = [f"{n} {label}" for label, n in results.states.items() if n or label == "finished"]
