@@ -172,15 +172,15 @@ def load(study: str, *, output: str | Path | None = None, store: str | Path | No
         raise UsageError(
             f"study {study_file.name!r}: no record of it in {opened.root}; run it: {study_file.command}"
         )
-    return with_harness(analyze(study_file, found), opened)
+    return with_harness(analyze(study_file, found), opened.harness)
 
 
-def with_harness(results: Results, store: Store) -> Results:
+def with_harness(results: Results, folder: Path) -> Results:
     """Return results with the frame `harness`: the scores of the study's lanes that the store has.
 
     Args:
         results: The results of a study.
-        store: The store of its records.
+        folder: The store's folder `harness`.
 
     Raises:
         UsageError: A file with scores is damaged.
@@ -191,8 +191,8 @@ def with_harness(results: Results, store: Store) -> Results:
     rows = []
     for record in results.records:
         base = base_subject(record.configuration.model)
-        for found in read_results(store, record.fingerprint):
-            untrained = read_result(store, base, found.task, found.settings)
+        for found in read_results(folder, record.fingerprint):
+            untrained = read_result(folder, base, found.task, found.settings)
             known = untrained is not None and untrained.digest == found.digest
             panel, curve = lanes.loc[record.fingerprint]
             about = {"panel": panel, "curve": curve, "fingerprint": record.fingerprint}
@@ -214,10 +214,12 @@ def _harness_rows(found: HarnessResult, untrained: HarnessResult | None) -> Iter
             # The score of a metric such as perplexity is no mean over items.
             is_mean = len(own) == len(before) > 1 and math.isclose(sum(own) / len(own), score, abs_tol=1e-6)
             if is_mean:
-                difference = stats.mean_interval([a - b for a, b in zip(own, before, strict=True)])
+                is_share = 0 <= min(*own, *before) <= max(*own, *before) <= 1
+                bounds = stats.DIFFERENCES if is_share else stats.UNBOUNDED
+                difference = stats.mean_interval([a - b for a, b in zip(own, before, strict=True)], bounds)
             yield {
                 "subtask": name, "metric": metric, "score": score, "items": len(own) or None,
-                "untrained": base.get(metric), "difference": difference.value,
+                "untrained": base.get(metric), "difference": difference.mean,
                 "difference_low": difference.low, "difference_high": difference.high,
                 "is_whole": name in shown,
             }  # fmt: skip

@@ -253,13 +253,15 @@ def _write(store: Store, chosen: ChosenLane, lane: _Lane, folder: Path, mark: di
     from variants.errors import MergeError, UnsupportedError
 
     form: Form = mark["form"]  # type: ignore[assignment]
-    folder.absolute().parent.mkdir(parents=True, exist_ok=True)
-    draft = atomic_files.temporary_path(folder.absolute())
+    draft, errors = atomic_files.temporary_path(folder.absolute()), ""
     try:
+        if form == "lora":
+            lane, errors = _convert(lane, int(mark["rank"]))
+        folder.absolute().parent.mkdir(parents=True, exist_ok=True)
         with atomic_files.add_path_to_disk_errors(folder.absolute()):
             draft.mkdir()
-            if form == "lora":
-                lane = _convert(lane, int(mark["rank"]), draft)
+            if errors:
+                (draft / ERRORS_FILE).write_text(errors)
             _write_files(store, chosen, lane, form, draft)
             (draft / MARK_FILE).write_text(json.dumps(mark, indent=1) + "\n")
             mode = (draft / MARK_FILE).stat().st_mode
@@ -304,8 +306,8 @@ def _write_files(store: Store, chosen: ChosenLane, lane: _Lane, form: Form, fold
     (folder / CARD_FILE).write_text(render_card(chosen, lane.task, facts))
 
 
-def _convert(lane: _Lane, rank: int, folder: Path) -> _Lane:
-    """Replace the adapter of a lane by a LoRA that is near to it, and write its errors.
+def _convert(lane: _Lane, rank: int) -> tuple[_Lane, str]:
+    """Replace the adapter of a lane by a LoRA that is near to it, and return its errors, too, as JSON.
 
     Raises:
         MergeError: The lane's updates are not only matrices.
@@ -318,8 +320,8 @@ def _convert(lane: _Lane, rank: int, folder: Path) -> _Lane:
     lost, norm = (math.hypot(*each) for each in zip(*norms.values(), strict=True))
     largest = max(errors, key=errors.__getitem__)
     content = {"rank": rank, "overall": lost / (norm or 1.0), "largest": largest, "layers": errors}
-    (folder / ERRORS_FILE).write_text(json.dumps(content, indent=1) + "\n")
-    return replace(lane, variant=adapters.variant, adapters=adapters)
+    lane = replace(lane, variant=adapters.variant, adapters=adapters)
+    return lane, json.dumps(content, indent=1) + "\n"
 
 
 def _describe_errors(folder: Path) -> str:

@@ -116,7 +116,7 @@ def evaluate_lanes(
                 with adapters.activate_lanes([subject], None):
                     result = task.score(lm, subject)
                 adapters.detach()
-            write_result(store, result)
+            write_result(store.harness, result)
             done += 1
             notify(f"{who}: {_in_words(result)}")
     notify(f"{done} evaluations; {len(tasks) * (len(models) + len(records)) - done} were known")
@@ -164,7 +164,7 @@ class _Task:
 
     def is_known(self, store: Store, subject: str) -> bool:
         """Return whether the store has the result of a lane or base model."""
-        known = read_result(store, subject, self.name, self.options.settings)
+        known = read_result(store.harness, subject, self.name, self.options.settings)
         return known is not None and known.digest == self.digest
 
     def score(self, lm: Any, subject: str) -> HarnessResult:

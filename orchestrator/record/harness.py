@@ -1,5 +1,7 @@
 """Scores of lanes in an evaluation harness, in files beside the records, which can be made again.
 
+`folder` is the store's folder `harness`.
+
 store/harness/<fingerprint>/<task>.json                      a lane
              /base-<content>-<dtype>/<task>.json             a base model without a lane
 """
@@ -12,7 +14,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from urllib.parse import quote
 
-from orchestrator.record.store import Store
 from orchestrator.study.configuration import ModelChoice
 from orchestrator.util import atomic_files
 
@@ -45,29 +46,29 @@ def whole_scores(result: HarnessResult) -> Mapping[str, Mapping[str, float]]:
     return {result.task: result.scores[result.task]} if result.task in result.scores else result.scores
 
 
-def write_result(store: Store, result: HarnessResult) -> None:
+def write_result(folder: Path, result: HarnessResult) -> None:
     """Write a result in place of an earlier one of the same subject, task and settings."""
-    path = _path(store, result.subject, result.task, result.settings)
+    path = _path(folder, result.subject, result.task, result.settings)
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_files.write_atomically(path, atomic_files.add_checksum(json.dumps(asdict(result))))
 
 
-def read_result(store: Store, subject: str, task: str, settings: str) -> HarnessResult | None:
+def read_result(folder: Path, subject: str, task: str, settings: str) -> HarnessResult | None:
     """Return a result; None if there is none.
 
     Raises:
         UsageError: The file is damaged.
     """
-    return _read(_path(store, subject, task, settings))
+    return _read(_path(folder, subject, task, settings))
 
 
-def read_results(store: Store, subject: str) -> Iterator[HarnessResult]:
+def read_results(folder: Path, subject: str) -> Iterator[HarnessResult]:
     """Yield all results of a lane or base model, sorted by the name of the file.
 
     Raises:
         UsageError: A file is damaged.
     """
-    for path in sorted(store.harness.joinpath(subject).glob("[!.]*.json")):
+    for path in sorted(folder.joinpath(subject).glob("[!.]*.json")):
         if (found := _read(path)) is not None:
             yield found
 
@@ -76,6 +77,6 @@ def _read(path: Path) -> HarnessResult | None:
     return atomic_files.read_json(path, HarnessResult, "a harness result", "remove it and evaluate again")
 
 
-def _path(store: Store, subject: str, task: str, settings: str) -> Path:
+def _path(folder: Path, subject: str, task: str, settings: str) -> Path:
     name = f"{task}, {settings}" if settings else task
-    return store.harness / subject / f"{quote(name, safe=' ,')[:200]}.json"
+    return folder / subject / f"{quote(name, safe=' ,')[:200]}.json"
