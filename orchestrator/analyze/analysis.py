@@ -12,13 +12,7 @@ from orchestrator.analyze import costs, curves, runs, stats
 from orchestrator.analyze.limits import find_limits
 from orchestrator.analyze.results import HARNESS_COLUMNS, Results
 from orchestrator.analyze.verdicts import Verdict, find_verdicts
-from orchestrator.record.harness import (
-    HarnessResult,
-    base_subject,
-    read_result,
-    read_results,
-    whole_scores,
-)
+from orchestrator.record.harness import HarnessResult, HarnessScore, base_subject, read_results
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile, find_study
@@ -188,38 +182,35 @@ def with_harness(results: Results, folder: Path) -> Results:
     import pandas as pd
 
     lanes = results.runs.set_index("fingerprint")[["panel", "curve"]]
-    rows = []
+    rows: list[dict[str, Any]] = []
     for record in results.records:
-        base = base_subject(record.configuration.model)
+        base = read_results(folder, base_subject(record.configuration.model))
+        untrained = {each.digest: each for each in base}
+        panel, curve = lanes.loc[record.fingerprint]
         for found in read_results(folder, record.fingerprint):
-            untrained = read_result(folder, base, found.task, found.settings)
-            known = untrained is not None and untrained.digest == found.digest
-            panel, curve = lanes.loc[record.fingerprint]
             about = {"panel": panel, "curve": curve, "fingerprint": record.fingerprint}
             about |= {"task": found.task, "settings": found.settings}
-            rows += [about | row for row in _harness_rows(found, untrained if known else None)]
+            compared = _compare_with_base(found, untrained.get(found.digest))
+            rows += [about | row for row in compared]
     return replace(results, harness=pd.DataFrame(rows, columns=HARNESS_COLUMNS))
 
 
-def _harness_rows(found: HarnessResult, untrained: HarnessResult | None) -> Iterator[dict[str, Any]]:
+def _compare_with_base(found: HarnessResult, untrained: HarnessResult | None) -> Iterator[dict[str, Any]]:
     """Yield a row for each subtask and metric of a lane's result, compared item by item with the base."""
-    nothing: Mapping[str, Any] = {}
-    shown = whole_scores(found)
-    for name, scores in found.scores.items():
-        base = untrained.scores.get(name, nothing) if untrained else nothing
-        for metric, score in scores.items():
-            own = found.items.get(name, nothing).get(metric, ())
-            before = untrained.items.get(name, nothing).get(metric, ()) if untrained else ()
-            difference = stats.Estimate(score - base.get(metric, math.nan))
-            # The score of a metric such as perplexity is no mean over items.
-            is_mean = len(own) == len(before) > 1 and math.isclose(sum(own) / len(own), score, abs_tol=1e-6)
-            if is_mean:
-                is_share = 0 <= min(*own, *before) <= max(*own, *before) <= 1
-                bounds = stats.DIFFERENCES if is_share else stats.UNBOUNDED
-                difference = stats.mean_interval([a - b for a, b in zip(own, before, strict=True)], bounds)
-            yield {
-                "subtask": name, "metric": metric, "score": score, "items": len(own) or None,
-                "untrained": base.get(metric), "difference": difference.mean,
-                "difference_low": difference.low, "difference_high": difference.high,
-                "is_whole": name in shown,
-            }  # fmt: skip
+    import numpy as np
+
+    base = {(each.subtask, each.metric): each for each in (untrained.scores if untrained else ())}
+    for own in found.scores:
+        before = base.get((own.subtask, own.metric), HarnessScore(own.subtask, own.metric, math.nan))
+        difference, values = stats.Estimate(own.score - before.score), (*own.items, *before.items)
+        # The score of a metric such as perplexity is no mean over items.
+        if len(own.items) == len(before.items) > 1 and math.isclose(
+            np.mean(own.items), own.score, abs_tol=1e-6
+        ):
+            bounds = stats.DIFFERENCES if 0 <= min(values) <= max(values) <= 1 else stats.UNBOUNDED
+            difference = stats.mean_interval(np.subtract(own.items, before.items), bounds)
+        yield {
+            "subtask": own.subtask, "metric": own.metric, "score": own.score, "items": len(own.items),
+            "untrained": before.score, "difference": difference.mean, "difference_low": difference.low,
+            "difference_high": difference.high, "is_whole": own in found.whole(),
+        }  # fmt: skip

@@ -689,11 +689,6 @@ def harness_scores(report: Report) -> Iterator[Section]:
     found = report.results.harness
     if not len(found):
         return
-
-    def difference(row: Row) -> str:
-        ends = formatting.interval(row["difference_low"], row["difference_high"], 3)
-        return f"{number(row['difference'])} {ends}".rstrip()
-
     yield Section(
         "harness",
         "Scores in lm-evaluation-harness",
@@ -704,8 +699,7 @@ def harness_scores(report: Report) -> Iterator[Section]:
             text("metric", lambda r: r["metric"].removesuffix(",none")),
             figure("score", lambda r: number(r["score"])),
             figure("untrained", lambda r: number(r["untrained"])),
-            figure("difference", difference),
-            (Column("fingerprint", "code", more=True), lambda r: r["fingerprint"][:12]),
+            figure("difference", lambda r: formatting.estimate(r, "difference")),
         ),
         note="Brackets: 95 % interval over the items, of the same items before and after; other runs of the "
         "variant may differ by more. The harness alone says whether a higher score is better.",

@@ -5,13 +5,13 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Field
 
 from orchestrator.experiments.published import Published
-from orchestrator.study.option import Count, Option, Text, Words
-from orchestrator.study.options import StoreOptions, StudyOptions
+from orchestrator.study.option import Count, Option, Text
+from orchestrator.study.options import HarnessOptions, StoreOptions, StudyOptions
 from orchestrator.util import atomic_files
 from orchestrator.util.errors import UsageError
 
@@ -212,7 +212,7 @@ class Export(StoreOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluate(StoreOptions):
+class Evaluate(HarnessOptions):
     """Score trained lanes of a study by tasks of lm-evaluation-harness, beside the untrained base model.
 
     The base model is loaded once, and the adapters take turns on it, also those that PEFT does not have.
@@ -220,40 +220,12 @@ class Evaluate(StoreOptions):
     is missing. The report then shows the scores.
     """
 
-    study: Annotated[Text, Option("STUDY", position=True)]
-    """The study's name."""
-    fingerprints: Annotated[tuple[str, ...], Option("FINGERPRINT", position=True)] = ()
-    """First digits of the fingerprints of lanes, in place of the best ones."""
-    harness: Literal["lm_eval"] = "lm_eval"
-    """The program that scores."""
-    tasks: Annotated[Words, Option("NAME", commas=True)]
-    """Tasks, groups or tags of the harness; `lm_eval ls tasks` lists them."""
-    include_path: Annotated[Path | None, Option(paths=True)] = None
-    """A folder with YAML files of tasks of your own."""
-    all: bool = False
-    """Every lane whose adapter is kept, in place of the best ones."""
-    num_fewshot: Annotated[int | None, Field(ge=0, le=1000)] = None
-    """Solved examples in each prompt. Default: those of the task."""
-    limit: Annotated[int | None, Field(ge=1)] = None
-    """Only the first items of each task."""
-    batch_size: Count = 8
-    """Prompts that the model computes at once."""
-    apply_chat_template: bool = False
-    """Write each prompt in the chat template of the tokenizer."""
-
     def run(self) -> int:
         """Score the lanes, write the report again, and return the exit code."""
-        from orchestrator.export.harness import HarnessOptions, evaluate_lanes
+        from orchestrator.export.harness import evaluate_lanes
         from orchestrator.record.store import Store
 
-        if self.all and self.fingerprints:
-            raise UsageError("--all with FINGERPRINT: leave one of them out.")
-        options = HarnessOptions(
-            self.tasks, self.include_path, self.num_fewshot, self.limit, self.batch_size,
-            self.apply_chat_template,
-        )  # fmt: skip
-        lanes = None if self.all else self.fingerprints
-        evaluate_lanes(Store(self.store_folder, create=False), self.output, self.study, lanes, options)
+        evaluate_lanes(Store(self.store_folder, create=False), self)
         return Report(study=self.study, output=self.output, store=self.store).run()
 
 

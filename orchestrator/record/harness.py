@@ -9,13 +9,26 @@ store/harness/<fingerprint>/<task>.json                      a lane
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from urllib.parse import quote
 
 from orchestrator.study.configuration import ModelChoice
 from orchestrator.util import atomic_files
+
+
+@dataclass(frozen=True)
+class HarnessScore:
+    """One score of a task."""
+
+    subtask: str
+    """The task, or a part of it if it is a group or a tag."""
+    metric: str
+    """The harness's "METRIC,FILTER"."""
+    score: float
+    items: Sequence[float] = ()
+    """The value of each item; empty for a group, and where the values are no numbers."""
 
 
 @dataclass(frozen=True)
@@ -29,11 +42,12 @@ class HarnessResult:
     settings: str
     """What changes the scores, in words: "5 shots, 100 items"; empty for the task's own settings."""
     digest: str
-    """A digest of the task, its items and the version of the harness."""
-    scores: Mapping[str, Mapping[str, float]]
-    """Name of the task, and those of its subtasks -> "METRIC,FILTER" -> score."""
-    items: Mapping[str, Mapping[str, Sequence[float]]]
-    """Name of a task without subtasks -> "METRIC,FILTER" -> value of each item, if it is a number."""
+    """A digest of what decides the scores, but for the subject."""
+    scores: Sequence[HarnessScore]
+
+    def whole(self) -> Sequence[HarnessScore]:
+        """Return the scores of the whole task or group; for a tag, which has none, those of its tasks."""
+        return [each for each in self.scores if each.subtask == self.task] or self.scores
 
 
 def base_subject(model: ModelChoice) -> str:
@@ -41,25 +55,12 @@ def base_subject(model: ModelChoice) -> str:
     return f"base-{quote(model.content, safe='')[:40]}-{model.dtype}"
 
 
-def whole_scores(result: HarnessResult) -> Mapping[str, Mapping[str, float]]:
-    """Return the scores of the task or group that was asked for, and for a tag those of its tasks."""
-    return {result.task: result.scores[result.task]} if result.task in result.scores else result.scores
-
-
 def write_result(folder: Path, result: HarnessResult) -> None:
     """Write a result in place of an earlier one of the same subject, task and settings."""
-    path = _path(folder, result.subject, result.task, result.settings)
+    name = ", ".join(filter(None, (result.task, result.settings)))
+    path = folder / result.subject / f"{quote(name, safe=' ,')[:200]}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_files.write_atomically(path, atomic_files.add_checksum(json.dumps(asdict(result))))
-
-
-def read_result(folder: Path, subject: str, task: str, settings: str) -> HarnessResult | None:
-    """Return a result; None if there is none.
-
-    Raises:
-        UsageError: The file is damaged.
-    """
-    return _read(_path(folder, subject, task, settings))
 
 
 def read_results(folder: Path, subject: str) -> Iterator[HarnessResult]:
@@ -69,14 +70,6 @@ def read_results(folder: Path, subject: str) -> Iterator[HarnessResult]:
         UsageError: A file is damaged.
     """
     for path in sorted(folder.joinpath(subject).glob("[!.]*.json")):
-        if (found := _read(path)) is not None:
+        remedy = "remove it and evaluate again"
+        if (found := atomic_files.read_json(path, HarnessResult, "a harness result", remedy)) is not None:
             yield found
-
-
-def _read(path: Path) -> HarnessResult | None:
-    return atomic_files.read_json(path, HarnessResult, "a harness result", "remove it and evaluate again")
-
-
-def _path(folder: Path, subject: str, task: str, settings: str) -> Path:
-    name = f"{task}, {settings}" if settings else task
-    return folder / subject / f"{quote(name, safe=' ,')[:200]}.json"

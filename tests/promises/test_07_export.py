@@ -318,8 +318,8 @@ def test_evaluate_gives_every_variant_its_scores_and_evaluates_nothing_twice(
     for name, record in as_a_user.records(folder).items():
         variant = record["configuration"]["variant"]["name"]
         files = [store / name / f"{task}.json" for task in ("swap_likely", "swap_generated")]
-        likely, generated = (next(iter(json.loads(f.read_text())["items"].values())) for f in files)
-        assert_equal_items(folder, variant, likely["perplexity,none"], generated["exact_match,none"])
+        likely, generated = (json.loads(file.read_text())["scores"][0]["items"] for file in files)
+        assert_equal_items(folder, variant, likely, generated)
         row = table.loc[variant, "swap_generated", "exact_match,none"]
         assert row["score"] == pytest.approx(recorded(folder, variant)["exact_match"])
         assert (row["untrained"], row["difference"]) == (0, row["score"])
@@ -345,6 +345,8 @@ REFUSED = {
     ),
     "a rank of no layer": ("export mine --variant lora --as-lora 99", "99 32"),
     "an unknown task of lm_eval": ("evaluate mine --tasks arc_esay", "'arc_esay' 'arc_easy'"),
+    "no task of lm_eval": ("evaluate mine", "--tasks gsm8k"),
+    "lanes and all lanes": ("evaluate mine 00 --all --tasks arc_easy", "00 --all"),
     "a folder of tasks that is none": (
         "evaluate mine --tasks arc_easy --include-path no",
         "--include-path no",
