@@ -203,10 +203,9 @@ def _compare_with_base(found: HarnessResult, untrained: HarnessResult | None) ->
     for own in found.scores:
         before = base.get((own.subtask, own.metric), HarnessScore(own.subtask, own.metric, math.nan))
         difference, values = stats.Estimate(own.score - before.score), (*own.items, *before.items)
+        is_paired = len(own.items) == len(before.items) > 1
         # The score of a metric such as perplexity is no mean over items.
-        if len(own.items) == len(before.items) > 1 and math.isclose(
-            np.mean(own.items), own.score, abs_tol=1e-6
-        ):
+        if is_paired and math.isclose(np.mean(own.items), own.score, abs_tol=1e-6):
             bounds = stats.DIFFERENCES if 0 <= min(values) <= max(values) <= 1 else stats.UNBOUNDED
             difference = stats.mean_interval(np.subtract(own.items, before.items), bounds)
         yield {

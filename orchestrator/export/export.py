@@ -325,12 +325,17 @@ def _convert(lane: _Lane, rank: int) -> tuple[_Lane, str]:
 
 
 def _describe_errors(folder: Path) -> str:
-    """Return what a LoRA that is near to the lane leaves out of it, as a sentence."""
+    """Return what a LoRA that is near to the lane leaves out of it, and whether vLLM refuses it."""
+    from variants.describe import vllm_obstacle
+    from variants.storage import CONFIG_FILE
+
+    obstacle = vllm_obstacle(json.loads((folder / CONFIG_FILE).read_text()))
     found = json.loads((folder / ERRORS_FILE).read_text())
     largest = found["layers"][found["largest"]]
     return (
         f"This LoRA of rank {found['rank']} leaves out {found['overall']:.2g} of the lane's update (relative "
         f"Frobenius norm), and at most {largest:.2g} of a layer's ({found['largest']}); all: {ERRORS_FILE}."
+        + (f" vLLM does not serve it: {obstacle}." if obstacle else "")
     )
 
 
