@@ -11,8 +11,8 @@ FOLDERS = ("docs", "experiments", "orchestrator", "tests", "variants")
 PRIVATE_OF_RAY = re.compile(r"\bray(?:\.\w+)*\._[a-z]\w+")
 PRIVATE_OF_RAY_FILE = ROOT / "orchestrator" / "execution" / "private_ray.py"
 BUDGETS = {
-    "orchestrator": (151, 20723),
-    "orchestrator/analyze": (19, 4298),
+    "orchestrator": (152, 20897),
+    "orchestrator/analyze": (20, 4472),
     "orchestrator/cli": (4, 304),
     "orchestrator/cluster": (3, 230),
     "orchestrator/execution": (16, 2513),
@@ -23,12 +23,12 @@ BUDGETS = {
     "orchestrator/study": (9, 1203),
     "orchestrator/util": (10, 556),
     "variants": (107, 6057),
-    "experiments": (16, 2065),
-    "tests": (259, 32427),
+    "experiments": (16, 2091),
+    "tests": (260, 32514),
 }
 """Package -> (modules, lines of code) that it may have at most. A change that makes one smaller
 lowers its numbers; a change that raises one says what that is worth."""
-DOC_WORDS = 39_893
+DOC_WORDS = 39_892
 """Words that all pages may have together."""
 
 

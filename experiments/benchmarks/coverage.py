@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from scipy import stats as scipy_stats
 from star_studies import ROWS, claim_cases, claim_share, interval_shares
 
-from orchestrator.analyze import stats
+from orchestrator.analyze import ratios, stats
 
 Floats = NDArray[np.float64]
 Noise = Literal["equal", "unequal", "heavy tails", "near ceiling", "one in ten collapsed"]
@@ -296,6 +296,40 @@ def factor_rows(noise: str, seeds: int, studies: int, seed: int) -> list[Row]:
     ]
 
 
+def ratio_rows(design: str, shape: str, n: int, studies: int, seed: int) -> list[Row]:
+    """Measure the coverage of the interval of a ratio of two best rates.
+
+    The best rates are 0.3 to 1.2 decades apart. A curve is a bell; with the shape "cliff", all runs collapse
+    from 0.4 decades above the best rate on. There the parabola is biased, so these rows have no limits.
+
+    Args:
+        design: "grid" (n seeds on one grid) or "tuned" (n replicates, each with its own shifted grid).
+        shape: "bell" or "cliff".
+        n: The number of seeds or replicates.
+        studies: The number of studies.
+        seed: The seed of the random numbers.
+    """
+    generator, seeds, covered = np.random.default_rng(seed), range(n), 0
+    for study in range(studies):
+        spacing, noise = (0.5, 0.25)[study % 2], (0.003, 0.01, 0.03)[study % 3]
+        best = generator.uniform(-0.25, 0.25) + np.array([0.0, generator.uniform(0.3, 1.2)])
+        offsets = generator.uniform(0, spacing, n) if design == "tuned" else np.zeros(n)
+        x = np.arange(-2.0, 3.01, spacing)[:, None] + offsets
+        found = []
+        for top, wide in zip(best, generator.uniform(0.4, 1.2, 2), strict=True):
+            scores = 0.9 * np.exp(-(((x - top) / wide) ** 2))
+            scores *= (x < top + 0.4) | (shape == "bell")
+            scores += noise * generator.standard_normal(x.shape)
+            tuned = {k: (x[:, k], scores[:, k]) for k in seeds}
+            grid = ratios.grid_optimum(x[:, 0], scores, seeds)
+            found.append(grid if design == "grid" else ratios.tuned_optimum(tuned))
+        low, high = ratios.estimate_ratio(found[1], found[0])[1:3]
+        covered += low <= best[1] - best[0] <= high
+    limits = (90.0, 100.0) if shape == "bell" else NO_LIMITS
+    case = f"{design}, {shape}, n = {n}"
+    return [Row("ratios", case, "coverage of the ratio", 100 * covered / studies, limits, studies)]
+
+
 def claim_rows(index: int, seeds: int, studies: int, seed: int) -> list[Row]:
     """Measure how often claim 1 has the outcome that a case of `claim_cases` counts."""
     case = claim_cases()[index]
@@ -323,6 +357,12 @@ def list_tasks(replicates: int) -> list[Task]:
     noises = list(STANDARD_DEVIATIONS)
     seeds = (3, 5, 10)
     tasks: list[Task] = [("factors", factor_rows, (noise, n), replicates) for noise in ROWS for n in seeds]
+    tasks += [
+        ("ratios", ratio_rows, (design, shape, n), replicates)
+        for design in ("grid", "tuned")
+        for shape in ("bell", "cliff")
+        for n in seeds
+    ]
     tasks += [("claims", claim_rows, (i, 5), replicates) for i in range(len(claim_cases()))]
     tasks += [("tuning", tuning_rows, (noise, 4), many) for noise in noises]
     tasks += [("tuning", tuning_rows, ("equal", 2), many)]

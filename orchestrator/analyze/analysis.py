@@ -80,6 +80,13 @@ def analyze(study: StudyFile, records: Iterable[Record]) -> Results:
         score_of = (
             {} if own_scores.empty else own_scores.set_index(["panel", "variant"])["test_score"].to_dict()
         )
+    if kind != "search":
+        from orchestrator.analyze.ratios import ratio_rows
+
+        references = panels.set_index("panel")["reference"].to_dict()
+        if kind == "replicates":
+            references = dict.fromkeys(references, study.settings.baseline)
+        more["ratios"] = pd.DataFrame(ratio_rows(shown, points, best, references))
     points = _with_settings(points, frame).sort_values("validation_score", ascending=False, ignore_index=True)
     more |= {"costs": costs.cost_frame(shown, score_of), "best_lanes": find_best_lanes(study, named)}
     results = Results(study, named, frame, points, best, panels, **more)

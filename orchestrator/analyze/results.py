@@ -103,6 +103,12 @@ class Results:
     rate. `regret` is the score that the variant loses at the baseline's best rate. `at_baseline_rate` and
     `at_own_rate` are its differences from the baseline at the baseline's best rate and at its own. `reversal`
     says whether the variant loses at one of these rates and wins at the other."""
+    ratios: pd.DataFrame = field(default_factory=_empty)
+    """Grid, replicated tuning and sensitivity study: one row for each panel and curve (of a tuning: variant)
+    that has an optimum. `rate` is its best learning rate. `ratio` is this rate over that of the curve
+    `baseline`: LoRA's, and for LoRA that of full fine-tuning. With an optimum at an `edge` of a grid there is
+    no ratio, and `ratio_low` or `ratio_high` is a bound. `published` is the ratio that `source` reports. The
+    module `orchestrator.analyze.ratios` explains the intervals."""
     winners: pd.DataFrame = field(default_factory=_empty)
     """One row for each panel and learning rate: the variant with the best mean test score."""
     factors: pd.DataFrame = field(default_factory=_empty)

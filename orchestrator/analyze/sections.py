@@ -497,6 +497,36 @@ def curve_charts(report: Report) -> Iterator[Section]:
 
 
 @per_panel
+def ratio_table(report: Report) -> Iterator[Section]:
+    """Yield the section with the ratios of the best learning rates, beside published ratios."""
+    rows = report.results.ratios
+    rows = rows[rows["baseline"] != ""] if len(rows) else rows
+    if not len(rows):
+        return
+
+    def ratio(row: Row) -> str:
+        low, high = (f"{row[f'ratio_{end}']:.2g}" for end in ("low", "high"))
+        if math.isnan(row["ratio"]):
+            return f"≥ {low}" if low != "nan" else f"≤ {high}" if high != "nan" else "-"
+        return f"{row['ratio']:.2g}" + (f" [{low}, {high}]" if low != "nan" else "")
+
+    yield Section(
+        "ratios",
+        "Ratios of the best learning rates",
+        table=make_table(
+            rows,
+            text("variant", lambda r: r["curve"]),
+            text("over", lambda r: r["baseline"]),
+            figure("ratio", ratio),
+            figure("published", lambda r: "-" if math.isnan(r["published"]) else f"{r['published']:.2g}"),
+            text("source", lambda r: r["source"] or "-", more=True),
+        ),
+        note="Optima of parabolas in the logarithm of the rate, with 95 % intervals; ≥ and ≤: an optimum "
+        "lies at an end of its grid, so this is a bound. Published ratios are of other models and ranks.",
+    )
+
+
+@per_panel
 def search_charts(report: Report) -> Iterator[Section]:
     """Yield the section with the chart of a search, which shows the points and the best score so far."""
     points, best = report.results.points, report.results.best
@@ -774,6 +804,7 @@ SECTIONS: tuple[MakeSections, ...] = (
     factor_sections,
     comparison_charts,
     curve_charts,
+    ratio_table,
     search_charts,
     loss_charts,
     cost_sections,

@@ -32,6 +32,9 @@ POWER = 0.8
 PEAK_WINDOW = 0.5
 """The half-width, in decades, of the window around the best grid point in which `find_peak` fits a
 parabola."""
+_WIDEST_GAP = 0.53
+"""The largest distance, in decades, of a neighbor of the best grid point that the window holds in any case.
+The gap from 3e-3 to 1e-2 is 0.523."""
 _ROUNDING = 1e-12  # A smaller standard deviation is the rounding error of equal values.
 _SAME_RATE = 1e-6  # Two log10 rates that differ by less count as equal.
 
@@ -487,9 +490,10 @@ class Peak(NamedTuple):
 def find_peak(log10_rates: Floats, scores: Floats, seeds: Floats) -> Peak:
     """Return the maximum of a parabola that is fitted to the points near the best grid point.
 
-    The fit is a weighted least squares fit to the points within `PEAK_WINDOW` of the best grid point. The
-    weights are the numbers of seeds. The result is the best grid point itself if the window has fewer than
-    three points, or if the parabola has no maximum between the outermost points of the window.
+    The fit is a weighted least squares fit to the points within `PEAK_WINDOW` of the best grid point, and to
+    both neighbors in a grid like 1e-3, 3e-3, 1e-2. The weights are the numbers of seeds. The result is the
+    best grid point itself if the window has fewer than three points, or if the parabola has no maximum
+    between the outermost points of the window.
 
     Args:
         log10_rates: Log10 of the learning rate of each grid point, shape (m,), in any order.
@@ -506,7 +510,10 @@ def find_peak(log10_rates: Floats, scores: Floats, seeds: Floats) -> Peak:
     best = int(np.argmax(y))
     ends = log10_rates.min() + _SAME_RATE, log10_rates.max() - _SAME_RATE
     grid_point = Peak(float(x[best]), False, not ends[0] < x[best] < ends[1])
-    near = np.abs(x - x[best]) <= PEAK_WINDOW + _SAME_RATE
+    distance = np.abs(x - x[best])
+    near = distance <= PEAK_WINDOW + _SAME_RATE
+    for side in (x < x[best], x > x[best]):
+        near |= side & (distance <= min(_WIDEST_GAP, distance[side].min(initial=math.inf)))
     if near.sum() < 3:
         return grid_point
     offsets = x[near] - x[best]
