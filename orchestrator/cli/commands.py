@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -195,18 +195,16 @@ class Export(StoreOptions):
 
         from orchestrator.export.export import export_lane
         from orchestrator.export.lane_choice import LaneQuery
-        from orchestrator.export.model_card import Form
         from orchestrator.record.store import Store
 
-        asked = {"--merge": self.merge, "--raw": self.raw, "--as-lora": self.as_lora is not None}
-        options = [option for option, is_set in asked.items() if is_set]
-        if len(options) > 1:
-            raise UsageError(f"{' with '.join(options)}: an export has one form; leave one of them out.")
-        forms: dict[str, Form] = {"--merge": "merged", "--raw": "raw", "--as-lora": "lora"}
-        form = forms[options[0]] if options else None
+        forms = {"--merge": self.merge, "--raw": self.raw, "--as-lora": self.as_lora}
+        asked = [option for option, value in forms.items() if value]
+        if len(asked) > 1:
+            raise UsageError(f"{' with '.join(asked)}: an export has one form; name one of them.")
+        form: Literal["merged", "raw"] | None = "merged" if self.merge else "raw" if self.raw else None
         query = LaneQuery(self.study, self.fingerprint, self.variant, self.task)
-        store, rank = Store(self.store_folder, create=False), self.as_lora or 0
-        done = export_lane(store, self.output, query, form, self.to, rank=rank)
+        store = Store(self.store_folder, create=False)
+        done = export_lane(store, self.output, query, form, self.to, lora_rank=self.as_lora)
         print(f"{shlex.quote(str(done.folder))}: {decimal(done.bytes)}; README.md says how to load it")
         return 0
 

@@ -31,19 +31,11 @@ if TYPE_CHECKING:
     from variants.peft_format import TaskType
 
 CARD_FILE = "README.md"
-ERRORS_FILE = "lora_errors.json"
-"""Name of the file with the error of each layer of a LoRA that is near to the lane."""
 LANE_FILE = "lane.safetensors"
 CONFIGURATION_FILE = "configuration.json"
 MARK_FILE = "export.json"
 """Name of the file that marks a folder as an export, with its study, fingerprint and form."""
-_FORM_OPTIONS: dict[Form, tuple[str, ...]] = {
-    "peft": (), "lora": ("--as-lora",), "merged": ("--merge",), "raw": ("--raw",),
-}  # fmt: skip
-_ALTERNATIVES: dict[Form, str] = {
-    "peft": "try --merge", "lora": "try --merge", "merged": "try --raw", "raw": "try --merge",
-}  # fmt: skip
-"""What to try where a lane cannot be written in a form."""
+_FORM_OPTIONS: dict[Form, tuple[str, ...]] = {"peft": (), "merged": ("--merge",), "raw": ("--raw",)}
 
 
 @dataclass(frozen=True)
@@ -70,6 +62,8 @@ class _Lane:
     variant: Variant
     base_model: BaseModel
     adapters: Adapters
+    lora_error: str = ""
+    """What a LoRA in place of the lane's own adapter leaves out, as a sentence."""
 
 
 def export_lane(
@@ -79,7 +73,7 @@ def export_lane(
     form: Form | None = None,
     folder: Path | None = None,
     notify: Callable[[str], None] = print,
-    rank: int = 0,
+    lora_rank: int | None = None,
 ) -> Export:
     """Export a lane of a study. An export that exists is not written again.
 
@@ -90,15 +84,17 @@ def export_lane(
         form: The form; None for the first one that the variant supports: an adapter in PEFT's format, a
             merged model, the exact tensors.
         folder: The folder to write; None for `export/VARIANT-FINGERPRINT` in the study's folder.
-        notify: Called with one line of text about the lane, one if no adapter can be written, and one about
-            the error of a LoRA.
-        rank: The rank of the form "lora".
+        notify: Called with one line of text about the lane, and one if no adapter can be written, or if a
+            LoRA takes its place.
+        lora_rank: The rank of a plain LoRA to write in place of the lane's own adapter; None for its own.
 
     Raises:
         UsageError: There is no such lane, its adapter was not kept or is damaged, the form is not possible,
             the folder cannot be used, or the base model is missing or has changed.
         OSError: The folder cannot be written.
     """
+    from orchestrator.finetune.models.loading import load_base_model  # torch
+
     chosen = choose_lane(store, output, query)
     record = chosen.record
     choice, task_name = record.configuration.variant, record.configuration.task.name
@@ -106,18 +102,22 @@ def export_lane(
         f"{record.fingerprint[:12]}: {choice.name} on {task_name}, {format_scores(record)}; {chosen.reason}"
     )
     task, variant = find_code(record.configuration, store)
-    form = _choose_form(variant, form, choice.name, notify)
-    mark = {"study": chosen.study.name, "fingerprint": record.fingerprint, "form": form}
-    mark |= {"rank": str(rank)} if form == "lora" else {}
-    name = f"{short_name(choice.name)}-{record.fingerprint[:12]}" + ("" if form == "peft" else f"-{form}")
-    folder = folder or chosen.study.folder / "export" / f"{name}{mark.get('rank', '')}"
+    form = "peft" if lora_rank else _choose_form(variant, form, choice.name, notify)
+    written = f"lora{lora_rank}" if lora_rank else form
+    name = f"{short_name(choice.name)}-{record.fingerprint[:12]}" + (
+        "" if written == "peft" else f"-{written}"
+    )
+    folder = folder or chosen.study.folder / "export" / name
+    mark = {"study": chosen.study.name, "fingerprint": record.fingerprint, "form": written}
     if not _is_present(folder, mark):
-        (adapter,) = adapters_of(store, chosen.study, [record.fingerprint])
-        base_model = load_base(store, record.configuration, task)
+        (adapter,) = find_adapters(store, chosen.study, [record.fingerprint])
+        base_model = load_base_model(record.configuration.model, store.bases, "cpu", task)
         adapters = attach_lane(base_model, record.configuration, variant, adapter)
-        _write(store, chosen, _Lane(record.configuration, task, variant, base_model, adapters), folder, mark)
-    if form == "lora":
-        notify(_describe_errors(folder))
+        lane = _Lane(record.configuration, task, variant, base_model, adapters)
+        if lora_rank:
+            lane = _as_lora(lane, lora_rank)
+            notify(lane.lora_error)
+        _write(store, chosen, lane, form, folder, mark)
     return Export(folder, form, record)
 
 
@@ -145,19 +145,14 @@ def _choose_form(variant: Variant, form: Form | None, name: str, notify: Callabl
     """Return the form of an export. If no form was requested and no adapter is possible, report the reason.
 
     Raises:
-        UsageError: The variant does not have this form; the message names one that is possible.
+        UsageError: The variant cannot be merged; the message names a form that is possible.
     """
-    from variants.lora_conversion import lora_obstacle  # torch
-    from variants.peft_format import peft_method
+    from variants.peft_format import peft_method  # torch
 
     has_peft, obstacle = peft_method(variant) is not None, variant.merge_obstacle
-    refused = {"merged": obstacle, "lora": lora_obstacle(variant)}.get(form or "", "")
-    if refused:
-        option, what = ("--merge", "merged") if form == "merged" else ("--as-lora", "written as a LoRA")
-        written = (
-            "its adapter is" if has_peft else "its exact tensors are" if obstacle else "a plain model is"
-        )
-        raise UsageError(f"{option}: {name} cannot be {what}: {refused}; without {option} {written} written.")
+    if form == "merged" and obstacle:
+        written = "its adapter is written" if has_peft else "its exact tensors are written"
+        raise UsageError(f"--merge: {name} cannot be merged: {obstacle}; without --merge {written}.")
     if form is not None or has_peft:
         return form or "peft"
     form, what = ("raw", "the exact tensors") if obstacle else ("merged", "a plain model")
@@ -187,7 +182,7 @@ def _is_present(folder: Path, mark: dict[str, str]) -> bool:
     return False
 
 
-def adapters_of(store: Store, study: StudyFile, fingerprints: Sequence[str]) -> list[Path]:
+def find_adapters(store: Store, study: StudyFile, fingerprints: Sequence[str]) -> list[Path]:
     """Return the files with the adapters of lanes of a study.
 
     Raises:
@@ -203,27 +198,10 @@ def adapters_of(store: Store, study: StudyFile, fingerprints: Sequence[str]) -> 
     return [file for file in files.values() if file is not None]
 
 
-def load_base(store: Store, configuration: Configuration, task: Task, device: str = "cpu") -> BaseModel:
-    """Load the base model of a lane.
-
-    Raises:
-        UsageError: The base model is missing or has changed.
-    """
-    from orchestrator.finetune.models import loading
-
-    return loading.load_base_model(configuration.model, store.bases, device, task)
-
-
 def attach_lane(
     base_model: BaseModel, configuration: Configuration, variant: Variant, adapter: Path
 ) -> Adapters:
-    """Attach the adapter of a lane to its base model.
-
-    Args:
-        base_model: The base model, without adapters.
-        configuration: The configuration of the lane.
-        variant: Its variant.
-        adapter: The file of its adapter.
+    """Attach a lane, whose adapter is in the file `adapter`, to its base model.
 
     Raises:
         UsageError: The file is damaged or was removed meanwhile.
@@ -243,7 +221,32 @@ def attach_lane(
     return adapters
 
 
-def _write(store: Store, chosen: ChosenLane, lane: _Lane, folder: Path, mark: dict[str, str]) -> None:
+def _as_lora(lane: _Lane, rank: int) -> _Lane:
+    """Replace the adapter of a lane by the LoRA of a rank that is nearest to it.
+
+    Raises:
+        UsageError: The lane cannot be written as a LoRA, or not with this rank.
+    """
+    from variants.errors import MergeError, UnsupportedError
+    from variants.lora_conversion import convert_to_lora
+
+    try:
+        adapters, norms = convert_to_lora(lane.adapters, lane.configuration.fingerprint, rank)
+    except (MergeError, UnsupportedError) as error:
+        raise UsageError(f"--as-lora {rank}: {error}; without --as-lora another form is written.") from error
+    errors = {name: lost / (norm or 1.0) for name, (lost, norm) in norms.items()}
+    lost, norm = (math.hypot(*each) for each in zip(*norms.values(), strict=True))
+    worst = max(errors, key=errors.__getitem__)
+    text = (
+        f"This LoRA of rank {rank} leaves out {lost / (norm or 1.0):.2g} of the lane's update (relative "
+        f"Frobenius norm), and at most {errors[worst]:.2g} of a layer's ({worst})."
+    )
+    return replace(lane, variant=adapters.variant, adapters=adapters, lora_error=text)
+
+
+def _write(
+    store: Store, chosen: ChosenLane, lane: _Lane, form: Form, folder: Path, mark: dict[str, str]
+) -> None:
     """Write an export to a temporary folder beside `folder`, and rename it when it is complete.
 
     Raises:
@@ -252,16 +255,11 @@ def _write(store: Store, chosen: ChosenLane, lane: _Lane, folder: Path, mark: di
     """
     from variants.errors import MergeError, UnsupportedError
 
-    form: Form = mark["form"]  # type: ignore[assignment]
-    draft, errors = atomic_files.temporary_path(folder.absolute()), ""
+    folder.absolute().parent.mkdir(parents=True, exist_ok=True)
+    draft = atomic_files.temporary_path(folder.absolute())
     try:
-        if form == "lora":
-            lane, errors = _convert(lane, int(mark["rank"]))
-        folder.absolute().parent.mkdir(parents=True, exist_ok=True)
         with atomic_files.add_path_to_disk_errors(folder.absolute()):
             draft.mkdir()
-            if errors:
-                (draft / ERRORS_FILE).write_text(errors)
             _write_files(store, chosen, lane, form, draft)
             (draft / MARK_FILE).write_text(json.dumps(mark, indent=1) + "\n")
             mode = (draft / MARK_FILE).stat().st_mode
@@ -270,7 +268,7 @@ def _write(store: Store, chosen: ChosenLane, lane: _Lane, folder: Path, mark: di
                 atomic_files.sync_file(path)
         draft.rename(folder)
     except (MergeError, UnsupportedError) as error:
-        raise UsageError(f"{error}; {_ALTERNATIVES[form]}.") from error
+        raise UsageError(f"{error}; try {'--raw' if form == 'merged' else '--merge'}.") from error
     except OSError as error:
         if folder.exists():
             raise UsageError(f"--to {folder}: another process has made it; name a new folder.") from error
@@ -282,12 +280,11 @@ def _write(store: Store, chosen: ChosenLane, lane: _Lane, folder: Path, mark: di
 def _write_files(store: Store, chosen: ChosenLane, lane: _Lane, form: Form, folder: Path) -> None:
     """Write the lane's tensors in their form, the tokenizer or image processor, and the model card."""
     from orchestrator.finetune.models.catalogue import locate_pretrained
-    from variants.describe import vllm_obstacle
 
     base, revision = locate_pretrained(lane.configuration.model, store.bases)
     heads = tuple(lane.adapters.heads)  # merging detaches them
-    adapter: dict[str, Any] = {}  # PEFT's description of it
-    if form in ("peft", "lora"):
+    adapter: dict[str, Any] = {}
+    if form == "peft":
         adapter = _write_peft(lane, folder, base, revision)
     elif form == "merged":
         _write_merged(lane, folder)
@@ -295,48 +292,11 @@ def _write_files(store: Store, chosen: ChosenLane, lane: _Lane, form: Form, fold
         _write_raw(lane, folder)
     processor = lane.base_model.processor
     getattr(processor, "hf_processor", processor).save_pretrained(folder)
-    rank = str(adapter["r"]) if form == "lora" else ""
-    words = ["export", chosen.study.name, chosen.record.fingerprint[:12], *_FORM_OPTIONS[form]]
-    words += [rank] if rank else []
+    options = ("--as-lora", str(adapter["r"])) if lane.lora_error else _FORM_OPTIONS[form]
+    words = ["export", chosen.study.name, chosen.record.fingerprint[:12], *options]
     command = store_command(*words, output=chosen.study.folder.parent, store=store.root)
-    obstacle = vllm_obstacle(adapter) if adapter else ""
-    facts = CardFacts(form, base, revision, heads, command, _input_form(lane), adapter.get("r", 0), obstacle)
-    if form == "lora":
-        facts = replace(facts, approximation=_describe_errors(folder))
+    facts = CardFacts(form, base, revision, heads, command, _input_form(lane), adapter, lane.lora_error)
     (folder / CARD_FILE).write_text(render_card(chosen, lane.task, facts))
-
-
-def _convert(lane: _Lane, rank: int) -> tuple[_Lane, str]:
-    """Replace the adapter of a lane by a LoRA that is near to it, and return its errors, too, as JSON.
-
-    Raises:
-        MergeError: The lane's updates are not only matrices.
-        UnsupportedError: The rank is larger than any layer allows.
-    """
-    from variants.lora_conversion import convert_to_lora
-
-    adapters, norms = convert_to_lora(lane.adapters, lane.configuration.fingerprint, rank)
-    errors = {name: lost / (norm or 1.0) for name, (lost, norm) in norms.items()}
-    lost, norm = (math.hypot(*each) for each in zip(*norms.values(), strict=True))
-    largest = max(errors, key=errors.__getitem__)
-    content = {"rank": rank, "overall": lost / (norm or 1.0), "largest": largest, "layers": errors}
-    lane = replace(lane, variant=adapters.variant, adapters=adapters)
-    return lane, json.dumps(content, indent=1) + "\n"
-
-
-def _describe_errors(folder: Path) -> str:
-    """Return what a LoRA that is near to the lane leaves out of it, and whether vLLM refuses it."""
-    from variants.describe import vllm_obstacle
-    from variants.storage import CONFIG_FILE
-
-    obstacle = vllm_obstacle(json.loads((folder / CONFIG_FILE).read_text()))
-    found = json.loads((folder / ERRORS_FILE).read_text())
-    largest = found["layers"][found["largest"]]
-    return (
-        f"This LoRA of rank {found['rank']} leaves out {found['overall']:.2g} of the lane's update (relative "
-        f"Frobenius norm), and at most {largest:.2g} of a layer's ({found['largest']}); all: {ERRORS_FILE}."
-        + (f" vLLM does not serve it: {obstacle}." if obstacle else "")
-    )
 
 
 def _input_form(lane: _Lane) -> InputForm:
@@ -353,7 +313,7 @@ def _input_form(lane: _Lane) -> InputForm:
 
 
 def _write_peft(lane: _Lane, folder: Path, base: str, revision: str | None) -> dict[str, Any]:
-    """Write the lane's adapter, and return the content of its adapter_config.json."""
+    """Write the adapter, and return the content of its adapter_config.json."""
     from variants.storage import CONFIG_FILE, save_peft
 
     task_type: TaskType | None = "SEQ_CLS" if lane.task.has_head else "CAUSAL_LM"

@@ -7,21 +7,20 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
 
 from orchestrator.analyze.formatting import redact_secrets
 from orchestrator.export.lane_choice import ChosenLane
 from orchestrator.record.schema import Record
-from orchestrator.study.configuration import Configuration, VariantChoice
+from orchestrator.study.configuration import VariantChoice
 from variants.variant_settings import FILE_SUFFIX
 
 if TYPE_CHECKING:
     from orchestrator.finetune.tasks.base import Task
 
-Form = Literal["peft", "lora", "merged", "raw"]
-"""The forms of an export: an adapter of PEFT, a LoRA near to it, a plain model of transformers, or the exact
-tensors."""
+Form = Literal["peft", "merged", "raw"]
+"""The forms of an export: an adapter of PEFT, a plain model of transformers, or the exact tensors."""
 InputForm = Literal["text", "pair", "chat", "lines"]
 """The form of a lane's inputs. "text": single texts, or those of a user's task, which may be pairs. "pair":
 pairs of texts. "chat": chats in the tokenizer's chat template. "lines": chats as lines of text, because the
@@ -44,12 +43,10 @@ class CardFacts:
     command: str
     """The command that wrote this export."""
     inputs: InputForm = "text"
-    rank: int = 0
-    """The rank of an adapter of the type LoRA."""
-    vllm_obstacle: str = ""
-    """Why vLLM does not serve the export; empty if it does."""
-    approximation: str = ""
-    """Of a LoRA near to the lane: its rank and its error, as a sentence."""
+    adapter: Mapping[str, Any] = field(default_factory=dict)
+    """The content of adapter_config.json; empty without such a file."""
+    lora_error: str = ""
+    """What a LoRA in place of the lane's own adapter leaves out, as a sentence."""
 
 
 def format_scores(record: Record) -> str:
@@ -74,7 +71,7 @@ License: fill in. The licenses of the base model and of the data apply.
 
 ## Use
 
-{facts.approximation}
+{facts.lora_error}
 
 ```python
 {_loading(task, facts, own.variant)}
@@ -82,7 +79,7 @@ License: fill in. The licenses of the base model and of the data apply.
 
 {_prediction(task, facts)}
 
-{_other_programs(task, facts, own)}
+{_other_programs(task, facts, own.model.compute_dtype)}
 
 {labels}
 
@@ -111,7 +108,7 @@ def _metadata(chosen: ChosenLane, task: Task, facts: CardFacts) -> str:
     ]  # fmt: skip
     data = ModelCardData(
         base_model=facts.base if facts.base_revision is not None else None,
-        library_name="peft" if facts.form in ("peft", "lora") else "transformers",
+        library_name="peft" if facts.form == "peft" else "transformers",
         pipeline_tag=pipeline,
         tags=["lora-orchestrator", own.variant.name],
         model_name=f"{chosen.study.name}-{record.fingerprint[:12]}",
@@ -130,7 +127,7 @@ def _loading(task: Task, facts: CardFacts, variant: VariantChoice) -> str:
     labels = f", num_labels={task.num_labels}, ignore_mismatched_sizes=True" if task.has_head else ""
     revision = f", revision={facts.base_revision!r}" if facts.base_revision else ""
     base = f"base = {model_class}.from_pretrained({facts.base!r}{revision}{labels})"
-    if facts.form in ("peft", "lora"):
+    if facts.form == "peft":
         return f"""from peft import PeftModel
 from transformers import {model_class}
 
@@ -193,20 +190,26 @@ inputs = tokenizer.apply_chat_template(
     return f'inputs = tokenizer("INPUT", return_tensors="pt"){note}'
 
 
-def _other_programs(task: Task, facts: CardFacts, own: Configuration) -> str:
+def _other_programs(task: Task, facts: CardFacts, dtype: str) -> str:
     """Return the commands that score and serve the export; empty if these programs cannot load it."""
+    from variants.describe import VLLM_RANKS, vllm_obstacle  # torch
+
     if task.has_head or facts.form == "raw":
         return ""
-    arguments, serve = "pretrained=FOLDER", ["vllm", "serve", "FOLDER"]
-    if facts.form != "merged":
-        revision = f",revision={facts.base_revision}" if facts.base_revision else ""
-        arguments = f"pretrained={facts.base}{revision},dtype={own.model.compute_dtype},peft=FOLDER"
-        serve[2:] = [facts.base, *(["--revision", facts.base_revision] if facts.base_revision else [])]
-        serve += ["--enable-lora", "--max-lora-rank", str(facts.rank), "--lora-modules", "tuned=FOLDER"]
-    lines = ["lm_eval --model hf --model_args " + shlex.quote(arguments) + " --tasks TASKS"]
-    lines += [] if facts.vllm_obstacle else [shlex.join(serve)]
-    note = f"\n\nvLLM does not serve it: {facts.vllm_obstacle}." if facts.vllm_obstacle else ""
-    return "In other programs:\n\n```sh\n" + "\n".join(lines) + f"\n```{note}"
+    arguments, serve, obstacle = "pretrained=FOLDER", ["vllm", "serve", "FOLDER"], ""
+    if facts.adapter:
+        revision = facts.base_revision
+        arguments = (
+            f"pretrained={facts.base}{f',revision={revision}' if revision else ''},dtype={dtype},peft=FOLDER"
+        )
+        if not (obstacle := vllm_obstacle(facts.adapter)):
+            rank = next(each for each in VLLM_RANKS if each >= facts.adapter["r"])
+            serve = ["vllm", "serve", facts.base, *(["--revision", revision] if revision else [])]
+            serve += ["--enable-lora", "--max-lora-rank", str(rank), "--lora-modules", "tuned=FOLDER"]
+    score = shlex.join(["lm_eval", "--model", "hf", "--model_args", arguments, "--tasks", "TASKS"])
+    lines = score if obstacle else f"{score}\n{shlex.join(serve)}"
+    note = f"\n\nvLLM does not serve this adapter: {obstacle}." if obstacle else ""
+    return f"In other programs:\n\n```sh\n{lines}\n```{note}"
 
 
 def _scores(record: Record) -> str:

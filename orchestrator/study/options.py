@@ -338,16 +338,14 @@ class HarnessOptions(StoreOptions):
 
     study: Annotated[Text, Option("STUDY", position=True)]
     """The study's name."""
-    fingerprints: Annotated[tuple[str, ...], Option("FINGERPRINT", position=True, rival="all")] = ()
-    """First digits of the fingerprints of lanes, in place of the best ones."""
+    fingerprints: Annotated[tuple[str, ...], Option("FINGERPRINT", position=True)] = ()
+    """First digits of the fingerprints of lanes, in place of the best one of each variant."""
     harness: Literal["lm_eval"] = "lm_eval"
     """The program that scores."""
     tasks: Annotated[tuple[Text, ...], Option("NAME", commas=True)] = ()
     """Tasks, groups or tags of the harness; `lm_eval ls tasks` lists them."""
     include_path: Annotated[Path | None, Option(paths=True)] = None
     """A folder with YAML files of tasks of your own."""
-    all: bool = False
-    """Every lane whose adapter is kept, in place of the best ones."""
     num_fewshot: Annotated[int | None, Field(ge=0, le=1000)] = None
     """Solved examples in each prompt. Default: those of the task."""
     limit: Annotated[int | None, Field(ge=1)] = None

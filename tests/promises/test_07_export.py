@@ -170,25 +170,31 @@ def test_an_adapter_and_a_merged_model_have_the_same_logits(exported: Callable[.
     torch.testing.assert_close(adapter, merged, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("variant", ["dora", "sine_lora"])
 def test_a_lora_of_full_rank_has_the_logits_of_the_lane_and_one_of_a_low_rank_says_what_it_leaves_out(
-    exported: Callable[..., Path],
+    variant: str, exported: Callable[..., Path]
 ) -> None:
-    import torch
     from peft import AutoPeftModelForCausalLM, PeftConfig
+    from torch.testing import assert_close
+    from transformers import AutoModelForCausalLM
 
-    lane, _ = logits_and_labels(AutoPeftModelForCausalLM.from_pretrained(exported("dora")).eval())
-    losses, folders = [], [exported("dora", "--as-lora", rank) for rank in ("4", "16", "32")]
-    for folder, rank in zip(folders, (4, 16, 32), strict=True):
+    merged = AutoModelForCausalLM.from_pretrained(exported(variant, "--merge")).eval()
+    lane, _ = logits_and_labels(merged)
+    distances, errors = [], []
+    for rank in (4, 16, 32):
+        folder = exported(variant, "--as-lora", str(rank))
         config = PeftConfig.from_pretrained(folder)
         assert (config.peft_type, config.r, config.use_dora) == ("LORA", rank, False)
         found, _ = logits_and_labels(AutoPeftModelForCausalLM.from_pretrained(folder).eval())
-        losses.append((found - lane).square().mean().item())
-        errors = json.loads((folder / "lora_errors.json").read_text())
-        assert max(errors["layers"].values()) == errors["layers"][errors["largest"]] >= errors["overall"]
-        assert (errors["overall"] < 1e-6) == (rank == 32), errors
-        assert f"leaves out {errors['overall']:.2g} of" in (folder / "README.md").read_text()
-    assert losses[0] > losses[1] > losses[2]
-    torch.testing.assert_close(found, lane, rtol=1e-4, atol=1e-4)
+        distances.append((found - lane).square().mean().item())
+        card = (folder / "README.md").read_text()
+        (error,) = re.findall(rf"LoRA of rank {rank} leaves out (\S+) of the lane's update", card)
+        errors.append(float(error))
+        assert f"--max-lora-rank {max(rank, 8)} " in card
+    assert distances == sorted(distances, reverse=True)
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 1e-6 < errors[0]
+    assert_close(found, lane, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("words", [("lora", "--raw"), ("hydra_lora",)], ids=" ".join)
@@ -261,8 +267,10 @@ def write_harness_tasks(folder: Path) -> Path:
         "doc_to_target": " {{answer}} <eos>",  # the space and the end token belong to the answer
         "metric_list": [{"metric": "perplexity"}, {"metric": "acc"}],
     }
+    (folder / "docs.py").write_text("def same(docs): return docs")
     for name, own in {"swap_generated": generated, "swap_likely": likely}.items():
-        (folder / f"{name}.yaml").write_text(json.dumps({"task": name, **shared, **own}))
+        text = json.dumps({"task": name, **shared, **own, "process_docs": "FUNCTION"})
+        (folder / f"{name}.yaml").write_text(text.replace('"FUNCTION"', "!function docs.same"))
     return folder
 
 
@@ -343,10 +351,9 @@ REFUSED = {
         "export mine --variant hydra_lora --as-lora 4",
         "hydra_lora --as-lora gates",
     ),
-    "a rank of no layer": ("export mine --variant lora --as-lora 99", "99 32"),
+    "a rank of no layer": ("export mine --variant lora --as-lora 99", "--as-lora 99 32"),
     "an unknown task of lm_eval": ("evaluate mine --tasks arc_esay", "'arc_esay' 'arc_easy'"),
     "no task of lm_eval": ("evaluate mine", "--tasks gsm8k"),
-    "lanes and all lanes": ("evaluate mine 00 --all --tasks arc_easy", "00 --all"),
     "a folder of tasks that is none": (
         "evaluate mine --tasks arc_easy --include-path no",
         "--include-path no",
