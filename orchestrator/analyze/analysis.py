@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.analyze import costs, curves, runs, stats
+from orchestrator.analyze.answers import answer_frame
 from orchestrator.analyze.limits import find_limits
 from orchestrator.analyze.results import HARNESS_COLUMNS, Results
 from orchestrator.analyze.verdicts import Verdict, find_verdicts
-from orchestrator.record.harness import HarnessResult, HarnessScore, base_subject, read_results
+from orchestrator.record.harness import HarnessScore, base_subject, read_results
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile, find_study
@@ -91,7 +93,7 @@ def analyze(study: StudyFile, records: Iterable[Record]) -> Results:
     more |= {"costs": costs.cost_frame(shown, score_of), "best_lanes": find_best_lanes(study, named)}
     results = Results(study, named, frame, points, best, panels, **more)
     verdicts = pd.DataFrame(map(asdict, find_verdicts(results)), columns=[f.name for f in fields(Verdict)])
-    return replace(results, verdicts=verdicts, warnings=find_limits(results))
+    return replace(results, verdicts=verdicts, warnings=find_limits(results), answers=answer_frame(results))
 
 
 def find_best_lanes(study: StudyFile, records: Iterable[Record]) -> pd.DataFrame:
@@ -186,37 +188,29 @@ def with_harness(results: Results, folder: Path) -> Results:
     Raises:
         UsageError: A file with scores is damaged.
     """
+    import numpy as np
     import pandas as pd
 
+    @cache
+    def read_untrained(subject: str) -> dict[tuple[str, str, str], HarnessScore]:
+        found = read_results(folder, subject)
+        return {(each.digest, score.subtask, score.metric): score for each in found for score in each.scores}
+
     lanes = results.runs.set_index("fingerprint")[["panel", "curve"]]
-    rows: list[dict[str, Any]] = []
+    rows: list[tuple[Any, ...]] = []
     for record in results.records:
-        base = read_results(folder, base_subject(record.configuration.model))
-        untrained = {each.digest: each for each in base}
-        panel, curve = lanes.loc[record.fingerprint]
-        for found in read_results(folder, record.fingerprint):
-            about = {"panel": panel, "curve": curve, "fingerprint": record.fingerprint}
-            about |= {"task": found.task, "settings": found.settings}
-            compared = _compare_with_base(found, untrained.get(found.digest))
-            rows += [about | row for row in compared]
+        for each in read_results(folder, record.fingerprint):
+            base = read_untrained(base_subject(record.configuration.model))
+            for own in each.scores:
+                key = (own.subtask, own.metric)
+                before = base.get((each.digest, *key), HarnessScore(*key, math.nan))
+                difference = stats.Estimate(own.score - before.score)
+                if len(own.items) == len(before.items) > 1:
+                    over_items = stats.mean_interval(np.subtract(own.items, before.items))
+                    # The score of a metric such as perplexity is no mean over items.
+                    if math.isclose(over_items.mean, difference.mean, abs_tol=1e-6):
+                        difference = over_items
+                about = (*lanes.loc[record.fingerprint], record.fingerprint, each.task, each.settings, *key)
+                scores = (own.score, len(own.items), before.score, *difference[:3])
+                rows.append((*about, *scores, own in each.whole()))
     return replace(results, harness=pd.DataFrame(rows, columns=HARNESS_COLUMNS))
-
-
-def _compare_with_base(found: HarnessResult, untrained: HarnessResult | None) -> Iterator[dict[str, Any]]:
-    """Yield a row for each subtask and metric of a lane's result, compared item by item with the base."""
-    import numpy as np
-
-    base = {(each.subtask, each.metric): each for each in (untrained.scores if untrained else ())}
-    for own in found.scores:
-        before = base.get((own.subtask, own.metric), HarnessScore(own.subtask, own.metric, math.nan))
-        difference, values = stats.Estimate(own.score - before.score), (*own.items, *before.items)
-        is_paired = len(own.items) == len(before.items) > 1
-        # The score of a metric such as perplexity is no mean over items.
-        if is_paired and math.isclose(np.mean(own.items), own.score, abs_tol=1e-6):
-            bounds = stats.DIFFERENCES if 0 <= min(values) <= max(values) <= 1 else stats.UNBOUNDED
-            difference = stats.mean_interval(np.subtract(own.items, before.items), bounds)
-        yield {
-            "subtask": own.subtask, "metric": own.metric, "score": own.score, "items": len(own.items),
-            "untrained": before.score, "difference": difference.mean, "difference_low": difference.low,
-            "difference_high": difference.high, "is_whole": own in found.whole(),
-        }  # fmt: skip

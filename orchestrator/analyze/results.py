@@ -123,6 +123,11 @@ class Results:
     verdicts: pd.DataFrame = field(default_factory=_empty)
     """One row for each verdict, the most important verdict first. The columns are the fields of
     `verdicts.Verdict`."""
+    answers: pd.DataFrame = field(default_factory=_empty)
+    """One row for each published number of the study's answer key: `what` it is, `published` and `measured`
+    with its interval, the `distance` of the two and the `tolerance` (`study.expected` has the units), the
+    `outcome` (reproduced, not reproduced, not tested), the `reason` of the last, and the `source`. `order`
+    has the measured order of best rates as text."""
     warnings: Sequence[str] = ()
     """The limits of what the results show, one line each. Faults of the data come first."""
     best_lanes: pd.DataFrame = field(default_factory=_empty)

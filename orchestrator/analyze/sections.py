@@ -16,7 +16,7 @@ from functools import cached_property, partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.analyze import charts, formatting, verdicts
+from orchestrator.analyze import answers, charts, formatting, verdicts
 from orchestrator.analyze.costs import loss_frame, time_use
 from orchestrator.analyze.formatting import count, number, points, rate
 from orchestrator.analyze.render import Column, Section, Table
@@ -342,7 +342,67 @@ def _tuned_table(results: Results) -> Table:
     )
 
 
-# -- verdicts and limits
+# -- published numbers, verdicts and limits
+
+
+def answer_sections(report: Report) -> Iterator[Section]:
+    """Yield the section that compares the study with the published numbers of its answer key."""
+    import pandas as pd
+
+    found = report.results.answers
+    if not len(found):
+        return
+    is_open = found["outcome"] == "not tested"
+    groups = found[is_open].groupby(["reason", "quantity"], sort=False)
+    untested = pd.DataFrame([_in_one_row(own) for _, own in groups])
+    tested = found[~is_open].sort_values("outcome", kind="stable")  # those that do not come out are first
+    yield Section(
+        "answers",
+        "Published numbers",
+        answers.summarize(found),
+        make_table(
+            pd.concat([tested, untested]) if len(untested) else tested,
+            text("published number", lambda r: r["what"]),
+            text("answer", lambda r: (r["reason"] and f"not tested: {r['reason']}") or r["outcome"]),
+            text("measured", lambda r: "" if r["reason"] else _measured_text(r)),
+            text("published", _published_text),
+            text("source", lambda r: r["source"], more=True),
+            dim=lambda r: bool(r["reason"]),
+        ),
+        note=_ANSWERS_NOTE,
+    )
+
+
+_ANSWERS_NOTE = (
+    "Reproduced: at most the tolerance, behind ±, from the published number. Scores from 0 to 1; best rates, "
+    "their order and ratios in decades of the learning rate. Brackets: 95 % interval over seeds."
+)
+
+
+def _in_one_row(untested: pd.DataFrame) -> dict[str, Any]:
+    """Return one row for the published numbers of one kind that are not tested for one reason."""
+    first: dict[str, Any] = untested.iloc[0].to_dict()
+    kind = f"{len(untested)} {first['quantity'].replace('_', ' ')}s"
+    return first if len(untested) == 1 else {**first, "what": kind, "published": math.nan}
+
+
+def _measured_text(row: Row) -> str:
+    shown = rate if row["quantity"] == "best_rate" else number
+    if row["quantity"] == "order":
+        return str(row["order"])
+    if row["quantity"] == "collapse":
+        return f"{row['measured']:.0%} of runs"
+    ends = formatting.interval(row["measured_low"], row["measured_high"])
+    return f"{shown(row['measured'])} {ends}".rstrip()
+
+
+def _published_text(row: Row) -> str:
+    if math.isnan(row["published"]):
+        return ""
+    if row["quantity"] in ("best_rate", "ratio"):
+        shown = rate if row["quantity"] == "best_rate" else number
+        return f"{shown(row['published'])} ± {number(row['tolerance'], 2)} decades"
+    return f"{number(row['published'])} ± {number(row['tolerance'])}"
 
 
 def verdict_sections(report: Report) -> Iterator[Section]:
@@ -799,6 +859,7 @@ def mlflow_command(tracking_uri: str) -> str:
 
 SECTIONS: tuple[MakeSections, ...] = (
     glance,
+    answer_sections,
     verdict_sections,
     limit_sections,
     factor_sections,

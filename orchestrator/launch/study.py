@@ -261,7 +261,7 @@ def resolve_study(experiment: Experiment, given: StudyOptions, command: str = ""
     models, names = [each.model for each in tasks], [each.task.name for each in tasks]
     name = options.study or default_study_name(
         experiment.module,
-        [options.preset] if options.preset else names,
+        [f"{options.preset}.yaml"] if options.preset else names,
         models[0] if len(set(models)) == 1 else None,
         None if options.search == "grid" else options.search_method,
     )
@@ -327,12 +327,13 @@ def _require_hardware(experiment: Experiment, options: StudyOptions) -> None:
     Raises:
         UsageError: There is neither a GPU nor a Ray cluster.
     """
-    if options.dry_run or options.plan or options.task or options.data or options.model:
+    named = options.preset != options.default_config and (options.task or options.data)
+    if options.dry_run or options.plan or named or options.model:
         return
     has_cluster = ray_cluster.running_cluster_address() is not None
     if not has_cluster and not any(node.gpus for node in ray_cluster.estimate_local_cluster().nodes):
         raise UsageError(
             f"the full study ({' '.join(experiment.tasks)}) needs a GPU or a Ray cluster "
             "(ray up cluster.yaml, or RAY_ADDRESS) and there is none here; rehearse it with --dry-run, or "
-            "name a --task or --data for this CPU."
+            "take another task or your own data on this CPU."
         )

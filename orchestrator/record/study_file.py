@@ -14,6 +14,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from orchestrator.record.schema import Record
+from orchestrator.study.expected import Expectation
 from orchestrator.study.names import CONFIG_NAME, DEFAULT_STORE_NAME, nearest_valid_name, other_folders
 from orchestrator.util import atomic_files
 from orchestrator.util.errors import UsageError, quote_value, suggest_nearest
@@ -66,6 +67,8 @@ class AnalysisSettings:
     scores."""
     unverified: tuple[str, ...] = ()
     """Variants that were verified against no other implementation and no paper. They get no verdict."""
+    expected: tuple[Expectation, ...] = ()
+    """Published numbers, with which the report compares those of the study."""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from pydantic import Field
 from orchestrator.study import names
 from orchestrator.study.config import find_config, shipped_studies
 from orchestrator.study.configuration import HYPERPARAMETERS, Dtype, LRScheduleName
+from orchestrator.study.expected import Expected
 from orchestrator.study.grids import parse_learning_rates, parse_positive_number
 from orchestrator.study.option import Count, Examples, Option, Options, Positive, Text, Words, flag
 from orchestrator.study.space import setting_key
@@ -185,9 +186,12 @@ class StudyOptions(StoreOptions):
     started first."""
     config: Annotated[Path | None, Option("FILE", section="output", saved=False)] = None
     """YAML file with options, such as the study.yaml in the folder of every study, or the name of a study
-    that comes with the program: published-gsm8k-r8, published-gsm8k-r128, published-humaneval,
-    published-glue, published-images. One NAME: VALUE a line, flat or grouped as here. An option on the
-    command line replaces that of the file."""
+    that comes with the program: lr-matters-qwen3-0.6b, lr-matters-32-runs, peft-metamathqa,
+    published-gsm8k-r8, published-gsm8k-r128, published-humaneval, published-glue, published-images. One
+    NAME: VALUE a line, flat or grouped as here. An option on the command line replaces that of the file."""
+    expected: Annotated[Expected, Option("ENTRY")] = ()
+    """Published numbers with which the report compares the study's own, as a list in the file of --config:
+    docs/published.md has the form of an entry."""
     study: Annotated[Text | None, Option(saved=False)] = None
     """Name of the study. Default: script, task and model. The same name extends a study."""
     tracking_uri: Annotated[Text | None, Option("ADDRESS")] = None
