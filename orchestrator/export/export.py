@@ -239,7 +239,8 @@ def _as_lora(lane: _Lane, rank: int) -> _Lane:
     worst = max(errors, key=errors.__getitem__)
     text = (
         f"This LoRA of rank {rank} leaves out {lost / (norm or 1.0):.2g} of the lane's update (relative "
-        f"Frobenius norm), and at most {errors[worst]:.2g} of a layer's ({worst})."
+        f"Frobenius norm), and at most {errors[worst]:.2g} of a layer's ({worst}). "
+        "The scores are those of the lane before the conversion."
     )
     return replace(lane, variant=adapters.variant, adapters=adapters, lora_error=text)
 

@@ -105,6 +105,7 @@ def _metadata(chosen: ChosenLane, task: Task, facts: CardFacts) -> str:
         )
         for split in ("validation", "test")
         if (score := record.score(split)) is not None
+        and not facts.lora_error
     ]  # fmt: skip
     data = ModelCardData(
         base_model=facts.base if facts.base_revision is not None else None,
@@ -112,7 +113,7 @@ def _metadata(chosen: ChosenLane, task: Task, facts: CardFacts) -> str:
         pipeline_tag=pipeline,
         tags=["lora-orchestrator", own.variant.name],
         model_name=f"{chosen.study.name}-{record.fingerprint[:12]}",
-        eval_results=results,
+        eval_results=results or None,
     )
     return f"---\n# license: fill in\n{data.to_yaml().strip()}\n---"
 
