@@ -23,7 +23,8 @@ Description = Mapping[str, Any]
 RANK, SIDE, LAYERS = 8, 4096, 32
 """The size at which parameters are counted: the rank, both sides of a layer, and the number of layers, which
 is that of a model of 8 billion parameters. The layers are of one type and in blocks of their own."""
-VLLM_LARGEST_RANK = 512
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""The values that vLLM's `--max-lora-rank` may have (`MaxLoRARanks` in vllm/config/lora.py)."""
 
 AXES = {
     "baseline": "what the variants are compared with",
@@ -195,7 +196,7 @@ def vllm_obstacle(config: Mapping[str, Any]) -> str:
         (config.get("modules_to_save"), "vLLM loads no trained head (`modules_to_save`)"),
         (config.get("bias", "none") != "none" or config.get("lora_bias"), "vLLM loads no biases"),
         (config.get("rank_pattern"), "vLLM loads one rank for all layers"),
-        (rank > VLLM_LARGEST_RANK, f"the adapter's rank {rank} is above {VLLM_LARGEST_RANK}"),
+        (rank > VLLM_RANKS[-1], f"the adapter's rank {rank} is above {VLLM_RANKS[-1]}"),
     )
     return next((reason for applies, reason in rules if applies), "")
 

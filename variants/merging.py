@@ -39,7 +39,7 @@ def merge_and_detach(adapters: Adapters, lane: str) -> None:
     tied = _check_mergeable(adapters, lane)
     dequantized: dict[int, nn.Linear] = {}
     with torch.no_grad():
-        biases = _bias_updates(adapters, lane)
+        biases = bias_updates(adapters, lane)
         for layer in tied:
             _untie(adapters.model, layer)
         for name, layer in adapters.layers.items():
@@ -60,8 +60,8 @@ def merge_and_detach(adapters: Adapters, lane: str) -> None:
     _cast_heads(adapters.model, tuple(adapters.heads))
 
 
-def _bias_updates(adapters: Adapters, lane: str) -> dict[str, Tensor]:
-    """Return the change of each layer's bias, before anything is written.
+def bias_updates(adapters: Adapters, lane: str) -> dict[str, Tensor]:
+    """Return layer -> change of its bias, for the layers whose bias the variant changes.
 
     Raises:
         MergeError: The bias of a layer that has none would change.

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.analyze import costs, curves, runs
+from orchestrator.analyze import costs, curves, runs, stats
 from orchestrator.analyze.answers import answer_frame
 from orchestrator.analyze.limits import find_limits
-from orchestrator.analyze.results import Results
+from orchestrator.analyze.results import HARNESS_COLUMNS, Results
 from orchestrator.analyze.verdicts import Verdict, find_verdicts
+from orchestrator.record.harness import HarnessScore, base_subject, read_results
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile, find_study
@@ -174,4 +177,42 @@ def load(study: str, *, output: str | Path | None = None, store: str | Path | No
         raise UsageError(
             f"study {study_file.name!r}: no record of it in {opened.root}; run it: {study_file.command}"
         )
-    return analyze(study_file, found)
+    return with_harness(analyze(study_file, found), opened.harness)
+
+
+def with_harness(results: Results, folder: Path) -> Results:
+    """Return results with the frame `harness`: the scores of the study's lanes that the store has.
+
+    Args:
+        results: The results of a study.
+        folder: The store's folder `harness`.
+
+    Raises:
+        UsageError: A file with scores is damaged.
+    """
+    import numpy as np
+    import pandas as pd
+
+    @cache
+    def read_untrained(subject: str) -> dict[tuple[str, str, str], HarnessScore]:
+        found = read_results(folder, subject)
+        return {(each.digest, score.subtask, score.metric): score for each in found for score in each.scores}
+
+    lanes = results.runs.set_index("fingerprint")[["panel", "curve"]]
+    rows: list[tuple[Any, ...]] = []
+    for record in results.records:
+        for each in read_results(folder, record.fingerprint):
+            base = read_untrained(base_subject(record.configuration.model))
+            for own in each.scores:
+                key = (own.subtask, own.metric)
+                before = base.get((each.digest, *key), HarnessScore(*key, math.nan))
+                difference = stats.Estimate(own.score - before.score)
+                if len(own.items) == len(before.items) > 1:
+                    over_items = stats.mean_interval(np.subtract(own.items, before.items))
+                    # The score of a metric such as perplexity is no mean over items.
+                    if math.isclose(over_items.mean, difference.mean, abs_tol=1e-6):
+                        difference = over_items
+                about = (*lanes.loc[record.fingerprint], record.fingerprint, each.task, each.settings, *key)
+                scores = (own.score, len(own.items), before.score, *difference[:3])
+                rows.append((*about, *scores, own in each.whole()))
+    return replace(results, harness=pd.DataFrame(rows, columns=HARNESS_COLUMNS))

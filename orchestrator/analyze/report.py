@@ -23,6 +23,7 @@ from orchestrator.analyze import formatting
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile, report_files
+from orchestrator.study.names import DEFAULT_STORE_NAME
 from orchestrator.util import atomic_files
 from variants.catalogue import source_digest
 
@@ -81,10 +82,11 @@ def write_report(
         OSError: The folder cannot be written.
     """
     from orchestrator.analyze import render, sections
-    from orchestrator.analyze.analysis import analyze
+    from orchestrator.analyze.analysis import analyze, with_harness
 
     study = replace(study, command=formatting.redact_secrets(study.command))
-    results = analyze(study, records)
+    root = store or folder.parent / DEFAULT_STORE_NAME
+    results = with_harness(analyze(study, records), root / "harness")
     uri = formatting.redact_secrets(tracking_uri)
     shown = sections.Report(results, uri, folder.parent, store)
     made = sections.make_sections(shown)
@@ -186,7 +188,8 @@ def digest_inputs(study: StudyFile, store: Store, uri: str, folder: Path) -> str
         uri: MLflow's tracking URI, without secrets.
         folder: The study's folder.
     """
-    stamps = sorted(store.stamps())
+    scores = [(str(path), path.stat().st_mtime_ns) for path in store.harness.glob("*/[!.]*.json")]
+    stamps = sorted(store.stamps()), sorted(scores)
     libraries = [version(name) for name in _LIBRARIES]
     return digest(study, stamps, uri, str(folder), str(store.root), _PROGRAM, libraries)
 

@@ -19,6 +19,12 @@ from orchestrator.record.tables import make_curves
 if TYPE_CHECKING:
     import pandas as pd
 
+HARNESS_COLUMNS = (
+    *("panel", "curve", "fingerprint", "task", "settings", "subtask", "metric", "score", "items"),
+    *("untrained", "difference", "difference_low", "difference_high", "is_whole"),
+)
+"""The columns of `Results.harness`."""
+
 
 def _empty() -> pd.DataFrame:
     import pandas as pd
@@ -144,6 +150,13 @@ class Results:
     best_lanes: pd.DataFrame = field(default_factory=_empty)
     """One row for each task, base model and variant: its best point over all curves, and the best run of that
     point, whose adapter is kept. Validation scores choose the point even with `--select published`."""
+
+    harness: pd.DataFrame = field(default_factory=_empty)
+    """One row for each lane that `evaluate` has scored, task of the harness, subtask and metric, with the
+    columns `HARNESS_COLUMNS`. `settings` says what was changed in the task ("5 shots, 100 items"), and
+    `metric` is the harness's "METRIC,FILTER". `untrained` is the score of the base model without a lane. The
+    interval of the difference is over items, where the score is a mean over items. `is_whole` is false for
+    the parts of a group."""
 
     @property
     def name(self) -> str:

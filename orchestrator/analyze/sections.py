@@ -836,6 +836,29 @@ def broken_runs(report: Report) -> Iterator[Section]:
             yield Section(f"runs-{label}", f"{len(table.rows)} {label}: {meaning}", table=table, folded=True)
 
 
+@per_panel
+def harness_scores(report: Report) -> Iterator[Section]:
+    """Yield the section with the scores of lanes in an evaluation harness, if any lane was scored."""
+    found = report.results.harness
+    if not len(found):
+        return
+    yield Section(
+        "harness",
+        "Scores in lm-evaluation-harness",
+        table=make_table(
+            found[found["is_whole"]].sort_values(["task", "settings", "subtask", "metric"], kind="stable"),
+            text("variant", lambda r: r["curve"]),
+            text("task", lambda r: ", ".join(filter(None, [r["subtask"], r["settings"]]))),
+            text("metric", lambda r: r["metric"].removesuffix(",none")),
+            figure("score", lambda r: number(r["score"])),
+            figure("untrained", lambda r: number(r["untrained"])),
+            figure("difference", lambda r: formatting.estimate(r, "difference")),
+        ),
+        note="Brackets: 95 % interval over the items, of the same items before and after; other runs of the "
+        "variant may differ by more. The harness alone says whether a higher score is better.",
+    )
+
+
 def definitions(report: Report) -> Iterator[Section]:
     """Yield the section that defines the numbers of the report."""
     yield Section("definitions", "What these numbers mean", _DEFINITIONS, folded=True)
@@ -920,6 +943,7 @@ SECTIONS: tuple[MakeSections, ...] = (
     adapters,
     point_tables,
     tuning_tables,
+    harness_scores,
     broken_runs,
     definitions,
     provenance,

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from orchestrator.experiments.published import Published
 from orchestrator.study.option import Count, Option, Text
-from orchestrator.study.options import StoreOptions, StudyOptions
+from orchestrator.study.options import HarnessOptions, StoreOptions, StudyOptions
 from orchestrator.util import atomic_files
 from orchestrator.util.errors import UsageError
 
@@ -181,6 +181,9 @@ class Export(StoreOptions):
     """The best lane on this task; needed in a study of several tasks."""
     merge: bool = False
     """Write a plain model of transformers, with the adapter in its weights, in place of the adapter."""
+    as_lora: Annotated[Count | None, Option("RANK")] = None
+    """Write a plain LoRA of this rank that is near to the lane, for servers that take nothing else, such as
+    vLLM, and print its error."""
     raw: bool = False
     """Write the exact tensors of the lane, which every variant has, for `variants.storage.load_lane`."""
     to: Path | None = None
@@ -194,13 +197,34 @@ class Export(StoreOptions):
         from orchestrator.export.lane_choice import LaneQuery
         from orchestrator.record.store import Store
 
-        if self.merge and self.raw:
-            raise UsageError("--merge with --raw: an export has one form; leave one of them out.")
+        forms = {"--merge": self.merge, "--raw": self.raw, "--as-lora": self.as_lora}
+        asked = [option for option, value in forms.items() if value]
+        if len(asked) > 1:
+            raise UsageError(f"{' with '.join(asked)}: an export has one form; name one of them.")
         form: Literal["merged", "raw"] | None = "merged" if self.merge else "raw" if self.raw else None
         query = LaneQuery(self.study, self.fingerprint, self.variant, self.task)
-        done = export_lane(Store(self.store_folder, create=False), self.output, query, form, self.to)
+        store = Store(self.store_folder, create=False)
+        done = export_lane(store, self.output, query, form, self.to, lora_rank=self.as_lora)
         print(f"{shlex.quote(str(done.folder))}: {decimal(done.bytes)}; README.md says how to load it")
         return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate(HarnessOptions):
+    """Score trained lanes of a study by tasks of lm-evaluation-harness, beside the untrained base model.
+
+    The base model is loaded once, and the adapters take turns on it, also those that PEFT does not have.
+    Without FINGERPRINT, the best lane of each variant is scored. The same command again evaluates only what
+    is missing. The report then shows the scores.
+    """
+
+    def run(self) -> int:
+        """Score the lanes, write the report again, and return the exit code."""
+        from orchestrator.export.harness import evaluate_lanes
+        from orchestrator.record.store import Store
+
+        evaluate_lanes(Store(self.store_folder, create=False), self)
+        return Report(study=self.study, output=self.output, store=self.store).run()
 
 
 COMMANDS: dict[str, type[Any]] = {
@@ -208,6 +232,7 @@ COMMANDS: dict[str, type[Any]] = {
     "show": Show,
     "report": Report,
     "export": Export,
+    "evaluate": Evaluate,
     "sync": Sync,
     "gc": Gc,
     "fetch-model": FetchModel,

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from orchestrator.export.lane_choice import ChosenLane, LaneQuery, choose_lane
 from orchestrator.export.model_card import CardFacts, Form, InputForm, format_scores, render_card
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
+from orchestrator.record.study_file import StudyFile
 from orchestrator.study.configuration import Configuration
 from orchestrator.study.names import store_command
 from orchestrator.util import atomic_files
@@ -60,6 +62,8 @@ class _Lane:
     variant: Variant
     base_model: BaseModel
     adapters: Adapters
+    lora_error: str = ""
+    """What a LoRA in place of the lane's own adapter leaves out, as a sentence."""
 
 
 def export_lane(
@@ -69,6 +73,7 @@ def export_lane(
     form: Form | None = None,
     folder: Path | None = None,
     notify: Callable[[str], None] = print,
+    lora_rank: int | None = None,
 ) -> Export:
     """Export a lane of a study. An export that exists is not written again.
 
@@ -79,31 +84,44 @@ def export_lane(
         form: The form; None for the first one that the variant supports: an adapter in PEFT's format, a
             merged model, the exact tensors.
         folder: The folder to write; None for `export/VARIANT-FINGERPRINT` in the study's folder.
-        notify: Called with one line of text about the lane, and one if no adapter can be written.
+        notify: Called with one line of text about the lane, and one if no adapter can be written, or if a
+            LoRA takes its place.
+        lora_rank: The rank of a plain LoRA to write in place of the lane's own adapter; None for its own.
 
     Raises:
         UsageError: There is no such lane, its adapter was not kept or is damaged, the form is not possible,
             the folder cannot be used, or the base model is missing or has changed.
         OSError: The folder cannot be written.
     """
+    from orchestrator.finetune.models.loading import load_base_model  # torch
+
     chosen = choose_lane(store, output, query)
     record = chosen.record
     choice, task_name = record.configuration.variant, record.configuration.task.name
     notify(
         f"{record.fingerprint[:12]}: {choice.name} on {task_name}, {format_scores(record)}; {chosen.reason}"
     )
-    task, variant = _find_code(record.configuration, store)
-    form = _choose_form(variant, form, choice.name, notify)
-    name = f"{short_name(choice.name)}-{record.fingerprint[:12]}" + ("" if form == "peft" else f"-{form}")
+    task, variant = find_code(record.configuration, store)
+    form = "peft" if lora_rank else _choose_form(variant, form, choice.name, notify)
+    written = f"lora{lora_rank}" if lora_rank else form
+    name = f"{short_name(choice.name)}-{record.fingerprint[:12]}" + (
+        "" if written == "peft" else f"-{written}"
+    )
     folder = folder or chosen.study.folder / "export" / name
-    mark = {"study": chosen.study.name, "fingerprint": record.fingerprint, "form": form}
+    mark = {"study": chosen.study.name, "fingerprint": record.fingerprint, "form": written}
     if not _is_present(folder, mark):
-        lane = _load_lane(store, record.configuration, task, variant, _adapter_of(store, chosen))
-        _write(store, chosen, lane, folder, mark)
+        (adapter,) = find_adapters(store, chosen.study, [record.fingerprint])
+        base_model = load_base_model(record.configuration.model, store.bases, "cpu", task)
+        adapters = attach_lane(base_model, record.configuration, variant, adapter)
+        lane = _Lane(record.configuration, task, variant, base_model, adapters)
+        if lora_rank:
+            lane = _as_lora(lane, lora_rank)
+            notify(lane.lora_error)
+        _write(store, chosen, lane, form, folder, mark)
     return Export(folder, form, record)
 
 
-def _find_code(configuration: Configuration, store: Store) -> tuple[Task, Variant]:
+def find_code(configuration: Configuration, store: Store) -> tuple[Task, Variant]:
     """Return the task and the variant of a configuration. The store has those of a user's files.
 
     Raises:
@@ -164,36 +182,34 @@ def _is_present(folder: Path, mark: dict[str, str]) -> bool:
     return False
 
 
-def _adapter_of(store: Store, chosen: ChosenLane) -> Path:
-    """Return the file with the adapter of a lane.
+def find_adapters(store: Store, study: StudyFile, fingerprints: Sequence[str]) -> list[Path]:
+    """Return the files with the adapters of lanes of a study.
 
     Raises:
-        UsageError: The adapter was not kept. The message has the command that trains the lane again.
+        UsageError: An adapter was not kept. The message has the command that trains those lanes again.
     """
-    if (file := store.find_adapter(chosen.record.fingerprint)) is not None:
-        return file
-    lane = chosen.record.fingerprint
-    command = chosen.study.train_again([lane], "--save-adapters", "all", store=store.root)
-    raise UsageError(
-        f"lane {lane[:12]}: its adapter was not kept (--save-adapters all keeps every "
-        f"one); to train it again, with its adapter: {command}"
-    )
+    files = {fingerprint: store.find_adapter(fingerprint) for fingerprint in fingerprints}
+    if missing := [fingerprint for fingerprint, file in files.items() if file is None]:
+        command = study.train_again(missing, "--save-adapters", "all", store=store.root)
+        raise UsageError(
+            f"lane {', '.join(each[:12] for each in missing)}: its adapter was not kept (--save-adapters all "
+            f"keeps every one); to train it again, with its adapter: {command}"
+        )
+    return [file for file in files.values() if file is not None]
 
 
-def _load_lane(
-    store: Store, configuration: Configuration, task: Task, variant: Variant, adapter: Path
-) -> _Lane:
-    """Load the base model of a lane on the CPU, and attach the adapter in the file `adapter`.
+def attach_lane(
+    base_model: BaseModel, configuration: Configuration, variant: Variant, adapter: Path
+) -> Adapters:
+    """Attach a lane, whose adapter is in the file `adapter`, to its base model.
 
     Raises:
-        UsageError: The base model is missing or has changed, or the file is damaged or was removed meanwhile.
+        UsageError: The file is damaged or was removed meanwhile.
     """
     from orchestrator.finetune.engine.lane import variant_settings
     from orchestrator.finetune.engine.tensor_files import restore_adapter
-    from orchestrator.finetune.models import loading
     from variants.adapters import attach
 
-    base_model = loading.load_base_model(configuration.model, store.bases, "cpu", task)
     settings, targets = variant_settings(configuration), configuration.variant.targets
     adapters = attach(base_model.model, variant, settings, targets, base_model.head_names)
     try:
@@ -202,10 +218,36 @@ def _load_lane(
         raise UsageError(f"{error}; remove the file, and run the same command again") from error
     except FileNotFoundError as error:  # a study has removed it while the base model was loaded
         raise UsageError(f"{adapter} was removed by a running study; run the same command again") from error
-    return _Lane(configuration, task, variant, base_model, adapters)
+    return adapters
 
 
-def _write(store: Store, chosen: ChosenLane, lane: _Lane, folder: Path, mark: dict[str, str]) -> None:
+def _as_lora(lane: _Lane, rank: int) -> _Lane:
+    """Replace the adapter of a lane by the LoRA of a rank that is nearest to it.
+
+    Raises:
+        UsageError: The lane cannot be written as a LoRA, or not with this rank.
+    """
+    from variants.errors import MergeError, UnsupportedError
+    from variants.lora_conversion import convert_to_lora
+
+    try:
+        adapters, norms = convert_to_lora(lane.adapters, lane.configuration.fingerprint, rank)
+    except (MergeError, UnsupportedError) as error:
+        raise UsageError(f"--as-lora {rank}: {error}; without --as-lora another form is written.") from error
+    errors = {name: lost / (norm or 1.0) for name, (lost, norm) in norms.items()}
+    lost, norm = (math.hypot(*each) for each in zip(*norms.values(), strict=True))
+    worst = max(errors, key=errors.__getitem__)
+    text = (
+        f"This LoRA of rank {rank} leaves out {lost / (norm or 1.0):.2g} of the lane's update (relative "
+        f"Frobenius norm), and at most {errors[worst]:.2g} of a layer's ({worst}). "
+        "The scores are those of the lane before the conversion."
+    )
+    return replace(lane, variant=adapters.variant, adapters=adapters, lora_error=text)
+
+
+def _write(
+    store: Store, chosen: ChosenLane, lane: _Lane, form: Form, folder: Path, mark: dict[str, str]
+) -> None:
     """Write an export to a temporary folder beside `folder`, and rename it when it is complete.
 
     Raises:
@@ -214,7 +256,6 @@ def _write(store: Store, chosen: ChosenLane, lane: _Lane, folder: Path, mark: di
     """
     from variants.errors import MergeError, UnsupportedError
 
-    form: Form = mark["form"]  # type: ignore[assignment]
     folder.absolute().parent.mkdir(parents=True, exist_ok=True)
     draft = atomic_files.temporary_path(folder.absolute())
     try:
@@ -243,17 +284,19 @@ def _write_files(store: Store, chosen: ChosenLane, lane: _Lane, form: Form, fold
 
     base, revision = locate_pretrained(lane.configuration.model, store.bases)
     heads = tuple(lane.adapters.heads)  # merging detaches them
+    adapter: dict[str, Any] = {}
     if form == "peft":
-        _write_peft(lane, folder, base, revision)
+        adapter = _write_peft(lane, folder, base, revision)
     elif form == "merged":
         _write_merged(lane, folder)
     else:
         _write_raw(lane, folder)
     processor = lane.base_model.processor
     getattr(processor, "hf_processor", processor).save_pretrained(folder)
-    words = ["export", chosen.study.name, chosen.record.fingerprint[:12], *_FORM_OPTIONS[form]]
+    options = ("--as-lora", str(adapter["r"])) if lane.lora_error else _FORM_OPTIONS[form]
+    words = ["export", chosen.study.name, chosen.record.fingerprint[:12], *options]
     command = store_command(*words, output=chosen.study.folder.parent, store=store.root)
-    facts = CardFacts(form, base, revision, heads, command, _input_form(lane))
+    facts = CardFacts(form, base, revision, heads, command, _input_form(lane), adapter, lane.lora_error)
     (folder / CARD_FILE).write_text(render_card(chosen, lane.task, facts))
 
 
@@ -270,13 +313,16 @@ def _input_form(lane: _Lane) -> InputForm:
     return "pair" if form == "pair" or len(columns) == 2 else "text"
 
 
-def _write_peft(lane: _Lane, folder: Path, base: str, revision: str | None) -> None:
-    from variants.storage import save_peft
+def _write_peft(lane: _Lane, folder: Path, base: str, revision: str | None) -> dict[str, Any]:
+    """Write the adapter, and return the content of its adapter_config.json."""
+    from variants.storage import CONFIG_FILE, save_peft
 
     task_type: TaskType | None = "SEQ_CLS" if lane.task.has_head else "CAUSAL_LM"
     if lane.task.inputs == "image":
         task_type = None  # PEFT has no type for images
     save_peft(lane.adapters, lane.configuration.fingerprint, folder, base, task_type, revision)
+    content: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text())
+    return content
 
 
 def _write_merged(lane: _Lane, folder: Path) -> None:

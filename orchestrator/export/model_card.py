@@ -5,9 +5,10 @@ The Python code of a card runs after its reader has replaced FOLDER, INPUT, SECO
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
 
 from orchestrator.analyze.formatting import redact_secrets
 from orchestrator.export.lane_choice import ChosenLane
@@ -42,6 +43,10 @@ class CardFacts:
     command: str
     """The command that wrote this export."""
     inputs: InputForm = "text"
+    adapter: Mapping[str, Any] = field(default_factory=dict)
+    """The content of adapter_config.json; empty without such a file."""
+    lora_error: str = ""
+    """What a LoRA in place of the lane's own adapter leaves out, as a sentence."""
 
 
 def format_scores(record: Record) -> str:
@@ -66,11 +71,15 @@ License: fill in. The licenses of the base model and of the data apply.
 
 ## Use
 
+{facts.lora_error}
+
 ```python
 {_loading(task, facts, own.variant)}
 ```
 
 {_prediction(task, facts)}
+
+{_other_programs(task, facts, own.model.compute_dtype)}
 
 {labels}
 
@@ -96,6 +105,7 @@ def _metadata(chosen: ChosenLane, task: Task, facts: CardFacts) -> str:
         )
         for split in ("validation", "test")
         if (score := record.score(split)) is not None
+        and not facts.lora_error
     ]  # fmt: skip
     data = ModelCardData(
         base_model=facts.base if facts.base_revision is not None else None,
@@ -103,7 +113,7 @@ def _metadata(chosen: ChosenLane, task: Task, facts: CardFacts) -> str:
         pipeline_tag=pipeline,
         tags=["lora-orchestrator", own.variant.name],
         model_name=f"{chosen.study.name}-{record.fingerprint[:12]}",
-        eval_results=results,
+        eval_results=results or None,
     )
     return f"---\n# license: fill in\n{data.to_yaml().strip()}\n---"
 
@@ -179,6 +189,28 @@ inputs = tokenizer.apply_chat_template(
         return 'inputs = tokenizer("INPUT", "SECOND INPUT", return_tensors="pt")'
     note = "  # or two texts, for a task of pairs" if task.has_head else ""
     return f'inputs = tokenizer("INPUT", return_tensors="pt"){note}'
+
+
+def _other_programs(task: Task, facts: CardFacts, dtype: str) -> str:
+    """Return the commands that score and serve the export; empty if these programs cannot load it."""
+    from variants.describe import VLLM_RANKS, vllm_obstacle  # torch
+
+    if task.has_head or facts.form == "raw":
+        return ""
+    arguments, serve, obstacle = "pretrained=FOLDER", ["vllm", "serve", "FOLDER"], ""
+    if facts.adapter:
+        revision = facts.base_revision
+        arguments = (
+            f"pretrained={facts.base}{f',revision={revision}' if revision else ''},dtype={dtype},peft=FOLDER"
+        )
+        if not (obstacle := vllm_obstacle(facts.adapter)):
+            rank = next(each for each in VLLM_RANKS if each >= facts.adapter["r"])
+            serve = ["vllm", "serve", facts.base, *(["--revision", revision] if revision else [])]
+            serve += ["--enable-lora", "--max-lora-rank", str(rank), "--lora-modules", "tuned=FOLDER"]
+    score = shlex.join(["lm_eval", "--model", "hf", "--model_args", arguments, "--tasks", "TASKS"])
+    lines = score if obstacle else f"{score}\n{shlex.join(serve)}"
+    note = f"\n\nvLLM does not serve this adapter: {obstacle}." if obstacle else ""
+    return f"In other programs:\n\n```sh\n{lines}\n```{note}"
 
 
 def _scores(record: Record) -> str:

@@ -8,6 +8,7 @@
                  /all/<fingerprint>.safetensors   of studies with `--save-adapters all`; nothing removes them
     root/calibration/                             calibrations, from gradients, inputs or an SVD
     root/data/                                    examples and token ids of tasks
+    root/harness/<fingerprint>/<task>.json        scores of lanes in an evaluation harness
     root/lane_capacity/                           how many lanes fit into memory
     root/scratch/<host>-<process>-<hex digits>/   files of Ray Tune and Ray Train for a running study
                 /<host>-<process>-<hex digits>.lock    locked while its driver runs
@@ -81,6 +82,7 @@ class Store:
         self.adapters = self.root / "adapters"
         self.calibration = self.root / "calibration"
         self.data = self.root / "data"
+        self.harness = self.root / "harness"
         self.lane_capacity = self.root / "lane_capacity"
         self.scratch = self.root / "scratch"
         self._states: dict[_Stamp, RecordState | None] = {}

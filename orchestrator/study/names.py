@@ -16,7 +16,7 @@ DEFAULT_STORE_NAME = "store"
 """Name of the default store's folder in the output folder."""
 STORE_FOLDERS = (  # record/store.py
     *("records", "bases", "checkpoints", "adapters", "calibration", "data", "lane_capacity"),
-    *("scratch", "mlflow-artifacts"),
+    *("harness", "scratch", "mlflow-artifacts"),
 )
 """Folders inside the folder of a store."""
 MAX_NAME_BYTES = 200

@@ -344,3 +344,34 @@ class StudyOptions(StoreOptions):
             UsageError: The name is not allowed, or names a folder of the store.
         """
         return names.resolve_study_folder(name, self.output, self.store_folder)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HarnessOptions(StoreOptions):
+    """What `evaluate` scores; the options of a harness have its own names."""
+
+    study: Annotated[Text, Option("STUDY", position=True)]
+    """The study's name."""
+    fingerprints: Annotated[tuple[str, ...], Option("FINGERPRINT", position=True)] = ()
+    """First digits of the fingerprints of lanes, in place of the best one of each variant."""
+    harness: Literal["lm_eval"] = "lm_eval"
+    """The program that scores."""
+    tasks: Annotated[tuple[Text, ...], Option("NAME", commas=True)] = ()
+    """Tasks, groups or tags of the harness; `lm_eval ls tasks` lists them."""
+    include_path: Annotated[Path | None, Option(paths=True)] = None
+    """A folder with YAML files of tasks of your own."""
+    num_fewshot: Annotated[int | None, Field(ge=0, le=1000)] = None
+    """Solved examples in each prompt. Default: those of the task."""
+    limit: Annotated[int | None, Field(ge=1)] = None
+    """Only the first items of each task."""
+    batch_size: Count = 8
+    """Prompts that the model computes at once."""
+    apply_chat_template: bool = False
+    """Write each prompt in the chat template of the tokenizer."""
+
+    @property
+    def settings(self) -> str:
+        """The options that change scores, in words."""
+        shots = "" if self.num_fewshot is None else f"{self.num_fewshot} shots"
+        items, chat = f"{self.limit} items" if self.limit else "", "chat template" * self.apply_chat_template
+        return ", ".join(filter(None, (shots, items, chat)))

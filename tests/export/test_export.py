@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from in_process import Ended
+from in_process import ORCHESTRATOR, Ended, Run
 from safetensors import SafetensorError
 from scripted import Script, leases, train
 from trained_study import STUDY, Trained, run_card
@@ -33,11 +33,14 @@ def folder_of(done: Ended) -> Path:
 
 
 def test_a_lane_without_an_adapter_is_refused_with_the_command_that_trains_it(
-    export: Export, trained: Trained
+    export: Export, trained: Trained, run: Run
 ) -> None:
     record = trained.record("lora", 0)
     refused = export(record.fingerprint[:10])
     command = f"--only {record.fingerprint[:12]} --save-adapters all --output {trained.output}-again"
+    refused.assert_refused("was not kept", "study.yaml", command)
+    words = ("--output", str(trained.output), "--tasks", "arc_easy")
+    refused = run(ORCHESTRATOR, "evaluate", STUDY, record.fingerprint[:10], *words)
     refused.assert_refused("was not kept", "study.yaml", command)
 
 
