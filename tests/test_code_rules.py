@@ -11,24 +11,24 @@ FOLDERS = ("docs", "experiments", "orchestrator", "tests", "variants")
 PRIVATE_OF_RAY = re.compile(r"\bray(?:\.\w+)*\._[a-z]\w+")
 PRIVATE_OF_RAY_FILE = ROOT / "orchestrator" / "execution" / "private_ray.py"
 BUDGETS = {
-    "orchestrator": (156, 21911),
-    "orchestrator/analyze": (22, 5101),
-    "orchestrator/cli": (4, 304),
+    "orchestrator": (160, 22609),
+    "orchestrator/analyze": (23, 5409),
+    "orchestrator/cli": (4, 316),
     "orchestrator/cluster": (3, 230),
     "orchestrator/execution": (16, 2513),
-    "orchestrator/export": (4, 461),
-    "orchestrator/finetune": (63, 8202),
-    "orchestrator/launch": (8, 1371),
-    "orchestrator/record": (11, 1624),
-    "orchestrator/study": (11, 1469),
+    "orchestrator/export": (5, 670),
+    "orchestrator/finetune": (64, 8306),
+    "orchestrator/launch": (8, 1373),
+    "orchestrator/record": (12, 1671),
+    "orchestrator/study": (11, 1485),
     "orchestrator/util": (10, 556),
-    "variants": (107, 6057),
+    "variants": (108, 6108),
     "experiments": (17, 2188),
-    "tests": (263, 32933),
+    "tests": (266, 33449),
 }
 """Package -> (modules, lines of code) that it may have at most. A change that makes one smaller
 lowers its numbers; a change that raises one says what that is worth."""
-DOC_WORDS = 40_599
+DOC_WORDS = 40_622
 """Words that all pages may have together."""
 
 
