@@ -25,6 +25,7 @@ from orchestrator.analyze.formatting import rate
 from orchestrator.analyze.verdicts import NOT_ENDED, Rule, decide_step
 from orchestrator.study.grids import refine_rates, round_rate
 from orchestrator.study.names import store_command
+from variants.variant_settings import FILE_SUFFIX
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from orchestrator.analyze.results import Results
+    from orchestrator.record.study_file import StudyFile
 
 FEW_SEEDS, MANY_SEEDS, MIN_REPLICATES = 3, 10, 5
 """The seeds of a study that had one; the most seeds that a grid is worth, because a replicated tuning uses
@@ -82,41 +84,59 @@ CURVE_STEPS = (
 
 
 def curve_step(results: Results) -> tuple[str, str]:
-    """Return the sentence and the command of the next step of a grid, for all of its panels at once."""
-    study, best = results.study, results.best
+    """Return the sentence and the command of the next step of a grid.
+
+    The tasks of a study have grids of their own, so a step that changes the rates names its task.
+    """
+    tasks = list(dict.fromkeys(results.panels["task"]))
+    found = [_step_of_task(results, task, several=len(tasks) > 1) for task in tasks]
+    return next((step for step, is_last in found if not is_last), found[0][0])
+
+
+def _step_of_task(results: Results, task: str, several: bool) -> tuple[tuple[str, str], bool]:
+    """Return the next step of a task, and whether it is the tuning that follows a grid, or none."""
+    panels = results.panels.loc[results.panels["task"] == task, "panel"]
+    best, runs = (each[each["panel"].isin(panels)] for each in (results.best, results.runs))
+    study = results.study
+    words, where = (_option_of(study, task), f"{task}: ") if several else ((), "")
     peaks = [_Peak.find(row, results) for row in best.to_dict("records") if not row["nothing_learned"]]
     known = [peak for peak in peaks if peak is not None]
     edges = [peak for peak in known if peak.side]
     open_peaks = [peak for peak in known if not peak.side and peak.reach > peak.width]
     coarse = [peak for peak in open_peaks if peak.step / 2 >= peak.spread and peak.step / 2 >= FINEST_STEP]
     noisy = [peak for peak in open_peaks if peak.spread > peak.step / 2]
-    rates, have = set(results.runs["learning_rate"]), int(results.runs["seed"].nunique())
+    rates, have = set(runs["learning_rate"]), int(runs["seed"].nunique())
     seeds = max((peak.seeds for peak in noisy), default=0)
     replicates = _replicates(results)
+    near = _grid(_near(rates, [peak.rate for peak in known]))
     facts = {
         "missing": results.missing,
         "scored": best["learning_rate"].notna().any(),
         "learned": len(peaks),
-        "edges": ", ".join(f"{peak.curve} ({rate(peak.rate)})" for peak in edges),
+        "edges": edges and where + ", ".join(f"{peak.curve} ({rate(peak.rate)})" for peak in edges),
         "one_seed": bool(known) and have < 2,
-        "coarse": ", ".join(f"{p.curve} ({rate(p.gaps[0])} to {rate(p.gaps[-1])})" for p in coarse),
+        "coarse": coarse
+        and where + ", ".join(f"{p.curve} ({rate(p.gaps[0])} to {rate(p.gaps[-1])})" for p in coarse),
         "noisy": ", ".join(peak.curve for peak in noisy),
         "have": have,
         "seeds": seeds,
         "replicates": replicates,
         "command": study.command,
-        "longer": study.again("--steps", str(2 * int(results.runs["steps_horizon"].max()))),
-        "wider": study.again(*_grid(rates, chain.from_iterable(peak.beyond() for peak in edges))),
+        "longer": study.again(*words, "--steps", str(2 * int(runs["steps_horizon"].max()))),
+        "wider": study.again(*words, *_grid(rates, chain.from_iterable(peak.beyond() for peak in edges))),
         "first_seeds": study.again("--seeds", str(FEW_SEEDS)),
-        "finer": study.again(*_grid(rates, chain.from_iterable(peak.between() for peak in coarse))),
+        "finer": study.again(*words, *_grid(rates, chain.from_iterable(peak.between() for peak in coarse))),
         "more_seeds": study.again("--seeds", str(seeds)),
-        "tune": study.again(
-            *_grid(_near(rates, [peak.rate for peak in known])),
-            *("--replicates", str(replicates)),
-            experiment="tuned",
-        ),
+        "tune": study.again(*([] if several else near), "--replicates", str(replicates), experiment="tuned"),
     }
-    return decide_step(CURVE_STEPS, facts)
+    step = decide_step(CURVE_STEPS, facts)
+    return step, step[1] in ("", facts["tune"])
+
+
+def _option_of(study: StudyFile, task: str) -> tuple[str, str]:
+    """Return the option that names a task alone."""
+    path = next((each.path for each in study.sources if each.name == task), "")
+    return "--data" if path and not path.endswith(FILE_SUFFIX) else "--task", path or task
 
 
 class _Peak(NamedTuple):

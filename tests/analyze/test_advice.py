@@ -84,6 +84,18 @@ def test_the_next_step_of_a_grid(
     plans(command, tmp_path, monkeypatch)
 
 
+def test_a_step_of_one_of_two_tasks_names_it_and_its_rates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digits = [
+        record("lora", 10.0**-i, seed, 0.1 * i, task="digits", model="vit") for i in (1, 2) for seed in (0, 1)
+    ]
+    step, command = advice.next_step(grid([*runs(FLAT, noise=0.001), *digits]))
+    assert "digits: lora (1e-2)" in step
+    assert command.endswith(" --task digits --learning-rates 0.001 0.00316 0.01 0.1")
+    plans(command, tmp_path, monkeypatch)
+
+
 OTHERS = (
     lambda: analyze(study_of(found := tuned_records({"lora": Truth(), "pissa": Truth()}, 5, 0.01)), found),
     lambda: analyze(study_of(found := tuned_records({"lora": Truth(), "pissa": Truth()}, 1)), found),
