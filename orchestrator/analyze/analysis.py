@@ -55,7 +55,7 @@ def analyze(study: StudyFile, records: Iterable[Record]) -> Results:
         order = {fingerprint: i for i, fingerprint in enumerate(study.configurations)}
         stars = find_stars(sorted(kept, key=lambda r: order.get(r.fingerprint, len(order))))
         found = FactorStudy(stars, frame, study.settings)
-        more = {"factors": found.factors, "claims": found.claims}
+        more = {"factors": found.factors, "replacements": found.replacements, "claims": found.claims}
         if stars:
             shown = frame[frame["fingerprint"].isin([f for star in stars for f in star.curve])]
     points = curves.make_points(frame)

@@ -120,6 +120,25 @@ by the margin and B(rate | h) exceeds B(h) by the margin. A is the loss if a fac
 the loss if the rate is then tuned again (see `effects`). The sentences count variants by lower confidence
 bounds."""
 
+REPLACES = "The learning rate could replace {title}."
+REPLACES_RULES = (
+    Rule(lambda f: f.against, "It could not for at least {against} of {judged} variants{found}.", "refuted"),
+    Rule(lambda f: f.missing, "Some configurations have not ended{found}.", "undecided"),
+    Rule(
+        lambda f: f.shown == f.judged,
+        "With the rate tuned again, no level of {title} changes the score by the margin{found}.",
+        "supported",
+    ),
+    Rule(
+        lambda f: f.unresolved,
+        "The best rate may lie outside the rates that were tried ({unresolved}){found}.",
+        "undecided",
+    ),
+    Rule(_otherwise, "It stays open{found}.", "undecided"),
+)
+"""The rules for a factor that may act as a learning rate, such as alpha. The rate could replace it if the
+best score over the rates is the same, within the margin, at every level (see `replacement`)."""
+
 TUNED_WINS = "Tuned {name} matches or beats most variants."
 TUNED_WINS_RULES = (
     Rule(lambda f: not f.counted, "On {task} there is no variant that the claim counts."),
@@ -547,12 +566,55 @@ def _factors(results: Results) -> Iterator[Verdict]:
         design = _factor_design(panel, claims, rows, results.study.settings.margin)
         step, command = _sensitivity_step(results, counted, others, rule.outcome)
         yield Verdict(RATE_MATTERS, rule.outcome, answer, design, step, command, task, title)
+        for factor, tested in _of_counted(results.replacements, title).groupby("title", sort=False):
+            facts |= _replacement_facts(str(factor), tested, int((judged["title"] == factor).sum()))
+            rule, text = decide(REPLACES_RULES, facts)
+            claim = REPLACES.format(title=factor)
+            yield Verdict(claim, rule.outcome, text, design, scope=task, panel=title)
+
+
+def _of_counted(frame: pd.DataFrame, panel: str) -> pd.DataFrame:
+    if not len(frame):
+        return frame.reindex(columns=["title"])
+    return frame[(frame["panel"] == panel) & frame["counted"]]
+
+
+def _replacement_facts(title: str, rows: pd.DataFrame, judged: int) -> dict[str, Any]:
+    """Return the facts from which `REPLACES_RULES` decide.
+
+    Args:
+        title: The title of the factor.
+        rows: The rows of `Results.replacements` of the factor and the counted variants.
+        judged: The number of counted variants that have the factor.
+    """
+    each = rows.drop_duplicates("variant")
+    unresolved = rows[~rows["resolved"]]
+    found = "; ".join(
+        f"{variant} {replaced_text(own)}" for variant, own in rows.groupby("variant", sort=False)
+    )
+    return {
+        "title": title,
+        "judged": judged,
+        "against": stats.count_shown(each["p_could_not"]),
+        "shown": int((each["outcome"] == "could").sum()),
+        "unresolved": ", ".join(unresolved["variant"] + " " + title + " " + unresolved["level"]),
+        "found": f": {found}",
+    }
+
+
+def replaced_text(rows: pd.DataFrame) -> str:
+    """Return the differences and rates of the levels of one variant: "x 64 -0.1 [-0.4, 0.2] points"."""
+    return ", ".join(
+        f"x {row['times']:.3g} {points_estimate(row, 'difference', sign=True)} points"
+        + (f" at the rate x {row['rate_ratio']:.2g}" if row["resolved"] else "")
+        for row in rows.to_dict("records")
+    )
 
 
 def _cost_sentence(panel: Facts, rows: pd.DataFrame) -> str:
     """Return the sentence on the loss A of the learning rate and the largest A of the other factors.
 
-    The sentence is empty if either loss is missing. Factors of the alias group are left out.
+    The sentence is empty if either loss is missing. Factors that the rate could replace are left out.
     """
     rates = rows.loc[rows["factor"] == "learning_rate", "misset"].dropna()
     others = rows[~rows["alias"] & rows["misset"].notna()]
@@ -563,7 +625,7 @@ def _cost_sentence(panel: Facts, rows: pd.DataFrame) -> str:
     aliases = ", ".join(dict.fromkeys(rows.loc[rows["alias"] & (rows["factor"] != "learning_rate"), "title"]))
     return (
         f"On {panel['task']} the learning rate, set blindly, costs {_range_text(low, high)} points, and any "
-        f"other hyperparameter{f' but {aliases}' if aliases else ''} at most "
+        f"other hyperparameter{f' but {aliases}, which it could replace,' if aliases else ''} at most "
         f"{points(worst['misset'], sign=False)} ({worst['title']} for {worst['variant']})."
     )
 
@@ -601,8 +663,7 @@ def _sensitivity_step(
     Args:
         results: The results.
         claims: The rows of `Results.claims` of the variants that the claim counts.
-        others: The rows of `Results.factors` of these variants, without the factors that act like a learning
-            rate.
+        others: The rows of `Results.factors` of these variants, without the rate and what it could replace.
         outcome: The outcome of the claim.
     """
     needed, limits = (
