@@ -8,17 +8,18 @@ a wider space instead, the same number for each variant. A grid is widened for a
 rate lies on its edge (--widen). Results are kept: the same command again trains nothing, and one more rate or
 variant trains only what is new.
 
-The study: Qwen3-0.6B-Base is fine-tuned on MetaMathQA and scored on GSM8K; 5 variants x 11 rates x 3 seeds =
-165 fine-tunes of 1,562 steps of 64 rows, one pass over the 100,000 rows that the survey takes.
+The study is the preset lr-matters-qwen3-0.6b, the protocol of arXiv 2602.04998, with whose scores the report
+compares its own: Qwen3-0.6B-Base is fine-tuned on MetaMathQA and scored on GSM8K; 5 variants x 13 rates x 3
+seeds = 195 fine-tunes of 1,562 steps of 64 rows.
 
-The study has never been run. --plan --plan-gpu H100 guesses 14 to 38 hours of an H100, without evaluations.
+It has never been run. --plan --plan-gpu H100 guesses 17 to 45 hours of an H100, without evaluations.
 After the first fine-tune on a GPU --plan estimates the cost from measurements.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
 
@@ -34,9 +35,11 @@ if TYPE_CHECKING:
 class CurveOptions(StudyOptions):
     """Refinement and widening of the grid of learning rates."""
 
+    default_config: ClassVar[str] = "lr-matters-qwen3-0.6b"
+
     rates_per_decade: Annotated[int | None, Field(ge=0, le=100), Option(rival="learning_rates")] = None
     """Without --learning-rates: refine the task's grid to about this number of rates a decade; 0 leaves it as
-    it is. Default: 4 for a --dry-run, else 0, because the cost grows with the number of rates."""
+    it is. Default: 4 for a --dry-run or a transfer, else 0, because each rate costs."""
     widen: Annotated[float, Field(ge=0, le=5)] = 1.0
     """Decades by which the grid may grow at each end, half a decade at a time and for every variant alike,
     while the best rate of a variant lies on its edge; 0: the grid stays as it is."""

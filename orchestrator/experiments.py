@@ -22,6 +22,7 @@ MODULES = {
     "study": "lr_sensitivity",
     "tuned": "tuned_comparison",
     "sensitivity": "hyperparameter_sensitivity",
+    "transfer": "lr_transfer",
 }
 """Name of the command that runs an experiment -> its file without `.py`."""
 

@@ -19,7 +19,7 @@ class Study:
     """An experiment with its options, which are checked when the object is made.
 
     Args:
-        experiment: Name of the command: study, tuned or sensitivity.
+        experiment: Name of the command: study, tuned, sensitivity or transfer.
         config: YAML file with options, as for --config. Other arguments replace what it says.
         **options: The options of the command, with underscores: `variants=["lora", "dora"]`, `rank=16`,
             `dry_run=True`. None stands for an option that is not given.

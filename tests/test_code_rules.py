@@ -11,24 +11,24 @@ FOLDERS = ("docs", "experiments", "orchestrator", "tests", "variants")
 PRIVATE_OF_RAY = re.compile(r"\bray(?:\.\w+)*\._[a-z]\w+")
 PRIVATE_OF_RAY_FILE = ROOT / "orchestrator" / "execution" / "private_ray.py"
 BUDGETS = {
-    "orchestrator": (152, 20897),
-    "orchestrator/analyze": (20, 4472),
+    "orchestrator": (156, 21911),
+    "orchestrator/analyze": (22, 5101),
     "orchestrator/cli": (4, 304),
     "orchestrator/cluster": (3, 230),
     "orchestrator/execution": (16, 2513),
     "orchestrator/export": (4, 461),
-    "orchestrator/finetune": (63, 8184),
-    "orchestrator/launch": (8, 1288),
-    "orchestrator/record": (11, 1607),
-    "orchestrator/study": (9, 1203),
+    "orchestrator/finetune": (63, 8202),
+    "orchestrator/launch": (8, 1371),
+    "orchestrator/record": (11, 1624),
+    "orchestrator/study": (11, 1469),
     "orchestrator/util": (10, 556),
     "variants": (107, 6057),
-    "experiments": (16, 2091),
-    "tests": (260, 32514),
+    "experiments": (17, 2188),
+    "tests": (263, 32933),
 }
 """Package -> (modules, lines of code) that it may have at most. A change that makes one smaller
 lowers its numbers; a change that raises one says what that is worth."""
-DOC_WORDS = 39_892
+DOC_WORDS = 40_599
 """Words that all pages may have together."""
 
 

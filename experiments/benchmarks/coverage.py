@@ -14,13 +14,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,6 +36,9 @@ from scipy import stats as scipy_stats
 from star_studies import ROWS, claim_cases, claim_share, interval_shares
 
 from orchestrator.analyze import ratios, stats
+from orchestrator.analyze.effects import find_center
+from orchestrator.analyze.replacement import Sweep, judge_replacement
+from orchestrator.analyze.transfer import slope_interval
 
 Floats = NDArray[np.float64]
 Noise = Literal["equal", "unequal", "heavy tails", "near ceiling", "one in ten collapsed"]
@@ -296,6 +301,36 @@ def factor_rows(noise: str, seeds: int, studies: int, seed: int) -> list[Row]:
     ]
 
 
+def slope_rows(shape: str, seeds: int, studies: int, seed: int) -> list[Row]:
+    """Measure the coverage of the interval of a slope of -1/2 over five levels.
+
+    Each seed moves the best rate, by 0.05 decades at all levels alike and by 0.05 at each level alone. A grid
+    has 4 rates a decade. The curve of a level is symmetric, or it is "skewed": steeper above the best rate.
+    The parabola then misses the best rate by a bias that depends on the place of the grid and that more seeds
+    do not reduce. The second row has the jackknife alone, without the term for this bias.
+    """
+    generator, levels, slope = np.random.default_rng(seed), 2.0 ** np.arange(5), -0.5
+    x, covered = np.arange(-3.5, -0.49, 0.25), np.zeros(2)
+    above, below = (0.5, 0.9) if shape == "skewed" else (0.7, 0.7)
+    for _ in range(studies):
+        shift = generator.uniform(-0.125, 0.125)
+        moved = 0.05 * (generator.standard_normal((5, seeds)) + generator.standard_normal(seeds))
+        best = -2 + shift + slope * np.log10(levels / 4)[:, None] + moved
+        distance = x[:, None] - best[:, None, :]
+        scores = 0.9 * np.exp(-((distance / np.where(distance > 0, above, below)) ** 2))
+        scores += 0.01 * generator.standard_normal(scores.shape)
+        optima = [ratios.grid_optimum(x, own, range(seeds)) for own in scores]
+        for i, found in enumerate((optima, [replace(each, step=1e-9) for each in optima])):
+            low, high = slope_interval(list(levels), found)[1:3]
+            covered[i] += low <= slope <= high
+    whole, alone = 100 * covered / studies
+    case = f"{shape}, {seeds} seeds"
+    return [
+        Row("slopes", case, "coverage of the slope", whole, (90.0, 100.0), studies),
+        Row("slopes", case, "coverage of the jackknife alone", alone, NO_LIMITS, studies),
+    ]
+
+
 def ratio_rows(design: str, shape: str, n: int, studies: int, seed: int) -> list[Row]:
     """Measure the coverage of the interval of a ratio of two best rates.
 
@@ -330,6 +365,67 @@ def ratio_rows(design: str, shape: str, n: int, studies: int, seed: int) -> list
     return [Row("ratios", case, "coverage of the ratio", 100 * covered / studies, limits, studies)]
 
 
+def replacement_rows(shape: str, noise: float, seeds: int, studies: int, seed: int) -> list[Row]:
+    """Measure how often the learning rate is called a replacement for alpha, and no replacement.
+
+    Alpha acts as a rate: k times its default has its best rate at 1 / k. The level x 64 also lowers the best
+    score by 0, 1 or 3 margins of 1 point. The rates of a level are those of `sensitivity`.
+
+    Args:
+        shape: The score over the rate: "narrow" (a bell of width 0.8 decades; runs collapse 0.8 decades above
+            its top), "wide" (width 2), or "cliff" (width 0.8; runs collapse directly above the top).
+        noise: The standard deviation of the noise of a seed, and of that of a run.
+        seeds: The number of seeds.
+        studies: The number of studies.
+        seed: The seed of the random numbers.
+    """
+    from orchestrator.launch.designs import level_rates
+
+    generator, margin = np.random.default_rng(seed), 0.01
+    width, cliff = {"narrow": (0.8, 0.8), "wide": (2.0, 2.0), "cliff": (0.8, 0.01)}[shape]
+    rates = [10.0 ** (k / 4) for k in range(-16, -3)]
+
+    def study(cost: float) -> str:
+        best, by_seed = generator.uniform(-2.6, -2.4), noise * generator.standard_normal(seeds)
+        runs: dict[tuple[float, float], Floats] = {}
+
+        def scores(times: float, rate: float) -> Floats:
+            if (times, rate) not in runs:
+                distance = math.log10(rate * times) - best
+                true = 0.9 * math.exp(-((distance / width) ** 2)) - cost * (times == 64)
+                own = true + by_seed + noise * generator.standard_normal(seeds)
+                items = noise / 2 * generator.standard_normal((2, seeds))
+                runs[times, rate] = (own + items) * (distance < cliff)
+            return runs[times, rate]
+
+        def means(times: float, swept: Sequence[float]) -> list[float]:
+            return [float(scores(times, rate)[0].mean()) for rate in swept]
+
+        def sweep(times: float, swept: Sequence[float]) -> Sweep:
+            choices, values = np.array([scores(times, rate) for rate in swept]).transpose(1, 0, 2)
+            return Sweep(np.log10(swept), tuple(range(seeds)), choices, values)
+
+        center = find_center(rates, means(1.0, rates), [seeds] * len(rates))[1]
+        levels = [0.25, 1.0, 64.0]
+        swept = [
+            rates if t == 1 else level_rates(rates, center, math.log10(t), partial(means, t)) for t in levels
+        ]
+        return judge_replacement(list(map(sweep, levels, swept)), 1, levels, margin).outcome
+
+    found = {cost: [study(cost * margin) for _ in range(studies)] for cost in (0, 1, 3)}
+    case = f"{shape}, noise {100 * noise:g} points, {seeds} seeds"
+    return [
+        Row("replacement", case, quantity, 100 * found[cost].count(outcome) / studies, limits, studies)
+        for cost, outcome, quantity, limits in (
+            (0, "could not", "error, the same score: could not", ERROR),
+            (1, "could", "error, 1 margin lower: could", ERROR),
+            (1, "could not", "error, 1 margin lower: could not", ERROR),
+            (0, "could", "the same score: could", NO_LIMITS),
+            (3, "could not", "3 margins lower: could not", NO_LIMITS),
+        )
+    ]
+
+
 def claim_rows(index: int, seeds: int, studies: int, seed: int) -> list[Row]:
     """Measure how often claim 1 has the outcome that a case of `claim_cases` counts."""
     case = claim_cases()[index]
@@ -358,10 +454,19 @@ def list_tasks(replicates: int) -> list[Task]:
     seeds = (3, 5, 10)
     tasks: list[Task] = [("factors", factor_rows, (noise, n), replicates) for noise in ROWS for n in seeds]
     tasks += [
+        ("slopes", slope_rows, (shape, n), replicates) for shape in ("symmetric", "skewed") for n in seeds
+    ]
+    tasks += [
         ("ratios", ratio_rows, (design, shape, n), replicates)
         for design in ("grid", "tuned")
         for shape in ("bell", "cliff")
         for n in seeds
+    ]
+    tasks += [
+        ("replacement", replacement_rows, (shape, noise, n), replicates)
+        for shape in ("narrow", "wide", "cliff")
+        for noise in (0.003, 0.014)
+        for n in (3, 5)
     ]
     tasks += [("claims", claim_rows, (i, 5), replicates) for i in range(len(claim_cases()))]
     tasks += [("tuning", tuning_rows, (noise, 4), many) for noise in noises]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.analyze import costs, curves, runs
+from orchestrator.analyze.answers import answer_frame
 from orchestrator.analyze.limits import find_limits
 from orchestrator.analyze.results import Results
 from orchestrator.analyze.verdicts import Verdict, find_verdicts
@@ -52,18 +53,22 @@ def analyze(study: StudyFile, records: Iterable[Record]) -> Results:
     if kind == "factors":
         from orchestrator.analyze.factors import FactorStudy, find_stars
 
-        order = {fingerprint: i for i, fingerprint in enumerate(study.configurations)}
-        stars = find_stars(sorted(kept, key=lambda r: order.get(r.fingerprint, len(order))))
+        stars = find_stars(study.in_order(kept))
         found = FactorStudy(stars, frame, study.settings)
         more = {"factors": found.factors, "replacements": found.replacements, "claims": found.claims}
         if stars:
             shown = frame[frame["fingerprint"].isin([f for star in stars for f in star.curve])]
+    if kind == "transfer":
+        from orchestrator.analyze.transfer import transfer_frames
+
+        panel_of = frame.set_index("fingerprint")["panel"].to_dict()
+        more = transfer_frames(study.in_order(kept), panel_of, study.settings)
     points = curves.make_points(frame)
-    if kind in ("curve", "factors"):
+    if kind in ("curve", "factors", "transfer"):
         best, panels = curves.best_of_curves(shown, points[points["group"].isin(shown["group"])])
         if kind == "curve":
             more = _compare_curves(frame, best, panels)
-        elif not stars:  # no curve has a score
+        elif kind == "factors" and not stars:  # no curve has a score
             best, panels = best.head(0), panels.head(0)
     else:
         best, panels = curves.best_of_groups(frame, points)
@@ -78,7 +83,7 @@ def analyze(study: StudyFile, records: Iterable[Record]) -> Results:
         score_of = (
             {} if own_scores.empty else own_scores.set_index(["panel", "variant"])["test_score"].to_dict()
         )
-    if kind != "search":
+    if kind not in ("search", "transfer"):  # the latter compares best rates by `by`, as powers
         from orchestrator.analyze.ratios import ratio_rows
 
         references = panels.set_index("panel")["reference"].to_dict()
@@ -89,7 +94,7 @@ def analyze(study: StudyFile, records: Iterable[Record]) -> Results:
     more |= {"costs": costs.cost_frame(shown, score_of), "best_lanes": find_best_lanes(study, named)}
     results = Results(study, named, frame, points, best, panels, **more)
     verdicts = pd.DataFrame(map(asdict, find_verdicts(results)), columns=[f.name for f in fields(Verdict)])
-    return replace(results, verdicts=verdicts, warnings=find_limits(results))
+    return replace(results, verdicts=verdicts, warnings=find_limits(results), answers=answer_frame(results))
 
 
 def find_best_lanes(study: StudyFile, records: Iterable[Record]) -> pd.DataFrame:

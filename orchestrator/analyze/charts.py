@@ -7,6 +7,7 @@ phone, the plots of a chart stand below each other.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -865,6 +866,85 @@ def factor_bars(factors: pd.DataFrame) -> Chart:
 
     text = f"Lost test score of each factor of {', '.join(variants)}, {factors['panel'].iloc[0]}"
     return Chart(text, build)
+
+
+def transfer(panel: Panel, curves: pd.DataFrame, levels: pd.DataFrame) -> Chart:
+    """Draw the best learning rate over the level of a factor, and below it the scores of each level.
+
+    The axes of the first plot are logarithmic. A line is the fitted power of the factor. A dashed line
+    has the published slope.
+
+    Args:
+        panel: The panel's row.
+        curves: The panel's rows of `Results.transfer`.
+        levels: The panel's rows of `Results.transfer_levels`.
+    """
+    names = {name: i for i, name in enumerate(dict.fromkeys(levels["level"]), 1)}
+    is_number, title = bool(levels["position"].notna().all()), curves["title"].iloc[0]
+    x = levels["position"] if is_number else levels["level"].map(names).astype(float)
+    palette, order = style.palette(curves["curve"], "lora"), list(curves["curve"])
+    ends = {"best_rate": "rate", "best_rate_low": "low", "best_rate_high": "high"}
+    table = levels[["curve", "level", *ends, "left_out"]].rename(columns=ends)
+    table = table.assign(x=x, hue=levels["curve"].map(palette.hues), text=table["rate"].map(formatting.rate))
+    fits = _slope_lines(curves, table, palette)
+    shown = levels[["curve", "level", "rates", "quality"]].explode(["rates", "quality"])
+    shown = shown.rename(columns={"level": "hue", "rates": "x", "quality": "score"})
+    shown = shown.astype({"x": float, "score": float})
+    labels = {f"{value:g}": level for value, level in zip(x, levels["level"], strict=True)}
+    span = _rate_range(x) if is_number else (0.5, len(names) + 0.5)
+    # Half a decade beyond the best rates; longer intervals are cut.
+    heights = float(table["rate"].min()) / 10**0.5, float(table["rate"].max()) * 10**0.5
+
+    def best_rates(width: float) -> Any:
+        label = f"{json.dumps(labels)}[format(datum.value, '.6~g')]"
+        axis = {"values": sorted(set(x)), "labelExpr": label, "grid": False}
+        form = {"minExtent": _LEFT, "maxExtent": _LEFT, "labelExpr": "format(datum.value, '.2~e')"}
+        form["values"] = [rate for rate in sorted(set(shown["x"])) if heights[0] <= rate <= heights[1]]
+        up, low = (_axis(alt.Y, field, heights, "", True, **form) for field in ("rate", "low"))
+        at = {"x": _axis(alt.X, "x", span, title, is_number, **axis), "color": palette.color, "clip": True}
+        line = {"data": inline(fits), "y": up, "detail": "piece:N", **at}
+        tooltip = tips(curve="curve", level=title, text="best rate")
+        both_ends = "isValid(datum.low) && isValid(datum.high)"  # at an end of the grid there is one
+        layers = [
+            draw("line", "!datum.is_known", **line),
+            draw("line", "datum.is_known", strokeDash=_DASHES["cliff"], opacity=0.6, **line),
+            draw("rule", both_ends, strokeWidth=2, opacity=0.4, y=low, y2="high:Q", **at),
+            draw("point", "!datum.left_out", size=80, y=up, tooltip=tooltip, **_SOLID, **at),
+            draw("point", "datum.left_out", size=80, y=up, tooltip=tooltip, **_HOLLOW, **at),
+        ]
+        return _plot(table, layers, width, 240, "best learning rate")
+
+    def scores(width: int) -> Any:
+        columns = 1 if _is_phone(width) else min(3, len(order))
+        size = (width - _LEFT - 12 - 16 * (columns - 1)) / columns
+        view = _View(size, 170, _rate_range(shown["x"]), _score_range(shown["score"]))
+        color = alt.Color("hue:N", scale=alt.Scale(domain=list(names)), legend=None)
+        at = {"x": view.rates(shown["x"]), "y": view.y(), "color": color}
+        layers = [draw("line", **at), draw("point", size=18, **_SOLID, **at)]
+        key = _key([(f"{title} {name}", "circle", name, True) for name in names], color, width)
+        return key, _facet(_plot(shown, layers, view.width, view.height), "curve", order, columns)
+
+    def build(width: int) -> Any:
+        entries = [*palette.entries, ("published slope", _GAP, "", False)]
+        key = _key(entries, palette.color, width)
+        views = key, best_rates(width - _LEFT - 12), *scores(width)
+        return _stack(panel, width, "", *views).resolve_scale(color="independent")
+
+    return Chart(f"Best learning rate over {title}, {panel['panel']}", build)
+
+
+def _slope_lines(curves: pd.DataFrame, levels: pd.DataFrame, palette: Palette) -> pd.DataFrame:
+    """Return the two ends of each fitted line and of each line with a published slope through its middle."""
+    rows = []
+    for row in curves[curves["slope"].notna()].to_dict("records"):
+        own = levels.loc[(levels["curve"] == row["curve"]) & (levels["left_out"] == ""), "x"]
+        logs = np.log10([own.min(), own.max()])
+        for name in ("slope", "known_slope"):
+            heights = row["log10_rate_at_1"] + row["slope"] * logs.mean() + row[name] * (logs - logs.mean())
+            piece, hue = f"{row['curve']} {name}", palette.hues[row["curve"]]
+            ends = zip(10**logs, 10**heights, strict=True)
+            rows += [(piece, hue, name == "known_slope", *end) for end in ends if math.isfinite(end[1])]
+    return pd.DataFrame(rows, columns=["piece", "hue", "is_known", "x", "rate"])
 
 
 # Costs and training losses

@@ -19,7 +19,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import compress, groupby
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -105,7 +105,7 @@ class Star:
     """The scores of one variant on one task and base model: the curve of the learning rate and the arms.
 
     Attributes:
-        default: The default configuration, with placeholders for learning rate and seed (see `_normalize`).
+        default: The default configuration, with placeholders for learning rate and seed (see `normalize`).
         rates: The learning rates at which the default configuration has a score, ascending.
         seeds: The seeds for which the curve has a score at every rate; may be empty.
         choices: Validation scores of the curve, shape (rates, seeds).
@@ -151,11 +151,11 @@ class Star:
 
 
 @dataclass(frozen=True, eq=False)
-class _Level:
+class Level:
     """The runs of one configuration at all learning rates and seeds.
 
     Attributes:
-        configuration: The configuration, see `_normalize`.
+        configuration: The configuration, see `normalize`.
         runs: (learning rate, seed) -> record.
     """
 
@@ -164,14 +164,17 @@ class _Level:
 
     @property
     def rates(self) -> set[float]:
+        """The learning rates of the runs."""
         return {rate for rate, _ in self.runs}
 
     @property
     def seeds(self) -> set[int]:
+        """The seeds of the runs."""
         return {seed for _, seed in self.runs}
 
     @property
     def fingerprints(self) -> tuple[str, ...]:
+        """The fingerprints of the runs."""
         return tuple(record.fingerprint for record in self.runs.values())
 
 
@@ -183,23 +186,23 @@ def find_stars(records: Sequence[Record]) -> list[Star]:
             requests the default of a star first.
     """
     factors = choose_factors([ALL], (record.configuration for record in records))
-    groups: dict[tuple[str, str, str], dict[str, _Level]] = defaultdict(dict)
+    groups: dict[tuple[str, str, str], dict[str, Level]] = defaultdict(dict)
     for record in records:
-        c, normal = record.configuration, _normalize(record.configuration)
+        c, normal = record.configuration, normalize(record.configuration)
         levels = groups[c.task.name, c.model.name, c.variant.name]
-        level = levels.setdefault(normal.fingerprint, _Level(normal))
+        level = levels.setdefault(normal.fingerprint, Level(normal))
         level.runs[c.optimizer.learning_rate, c.seed] = record
     stars = [_build_star(list(levels.values()), factors) for _, levels in sorted(groups.items())]
     return [star for star in stars if star is not None]
 
 
-def _normalize(configuration: Configuration) -> Configuration:
+def normalize(configuration: Configuration) -> Configuration:
     """Replace learning rate and seed by placeholders, so that all runs of a curve are equal."""
     optimizer = replace(configuration.optimizer, learning_rate=1.0)  # the same placeholder as in templates
     return replace(configuration, optimizer=optimizer, seed=0)
 
 
-def _build_star(levels: Sequence[_Level], factors: Sequence[Factor]) -> Star | None:
+def _build_star(levels: Sequence[Level], factors: Sequence[Factor]) -> Star | None:
     """Return the star of one variant, task and base model; None if its curve has no score.
 
     Args:
@@ -208,7 +211,7 @@ def _build_star(levels: Sequence[_Level], factors: Sequence[Factor]) -> Star | N
     """
     default = _find_default(levels, factors)
     rates, seeds = sorted(default.rates), sorted(default.seeds)
-    scores = _score_array([default], rates, seeds)
+    scores = score_array([default], rates, seeds)
     known: NDArray[np.bool_] = np.asarray(np.isfinite(scores).all(axis=(0, 1)))
     scored = known.sum(axis=1) > 0
     if not scored.any():
@@ -238,7 +241,7 @@ def _build_star(levels: Sequence[_Level], factors: Sequence[Factor]) -> Star | N
     )
 
 
-def _find_default(levels: Sequence[_Level], factors: Sequence[Factor]) -> _Level:
+def _find_default(levels: Sequence[Level], factors: Sequence[Factor]) -> Level:
     """Return the default configuration.
 
     The default is the configuration from which the most runs differ in at most one factor. Ties are decided
@@ -250,7 +253,7 @@ def _find_default(levels: Sequence[_Level], factors: Sequence[Factor]) -> _Level
     - The first configuration is the default, because a study requests its default first.
     """
 
-    def rank(default: _Level) -> tuple[int, int, int]:
+    def rank(default: Level) -> tuple[int, int, int]:
         explained = [
             level
             for level in levels
@@ -286,14 +289,22 @@ def find_changed_factor(
     return None
 
 
-def _score_array(levels: Sequence[_Level], rates: Sequence[float], seeds: Sequence[int]) -> Scores:
+def score_array(
+    levels: Sequence[Level],
+    rates: Sequence[float],
+    seeds: Sequence[int],
+    by: Literal["score", "loss"] = "score",
+) -> Scores:
     """Return the scores of all runs, shape (2, levels, rates, seeds); NaN for a run without a score.
 
-    Index 0 of the first axis is the validation split, and index 1 is the test split.
+    Index 0 of the first axis is the validation split, and index 1 is the test split. By "loss", the score is
+    the inverse perplexity (`Record.quality`).
     """
 
     def scores(split: Split) -> list[list[list[float]]]:
-        return [[[_score(level.runs.get((r, s)), split) for s in seeds] for r in rates] for level in levels]
+        return [
+            [[_score(level.runs.get((r, s)), split, by) for s in seeds] for r in rates] for level in levels
+        ]
 
     return np.array([scores("validation"), scores("test")])
 
@@ -302,7 +313,7 @@ def _without_gaps(scores: Scores, seeds: Sequence[int]) -> tuple[tuple[int, ...]
     """Leave out the seeds that lack a score.
 
     Args:
-        scores: The result of `_score_array`.
+        scores: The result of `score_array`.
         seeds: The seeds of the last axis.
 
     Returns:
@@ -314,7 +325,7 @@ def _without_gaps(scores: Scores, seeds: Sequence[int]) -> tuple[tuple[int, ...]
     return tuple(compress(seeds, complete)), choices, values
 
 
-def _score(record: Record | None, split: Split) -> float:
+def _score(record: Record | None, split: Split, by: Literal["score", "loss"]) -> float:
     """Return the score of a run; NaN if the run is missing, was stopped early or failed.
 
     The score of a diverged run is the task's floor. The score of a finished run is also the floor if the
@@ -322,14 +333,16 @@ def _score(record: Record | None, split: Split) -> float:
     """
     if record is None:
         return math.nan
-    score = finite(record.score(split))
-    return record.configuration.task.floor if math.isnan(score) and record.state == "finished" else score
+    score = finite(record.quality(split, by))
+    if math.isnan(score) and record.state == "finished":
+        return record.configuration.task.floor if by == "score" else 0.0
+    return score
 
 
-def _sweep(level: _Level, rates: Sequence[float]) -> Sweep:
+def _sweep(level: Level, rates: Sequence[float]) -> Sweep:
     """Return the scores of a level at those of some rates at which it has any."""
     seeds = sorted(level.seeds)
-    scores = _score_array([level], rates, seeds)
+    scores = score_array([level], rates, seeds)
     known: NDArray[np.bool_] = np.asarray(np.isfinite(scores).all(axis=(0, 1)))
     scored = known.sum(axis=1) > 0
     complete, choices, values = _without_gaps(scores[:, :, scored], seeds)
@@ -337,7 +350,7 @@ def _sweep(level: _Level, rates: Sequence[float]) -> Sweep:
 
 
 def _build_arm(
-    factor: Factor, levels: Sequence[_Level], curve_rates: Sequence[float], center: float
+    factor: Factor, levels: Sequence[Level], curve_rates: Sequence[float], center: float
 ) -> Arm | None:
     """Return the arm of a factor; None if its levels have no common rate near `center` or no common seed.
 
@@ -351,7 +364,7 @@ def _build_arm(
     values_of = [(level, get_value(level.configuration, factor.name)) for level in levels]
     named = [(level, value) for level, value in values_of if value is not None]
 
-    def place(entry: tuple[_Level, Value]) -> float:
+    def place(entry: tuple[Level, Value]) -> float:
         value = entry[1]
         if factor.prior != "choice":
             return float(value)
@@ -365,8 +378,8 @@ def _build_arm(
     rates = sorted(rate for rate in measured if is_near(rate, center))
     if not rates or not seeds:
         return None
-    complete, choices, values = _without_gaps(_score_array(ordered, rates, seeds), seeds)
-    published = _score_array(ordered, [default_rate(curve_rates)], seeds)
+    complete, choices, values = _without_gaps(score_array(ordered, rates, seeds), seeds)
+    published = score_array(ordered, [default_rate(curve_rates)], seeds)
     _, published_choices, published_values = _without_gaps(published, seeds)
     return Arm(
         factor=factor,

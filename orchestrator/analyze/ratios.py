@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -181,7 +182,7 @@ _SIDES = {"low edge": -1, "high edge": 1}
 def estimate_rate(own: Optimum) -> stats.Estimate:
     """Return log10 of a best rate with its interval; at an edge, the interval has one end."""
     sides = {_SIDES[own.edge]} if own.edge else set()
-    return _estimate(own.log10_rate, list(own.by_seed.values()), own.step, sides)
+    return estimate(own.log10_rate, list(own.by_seed.values()), own.step, sides)
 
 
 def estimate_ratio(own: Optimum, over: Optimum) -> stats.Estimate:
@@ -192,11 +193,13 @@ def estimate_ratio(own: Optimum, over: Optimum) -> stats.Estimate:
     values = [own.by_seed[seed] - over.by_seed[seed] for seed in own.by_seed if seed in over.by_seed]
     sides = {_SIDES[own.edge]} if own.edge else set()
     sides |= {-_SIDES[over.edge]} if over.edge else set()
-    found = _estimate(own.log10_rate - over.log10_rate, values, max(own.step, over.step), sides)
+    found = estimate(own.log10_rate - over.log10_rate, values, max(own.step, over.step), sides)
     return found._replace(mean=math.nan) if sides else found
 
 
-def _estimate(value: float, by_seed: Sequence[float], step: float, sides: set[int]) -> stats.Estimate:
+def estimate(
+    value: float, by_seed: Sequence[float], step: float, sides: AbstractSet[int] = frozenset()
+) -> stats.Estimate:
     """Return a value in decades with its interval.
 
     Args:

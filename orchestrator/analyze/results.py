@@ -113,15 +113,34 @@ class Results:
     """Sensitivity study: one row for each panel, variant, tested factor and level: whether the learning rate
     could replace the factor (`outcome`), such as alpha. `difference` is the test score of the level, which is
     `times` the default, minus that of the default, each at its best rate. `rate_ratio` is the ratio of these
-    rates. The module `orchestrator.analyze.replacement` explains the test."""
+    rates. It is `hidden` if the grid of rates, not noise, leaves the level open. The module
+    `orchestrator.analyze.replacement` explains the test."""
     claims: pd.DataFrame = field(default_factory=_empty)
     """Sensitivity study: one row for each panel and variant, with the test of the claim that the learning
     rate matters more than any other hyperparameter."""
+    transfer: pd.DataFrame = field(default_factory=_empty)
+    """Transfer of the rate: one row for each panel and curve, that is, variant and link. `slope` is that of
+    log10 of the best rate over log10 of the factor, from the `inside` levels whose best rate is not at an
+    edge, and `known_slope` is the published one. `worst` is the largest test score that a level loses at the
+    best rate of another one. `p_carries` and `p_moves` are the p values of "the rate carries over" and of "it
+    does not", see `analyze.transfer`."""
+    transfer_levels: pd.DataFrame = field(default_factory=_empty)
+    """Transfer of the rate: one row for each level of a curve, with its best rate. `position` is the value of
+    the factor. `quality` has the mean at each of `rates` of what chose the rate: the validation score, or the
+    inverse perplexity exp(-loss)."""
+    carried: pd.DataFrame = field(default_factory=_empty)
+    """Transfer of the rate: one row for each pair of levels of a curve. `lost` is the test score that the
+    level `target` loses at the best rate of the level `source` against its own."""
     costs: pd.DataFrame = field(default_factory=_empty)
     """One row for each panel and curve, see `costs.cost_frame`."""
     verdicts: pd.DataFrame = field(default_factory=_empty)
     """One row for each verdict, the most important verdict first. The columns are the fields of
     `verdicts.Verdict`."""
+    answers: pd.DataFrame = field(default_factory=_empty)
+    """One row for each published number of the study's answer key: `what` it is, `published` and `measured`
+    with its interval, the `distance` of the two and the `tolerance` (`study.expected` has the units), the
+    `outcome` (reproduced, not reproduced, not tested), the `reason` of the last, and the `source`. `order`
+    has the measured order of best rates as text."""
     warnings: Sequence[str] = ()
     """The limits of what the results show, one line each. Faults of the data come first."""
     best_lanes: pd.DataFrame = field(default_factory=_empty)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from orchestrator.record.schema import FINAL_STATES, Evaluation, Record
 from orchestrator.record.study_file import StudyFile, StudyKind
 from orchestrator.record.tables import make_runs
+from orchestrator.study.levels import MODEL, describe_level
 
 if TYPE_CHECKING:
     import numpy as np
@@ -93,6 +94,12 @@ def run_frame(study: StudyFile, records: Sequence[Record]) -> pd.DataFrame:
     frame = pd.concat([frame.drop(columns=more.columns, errors="ignore"), more], axis=1)
     title = frame["task_title"].astype(str) + " on " + frame["model"].astype(str)
     frame["panel"], frame["curve"] = title, frame["variant"].astype(str)
+    if study.settings.kind == "transfer":
+        factor, links = study.settings.factor, study.settings.links
+        if factor == MODEL:
+            frame["panel"] = frame["task_title"].astype(str)
+        shown = [describe_level(record.configuration, factor, links) for record in records]
+        frame["curve"] = [f"{name} {level}" for name, level in zip(frame["curve"], shown, strict=True)]
     if study.settings.kind == "curve":
         columns = {name: None for record in records for name in record.configuration.to_columns()}
         _split_panels(frame, [*columns, "metric", "floor"])

@@ -16,7 +16,7 @@ from functools import cached_property, partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.analyze import charts, formatting, verdicts
+from orchestrator.analyze import answers, charts, formatting, verdicts
 from orchestrator.analyze.costs import loss_frame, time_use
 from orchestrator.analyze.formatting import count, number, points, rate
 from orchestrator.analyze.render import Column, Section, Table
@@ -145,7 +145,7 @@ def glance(report: Report) -> Iterator[Section]:
     )
 
 
-GRIDS = ("curve", "factors")
+GRIDS = ("curve", "factors", "transfer")
 """The kinds of studies whose points form curves over the learning rate."""
 
 
@@ -342,7 +342,67 @@ def _tuned_table(results: Results) -> Table:
     )
 
 
-# -- verdicts and limits
+# -- published numbers, verdicts and limits
+
+
+def answer_sections(report: Report) -> Iterator[Section]:
+    """Yield the section that compares the study with the published numbers of its answer key."""
+    import pandas as pd
+
+    found = report.results.answers
+    if not len(found):
+        return
+    is_open = found["outcome"] == "not tested"
+    groups = found[is_open].groupby(["reason", "quantity"], sort=False)
+    untested = pd.DataFrame([_in_one_row(own) for _, own in groups])
+    tested = found[~is_open].sort_values("outcome", kind="stable")  # those that do not come out are first
+    yield Section(
+        "answers",
+        "Published numbers",
+        answers.summarize(found),
+        make_table(
+            pd.concat([tested, untested]) if len(untested) else tested,
+            text("published number", lambda r: r["what"]),
+            text("answer", lambda r: (r["reason"] and f"not tested: {r['reason']}") or r["outcome"]),
+            text("measured", lambda r: "" if r["reason"] else _measured_text(r)),
+            text("published", _published_text),
+            text("source", lambda r: r["source"], more=True),
+            dim=lambda r: bool(r["reason"]),
+        ),
+        note=_ANSWERS_NOTE,
+    )
+
+
+_ANSWERS_NOTE = (
+    "Reproduced: at most the tolerance, behind ±, from the published number. Scores from 0 to 1; best rates, "
+    "their order and ratios in decades of the learning rate. Brackets: 95 % interval over seeds."
+)
+
+
+def _in_one_row(untested: pd.DataFrame) -> dict[str, Any]:
+    """Return one row for the published numbers of one kind that are not tested for one reason."""
+    first: dict[str, Any] = untested.iloc[0].to_dict()
+    kind = f"{len(untested)} {first['quantity'].replace('_', ' ')}s"
+    return first if len(untested) == 1 else {**first, "what": kind, "published": math.nan}
+
+
+def _measured_text(row: Row) -> str:
+    shown = rate if row["quantity"] == "best_rate" else number
+    if row["quantity"] == "order":
+        return str(row["order"])
+    if row["quantity"] == "collapse":
+        return f"{row['measured']:.0%} of runs"
+    ends = formatting.interval(row["measured_low"], row["measured_high"])
+    return f"{shown(row['measured'])} {ends}".rstrip()
+
+
+def _published_text(row: Row) -> str:
+    if math.isnan(row["published"]):
+        return ""
+    if row["quantity"] in ("best_rate", "ratio"):
+        shown = rate if row["quantity"] == "best_rate" else number
+        return f"{shown(row['published'])} ± {number(row['tolerance'], 2)} decades"
+    return f"{number(row['published'])} ± {number(row['tolerance'])}"
 
 
 def verdict_sections(report: Report) -> Iterator[Section]:
@@ -461,6 +521,47 @@ def replacement_table(report: Report) -> Iterator[Section]:
 
 
 @per_panel
+def transfer_sections(report: Report) -> Iterator[Section]:
+    """Yield the sections of a study of transfer: slopes, best rates, and what carrying a rate over loses."""
+    results = report.results
+    if not len(results.transfer):
+        return
+    yield Section(
+        "transfer",
+        "The best rate as a power of the factor",
+        table=make_table(
+            results.transfer,
+            text("curve", lambda r: r["curve"]),
+            figure("slope", lambda r: formatting.estimate(r, "slope", 2)),
+            figure("published", lambda r: number(r["known_slope"], 2)),
+            figure("largest loss", lambda r: formatting.points_estimate(r, "worst")),
+            text("from, to", lambda r: r["worst_pair"] or "-"),
+            text("left out", lambda r: r["left_out"] or "-", more=True),
+        ),
+        chart=charts.transfer(report.panel, results.transfer, results.transfer_levels),
+        note="At slope b, twice the factor has 2 to the power of b times the best rate. Largest loss: test "
+        "score in points that a level loses at the best rate of another. 95 % intervals over seeds.",
+    )
+
+    def best_rate(row: Row) -> str:
+        ends = [rate(row[f"best_rate_{end}"]) for end in ("low", "high")]
+        why = f" ({row['left_out']})" if row["left_out"] else ""
+        return f"{rate(row['best_rate'])}{'' if '-' in ends else f' [{ends[0]}, {ends[1]}]'}{why}"
+
+    yield Section(
+        "transfer_levels",
+        "Best rate of each level",
+        table=make_table(
+            results.transfer_levels,
+            text("curve", lambda r: r["curve"]),
+            text("level", lambda r: r["level"]),
+            figure("best rate", best_rate),
+            figure("seeds", lambda r: str(r["seeds"])),
+        ),
+    )
+
+
+@per_panel
 def comparison_charts(report: Report) -> Iterator[Section]:
     """Yield the sections with the charts of a replicated tuning.
 
@@ -498,21 +599,22 @@ def curve_charts(report: Report) -> Iterator[Section]:
     )
     if points["validation_score"].isna().all():
         return
-    yield Section(
-        "curves",
-        "Score over learning rate",
-        chart=charts.score_curves(panel, points, best, runs),
-        note="Mean over seeds with its 95 % interval; the best rate is ringed. Single runs are dots, "
-        "collapsed ones triangles, diverged ones crosses at the score of a constant answer. The line is "
-        "dashed across a cliff, between the last usable rate and the first at which most runs break.",
-    )
+    if report.kind != "transfer":  # its own chart has a curve for each level
+        yield Section(
+            "curves",
+            "Score over learning rate",
+            chart=charts.score_curves(panel, points, best, runs),
+            note="Mean over seeds with its 95 % interval; the best rate is ringed. Single runs are dots, "
+            "collapsed ones triangles, diverged ones crosses at the score of a constant answer. The line is "
+            "dashed across a cliff, between the last usable rate and the first at which most runs break.",
+        )
     yield Section(
         "heatmap",
         "Every variant and rate",
         chart=charts.heat_map(panel, points, best),
         note="Mean validation score; a frame marks the best rate. ▽ most runs collapsed or diverged.",
     )
-    if best["test_at_common_rate"].notna().sum() > 1:
+    if report.kind != "transfer" and best["test_at_common_rate"].notna().sum() > 1:
         yield Section(
             "spread",
             "One rate for all, or each its own",
@@ -802,10 +904,12 @@ def mlflow_command(tracking_uri: str) -> str:
 
 SECTIONS: tuple[MakeSections, ...] = (
     glance,
+    answer_sections,
     verdict_sections,
     limit_sections,
     factor_sections,
     replacement_table,
+    transfer_sections,
     comparison_charts,
     curve_charts,
     ratio_table,

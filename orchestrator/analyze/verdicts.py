@@ -134,6 +134,12 @@ REPLACES_RULES = (
         "The best rate may lie outside the rates that were tried ({unresolved}){found}.",
         "undecided",
     ),
+    Rule(
+        lambda f: f.hidden,
+        "The rates are so far apart that they may hide a difference of the margin ({hidden}). More rates, as "
+        "in --learning-rates LOW:HIGH:8, may show it{found}.",
+        "undecided",
+    ),
     Rule(_otherwise, "It stays open{found}.", "undecided"),
 )
 """The rules for a factor that may act as a learning rate, such as alpha. The rate could replace it if the
@@ -269,6 +275,10 @@ SENSITIVITY_STEPS = (
         "The learning rate and the closest factor cost about the same; more seeds may not decide it.",
     ),
     Rule(
+        lambda f: f.hidden,
+        "The grid of rates leaves open whether the rate could replace {hidden}; its verdict says what helps.",
+    ),
+    Rule(
         _otherwise,
         "About {seeds} seeds decide it if the differences and their spread stay as they are.",
         command="{more}",
@@ -287,6 +297,7 @@ def shown_name(variant: str) -> str:
 def find_verdicts(results: Results) -> list[Verdict]:
     """Return the verdicts of a study, the most important one first."""
     find = {"factors": _factors, "replicates": _tuned, "curve": _curves, "search": _searches}
+    find["transfer"] = _transfer
     found = list(find[results.study.settings.kind](results))
     if results.study.settings.select == "published":
         mark = "Selected on the test set, as published (--select published)."
@@ -588,7 +599,7 @@ def _replacement_facts(title: str, rows: pd.DataFrame, judged: int) -> dict[str,
         judged: The number of counted variants that have the factor.
     """
     each = rows.drop_duplicates("variant")
-    unresolved = rows[~rows["resolved"]]
+    levels = rows["variant"] + " " + title + " " + rows["level"]
     found = "; ".join(
         f"{variant} {replaced_text(own)}" for variant, own in rows.groupby("variant", sort=False)
     )
@@ -597,7 +608,8 @@ def _replacement_facts(title: str, rows: pd.DataFrame, judged: int) -> dict[str,
         "judged": judged,
         "against": stats.count_shown(each["p_could_not"]),
         "shown": int((each["outcome"] == "could").sum()),
-        "unresolved": ", ".join(unresolved["variant"] + " " + title + " " + unresolved["level"]),
+        "unresolved": ", ".join(levels[~rows["resolved"]]),
+        "hidden": ", ".join(levels[rows["hidden"]]),
         "found": f": {found}",
     }
 
@@ -675,6 +687,9 @@ def _sensitivity_step(
     rows = columns[columns["variant"].isin(opened["variant"])]
     names = rows["title"] + " (" + rows["variant"] + ")"
     have = int(rows["misset_seeds"].fillna(0).max()) if len(rows) else 0
+    tested = [r for r in results.replacements.to_dict("records") if r["panel"] in set(claims["panel"])]
+    hidden = names.isin([f"{r['title']} ({r['variant']})" for r in tested if r["hidden"]])
+    hopeless = rows[needed].isna().any(axis=1)
     seeds = 5 if have < 2 else max(have + 1, int(rows[needed].fillna(0).max(axis=None)))
     facts = {
         "missing": results.missing,
@@ -684,12 +699,120 @@ def _sensitivity_step(
         "have": have,
         "lacking": ", ".join(names[rows["misset_seeds"] < 2]),
         "equal": ", ".join(names[rows[limits].isna().any(axis=1)]),
-        "hopeless": rows[needed].isna().any(axis=None),
+        "hidden": ", ".join(names[hopeless & hidden]),
+        "hopeless": (hopeless & ~hidden).any(),
         "seeds": seeds,
         "command": results.study.command,
         "more": results.study.again("--seeds", str(seeds)),
     }
     return _decide_step(SENSITIVITY_STEPS, facts)
+
+
+# -- transfer of the learning rate
+
+CARRIES = "The best learning rate carries over from one {title} to another."
+CARRIES_RULES = (
+    Rule(lambda f: f.missing, "Some configurations have not ended.", "undecided"),
+    Rule(
+        lambda f: not f.pairs,
+        "Fewer than two levels have learned and have their best rate inside the grid.",
+        "undecided",
+    ),
+    Rule(
+        lambda f: f.p_carries <= stats.ALPHA and not f.left_out,
+        "Every level loses less than {margin} points at the best rate of any other.",
+        "supported",
+    ),
+    Rule(
+        lambda f: f.p_moves <= stats.ALPHA,
+        "A level loses more than {margin} points at the best rate of another ({worst_pair}: {lost}).",
+        "refuted",
+    ),
+    Rule(_otherwise, "Most is lost from {worst_pair}: {lost} points.", "undecided"),
+)
+"""The rules for the score that is lost by carrying a rate over, see `transfer`."""
+
+KEPT_SLOPE = math.log2(4 / 3)
+"""The largest slope at which a rate is kept. Doubling the factor then moves the best one by half a step of a
+grid of 4 rates a decade."""
+SLOPE_RULES = (
+    Rule(
+        lambda f: math.isnan(f.slope),
+        "There is no slope: it needs three levels with a number and a best rate inside the grid; "
+        "{inside} have both.",
+    ),
+    Rule(
+        lambda f: math.isnan(f.slope_low),
+        "Twice the {title} has {times} times the best rate, without an interval.",
+    ),
+    Rule(
+        lambda f: f.slope_low > 0 or f.slope_high < 0,
+        "Multiply the rate by {times} [{times_low}, {times_high}] when the {title} doubles.",
+    ),
+    Rule(
+        lambda f: max(-f.slope_low, f.slope_high) <= KEPT_SLOPE,
+        "Keep the rate: doubling the {title} multiplies the best one by {times_low} to {times_high}.",
+    ),
+    Rule(
+        _otherwise,
+        "Whether the best rate moves is open: twice the {title} has {times_low} to {times_high} times it.",
+    ),
+)
+"""The rules for the sentence on the rate at another level."""
+
+TRANSFER_STEPS = (
+    NOT_ENDED,
+    Rule(
+        lambda f: "best at" in f.left_out,
+        "A best rate is at an end of its grid; widen the grid.",
+        command="{wider}",
+    ),
+    Rule(
+        lambda f: f.seeds < 10 and (f.outcome == "undecided" or math.isnan(f.slope_low)),
+        "More seeds narrow the intervals.",
+        command="{more}",
+    ),
+    Rule(_otherwise, ""),
+)
+"""The rules for the next step of a study of transfer."""
+
+
+def _transfer(results: Results) -> Iterator[Verdict]:
+    settings = results.study.settings
+    for row in results.transfer.to_dict("records"):
+        low, high = sorted(2 ** row[f"slope_{end}"] for end in ("low", "high"))
+        seeds = row["seeds"]
+        facts = row | {
+            "missing": results.missing,
+            "margin": points(settings.margin, sign=False),
+            "lost": points_estimate(row, "worst"),
+            "times": f"{2 ** row['slope']:.2f}",
+            "times_low": f"{low:.2f}",
+            "times_high": f"{high:.2f}",
+            "command": results.study.command,
+            "more": results.study.again("--seeds", str(max(5, 2 * seeds))),
+            "wider": results.study.again("--widen", "2"),
+        }
+        rule, text = decide(CARRIES_RULES, facts)
+        slope = decide(SLOPE_RULES, facts)[1]
+        if not math.isnan(row["slope"]):
+            slope += f" Slope {formatting.estimate(row, 'slope', 2)}"
+            if not math.isnan(row["known_slope"]):
+                slope += f"; published {row['known_slope']:+.2f} ({row['known_source']})"
+            slope += "."
+        edge = f"Left out: {row['left_out']}." if row["left_out"] else ""
+        step, command = _decide_step(TRANSFER_STEPS, facts | {"outcome": rule.outcome})
+        yield Verdict(
+            CARRIES.format(title=row["title"]),
+            rule.outcome,
+            _join(slope, text, edge),
+            f"{row['panel']}: {row['curve']}; {row['title']} {row['levels']}; {count(seeds, 'seed')}; rates "
+            f"chosen by validation {settings.by}; margin {facts['margin']} points; jackknife intervals.",
+            step,
+            command,
+            row["curve"],
+            row["panel"],
+        )
 
 
 # -- searches

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from orchestrator.record.store import Store
 
 REDUCTION_FACTOR = 4
-"""One lane in this many continues to the next rung of ASHA; see docs/early_stopping.md."""
+"""One lane in this many continues to the next rung of ASHA; see docs/search.md."""
 LAST_RUNG_DIVISOR = 3
 """ASHA has no rung after a lane's number of steps divided by this number, except the first one."""
 MIN_SAMPLES = 3

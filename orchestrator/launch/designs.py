@@ -19,7 +19,7 @@ from orchestrator.analyze.effects import find_center
 from orchestrator.analyze.runs import finite
 from orchestrator.finetune.models import loading
 from orchestrator.finetune.resolve.option_names import variant_hyperparameters
-from orchestrator.finetune.resolve.templates import check_attach, find_settings_error
+from orchestrator.finetune.resolve.templates import check_attach, count_trainable, find_settings_error
 from orchestrator.finetune.tasks import catalogue
 from orchestrator.record.schema import Record
 from orchestrator.study.configuration import HYPERPARAMETERS, Configuration, Value
@@ -29,9 +29,11 @@ from orchestrator.study.factors import (
     choose_factors,
     default_rate,
     factor_levels,
+    load_factors,
     resweep_rates,
 )
 from orchestrator.study.grids import build_grid, check_grid_size, refine_rates, round_rate
+from orchestrator.study.levels import MODEL, NO_LINK, TARGETS, at_level, level_label, level_of, level_title
 from orchestrator.study.option import format_value
 from orchestrator.study.space import VARIANT_HYPERPARAMETERS, apply_values, get_value
 from orchestrator.util.errors import UsageError
@@ -117,6 +119,8 @@ class WideningGrid(Design):
     seeds: Sequence[int]
     max_decades: float = 0.0
     """Largest extension at each end in decades; 0 for a fixed grid."""
+    by: Literal["score", "loss"] = "score"
+    """What decides which rate is the best one, on the validation split."""
 
     def __post_init__(self) -> None:
         for rates in self.given.learning_rates.values():
@@ -151,7 +155,7 @@ class WideningGrid(Design):
         """Return whether the lowest rate of a task is the best of a variant, and whether the highest is."""
         ends = set()
         for template in templates:
-            scores = _scores_by_rate(template, rates, self.seeds, find)
+            scores = _scores_by_rate(template, rates, self.seeds, find, self.by)
             means = [math.fsum(each) / len(each) if each else -math.inf for each in scores]
             best = max(means) - _SCORE_EPSILON
             ends.add(tuple(math.isfinite(mean) and mean >= best for mean in (means[0], means[-1])))
@@ -159,11 +163,17 @@ class WideningGrid(Design):
 
 
 def _scores_by_rate(
-    template: Configuration, rates: Sequence[float], seeds: Sequence[int], find: FindRecord
+    template: Configuration,
+    rates: Sequence[float],
+    seeds: Sequence[int],
+    find: FindRecord,
+    by: Literal["score", "loss"] = "score",
 ) -> list[list[float]]:
     """Return for each rate the finite validation scores of those seeds that have one."""
     grid = [[find(c.fingerprint) for c in build_grid([template], [rate], seeds)] for rate in rates]
-    scores = [[finite(record.score("validation")) for record in runs if record is not None] for runs in grid]
+    scores = [
+        [finite(record.quality("validation", by)) for record in runs if record is not None] for runs in grid
+    ]
     return [[score for score in at_rate if not math.isnan(score)] for at_rate in scores]
 
 
@@ -311,7 +321,7 @@ class StarDesign(Design):
                     def score(swept: Sequence[float], level: Configuration = level) -> list[float] | None:
                         return self._means(level, swept, find)
 
-                    swept = _level_rates(rates, center, alias_decades(level, template), score)
+                    swept = level_rates(rates, center, alias_decades(level, template), score)
                     found += build_grid([level], swept, self.seeds)
         return found
 
@@ -336,7 +346,7 @@ class StarDesign(Design):
         return found
 
 
-def _level_rates(
+def level_rates(
     rates: Sequence[float],
     center: float,
     decades: float | None,
@@ -366,7 +376,7 @@ def _expected_rates(rates: Sequence[float], center: float, decades: float | None
     def score(swept: Sequence[float]) -> list[float]:
         return [-abs(math.log10(rate / center) + (decades or 0.0)) for rate in swept]
 
-    return _level_rates(rates, center, decades, score)
+    return level_rates(rates, center, decades, score)
 
 
 def _continued(rates: Sequence[float], center: float, decades: float) -> list[float]:
@@ -502,3 +512,81 @@ def _find_error(configuration: Configuration, factor: Factor, level: Value, base
     except UsageError as refused:
         return str(refused)
     return None
+
+
+@dataclass(frozen=True)
+class TransferDesign(Design):
+    """A grid of learning rates for each level of a factor, widened by itself. `make_transfer` makes them."""
+
+    reason = WideningGrid.reason
+    grids: tuple[WideningGrid, ...]
+    notes: Sequence[str] = ()
+    """The levels that are left out, and why, one line each."""
+
+    def request(self, find: FindRecord) -> list[Configuration]:
+        """Return the grids of all levels."""
+        return [configuration for grid in self.grids for configuration in grid.request(find)]
+
+
+def make_transfer(
+    grid: WideningGrid, factor: str, levels: Sequence[Value], links: Sequence[str], bases: Path
+) -> TransferDesign:
+    """Make the design of a study of the transfer of the learning rate.
+
+    Args:
+        grid: The grid of one level. Its templates have the levels of the options, and each base model.
+        factor: The factor, see `study.levels`.
+        levels: At least two levels.
+        links: Keys of `study.levels.LINKS`. Curves of several links may have levels in common.
+        bases: Folder of the base models.
+
+    Raises:
+        UsageError: Fewer than two levels are possible.
+    """
+    notes: list[str] = []
+    found = list(grid.given.templates)
+    if factor != MODEL:
+        found = [
+            configuration
+            for template in grid.given.templates
+            for link in links
+            for level in levels
+            if (configuration := _at_level(template, factor, level, link, bases, notes)) is not None
+        ]
+    distinct = {configuration.fingerprint: configuration for configuration in found}.values()
+    if len({level_of(configuration, factor) for configuration in distinct}) < 2:
+        reasons = " ".join(dict.fromkeys(notes))
+        raise UsageError(f"--factor {factor}: fewer than two levels are possible. {reasons}".strip())
+    # Only templates name the tasks of a grid, so the rates of the other tasks do no harm.
+    grids = tuple(replace(grid, given=replace(grid.given, templates=(each,))) for each in distinct)
+    return TransferDesign(grids, tuple(dict.fromkeys(notes)))
+
+
+def _at_level(
+    template: Configuration, factor: str, level: Value, link: str, bases: Path, notes: list[str]
+) -> Configuration | None:
+    """Return a template at a level of the factor; None, with a note, if it is not possible."""
+    variant, start, title = template.variant.name, level_of(template, factor), level_title(factor)
+    lacking = VARIANT_HYPERPARAMETERS - set(variant_hyperparameters(variant))
+    if start is None or factor in lacking:
+        notes.append(f"{variant} has no {title}: left out.")
+        return None
+    ratio = 1.0
+    if factor != TARGETS:
+        ratio = float(level) / float(start)
+    elif link != NO_LINK:
+        ratio = count_trainable(apply_values(template, {factor: level}), bases)
+        ratio /= count_trainable(template, bases)
+    found = at_level(template, factor, level, link, ratio)
+    if found is None:
+        notes.append(f"{variant} has no {link}: left out of --link {link}.")
+        return None
+    reason = _find_error(found, load_factors()[factor], level, bases)
+    batch_size = get_value(found, "batch_size")
+    if level_of(found, factor) != level:
+        reason = f"a batch is split into {template.batches.accumulation} micro-batches of equal size"
+    elif max(found.task.train_size, int(batch_size or 0)) > template.task.train_size:
+        reason = f"the task has {template.task.train_size} training examples"
+    if reason:
+        notes.append(f"{variant}, {title} {level_label(factor, level)}: left out ({reason}).")
+    return None if reason else found

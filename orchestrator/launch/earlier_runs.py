@@ -9,6 +9,7 @@ from pathlib import Path
 
 import yaml
 
+from orchestrator.finetune.models import loading
 from orchestrator.finetune.models.catalogue import UNPREPARED
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.launch.designs import FixedDesign
@@ -17,6 +18,7 @@ from orchestrator.record.store import Store
 from orchestrator.record.study_file import AnalysisSettings, Source, StudyFile
 from orchestrator.study.config import find_config
 from orchestrator.study.configuration import Configuration
+from orchestrator.study.levels import MODEL
 from orchestrator.study.names import CONFIG_NAME, DEFAULT_STORE_NAME
 from orchestrator.study.option import flag
 from orchestrator.study.options import StudyOptions
@@ -24,7 +26,7 @@ from orchestrator.util.errors import UsageError
 from variants import catalogue
 from variants.variant_settings import FILE_SUFFIX, VerifiedBy
 
-PLANNED_KINDS = frozenset({"replicates", "factors"})
+PLANNED_KINDS = frozenset({"replicates", "factors", "transfer"})
 """Kinds of studies whose settings are fixed before there are results."""
 
 
@@ -48,7 +50,11 @@ def fix_settings(study: Study) -> AnalysisSettings:
     variants = dict.fromkeys(template.variant.name for template in study.templates)
     unverified = tuple(name for name in variants if catalogue.traits(name)["verified_by"] == VerifiedBy.NONE)
     found = replace(settings, unverified=unverified)
-    for name in ("select", "margin"):
+    if settings.factor == MODEL:
+        models = {template.model.name: template.model for template in study.templates}
+        widths = {name: loading.hidden_size(model, study.store.bases) for name, model in models.items()}
+        found = replace(found, widths={**(before or found).widths, **widths})
+    for name in ("select", "margin", "by", "factor"):
         option, new, then = flag(name), getattr(found, name), getattr(before or found, name)
         if new != then:
             raise UsageError(

@@ -60,6 +60,7 @@ class Experiment:
 
     def settings(self, options: StudyOptions) -> AnalysisSettings:
         """Return the settings of the analysis."""
-        chosen = {name: getattr(options, name, None) for name in ("margin", "select")}
+        names = ("margin", "select", "expected", "by", "factor", "links")
+        chosen = {name: getattr(options, name, None) for name in names}
         given = {name: value for name, value in chosen.items() if value is not None}
         return AnalysisSettings(kind=self.kind, **given)

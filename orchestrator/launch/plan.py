@@ -23,6 +23,7 @@ from orchestrator.launch.study import Study
 from orchestrator.record.store import Store
 from orchestrator.record.tables import PARQUET_FILE
 from orchestrator.study.configuration import Configuration, ModelChoice
+from orchestrator.study.expected import describe
 from orchestrator.study.options import Card, StudyOptions
 from variants import catalogue
 from variants.variant_settings import AdaptationScope
@@ -73,7 +74,7 @@ def print_plan(study: Study) -> Plan:
         The content of what was printed.
     """
     lines: list[Line] = []
-    for template in {each.task.name: each for each in study.templates}.values():
+    for template in {(each.task.name, each.model): each for each in study.templates}.values():
         lines += _task_lines(template, study.store.bases, study.options)
     lines += _configuration_lines(study)
     lines += _cost_lines(study) if study.num_to_train else [("Time", "nothing to train")]
@@ -114,6 +115,8 @@ def _configuration_lines(study: Study) -> list[Line]:
         ]
     if options.set:
         lines.append(("Fixed", " ".join(options.set)))
+    if options.expected:
+        lines.append(("Answer key", describe(options.expected)))
     return [
         *lines,
         ("Seeds", f"{len({c.seed for c in study.requested}) if options.only else options.seed_count}"),

@@ -243,7 +243,11 @@ def resolve_study(experiment: Experiment, given: StudyOptions, command: str = ""
     trackers = {str(name): TRACKERS[name] for name in options.tracker if name != "none"}
     for tracker in trackers.values():
         tracker.check()
-    tasks = resolve_tasks(options, store.bases)
+    tasks = [
+        replace(each, model=model)
+        for each in resolve_tasks(options, store.bases)
+        for model in options.models or (each.model,)
+    ]
     budget = RunBudget(options.max_hours, options.max_gpu_hours)
     if options.plan_gpu is None and ray_cluster.running_cluster_address() is None:
         _, gpus = ray_cluster.estimate_local_cluster().plan_trainers(
@@ -258,12 +262,12 @@ def resolve_study(experiment: Experiment, given: StudyOptions, command: str = ""
         for each in tasks:  # of a folder, the store notes the place, because workers run elsewhere
             prepare_base_model(each.model, store.bases, console.print)
         templates = _build_templates(options, tasks, store) if is_missing else templates
-    models, names = [each.model for each in tasks], [each.task.name for each in tasks]
+    models, names = [each.model for each in tasks], list(dict.fromkeys(each.task.name for each in tasks))
     name = options.study or default_study_name(
         experiment.module,
-        [options.preset] if options.preset else names,
+        [f"{options.preset}.yaml"] if options.preset else names,
         models[0] if len(set(models)) == 1 else None,
-        None if options.search == "grid" else options.search_method,
+        options.design_name,
     )
     folder = options.study_folder(name)
     new = StudyFile(name, experiment.question, "", experiment=experiment.name, folder=folder)
@@ -327,12 +331,13 @@ def _require_hardware(experiment: Experiment, options: StudyOptions) -> None:
     Raises:
         UsageError: There is neither a GPU nor a Ray cluster.
     """
-    if options.dry_run or options.plan or options.task or options.data or options.model:
+    named = options.preset != options.default_config and (options.task or options.data)
+    if options.dry_run or options.plan or named or options.model:
         return
     has_cluster = ray_cluster.running_cluster_address() is not None
     if not has_cluster and not any(node.gpus for node in ray_cluster.estimate_local_cluster().nodes):
         raise UsageError(
             f"the full study ({' '.join(experiment.tasks)}) needs a GPU or a Ray cluster "
             "(ray up cluster.yaml, or RAY_ADDRESS) and there is none here; rehearse it with --dry-run, or "
-            "name a --task or --data for this CPU."
+            "take another task or your own data on this CPU."
         )

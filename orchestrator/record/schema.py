@@ -8,6 +8,7 @@ files and of the frames of `orchestrator.load`. `show` prints the columns of `Co
 from __future__ import annotations
 
 import json
+import math
 import platform
 import re
 import socket
@@ -183,8 +184,21 @@ class Record:
             return self.configuration.task.floor
         if self.state != "finished":
             return None
+        return self._last(split, self.configuration.task.metric)
+
+    def quality(self, split: Literal["validation", "test"], by: Literal["score", "loss"]) -> float | None:
+        """Return `score`, or by "loss" the inverse perplexity exp(-loss) at the end of training.
+
+        A higher value is better. The inverse perplexity of a diverged record is 0, its limit.
+        """
+        if by == "score" or self.state not in FINAL_STATES:
+            return self.score(split)
+        loss = self._last(split, "loss") if self.state == "finished" else math.inf
+        return None if loss is None else math.exp(-loss)
+
+    def _last(self, split: str, name: str) -> float | None:
         last = [e for e in self.evaluations if e.split == split]
-        return last[-1].scores[self.configuration.task.metric] if last else None
+        return last[-1].scores[name] if last else None
 
     def results(self) -> dict[str, float | None]:
         """Return `RESULTS` by name.

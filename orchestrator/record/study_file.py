@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shlex
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from orchestrator.record.schema import Record
+from orchestrator.study.expected import Expectation
 from orchestrator.study.names import CONFIG_NAME, DEFAULT_STORE_NAME, nearest_valid_name, other_folders
 from orchestrator.util import atomic_files
 from orchestrator.util.errors import UsageError, quote_value, suggest_nearest
@@ -42,13 +43,14 @@ def report_files(folder: Path) -> list[Path]:
     return [path for path in (*pictures, folder / "report.html", summary) if path.is_file()]
 
 
-StudyKind = Literal["curve", "search", "replicates", "factors"]
+StudyKind = Literal["curve", "search", "replicates", "factors", "transfer"]
 """The design of a study:
 
 - curve: a grid of learning rates with several seeds.
 - search: points that a sampler has chosen.
 - replicates: every replicate tunes each variant with a grid or a search of its own.
 - factors: one hyperparameter after another is varied, with the learning rate tuned again.
+- transfer: one factor at several levels, each with a grid of learning rates.
 """
 
 
@@ -64,8 +66,18 @@ class AnalysisSettings:
     select: Literal["validation", "published"] = "validation"
     """The scores that choose the best rate: the validation scores, or, as in the published survey, the test
     scores."""
+    by: Literal["loss", "score"] = "score"
+    """Transfer: what chooses the best rate of a level on the validation split."""
+    factor: str = ""
+    """Transfer: the factor, see `study.levels`."""
+    links: tuple[str, ...] = ()
+    """Transfer: what moves with the factor, keys of `study.levels.LINKS`."""
+    widths: Mapping[str, int] = field(default_factory=dict)
+    """Transfer between base models: name of a model -> its hidden size."""
     unverified: tuple[str, ...] = ()
     """Variants that were verified against no other implementation and no paper. They get no verdict."""
+    expected: tuple[Expectation, ...] = ()
+    """Published numbers, with which the report compares those of the study."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +127,7 @@ class StudyFile:
     sources: tuple[Source, ...] = ()
     """The base models of the study, and the tasks and variants in users' files."""
     experiment: str = "study"
-    """The experiment as a subcommand of the program: study, tuned or sensitivity."""
+    """The experiment as a subcommand of the program: study, tuned, sensitivity or transfer."""
     folder: Path = field(default=Path(), compare=False)
     """The folder of the study. It is not in the file, so that the folder can be moved."""
 
@@ -147,6 +159,11 @@ class StudyFile:
         """Return this study with more sources, of which each replaces an earlier one of the same content."""
         by_content = {source.content: source for source in (*self.sources, *sources)}
         return replace(self, sources=tuple(by_content.values()))
+
+    def in_order(self, records: Iterable[Record]) -> list[Record]:
+        """Return records in the order in which the study requested their configurations."""
+        order = {fingerprint: i for i, fingerprint in enumerate(self.configurations)}
+        return sorted(records, key=lambda record: order.get(record.fingerprint, len(order)))
 
     def rename(self, record: Record) -> Record:
         """Return a record with the names that its base model, task and variant have in this study.

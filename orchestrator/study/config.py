@@ -10,13 +10,14 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
 from orchestrator.study.configuration import HYPERPARAMETERS
+from orchestrator.study.expected import read_entry
 from orchestrator.study.names import CONFIG_NAME
 from orchestrator.study.option import Options, convert, defaults, find_option, flag, sections
 from orchestrator.study.space import parse_value, setting_key
@@ -30,6 +31,11 @@ SHIPPED_FOLDER = Path(__file__).parents[1] / "published"
 """Folder of the studies that come with the program: NAME.yaml."""
 EXPERIMENT = "experiment"
 """The key with the experiment of a study."""
+EXPECTED = "expected"
+"""The key with the published numbers of a study."""
+_PROTOCOL_SECTIONS = ("grid", "data", "training")
+_DESIGN = {"variants", "learning_rates", "seeds", "select", "accumulation", "gradient_checkpointing"}
+"""Options of these sections that do not change what a published number is about."""
 _NULL = "tag:yaml.org,2002:null"
 _OPTION = re.compile(r"--([a-z][a-z0-9-]*)")
 _Options = TypeVar("_Options", bound=Options)
@@ -78,6 +84,9 @@ def make_options(
 ) -> tuple[_Options, ConfigFile | None]:
     """Make options from typed values, over those of the file that the option `config` names.
 
+    Without `config`, a study whose task, data and model are not typed takes the class's `default_config`.
+    If a typed option changes the protocol of a file, its published numbers do not apply any more.
+
     Args:
         options_class: Class of the options.
         typed: Option or hyperparameter -> value. A hyperparameter without an option of its own, such as
@@ -95,13 +104,34 @@ def make_options(
     names = {find_option(key, options_class, HYPERPARAMETERS): value for key, value in typed.items()}
     checked = {name: _check(options_class, name, value, flag(name)) for name, value in names.items()}
     values = _fold_hyperparameters(options_class, checked)
+    if options_class.default_config and not any(map(values.get, ("config", *options_class.own_protocol))):
+        values["config"] = Path(options_class.default_config)
     if values.get("config") is None:
         return options_class(**values), None
     file = read_config(str(values["config"]), options_class, experiment, options_of)
+    merged = _merge(options_class, file.values, values)
+    if EXPECTED in file.values and EXPECTED not in names:
+        changes = _changes(options_class, file.values, values)
+        merged[EXPECTED] = tuple(replace(e, untested=e.untested or changes) for e in merged[EXPECTED])
     try:
-        return options_class(**_merge(options_class, file.values, values)), file
+        return options_class(**merged), file
     except UsageError as error:
         raise file.locate(error, names) from None
+
+
+def _changes(options_class: type[Options], file: Mapping[str, Any], typed: Mapping[str, Any]) -> str:
+    """Return the typed options that change the protocol of a file, in words; empty if none does."""
+    usual, titles = defaults(options_class), sections(options_class)
+    protocol = {name for title in _PROTOCOL_SECTIONS for name in titles.get(title, ())} - _DESIGN
+    found = []
+    for name in typed.keys() & protocol:
+        before, now = file.get(name, usual[name]), typed[name]
+        if isinstance(now, tuple) and options_class.declared()[name].is_pairs:
+            before, now = (), tuple(word for word in now if word not in before)
+        if before != now:
+            shown = [" ".join(map(str, v)) if isinstance(v, tuple) else str(v) for v in (now, before)]
+            found.append(f"{flag(name)} {shown[0]}" + (f" in place of {shown[1]}" if before else ""))
+    return ", ".join(sorted(found))
 
 
 def _fold_hyperparameters(options_class: type[Options], values: Mapping[str, Any]) -> dict[str, Any]:
@@ -191,6 +221,12 @@ def read_config(
             if option == EXPERIMENT:
                 if options_of is not None and node.value != experiment:
                     written_for = options_of(str(_plain(node)))
+                continue
+            if option == EXPECTED and isinstance(node, yaml.SequenceNode):
+                values[option] = ()
+                for entry in node.value:
+                    line = entry.start_mark.line + 1
+                    values[option] += tuple(read_entry(_plain(entry), path.parent))
                 continue
             values[option] = _check(written_for, option, _plain(node), option)
     except UsageError as error:
@@ -289,20 +325,26 @@ def write_config(
     for name, value in ((name, given[name]) for name in ordered):
         if redact_secrets(str(value)) != str(value):
             lines.append(f"# {name} is left out, because it holds a secret.")
+        elif name == EXPECTED:
+            continue
         elif options.declared()[name].saved:
-            is_name = name == "model" and value in built_in_models
-            values[name] = value if is_name else _full_paths(type(options), name, value)
+            values[name] = _full_paths(type(options), name, value, built_in_models)
     for name, value in {EXPERIMENT: experiment, **values}.items():
         text = yaml.safe_dump(value, default_flow_style=True, width=10_000, allow_unicode=True)
         lines.append(f"{name}: {text.removesuffix('...' + chr(10)).strip()}")
+    if EXPECTED in given:
+        entries = [each.to_entry() for each in given[EXPECTED]]
+        texts = (yaml.safe_dump(e, default_flow_style=True, width=10_000, sort_keys=False) for e in entries)
+        lines += [f"{EXPECTED}:", *(f"- {text.strip()}" for text in texts)]
     atomic_files.write_atomically(folder / CONFIG_NAME, "\n".join([*lines, ""]).encode())
 
 
-def _full_paths(options_class: type[Options], name: str, value: Any) -> Any:
-    """Return a value with full paths in place of files and folders, for YAML."""
+def _full_paths(options_class: type[Options], name: str, value: Any, names: Collection[str] = ()) -> Any:
+    """Return a value with full paths in place of files and folders other than `names`, for YAML."""
     if isinstance(value, tuple):
-        return [_full_paths(options_class, name, word) for word in value]
-    if not isinstance(value, (str, Path)):
+        return [_full_paths(options_class, name, word, names) for word in value]
+    is_name = name in ("model", "levels") and (value in names or str(value).isdecimal())
+    if is_name or not isinstance(value, (str, Path)):
         return value
     word = str(value)
     if name == "tracking_uri":

@@ -24,7 +24,7 @@ MAX_NAME_BYTES = 200
 
 
 def default_study_name(
-    script: str, tasks: Sequence[str], model: str | None, sampler: str | None = None
+    script: str, tasks: Sequence[str], model: str | None, design: str | None = None
 ) -> str:
     """Build the name of a study that was started without --study.
 
@@ -32,12 +32,12 @@ def default_study_name(
         script: Name of the experiment script.
         tasks: Names of the tasks, or paths of the files that define them.
         model: Name, folder or hub name of the base model; None to leave it out.
-        sampler: Sampler of a search; None for a grid.
+        design: Sampler of a search, or what the design varies; None for a grid.
 
     Returns:
         The names joined by "-", shortened to a valid name.
     """
-    parts = [script, *(Path(task).stem for task in tasks), Path(model or "").name, sampler]
+    parts = [script, *(Path(task).stem for task in tasks), Path(model or "").name, design]
     return nearest_valid_name("-".join(filter(None, parts)).replace("@", "-"))
 
 

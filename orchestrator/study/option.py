@@ -95,6 +95,9 @@ class Options:
     `--help` leaves them out, and a file of another experiment does not give them."""
     always: ClassVar[tuple[str, ...]] = ()
     """Variants that a study of this experiment always has."""
+    default_config: ClassVar[str] = ""
+    """The preset that a study takes if no option of `own_protocol` and no file is given."""
+    own_protocol: ClassVar[tuple[str, ...]] = ("task", "data", "model", "dry_run")
 
     def __post_init__(self) -> None:
         for name, default in defaults(type(self)).items():

@@ -11,6 +11,7 @@ from pydantic import Field
 from orchestrator.study import names
 from orchestrator.study.config import find_config, shipped_studies
 from orchestrator.study.configuration import HYPERPARAMETERS, Dtype, LRScheduleName
+from orchestrator.study.expected import Expected
 from orchestrator.study.grids import parse_learning_rates, parse_positive_number
 from orchestrator.study.option import Count, Examples, Option, Options, Positive, Text, Words, flag
 from orchestrator.study.space import setting_key
@@ -128,7 +129,7 @@ class StudyOptions(StoreOptions):
     scheduler: Annotated[str, Option(registry="orchestrator.execution.schedulers:SCHEDULERS")] = "none"
     """Early stopping by validation loss, separately for each variant and task, by Ray Tune. Stopped lanes
     are shown as censored; without early stopping they continue. With --evaluations 10, asha takes about a
-    third of the steps (docs/early_stopping.md)."""
+    third of the steps (docs/search.md)."""
     steps: Annotated[
         int | None, HYPERPARAMETERS["steps"].bounds, Option(section="training", sets="steps")
     ] = None
@@ -185,9 +186,12 @@ class StudyOptions(StoreOptions):
     started first."""
     config: Annotated[Path | None, Option("FILE", section="output", saved=False)] = None
     """YAML file with options, such as the study.yaml in the folder of every study, or the name of a study
-    that comes with the program: published-gsm8k-r8, published-gsm8k-r128, published-humaneval,
-    published-glue, published-images. One NAME: VALUE a line, flat or grouped as here. An option on the
-    command line replaces that of the file."""
+    that comes with the program: lr-matters-qwen3-0.6b, lr-matters-32-runs, peft-metamathqa,
+    published-gsm8k-r8, published-gsm8k-r128, published-humaneval, published-glue, published-images. One
+    NAME: VALUE a line, flat or grouped as here. An option on the command line replaces that of the file."""
+    expected: Annotated[Expected, Option("ENTRY")] = ()
+    """Published numbers with which the report compares the study's own, as a list in the file of --config:
+    docs/published.md has the form of an entry."""
     study: Annotated[Text | None, Option(saved=False)] = None
     """Name of the study. Default: script, task and model. The same name extends a study."""
     tracking_uri: Annotated[Text | None, Option("ADDRESS")] = None
@@ -246,6 +250,16 @@ class StudyOptions(StoreOptions):
     def replicate_count(self) -> int:
         """Number of tunings of each variant, each with a seed of its own."""
         return 1
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Base models of each task, where they are what the study varies; empty for --model or the task's."""
+        return ()
+
+    @property
+    def design_name(self) -> str | None:
+        """The part of the default name of a study that names its design; None for a grid."""
+        return None if self.search == "grid" else self.search_method
 
     @property
     def search_method(self) -> str:

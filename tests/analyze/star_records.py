@@ -44,7 +44,7 @@ class Surface:
     def score(self, configuration: Configuration, default: Configuration) -> float:
         """Return the true score."""
         top, optimum = self.top, self.optimum
-        for name in FACTORS:
+        for name in {*FACTORS, *self.aliases}:
             value = get_value(configuration, name)
             top -= self.costs.get((name, value), 0.0)
             if name in self.aliases and value is not None:

@@ -185,6 +185,23 @@ def make_published() -> tuple[pd.DataFrame, pd.DataFrame]:
     return points, best.sort_values("validation_score", ascending=False)
 
 
+def make_transfer(is_number: bool = True) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return the frames `transfer` and `transfer_levels` of three curves, one with a published slope."""
+    curves, levels = [], []
+    for i, curve in enumerate(("lora", "lora, alpha/rank constant", "rslora")):
+        slope, known = (-0.5 * i, -0.5 if i == 1 else math.nan) if is_number else (math.nan, math.nan)
+        row = {"curve": curve, "title": "rank", "slope": slope, "known_slope": known, "log10_rate_at_1": -2.0}
+        curves.append(row)
+        for rank in (2, 4, 8):
+            best = 1e-2 * rank ** (-0.5 * i)
+            ends = {"best_rate_low": best / 2, "best_rate_high": math.nan if i else best * 2}
+            shape = {"rates": [1e-3, 1e-2, 1e-1], "quality": [0.2, 0.9, 0.1]}
+            left_out = "best at the lowest rate" if (i, rank) == (2, 8) else ""
+            place = {"curve": curve, "level": str(rank), "position": rank if is_number else math.nan}
+            levels.append({**place, "best_rate": best, **ends, **shape, "left_out": left_out})
+    return pd.DataFrame(curves), pd.DataFrame(levels)
+
+
 PUBLISHED_PANEL = {**PANEL, "axis": "score in points", "untrained_validation": math.nan}
 NO_RUNS = RUNS.iloc[:0]
 ALL: dict[str, Callable[[], Chart]] = {
@@ -199,6 +216,8 @@ ALL: dict[str, Callable[[], Chart]] = {
     "forest": lambda: charts.forest(PANEL, make_comparison(), 0.01),
     "tuned-curves": lambda: charts.tuned_curves(PANEL, *make_pooled()),
     "factor-bars": lambda: charts.factor_bars(make_factors()),
+    "transfer": lambda: charts.transfer(PANEL, *make_transfer()),
+    "transfer-words": lambda: charts.transfer(PANEL, *make_transfer(is_number=False)),
     "search-points": lambda: charts.search_points(PANEL, *make_search()),
     "cost-scatter": lambda: charts.cost_scatter(make_costs(tuple(PEAKS))),
     "cost-scatter-many": lambda: charts.cost_scatter(make_costs(tuple(MANY))),

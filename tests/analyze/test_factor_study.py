@@ -115,6 +115,17 @@ def test_the_best_rate_of_an_alias_moves_by_the_inverse_of_its_level() -> None:
         assert row["difference_high"] > -0.005
 
 
+def test_the_ratio_of_lora_plus_is_tested_as_alpha_is() -> None:
+    ratio = "lora_plus.ratio"
+    records = star_records(
+        replace(ALIAS, aliases=(ratio,)), template("lora_plus"), (ratio, "rank"), noise=0.001
+    )
+    found = analyze_star(records).replacements
+    assert found["factor"].unique().tolist() == [ratio]
+    assert found["times"].tolist() == pytest.approx([0.25, 4.0])
+    assert found["outcome"].unique().tolist() == ["could"]
+
+
 def test_a_study_of_aliases_alone_does_not_support_the_claim() -> None:
     found = replaced(ALIAS, ("alpha",))
     assert found.replacements["outcome"].unique().tolist() == ["could"]

@@ -37,21 +37,21 @@ def test_an_unreachable_hub_is_refused_in_one_line(
     )
 
 
-def test_local_folders_are_planned_in_full(
-    data: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_local_folders_are_planned_in_full(data: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ORCHESTRATOR_DATA", str(data))
     monkeypatch.setenv("COLUMNS", "200")
-    done = run(SWEEP, "--plan", "--model", str(hub_folder.llama(tmp_path / "llama")))
+    done = run(SWEEP, "--plan")
     assert done.returncode == 0, done.stdout + done.stderr
     lines = dict(line.split(maxsplit=1) for line in done.stdout.splitlines() if " " in line)
     assert lines["Task"] == "metamathqa, 1562 steps of 64"
-    assert lines["Variants"] == "lora rslora dora hira pissa"
-    rates = "rates 1e-06 1e-05 2e-05 5e-05 0.0001 0.0002 0.0005 0.001 0.003 0.01 0.03"
+    assert lines["Variants"] == "lora dora nzlora pissa milora"
+    rates = "rates 2e-06 3.56e-06 6.32e-06 1.12e-05 2e-05 3.56e-05 6.32e-05 "
+    rates += "0.000112 0.0002 0.000356 0.000632 0.00112 0.002"
+    assert lines["Answer"].startswith("key      42 published numbers (28 scores, ")
     assert lines["Learning"].split() == rates.split()
     assert lines["Seeds"] == "3"
-    assert lines["Configurations"] == "165, of them 0 known"
-    assert lines["Steps"] == f"at most {165 * 1562}"
+    assert lines["Configurations"] == "195, of them 0 known"
+    assert lines["Steps"] == f"at most {195 * 1562}"
 
 
 def test_a_plan_prints_what_it_cannot_check(data: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,7 +37,7 @@ def write(root: Path, preset: str) -> Path:
         glue_data.glue(root)
     elif "humaneval" in preset:
         generation_data.codefeedback(root)
-    elif "gsm8k" in preset:
+    else:
         generation_data.metamathqa(root)
     return root
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from configurations import template
 from orchestrator.experiments.hyperparameter_sensitivity import SensitivityOptions
+from orchestrator.experiments.lr_transfer import TransferOptions
 from star_records import RATES, Surface, make_record
 
 from orchestrator.analyze.factors import find_changed_factor
@@ -336,3 +337,66 @@ def test_a_study_of_factors_leaves_typed_rates_as_they_are() -> None:
     rates = parse_learning_rates(options.learning_rates)
     curve = load("sensitivity").make_design(options, given("lora", rates=rates)).request({}.get)
     assert tuple(c.optimizer.learning_rate for c in curve) == rates
+
+
+# The transfer of the rate.
+
+FINE = parse_learning_rates(("1e-3:1e-1:4",))
+
+
+def transfer(*variants: str, **options: Any) -> Design:
+    chosen = TransferOptions(
+        variants=variants, dry_run=True, seeds=2, learning_rates=("1e-3:1e-1:4",), **options
+    )
+    return load("transfer").make_design(chosen, given(*variants, rates=FINE))
+
+
+def test_links_move_a_setting_with_the_factor_and_share_the_level_of_the_template() -> None:
+    runs = transfer("lora", levels=("2", "8"), link=("none", "alpha")).request({}.get)
+    assert {(c.variant.rank, c.variant.alpha) for c in runs} == {(2, 16.0), (8, 16.0), (2, 4.0)}
+    assert len(runs) == 3 * len(FINE) * 2 == len({c.fingerprint for c in runs})
+    runs = transfer("hira", factor="batch_size", levels=("8", "32"), link=("examples",)).request({}.get)
+    start = template("hira")
+    size = start.lr_schedule.steps * start.batches.batch_size
+    assert {c.lr_schedule.steps * c.batches.batch_size for c in runs} == {size}
+
+
+def test_a_level_with_its_best_rate_at_an_end_widens_its_own_grid() -> None:
+    def score(configuration: Configuration) -> float:
+        return 0.9 - 0.1 * abs(log_rate(configuration) + (0.5 if configuration.variant.rank == 4 else 2.0))
+
+    design = transfer("lora", levels=("2", "4"), link=("none",), by="score")
+    records = train_all(design, score)
+    highest = {
+        rank: max(
+            c.optimizer.learning_rate
+            for c in (r.configuration for r in records.values())
+            if c.variant.rank == rank
+        )
+        for rank in (2, 4)
+    }
+    assert highest[2] == 0.1
+    assert highest[4] > 10**-0.5
+
+
+def test_levels_that_are_impossible_are_left_out_and_named() -> None:
+    design = transfer("lora", "full", levels=("2", "4"), link=("none",))
+    assert design.notes == ("full has no rank: left out.",)
+    assert {c.variant.name for c in design.request({}.get)} == {"lora"}
+    with pytest.raises(UsageError, match="fewer than two levels"):
+        transfer("full", levels=("2", "4"), link=("none",))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"factor": "steps"}, "name its levels"),
+        ({"levels": ("8",)}, "one level"),
+        ({"levels": ("8", "x")}, "'x' is not a number"),
+        ({"factor": "steps", "levels": ("8", "16"), "link": ("alpha",)}, "none or examples"),
+        ({"factor": "model", "levels": ("a", "b"), "model": "c"}, "name the models with --levels"),
+    ],
+)
+def test_wrong_levels_and_links_are_refused(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        TransferOptions(**options)

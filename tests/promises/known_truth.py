@@ -11,7 +11,7 @@ import json
 import math
 import random
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,9 @@ class Run:
     seed: int
     dropout: float
     batch_size: int
+    # Not in the text of a run, from which its noise follows.
+    rank: int = field(default=8, repr=False)
+    alpha: float = field(default=16.0, repr=False)
 
     def bell(self, optimum: float, top: float, width: float = 0.8) -> float:
         """Return a score that is Gaussian in the logarithm of the rate, with `top` at the rate `optimum`.
@@ -80,7 +83,8 @@ def run_of(configuration: Mapping[str, Any]) -> Run:
     """Return the run of a record's configuration."""
     variant, batches = configuration["variant"], configuration["batches"]
     rate, seed = configuration["optimizer"]["learning_rate"], configuration["seed"]
-    return Run(variant["name"], rate, seed, variant["dropout"], batches["batch_size"])
+    shape = variant["rank"], variant["alpha"] or 16.0
+    return Run(variant["name"], rate, seed, variant["dropout"], batches["batch_size"], *shape)
 
 
 def write_record(store: Path, fingerprint: str, configuration: Mapping[str, Any], truth: Truth) -> None:
@@ -88,7 +92,11 @@ def write_record(store: Path, fingerprint: str, configuration: Mapping[str, Any]
     steps = configuration["lr_schedule"]["steps"]
     scores = truth(run_of(configuration))
     evaluations = [
-        {"step": steps, "split": split, "scores": {"loss": 1.0, METRIC: min(1.0, max(0.0, score))}}
+        {
+            "step": steps,
+            "split": split,
+            "scores": {"loss": -math.log(score), METRIC: min(1.0, max(0.0, score))},
+        }
         for split, score in zip(("validation", "test"), scores or (), strict=False)
     ]
     record = {
@@ -149,6 +157,13 @@ FACTORS: dict[str, Any] = {
     "levels": 1,
     "variants": ["lora", "dora"],
 }
+TRANSFER: dict[str, Any] = {
+    "variants": ["lora", "rslora"],
+    "levels": [2, 4, 8, 16],
+    "learning_rates": ["3.16e-4:3.16e-2:4"],
+    "seeds": 3,
+    "widen": 0,
+}
 
 
 def curves(run: Run) -> tuple[float, float] | None:
@@ -195,10 +210,30 @@ def factors(dropout: float = 0.01, gain: float = 0.45) -> Truth:
     return truth
 
 
+def transfer(slope: float | None = None, optimum: float = 4e-3) -> Truth:
+    """Return a truth for the study `transfer`, in which the best rate is a power of the rank.
+
+    Args:
+        slope: The power; None for those of muA (arXiv 2602.06204): the best rate is proportional to
+            1 / sqrt(rank x multiplier), and the multiplier is alpha/rank, or alpha/sqrt(rank) for rsLoRA.
+        optimum: The best rate at rank 8 and alpha 16.
+    """
+
+    def truth(run: Run) -> tuple[float, float]:
+        relative = run.alpha / 16 * (math.sqrt(run.rank / 8) if run.variant == "rslora" else 1.0)
+        moved = relative**-0.5 if slope is None else (run.rank / 8) ** slope
+        shift = run.noise(0.02, of="seed") + random.Random(f"{run.seed} {run.rank}").gauss(0, 0.02)
+        score = run.bell(optimum * moved * 10**shift, 0.9, width=0.6)
+        return score + run.noise(0.001), score + run.noise(0.001, of="test")
+
+    return truth
+
+
 STUDIES: dict[str, tuple[str, Truth, dict[str, Any]]] = {
     "grid": ("study", curves, GRID),
     "tuned": ("tuned", tuned({"pissa": 0.95}), TUNED),
     "factors": ("sensitivity", factors(), FACTORS),
+    "transfer": ("transfer", transfer(), TRANSFER),
 }
 """Name of a study -> its subcommand, its truth and its options."""
 

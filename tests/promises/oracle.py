@@ -1,11 +1,11 @@
-"""The expected outputs of five studies, frozen in the files of `oracle/`.
+"""The expected outputs of six studies, frozen in the files of `oracle/`.
 
-Three are reports on studies of known truth, one is the report on the published scores, and one is the records
+Four are reports on studies of known truth, one is the report on the published scores, and one is the records
 of a trained study. The files have outcomes, best rates, scores with intervals, states and contrasts by
 variant. Only the functions of this module depend on the format of `summary.json` and of records. After an
 intended change of the numbers, write the files again (`trained` starts Ray):
 
-    python tests/promises/oracle.py [study tuned sensitivity published trained]
+    python tests/promises/oracle.py [study tuned sensitivity transfer published trained]
 """
 
 from __future__ import annotations
@@ -21,7 +21,13 @@ import as_a_user
 import known_truth
 
 FOLDER = Path(__file__).with_name("oracle")
-STUDY = {"study": "grid", "tuned": "tuned", "sensitivity": "factors", "published": "published"}
+STUDY = {
+    "study": "grid",
+    "tuned": "tuned",
+    "sensitivity": "factors",
+    "transfer": "transfer",
+    "published": "published",
+}
 """Name of a file in `oracle/` -> name of the study."""
 PUBLISHED = ("published", "--task", "gsm8k", "glue")
 TRAINED = ("--variants", "lora", "pissa", "hira", "--learning-rates", "3e-3", "1e-2", "1e3", "--seeds", "1")
@@ -93,6 +99,19 @@ def effects(summary: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def transfer(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """Return curve -> the slope of its best rate, the published one, and what carrying a rate over loses."""
+    return {
+        row["curve"]: {
+            "slope": _estimate(row, "slope"),
+            "published": row["known_slope"],
+            "lost": [row["worst_pair"], *_estimate(row, "worst")],
+            "left out": row["left_out"],
+        }
+        for row in summary["transfer"]
+    }
+
+
 def _lost(summary: Mapping[str, Any]) -> dict[str, Any]:
     """Return for each variant [value, low, high] of the score that it loses at LoRA's best rate."""
     return {row["variant"]: _estimate(row, "lost") for row in summary["best"]}
@@ -131,6 +150,8 @@ def report(name: str, folder: Path) -> dict[str, Any]:
     found["states"] = summary["states"]
     if name == "tuned":
         return found | {"rows": rows(summary), "reversals": reversals(summary)}
+    if name == "transfer":
+        return found | {"curves": transfer(summary)}
     found["best"] = best(summary)
     return found | ({"lost": _lost(summary)} if name == "study" else {"effects": effects(summary)})
 
@@ -204,7 +225,7 @@ def _rounded(data: Any) -> Any:
 
 def main() -> None:
     """Write the files that the command line names, or all of them."""
-    names = sys.argv[1:] or ["study", "tuned", "sensitivity", "published", "trained"]
+    names = sys.argv[1:] or [*STUDY, "trained"]
     FOLDER.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)

@@ -1,4 +1,4 @@
-"""Promise 5: `study`, `tuned`, `sensitivity` and `published` answer rightly on studies of known truth.
+"""Promise 5: the questions and `published` answer rightly on studies of known truth.
 
 The scores come from formulas (known_truth.py), so no model is trained. Whole reports are compared with frozen
 ones (oracle.py).
@@ -56,7 +56,7 @@ def copy_results(folder: Path, to: Path) -> None:
     shutil.copytree(folder / "results", to / "results", ignore=unneeded)
 
 
-@pytest.mark.parametrize("question", ["study", "tuned", "sensitivity"])
+@pytest.mark.parametrize("question", ["study", "tuned", "sensitivity", "transfer"])
 def test_the_report_is_the_frozen_one(question: str, answered: Callable[[str], Path]) -> None:
     assert not oracle.differences(
         oracle.report(question, answered(oracle.STUDY[question])), oracle.frozen(question)
@@ -213,6 +213,36 @@ def test_what_a_factor_costs_lies_in_its_interval(answered: Callable[[str], Path
         mean, low, high = effects["dropout"]["set blindly"]
         assert mean == pytest.approx(0.005, abs=0.002)
         assert low < 0.005 < high
+
+
+def test_the_slope_of_the_best_rate_lies_in_its_interval(answered: Callable[[str], Path]) -> None:
+    results = orchestrator.load("transfer", output=answered("transfer") / "results")
+    rows = results.transfer.set_index("curve")
+    truth = {"lora": 0.0, "lora, alpha/rank constant": -0.5, "rslora": -0.25}
+    assert rows["known_slope"].dropna().to_dict() == truth
+    for curve, slope in {**truth, "rslora, alpha/rank constant": -0.75}.items():
+        assert rows.loc[curve, "slope_low"] < slope < rows.loc[curve, "slope_high"]
+        assert rows.loc[curve, "slope"] == pytest.approx(slope, abs=0.05)
+    assert "Multiply the rate by 0.7" in results.verdicts.set_index("scope")["answer"][list(truth)[1]]
+    assert len(results.transfer_levels) == 16
+
+
+@pytest.mark.parametrize(
+    ("truth", "outcome", "answer"),
+    [
+        (known_truth.transfer(slope=0.0, optimum=3.16e-3), "supported", "Keep the rate"),
+        (known_truth.transfer(slope=-1.0), "refuted", "Multiply the rate by 0.5"),
+        (known_truth.transfer(optimum=0.1), "undecided", "Left out: 2 (best at the highest rate)"),
+    ],
+    ids=["it stays", "it moves", "at the edge"],
+)
+def test_whether_the_best_rate_carries_over(
+    truth: known_truth.Truth, outcome: str, answer: str, again: Callable[..., Any]
+) -> None:
+    verdicts = again("transfer", truth).verdicts.set_index("scope")
+    assert verdicts.loc["lora", "outcome"] == outcome
+    assert answer in verdicts.loc["lora", "answer"]
+    assert ("--widen" in verdicts.loc["lora", "next_command"]) == (outcome == "undecided")
 
 
 def test_the_survey_ranks_lora_third_on_gsm8k_and_seventh_on_glue(surveyed: Path) -> None:

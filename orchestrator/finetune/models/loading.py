@@ -385,6 +385,11 @@ def read_config(choice: ModelChoice, root: Path) -> Any:
     return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
 
 
+def hidden_size(choice: ModelChoice, root: Path) -> int:
+    """Return the width of a prepared model: the hidden size of its text model."""
+    return int(read_config(choice, root).get_text_config().hidden_size)
+
+
 def _auto_class(task: Task) -> tuple[Any, dict[str, Any]]:
     """Return the transformers class for a task, and the values to set in the model's configuration."""
     import transformers

@@ -18,6 +18,7 @@ from orchestrator.finetune.resolve.option_names import (
     fill_accumulation,
     variant_hyperparameters,
 )
+from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.finetune.tasks import names as task_names
 from orchestrator.finetune.tasks.base import Task
 from orchestrator.finetune.tasks.data_task import DataTask
@@ -305,6 +306,29 @@ def check_attach(configurations: Sequence[Configuration], task: Task, bases: Pat
         except ValueError as error:
             reason = " ".join(str(error).split())  # PEFT's and transformers' errors may have many lines
             raise UsageError(f"{choice.name} with {variant.name}: {reason}") from None
+
+
+def count_trainable(configuration: Configuration, bases: Path) -> int:
+    """Return the number of trainable parameters of a variant's adapters, without a head.
+
+    Raises:
+        UsageError: The base model is not on this machine yet, or the variant does not fit it.
+    """
+    from orchestrator.finetune.engine.lane import variant_settings
+    from variants.adapters import attach
+    from variants.describe import count_parameters
+
+    choice, variant, task = configuration.model, configuration.variant, tasks.get(configuration.task.name)
+    if not loading.has_config(choice):
+        raise UsageError(
+            f"--link parameters: the layers of {choice.name} are unknown until it is on this machine; start "
+            "without --plan, or run `lora-orchestrator fetch model`."
+        )
+    model, heads = loading.build_meta_model(choice, bases, task)
+    rule, settings = catalogue.get(variant.name), variant_settings(configuration)
+    layers = attach(model, rule, settings, variant.targets, heads).layers
+    shapes = {name: layer.frozen_layer.shape for name, layer in layers.items()}
+    return count_parameters(rule, settings, shapes) or 0
 
 
 def _check_inputs(model: ModelChoice, task: Task, bases: Path) -> None:
