@@ -118,7 +118,7 @@ def test_the_best_rate_of_an_alias_moves_by_the_inverse_of_its_level() -> None:
 def test_the_ratio_of_lora_plus_is_tested_as_alpha_is() -> None:
     ratio = "lora_plus.ratio"
     records = star_records(
-        replace(ALIAS, aliases=(ratio,)), template("lora_plus"), (ratio, "rank"), noise=0.001
+        replace(ALIAS, aliases=(ratio,)), template("lora_plus", ratio=16.0), (ratio, "rank"), noise=0.001
     )
     found = analyze_star(records).replacements
     assert found["factor"].unique().tolist() == [ratio]
