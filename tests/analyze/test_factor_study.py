@@ -76,34 +76,22 @@ def replaced(surface: Surface, names: tuple[str, ...] = ("alpha", "rank"), **mor
     return analyze_star(star_records(surface, names=names, noise=0.001, **more))
 
 
-LOWER = {("alpha", 1024.0): 0.05}
-
-
 @pytest.mark.parametrize(
     ("surface", "outcome", "claim_1"),
     [
         (ALIAS, "could", "supported"),
-        (replace(ALIAS, costs={**ALIAS.costs, **LOWER}), "could not", "undecided (range)"),
+        (replace(ALIAS, costs={**ALIAS.costs, ("alpha", 1024.0): 0.05}), "could not", "undecided (range)"),
         (replace(ALIAS, costs={**ALIAS.costs, ("alpha", 1024.0): -0.05}), "could not", "undecided (range)"),
         (replace(SURFACE, aliases=()), "open", "supported"),
         (SURFACE, "open", "undecided (range)"),
     ],
-    ids=[
-        "an alias",
-        "a level is worse",
-        "a level is better",
-        "the best rate at an end",
-        "the grid is coarse",
-    ],
+    ids=["an alias", "a level is worse", "a level is better", "the best rate at an end", "a coarse grid"],
 )
 def test_the_rate_could_replace_alpha_if_no_level_changes_the_best_score(
     surface: Surface, outcome: str, claim_1: str
 ) -> None:
     found = replaced(surface)
     assert found.replacements["outcome"].unique().tolist() == [outcome]
-    words = {"could": "supported", "could not": "refuted", "open": "undecided"}
-    assert found.verdicts["outcome"][1] == words[outcome]
-    assert found.verdicts["claim"][1] == "The learning rate could replace alpha."
     assert claim(found)["outcome"] == claim_1
     assert factor(found, "alpha")["alias"] == (outcome == "could")
 
