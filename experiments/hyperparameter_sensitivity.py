@@ -14,8 +14,9 @@ Results are kept: the same command again trains nothing; one more factor, level,
 range of rates, trains only what is new. The rehearsal has two variants, two seeds and two factors.
 
 The size of the study: a curve over 4.5 decades has 19 rates. Each further level of a factor has up to 6: the
-five around the best rate, and that of the published default. Eight factors with two further levels each, and
-5 seeds, take about 600 fine-tunes a variant; --plan gives the number, the time and the price.
+five around the best rate, and that of the published default. A level of alpha or of LoRA+'s ratio has 8
+to 15, because it may have a best rate of its own. Eight factors with two further levels each, and 5 seeds,
+take about 600 fine-tunes a variant; --plan gives the number, the time and the price.
 """
 
 from __future__ import annotations

@@ -14,13 +14,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,6 +36,8 @@ from scipy import stats as scipy_stats
 from star_studies import ROWS, claim_cases, claim_share, interval_shares
 
 from orchestrator.analyze import ratios, stats
+from orchestrator.analyze.effects import find_center
+from orchestrator.analyze.replacement import Sweep, judge_replacement
 from orchestrator.analyze.transfer import slope_interval
 
 Floats = NDArray[np.float64]
@@ -361,6 +365,67 @@ def ratio_rows(design: str, shape: str, n: int, studies: int, seed: int) -> list
     return [Row("ratios", case, "coverage of the ratio", 100 * covered / studies, limits, studies)]
 
 
+def replacement_rows(shape: str, noise: float, seeds: int, studies: int, seed: int) -> list[Row]:
+    """Measure how often the learning rate is called a replacement for alpha, and no replacement.
+
+    Alpha acts as a rate: k times its default has its best rate at 1 / k. The level x 64 also lowers the best
+    score by 0, 1 or 3 margins of 1 point. The rates of a level are those of `sensitivity`.
+
+    Args:
+        shape: The score over the rate: "narrow" (a bell of width 0.8 decades; runs collapse 0.8 decades above
+            its top), "wide" (width 2), or "cliff" (width 0.8; runs collapse directly above the top).
+        noise: The standard deviation of the noise of a seed, and of that of a run.
+        seeds: The number of seeds.
+        studies: The number of studies.
+        seed: The seed of the random numbers.
+    """
+    from orchestrator.launch.designs import level_rates
+
+    generator, margin = np.random.default_rng(seed), 0.01
+    width, cliff = {"narrow": (0.8, 0.8), "wide": (2.0, 2.0), "cliff": (0.8, 0.01)}[shape]
+    rates = [10.0 ** (k / 4) for k in range(-16, -3)]
+
+    def study(cost: float) -> str:
+        best, by_seed = generator.uniform(-2.6, -2.4), noise * generator.standard_normal(seeds)
+        runs: dict[tuple[float, float], Floats] = {}
+
+        def scores(times: float, rate: float) -> Floats:
+            if (times, rate) not in runs:
+                distance = math.log10(rate * times) - best
+                true = 0.9 * math.exp(-((distance / width) ** 2)) - cost * (times == 64)
+                own = true + by_seed + noise * generator.standard_normal(seeds)
+                items = noise / 2 * generator.standard_normal((2, seeds))
+                runs[times, rate] = (own + items) * (distance < cliff)
+            return runs[times, rate]
+
+        def means(times: float, swept: Sequence[float]) -> list[float]:
+            return [float(scores(times, rate)[0].mean()) for rate in swept]
+
+        def sweep(times: float, swept: Sequence[float]) -> Sweep:
+            choices, values = np.array([scores(times, rate) for rate in swept]).transpose(1, 0, 2)
+            return Sweep(np.log10(swept), tuple(range(seeds)), choices, values)
+
+        center = find_center(rates, means(1.0, rates), [seeds] * len(rates))[1]
+        levels = [0.25, 1.0, 64.0]
+        swept = [
+            rates if t == 1 else level_rates(rates, center, math.log10(t), partial(means, t)) for t in levels
+        ]
+        return judge_replacement(list(map(sweep, levels, swept)), 1, levels, margin).outcome
+
+    found = {cost: [study(cost * margin) for _ in range(studies)] for cost in (0, 1, 3)}
+    case = f"{shape}, noise {100 * noise:g} points, {seeds} seeds"
+    return [
+        Row("replacement", case, quantity, 100 * found[cost].count(outcome) / studies, limits, studies)
+        for cost, outcome, quantity, limits in (
+            (0, "could not", "error, the same score: could not", ERROR),
+            (1, "could", "error, 1 margin lower: could", ERROR),
+            (1, "could not", "error, 1 margin lower: could not", ERROR),
+            (0, "could", "the same score: could", NO_LIMITS),
+            (3, "could not", "3 margins lower: could not", NO_LIMITS),
+        )
+    ]
+
+
 def claim_rows(index: int, seeds: int, studies: int, seed: int) -> list[Row]:
     """Measure how often claim 1 has the outcome that a case of `claim_cases` counts."""
     case = claim_cases()[index]
@@ -396,6 +461,12 @@ def list_tasks(replicates: int) -> list[Task]:
         for design in ("grid", "tuned")
         for shape in ("bell", "cliff")
         for n in seeds
+    ]
+    tasks += [
+        ("replacement", replacement_rows, (shape, noise, n), replicates)
+        for shape in ("narrow", "wide", "cliff")
+        for noise in (0.003, 0.014)
+        for n in (3, 5)
     ]
     tasks += [("claims", claim_rows, (i, 5), replicates) for i in range(len(claim_cases()))]
     tasks += [("tuning", tuning_rows, (noise, 4), many) for noise in noises]

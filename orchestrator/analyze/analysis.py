@@ -58,7 +58,7 @@ def analyze(study: StudyFile, records: Iterable[Record]) -> Results:
 
         stars = find_stars(study.in_order(kept))
         found = FactorStudy(stars, frame, study.settings)
-        more = {"factors": found.factors, "claims": found.claims}
+        more = {"factors": found.factors, "replacements": found.replacements, "claims": found.claims}
         if stars:
             shown = frame[frame["fingerprint"].isin([f for star in stars for f in star.curve])]
     if kind == "transfer":

@@ -862,7 +862,7 @@ def factor_bars(factors: pd.DataFrame) -> Chart:
         facet = _facet(_plot(table, layers, size, 36 * len(rows)), "variant", variants, columns)
         looks = zip(_LOSSES, ("circle", "diamond"), (True, False), strict=True)
         entries = [(loss, shape, loss, filled) for loss, shape, filled in looks]
-        entries += [("* acts as a learning rate", _NOTHING, "", False)] if factors["alias"].any() else []
+        entries += [("* the rate could replace it", _NOTHING, "", False)] if factors["alias"].any() else []
         return _stack(factors.iloc[0], width, "", _key(entries, color, width, extent), facet)
 
     text = f"Lost test score of each factor of {', '.join(variants)}, {factors['panel'].iloc[0]}"

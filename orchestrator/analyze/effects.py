@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -270,8 +270,8 @@ def loss_off_by(values: Scores, positions: Sequence[float], optimum: float, dist
 
 # -- claim 1: the learning rate matters most
 #
-# The alias group are the factors that act like a learning rate, such as alpha. Each factor h outside the
-# alias group is compared with the learning rate twice: A(rate) with A(h), and B(rate | h) with B(h).
+# Each factor h is compared with the learning rate twice: A(rate) with A(h), and B(rate | h) with B(h). A
+# factor that the rate could replace (see `replacement`) is no other hyperparameter and does not count.
 #
 # - The claim is supported if the rate's loss exceeds the factor's loss by more than the margin in all
 #   comparisons. This is an intersection-union test (Berger 1982), with each comparison at the full level.
@@ -335,6 +335,23 @@ def contrast(differences: Scores, margin: float) -> Contrast:
     return Contrast(n, mean, lower, upper, std, p_more, p_less)
 
 
+def or_replaced(contrasts: Sequence[Contrast], p_could: float, p_could_not: float) -> list[Contrast]:
+    """Combine the contrasts of a factor with the test whether the learning rate could replace it.
+
+    The claim holds against the factor if the rate could replace it or if both losses of the rate are larger.
+    If the claim does not hold, both of these are false, so twice the smaller p value is valid (Bonferroni).
+    The claim fails if the rate could not replace the factor and the factor's loss is larger. The larger p
+    value is valid, as in an intersection-union test.
+
+    Args:
+        contrasts: The contrasts of A and of B.
+        p_could: The p value of the null hypothesis that the rate could not replace the factor.
+        p_could_not: The p value of the null hypothesis that it could.
+    """
+    p_more = min(1.0, 2 * min(p_could, max(c.p_more for c in contrasts)))
+    return [replace(c, p_more=p_more, p_less=max(p_could_not, c.p_less)) for c in contrasts]
+
+
 class ClaimTest(NamedTuple):
     """The test of claim 1 for one variant and task. The fields are columns of `Results.claims`.
 
@@ -360,7 +377,7 @@ def combine_contrasts(contrasts: Sequence[Contrast]) -> tuple[float, float]:
     """Return the p value of support and the p value of refutation at one range of the rate.
 
     Args:
-        contrasts: The contrasts of A and of B for all factors outside the alias group.
+        contrasts: The contrasts of A and of B for all factors.
     """
     if not contrasts:
         return 1.0, 1.0
@@ -372,8 +389,7 @@ def judge_claim(contrasts: Mapping[float, Sequence[Contrast]]) -> ClaimTest:
     """Test claim 1 at all ranges of the rate.
 
     Args:
-        contrasts: Each of `RANGE_SCALES` -> the contrasts of A and of B for all factors outside the alias
-            group.
+        contrasts: Each of `RANGE_SCALES` -> the contrasts of A and of B for all factors.
     """
     tests = [combine_contrasts(contrasts[scale]) for scale in RANGE_SCALES]
     half, measured, double = (_claim_outcome(*p_values) for p_values in tests)

@@ -8,8 +8,8 @@ one star for each variant, task and base model. A star consists of these runs:
   rate and the seed.
 
 The module `effects` defines the losses A, B, B(rate | h) and D, the gain C and the configuration x*. The
-alias group are the factors that act like a learning rate, such as alpha. They are not compared with the
-learning rate.
+alias group are the factors that may act as a learning rate, such as alpha. The module `replacement` tests
+whether the rate could replace them. A factor that it could replace does not count against claim 1.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from orchestrator.analyze import effects, stats
 from orchestrator.analyze.comparison import CONTROLS
+from orchestrator.analyze.replacement import Replacement, Sweep, judge_replacement
 from orchestrator.analyze.runs import Split, finite
 from orchestrator.record.schema import Record
 from orchestrator.record.study_file import AnalysisSettings
@@ -68,6 +69,7 @@ class Arm:
         gain: The gain C of the factor (see `effects`), shape (n,). The n seeds are those for which every
             level has a score at the published default rate; n may be 0.
         fingerprints: The runs at the levels other than the default.
+        sweeps: For a factor of the alias group, the scores of each level at all of its own rates.
     """
 
     factor: Factor
@@ -79,6 +81,7 @@ class Arm:
     values: Scores
     gain: Scores
     fingerprints: tuple[str, ...]
+    sweeps: tuple[Sweep, ...] = ()
 
     @property
     def positions(self) -> list[float]:
@@ -336,6 +339,16 @@ def _score(record: Record | None, split: Split, by: Literal["score", "loss"]) ->
     return score
 
 
+def _sweep(level: Level, rates: Sequence[float]) -> Sweep:
+    """Return the scores of a level at those of some rates at which it has any."""
+    seeds = sorted(level.seeds)
+    scores = score_array([level], rates, seeds)
+    known: NDArray[np.bool_] = np.asarray(np.isfinite(scores).all(axis=(0, 1)))
+    scored = known.sum(axis=1) > 0
+    complete, choices, values = _without_gaps(scores[:, :, scored], seeds)
+    return Sweep(np.log10(list(compress(rates, scored))), complete, choices[0], values[0])
+
+
 def _build_arm(
     factor: Factor, levels: Sequence[Level], curve_rates: Sequence[float], center: float
 ) -> Arm | None:
@@ -378,6 +391,11 @@ def _build_arm(
         values=values,
         gain=effects.gain(published_values[:, 0], published_choices[:, 0], default),
         fingerprints=tuple(name for level in levels[1:] for name in level.fingerprints),
+        sweeps=tuple(
+            _sweep(level, curve_rates if level is levels[0] else sorted(level.rates))
+            for level in ordered
+            if factor.alias
+        ),
     )
 
 
@@ -385,7 +403,7 @@ def _build_arm(
 
 
 class FactorStudy:
-    """The frames `factors` and `claims` of a sensitivity study, see `Results`."""
+    """The frames `factors`, `replacements` and `claims` of a sensitivity study, see `Results`."""
 
     def __init__(self, stars: Sequence[Star], runs: pd.DataFrame, settings: AnalysisSettings) -> None:
         """Estimate the effects of all factors and test claim 1.
@@ -397,7 +415,7 @@ class FactorStudy:
         """
         import pandas as pd
 
-        factors, claims = [], []
+        factors, replacements, claims = [], [], []
         runs = runs.set_index("fingerprint")
         for panel, group in groupby(stars, lambda star: str(runs.loc[star.curve[0], "panel"])):
             own = list(group)
@@ -406,24 +424,65 @@ class FactorStudy:
                 has = {arm.factor for arm in star.arms}
                 missing = ", ".join(factor.title for factor in measured if factor not in has)
                 about = {"panel": panel, "variant": star.default.variant.name}
-                compared = [_Comparison(star, arm) for arm in star.arms]
+                compared = [_Comparison(star, arm, settings.margin) for arm in star.arms]
                 rows = [_arm_row(each, settings.margin, runs["label"]) for each in compared]
                 rows.sort(key=lambda row: -np.nan_to_num(row["misset"]))
-                judged = [each for each in compared if not each.arm.factor.alias]
-                factors += [about | row for row in (_rate_row(star, judged, runs["label"]), *rows)]
+                others = [each for each in compared if not each.is_replaced]
+                factors += [about | row for row in (_rate_row(star, others, runs["label"]), *rows)]
                 counted = about["variant"] not in {*CONTROLS, *settings.unverified}
-                claim = _claim_row(star, judged, settings.margin)
+                claim = _claim_row(star, compared, settings.margin)
                 claims.append(about | {"counted": counted, "missing": missing} | claim)
-        self.factors, self.claims = pd.DataFrame(factors), pd.DataFrame(claims)
+                replacements += [about | {"counted": counted} | row for e in compared for row in e.rows()]
+        self.factors, self.claims, self.replacements = map(pd.DataFrame, (factors, claims, replacements))
 
 
 class _Comparison:
-    """The losses of one factor and of the learning rate, for each seed that the arm and the curve share."""
+    """The losses of one factor and of the learning rate, for each seed that the arm and the curve share.
 
-    def __init__(self, star: Star, arm: Arm) -> None:
+    A factor of the alias group also has the test whether the rate could replace it (`replacement`), and
+    shares the seeds that have the scores for this test.
+    """
+
+    def __init__(self, star: Star, arm: Arm, margin: float) -> None:
         self.star, self.arm = star, arm
-        _, own, self._columns = np.intersect1d(arm.seeds, star.seeds, return_indices=True)
+        self.replacement: Replacement | None = None
+        shared = set(arm.seeds) & set(star.seeds)
+        if arm.sweeps:
+            times = [10 ** (x - arm.positions[arm.default]) for x in arm.positions]
+            self.replacement = judge_replacement(arm.sweeps, arm.default, times, margin)
+            shared &= set(self.replacement.seeds)
+        own = [arm.seeds.index(seed) for seed in sorted(shared)]
+        self._columns = [star.seeds.index(seed) for seed in sorted(shared)]
         self._scores = arm.values[:, :, own], arm.choices[:, :, own], arm.default
+
+    @property
+    def is_replaced(self) -> bool:
+        """Whether the rate could replace the factor, by the test."""
+        return self.replacement is not None and self.replacement.outcome == "could"
+
+    def retuned(self) -> Scores:
+        """Return B of the factor: for the alias group over the rates of each level, else over the arm's."""
+        if self.replacement is None:
+            return effects.retuned(*self._scores, self.arm.weights)
+        shared = [self.replacement.seeds.index(self.star.seeds[column]) for column in self._columns]
+        tops = self.replacement.tops[:, shared]
+        loss: Scores = tops[self.arm.default] - self.arm.weights @ tops
+        return loss
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return the rows of the factor in `Results.replacements`."""
+        arm, found = self.arm, self.replacement
+        if found is None:
+            return []
+        levels = [level for i, level in enumerate(arm.levels) if i != arm.default]
+        about: dict[str, Any] = {
+            "factor": arm.factor.name,
+            "title": arm.factor.title,
+            "outcome": found.outcome,
+        }
+        about |= {"p_could": found.p_could, "p_could_not": found.p_could_not, "seeds": len(found.seeds)}
+        named = zip(levels, found.rows, strict=False)  # without a seed there is no row
+        return [about | {"level": arm.factor.label(level)} | row for level, row in named]
 
     def retuned_rate(self, scale: float) -> Scores:
         """Return B(rate | h) for the factor h of this arm, shape (shared seeds,).
@@ -450,23 +509,34 @@ class _Comparison:
         Returns:
             The differences of A and the differences of B, each of shape (shared seeds,).
         """
-        misset, retuned = (f(*self._scores, self.arm.weights) for f in (effects.misset, effects.retuned))
-        misset_rate = self.star.misset_rate(scale, self._columns.tolist(), self.arm.rates)
-        return [misset_rate - ratio * misset, self.retuned_rate(scale) - ratio * retuned]
+        misset = effects.misset(*self._scores, self.arm.weights)
+        misset_rate = self.star.misset_rate(scale, self._columns, self.arm.rates)
+        return [misset_rate - ratio * misset, self.retuned_rate(scale) - ratio * self.retuned()]
 
-    def contrasts(self, scale: float, margin: float) -> list[effects.Contrast]:
+    def contrasts(
+        self, scale: float, margin: float, ratio: float = 1.0, may_replace: bool = False
+    ) -> list[effects.Contrast]:
         """Return the contrast of A and the contrast of B.
 
         If the rates of the arm do not cover the whole range of the rate, B(rate | h) is too small. The
         contrast of B then cannot refute the claim, so its `p_less` is set to 1.
 
+        Claim 1 holds against a factor of the alias group also if the rate could replace it, and fails only if
+        it could not. Their p values are combined with those of the contrasts (`effects.or_replaced`).
+
         Args:
             scale: The range of the rate, as a multiple of the curve's range.
             margin: The smallest difference of the score that matters.
+            ratio: The multiple of the factor's loss, see `differences`.
+            may_replace: Whether the claim holds if the rate could replace the factor.
         """
-        by_a, by_b = (effects.contrast(d, margin) for d in self.differences(scale))
+        by_a, by_b = (effects.contrast(d, margin) for d in self.differences(scale, ratio))
         covers = all(is_near(10**end, self.star.center) for end in self.star.rate_ends(scale))
-        return [by_a, by_b if covers else replace(by_b, p_less=1.0)]
+        found = [by_a, by_b if covers else replace(by_b, p_less=1.0)]
+        if self.replacement is None:
+            return found
+        p_could = self.replacement.p_could if may_replace else 1.0
+        return effects.or_replaced(found, p_could, self.replacement.p_could_not)
 
 
 def _fields(name: str, per_seed: Scores | None) -> dict[str, float]:
@@ -502,17 +572,17 @@ def _arm_row(compared: _Comparison, margin: float, labels: pd.Series) -> dict[st
     row: dict[str, Any] = {
         "factor": factor.name,
         "title": factor.title,
-        "alias": factor.alias,
+        "alias": compared.is_replaced,
         "levels": ", ".join(factor.label(level) for level in arm.levels),
         "default": factor.label(arm.levels[arm.default]),
         **_fields("misset", effects.misset(*own, arm.weights)),
-        **_fields("retuned", effects.retuned(*own, arm.weights)),
+        **_fields("retuned", compared.retuned() if arm.sweeps else effects.retuned(*own, arm.weights)),
         **_fields("gain", arm.gain),
         **_fields("off_by_2", off_by(FACTOR_2)),
         **_fields("off_by_half_decade", off_by(HALF_DECADE)),
         **_fields("rate_retuned", compared.retuned_rate(1.0)),
         **_counts(arm.fingerprints, labels),
-        "edge_levels": ", ".join(_edge_levels(arm)),
+        "edge_levels": ", ".join(_edge_levels(arm, compared.replacement)),
     }
     for name, contrast in zip(("misset", "retuned"), compared.contrasts(1.0, margin), strict=True):
         seeds = effects.seeds_to_support(contrast, margin)
@@ -524,13 +594,16 @@ def _arm_row(compared: _Comparison, margin: float, labels: pd.Series) -> dict[st
     return row
 
 
-def _edge_levels(arm: Arm) -> list[str]:
+def _edge_levels(arm: Arm, replacement: Replacement | None) -> list[str]:
     """Return the labels of the levels whose best rate is the first or the last rate of the arm.
 
-    A level at which all rates have the same mean score is left out.
+    A level at which all rates have the same mean score is left out. For a factor of the alias group, they are
+    the levels whose best rate is not resolved among their own rates.
     """
     if not arm.seeds:
         return []
+    if replacement is not None:
+        return [arm.factor.label(arm.levels[i]) for i in replacement.unresolved if i != arm.default]
     means = arm.choices.mean(axis=2)
     best = means.argmax(axis=1)
     is_edge = ((best == 0) | (best == len(arm.rates) - 1)) & (np.ptp(means, axis=1) > 0)
@@ -540,13 +613,13 @@ def _edge_levels(arm: Arm) -> list[str]:
 def _rate_row(star: Star, judged: Sequence[_Comparison], labels: pd.Series) -> dict[str, Any]:
     """Return the row of the learning rate in `Results.factors`.
 
-    The column `retuned` has the smallest B(rate | h) over the factors h outside the alias group. B(rate | h)
+    The column `retuned` has the smallest B(rate | h) over the factors that the rate could not replace. It
     is the loss if the rate is drawn from its prior and h is tuned for each rate (see `effects`). The smallest
     value belongs to the factor whose tuning makes up best for a wrong rate.
 
     Args:
         star: The star of the variant and task.
-        judged: The comparisons with the factors outside the alias group.
+        judged: The comparisons with the factors that the rate is not shown to replace.
         labels: Fingerprint -> label of the run.
     """
     factor = load_factors()[RATE]
@@ -570,14 +643,16 @@ def _rate_row(star: Star, judged: Sequence[_Comparison], labels: pd.Series) -> d
     }
 
 
-def _claim_row(star: Star, judged: Sequence[_Comparison], margin: float) -> dict[str, Any]:
-    contrasts = {
-        scale: [found for each in judged for found in each.contrasts(scale, margin)]
-        for scale in effects.RANGE_SCALES
-    }
-    far = [effects.contrast(d, 0.0) for each in judged for d in each.differences(1.0, effects.FAR_MORE)]
+def _claim_row(star: Star, compared: Sequence[_Comparison], margin: float) -> dict[str, Any]:
+    # If the rate could replace every factor, there is no other factor that it could matter more than.
+    may_replace = any(each.replacement is None for each in compared)
+
+    def contrasts(scale: float, margin: float, ratio: float = 1.0) -> list[effects.Contrast]:
+        return [c for each in compared for c in each.contrasts(scale, margin, ratio, may_replace)]
+
+    far = contrasts(1.0, 0.0, effects.FAR_MORE)
     return {
-        **effects.judge_claim(contrasts)._asdict(),
+        **effects.judge_claim({scale: contrasts(scale, margin) for scale in effects.RANGE_SCALES})._asdict(),
         "far_more": bool(far) and all(c.p_more <= stats.ALPHA for c in far),
         "best_rate": star.center,
         "best_at_edge": star.peak.at_edge,

@@ -112,9 +112,9 @@ def ratio_rows(
             published = _published(variants[curve], variants.get(over, ""), steps)
             ratio = estimate_ratio(found[curve], found[over]) if over in found else stats.Estimate(math.nan)
             yield {"panel": panel, "curve": curve, "baseline": over if over in found else ""} | {
-                **_columns("rate", estimate_rate(found[curve])),
+                **columns("rate", estimate_rate(found[curve])),
                 "edge": found[curve].edge,
-                **_columns("ratio", ratio),
+                **columns("ratio", ratio),
                 "published": published.ratio if published else math.nan,
                 "source": published.source if published else "",
             }
@@ -222,7 +222,8 @@ def estimate(
     return stats.Estimate(value, value - half, value + half)
 
 
-def _columns(name: str, found: stats.Estimate) -> dict[str, float]:
+def columns(name: str, found: stats.Estimate) -> dict[str, float]:
+    """Return an estimate in decades as the ratio `name` with its interval, `name_low` and `name_high`."""
     ends = {name: found.mean, f"{name}_low": found.low, f"{name}_high": found.high}
     return {column: 10**value for column, value in ends.items()}
 

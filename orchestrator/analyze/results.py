@@ -119,6 +119,12 @@ class Results:
     """Sensitivity study: one row for each panel, variant and factor (hyperparameter). The module
     `orchestrator.analyze.effects` defines the losses `misset` (A), `retuned` (B), `off_by_2` and
     `off_by_half_decade` (D), and the gain `gain` (C)."""
+    replacements: pd.DataFrame = field(default_factory=_empty)
+    """Sensitivity study: one row for each panel, variant, tested factor and level: whether the learning rate
+    could replace the factor (`outcome`), such as alpha. `difference` is the test score of the level, which is
+    `times` the default, minus that of the default, each at its best rate. `rate_ratio` is the ratio of these
+    rates. It is `hidden` if the grid of rates, not noise, leaves the level open. The module
+    `orchestrator.analyze.replacement` explains the test."""
     claims: pd.DataFrame = field(default_factory=_empty)
     """Sensitivity study: one row for each panel and variant, with the test of the claim that the learning
     rate matters more than any other hyperparameter."""

@@ -490,8 +490,8 @@ _FACTOR_NOTE = (
     "Lost test score in points (0.01 of the score), means over seeds with 95 % intervals. Set blindly (A): "
     "the value is drawn from the factor's range, and nothing else reacts. Tuned again (B): the same with the "
     "learning rate tuned at each value; for the learning rate, with that other factor tuned that makes up "
-    "for it best. * acts as a learning rate. Off by 3.16 (D): the value is wrong by that factor, either way. "
-    "Gain (C): from tuning this alone, all else at the published default."
+    "for it best. * the learning rate, or what it could replace. Off by 3.16 (D): the value is wrong by that "
+    "factor, either way. Gain (C): from tuning this alone, all else at the published default."
 )
 
 
@@ -512,6 +512,32 @@ def _factor_table(rows: pd.DataFrame) -> Table:
         figure("rate minus this (B), at least", contrast("retuned"), more=True),
         text("levels", lambda r: r["levels"], more=True),
         text("default", lambda r: r["default"], more=True),
+    )
+
+
+@per_panel
+def replacement_table(report: Report) -> Iterator[Section]:
+    """Yield the section on factors that the learning rate could replace, such as alpha."""
+    rows = report.results.replacements
+    if not len(rows):
+        return
+    yield Section(
+        "replacements",
+        "Could the learning rate replace it?",
+        table=make_table(
+            rows,
+            text("variant", lambda r: r["variant"]),
+            text("factor", lambda r: r["title"]),
+            figure("x default", lambda r: f"{r['times']:.3g}"),
+            figure("change of the score", lambda r: formatting.points_estimate(r, "difference", sign=True)),
+            figure("best rate x", lambda r: formatting.estimate(r, "rate_ratio") if r["resolved"] else "end"),
+            text("the rate", lambda r: r["outcome"]),
+            figure("grid error", lambda r: points(r["grid_error"], sign=False), more=True),
+            figure("seeds", lambda r: str(r["seeds"]), more=True),
+        ),
+        note="Each level and the default at the best of their rates; points with 95 % intervals. Could: all "
+        "intervals lie within the margin, less the error of the grid. Could not: one lies outside "
+        "(Bonferroni). A factor that acts exactly as a rate has a best rate of 1 / (x default).",
     )
 
 
@@ -933,6 +959,7 @@ SECTIONS: tuple[MakeSections, ...] = (
     verdict_sections,
     limit_sections,
     factor_sections,
+    replacement_table,
     transfer_sections,
     comparison_charts,
     curve_charts,

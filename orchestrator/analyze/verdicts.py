@@ -121,6 +121,31 @@ by the margin and B(rate | h) exceeds B(h) by the margin. A is the loss if a fac
 the loss if the rate is then tuned again (see `effects`). The sentences count variants by lower confidence
 bounds."""
 
+REPLACES = "The learning rate could replace {title}."
+REPLACES_RULES = (
+    Rule(lambda f: f.against, "It could not for at least {against} of {judged} variants{found}.", "refuted"),
+    Rule(lambda f: f.missing, "Some configurations have not ended{found}.", "undecided"),
+    Rule(
+        lambda f: f.shown == f.judged,
+        "With the rate tuned again, no level of {title} changes the score by the margin{found}.",
+        "supported",
+    ),
+    Rule(
+        lambda f: f.unresolved,
+        "The best rate may lie outside the rates that were tried ({unresolved}){found}.",
+        "undecided",
+    ),
+    Rule(
+        lambda f: f.hidden,
+        "The rates are so far apart that they may hide a difference of the margin ({hidden}). More rates, as "
+        "in --learning-rates LOW:HIGH:8, may show it{found}.",
+        "undecided",
+    ),
+    Rule(_otherwise, "It stays open{found}.", "undecided"),
+)
+"""The rules for a factor that may act as a learning rate, such as alpha. The rate could replace it if the
+best score over the rates is the same, within the margin, at every level (see `replacement`)."""
+
 TUNED_WINS = "Tuned {name} matches or beats most variants."
 TUNED_WINS_RULES = (
     Rule(lambda f: not f.counted, "On {task} there is no variant that the claim counts."),
@@ -260,6 +285,10 @@ SENSITIVITY_STEPS = (
     Rule(
         lambda f: f.hopeless,
         "The learning rate and the closest factor cost about the same; more seeds may not decide it.",
+    ),
+    Rule(
+        lambda f: f.hidden,
+        "The grid of rates leaves open whether the rate could replace {hidden}; its verdict says what helps.",
     ),
     Rule(
         _otherwise,
@@ -560,12 +589,56 @@ def _factors(results: Results) -> Iterator[Verdict]:
         design = _factor_design(panel, claims, rows, results.study.settings.margin)
         step, command = _sensitivity_step(results, counted, others, rule.outcome)
         yield Verdict(RATE_MATTERS, rule.outcome, answer, design, step, command, task, title)
+        for factor, tested in _of_counted(results.replacements, title).groupby("title", sort=False):
+            facts |= _replacement_facts(str(factor), tested, int((judged["title"] == factor).sum()))
+            rule, text = decide(REPLACES_RULES, facts)
+            claim = REPLACES.format(title=factor)
+            yield Verdict(claim, rule.outcome, text, design, scope=task, panel=title)
+
+
+def _of_counted(frame: pd.DataFrame, panel: str) -> pd.DataFrame:
+    if not len(frame):
+        return frame.reindex(columns=["title"])
+    return frame[(frame["panel"] == panel) & frame["counted"]]
+
+
+def _replacement_facts(title: str, rows: pd.DataFrame, judged: int) -> dict[str, Any]:
+    """Return the facts from which `REPLACES_RULES` decide.
+
+    Args:
+        title: The title of the factor.
+        rows: The rows of `Results.replacements` of the factor and the counted variants.
+        judged: The number of counted variants that have the factor.
+    """
+    each = rows.drop_duplicates("variant")
+    levels = rows["variant"] + " " + title + " " + rows["level"]
+    found = "; ".join(
+        f"{variant} {replaced_text(own)}" for variant, own in rows.groupby("variant", sort=False)
+    )
+    return {
+        "title": title,
+        "judged": judged,
+        "against": stats.count_shown(each["p_could_not"]),
+        "shown": int((each["outcome"] == "could").sum()),
+        "unresolved": ", ".join(levels[~rows["resolved"]]),
+        "hidden": ", ".join(levels[rows["hidden"]]),
+        "found": f": {found}",
+    }
+
+
+def replaced_text(rows: pd.DataFrame) -> str:
+    """Return the differences and rates of the levels of one variant: "x 64 -0.1 [-0.4, 0.2] points"."""
+    return ", ".join(
+        f"x {row['times']:.3g} {points_estimate(row, 'difference', sign=True)} points"
+        + (f" at the rate x {row['rate_ratio']:.2g}" if row["resolved"] else "")
+        for row in rows.to_dict("records")
+    )
 
 
 def _cost_sentence(panel: Facts, rows: pd.DataFrame) -> str:
     """Return the sentence on the loss A of the learning rate and the largest A of the other factors.
 
-    The sentence is empty if either loss is missing. Factors of the alias group are left out.
+    The sentence is empty if either loss is missing. Factors that the rate could replace are left out.
     """
     rates = rows.loc[rows["factor"] == "learning_rate", "misset"].dropna()
     others = rows[~rows["alias"] & rows["misset"].notna()]
@@ -576,7 +649,7 @@ def _cost_sentence(panel: Facts, rows: pd.DataFrame) -> str:
     aliases = ", ".join(dict.fromkeys(rows.loc[rows["alias"] & (rows["factor"] != "learning_rate"), "title"]))
     return (
         f"On {panel['task']} the learning rate, set blindly, costs {_range_text(low, high)} points, and any "
-        f"other hyperparameter{f' but {aliases}' if aliases else ''} at most "
+        f"other hyperparameter{f' but {aliases}, which it could replace,' if aliases else ''} at most "
         f"{points(worst['misset'], sign=False)} ({worst['title']} for {worst['variant']})."
     )
 
@@ -614,8 +687,7 @@ def _sensitivity_step(
     Args:
         results: The results.
         claims: The rows of `Results.claims` of the variants that the claim counts.
-        others: The rows of `Results.factors` of these variants, without the factors that act like a learning
-            rate.
+        others: The rows of `Results.factors` of these variants, without the rate and what it could replace.
         outcome: The outcome of the claim.
     """
     needed, limits = (
@@ -627,6 +699,9 @@ def _sensitivity_step(
     rows = columns[columns["variant"].isin(opened["variant"])]
     names = rows["title"] + " (" + rows["variant"] + ")"
     have = int(rows["misset_seeds"].fillna(0).max()) if len(rows) else 0
+    tested = [r for r in results.replacements.to_dict("records") if r["panel"] in set(claims["panel"])]
+    hidden = names.isin([f"{r['title']} ({r['variant']})" for r in tested if r["hidden"]])
+    hopeless = rows[needed].isna().any(axis=1)
     seeds = 5 if have < 2 else max(have + 1, int(rows[needed].fillna(0).max(axis=None)))
     facts = {
         "missing": results.missing,
@@ -636,7 +711,8 @@ def _sensitivity_step(
         "have": have,
         "lacking": ", ".join(names[rows["misset_seeds"] < 2]),
         "equal": ", ".join(names[rows[limits].isna().any(axis=1)]),
-        "hopeless": rows[needed].isna().any(axis=None),
+        "hidden": ", ".join(names[hopeless & hidden]),
+        "hopeless": (hopeless & ~hidden).any(),
         "seeds": seeds,
         "command": results.study.command,
         "more": results.study.again("--seeds", str(seeds)),

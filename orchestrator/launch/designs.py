@@ -25,6 +25,7 @@ from orchestrator.record.schema import Record
 from orchestrator.study.configuration import HYPERPARAMETERS, Configuration, Value
 from orchestrator.study.factors import (
     Factor,
+    alias_decades,
     choose_factors,
     default_rate,
     factor_levels,
@@ -274,6 +275,8 @@ def _log_gaps(rates: Sequence[float]) -> list[float]:
     return [math.log10(b / a) for a, b in pairwise(rates)]
 
 
+ALIAS_REACH = 1.0
+"""Decades by which the rates of a level of an alias may lie beyond the expected range of its optimum."""
 _SHAPELESS = ("alpha", "dropout")
 """Hyperparameters of variants that do not change the shape of a tensor: every level fits the model."""
 
@@ -286,6 +289,11 @@ class StarDesign(Design):
     curve's optimum is called x*. Stage 2 has one arm per factor: each level is trained at up to five rates of
     the curve, half a decade apart around that of x*, and at the rate of the published default. Arms and curve
     have the same seeds. `make_star` finds the levels.
+
+    A level of the alias group moves the best rate and must be compared at its own, see
+    `orchestrator.analyze.replacement`. If alpha is k times its default and acts as a rate, the best rate is
+    that of x* divided by k. Such a level is also trained half a decade apart from there to x*, then beyond an
+    end at which the score is best, and at last at both neighbors of the best rate in the grid of the curve.
     """
 
     given: DesignInput
@@ -308,8 +316,21 @@ class StarDesign(Design):
             if any(scores):
                 means = [math.fsum(each) / len(each) if each else math.nan for each in scores]
                 _, center = find_center(rates, means, list(map(len, scores)))
-                found += build_grid(levels, _swept_rates(rates, center), self.seeds)
+                for level in levels:
+
+                    def score(swept: Sequence[float], level: Configuration = level) -> list[float] | None:
+                        return self._means(level, swept, find)
+
+                    swept = level_rates(rates, center, alias_decades(level, template), score)
+                    found += build_grid([level], swept, self.seeds)
         return found
+
+    def _means(self, level: Configuration, rates: Sequence[float], find: FindRecord) -> list[float] | None:
+        """Return the mean score of a level at each rate; None if a run has not ended."""
+        if not all(find(c.fingerprint) for c in build_grid([level], rates, self.seeds)):
+            return None
+        scores = _scores_by_rate(level, rates, self.seeds, find)
+        return [math.fsum(each) / len(each) if each else -math.inf for each in scores]
 
     def outline(self) -> list[Configuration]:
         """Return the curves and arms, assuming for each curve the best rate with the largest arms."""
@@ -317,13 +338,103 @@ class StarDesign(Design):
         for template, levels in zip(self.given.templates, self.levels, strict=True):
             rates = self.given.learning_rates[template.task.name]
             found += build_grid([template], rates, self.seeds)
-            found += build_grid(levels, max((_swept_rates(rates, r) for r in rates), key=len), self.seeds)
+            for level in levels:
+                largest = max(
+                    (_expected_rates(rates, r, alias_decades(level, template)) for r in rates), key=len
+                )
+                found += build_grid([level], largest, self.seeds)
         return found
 
 
-def _swept_rates(rates: Sequence[float], center: float) -> list[float]:
-    """Return the rates of an arm, ascending: those around x* and that of the published default."""
-    return sorted({*resweep_rates(rates, center), default_rate(rates)})
+def level_rates(
+    rates: Sequence[float],
+    center: float,
+    decades: float | None,
+    score: Callable[[Sequence[float]], list[float] | None],
+) -> list[float]:
+    """Return the rates of a level, ascending.
+
+    Args:
+        rates: The rates of the curve.
+        center: The rate of x*.
+        decades: By how many decades the level of an alias lies above its default; None for other factors.
+        score: Rates -> the mean score of the level at each of them; None if it is not known yet.
+    """
+    swept = _swept_rates(rates, center, decades)
+    if decades is None:
+        return swept
+    ladder, more = _continued(rates, center, decades), set(swept)
+    while more and (means := score(swept)) is not None:
+        more = _rates_around(ladder, swept, means) - set(swept)
+        swept = sorted((*swept, *more))
+    return swept
+
+
+def _expected_rates(rates: Sequence[float], center: float, decades: float | None) -> list[float]:
+    """Return the rates of a level whose best rate is the expected one."""
+
+    def score(swept: Sequence[float]) -> list[float]:
+        return [-abs(math.log10(rate / center) + (decades or 0.0)) for rate in swept]
+
+    return level_rates(rates, center, decades, score)
+
+
+def _continued(rates: Sequence[float], center: float, decades: float) -> list[float]:
+    """Return the rates of a curve, continued to `ALIAS_REACH` around the optimum that an alias may have.
+
+    Args:
+        rates: The curve.
+        center: The rate of x*.
+        decades: By how many decades the best rate is expected below x*.
+    """
+    found = list(rates)
+    low, high = sorted((center, center / 10**decades))
+    while below := _continue_rates(found, -1, low / 10**ALIAS_REACH):
+        found = [*reversed(below), *found]
+    while above := _continue_rates(found, 1, high * 10**ALIAS_REACH):
+        found += above
+    return found
+
+
+def _swept_rates(rates: Sequence[float], center: float, decades: float | None) -> list[float]:
+    """Return the first rates of a level, ascending: those around x* and that of the published default.
+
+    Args:
+        rates: The rates of the curve.
+        center: The rate of x*.
+        decades: By how many decades the level of an alias lies above its default, else None. Its rates reach
+            the expected optimum half a decade apart, also beyond the curve.
+    """
+    found = {*resweep_rates(rates, center), default_rate(rates)}
+    if decades is not None:
+        ladder = _continued(rates, center, decades)
+        for i in range(1, math.ceil(abs(decades) / STEP_DECADES) + 1):
+            wanted = math.log10(center) - math.copysign(STEP_DECADES * i, decades)
+            found.add(min((abs(math.log10(rate) - wanted), rate) for rate in ladder)[1])
+    return sorted(found)
+
+
+def _rates_around(ladder: Sequence[float], swept: Sequence[float], means: Sequence[float]) -> set[float]:
+    """Return the rates that resolve the best rate of a level; empty if both ends score best.
+
+    Args:
+        ladder: The rates of the curve, continued at both ends; ascending.
+        swept: The rates with a score, a part of `ladder`, ascending.
+        means: The mean score at each of them.
+
+    Returns:
+        The next rate within half a decade beyond an end that scores best, else both neighbors of the best
+        rate.
+    """
+    best, low, high = max(means), means[0], means[-1]
+    rate = swept[means.index(best)]
+    if low == best == high:
+        return set()
+    place = ladder.index(rate)
+    if best not in (low, high):
+        return {*ladder[place - 1 : place + 2]}
+    reached = [r for r in ladder if abs(math.log10(r / rate)) <= STEP_DECADES + _ROUNDING_DECADES]
+    return {reached[0] if best == low else reached[-1]}
 
 
 def make_star(

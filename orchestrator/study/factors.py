@@ -154,7 +154,10 @@ def factor_levels(factor: Factor, template: Configuration, count: int) -> tuple[
         value = each
         if factor.relative:
             value = float(default) * float(each)
-            value = max(1, round(value)) if isinstance(default, int) else float(f"{value:.3g}")
+            if isinstance(default, int):
+                value = max(1, round(value))
+            elif not value.is_integer():
+                value = float(f"{value:.3g}")
         value = _clip(factor, template, value)
         if value != default and value not in levels:
             levels.append(value)
@@ -189,6 +192,13 @@ def resweep_rates(rates: Sequence[float], center: float) -> tuple[float, ...]:
         if abs(math.log10(nearest) - wanted) <= RESWEEP_TOLERANCE:
             found.add(nearest)
     return tuple(sorted(found | {center}))
+
+
+def alias_decades(level: Configuration, default: Configuration) -> float | None:
+    """Return by how many decades a level of an alias lies above its default; None for other factors."""
+    named = [name for name, factor in load_factors().items() if factor.alias and name != RATE]
+    pairs = ((get_value(level, name), get_value(default, name)) for name in named)
+    return next((math.log10(float(a) / float(b)) for a, b in pairs if a and b and a != b), None)
 
 
 def is_near(rate: float, center: float) -> bool:

@@ -15,7 +15,8 @@ from orchestrator.analyze.results import Results
 from orchestrator.record.schema import Evaluation, Record
 from orchestrator.record.study_file import AnalysisSettings, StudyFile
 from orchestrator.study.configuration import Configuration
-from orchestrator.study.factors import Factor, factor_levels, load_factors, resweep_rates
+from orchestrator.study.factors import Factor, alias_decades, factor_levels, load_factors, resweep_rates
+from orchestrator.study.grids import round_rate
 from orchestrator.study.space import apply_values, get_value
 
 RATES = tuple(float(f"{10 ** (k / 4):.3g}") for k in range(-14, -3))  # 3.16e-4 to 1e-1, 4 a decade
@@ -43,7 +44,7 @@ class Surface:
     def score(self, configuration: Configuration, default: Configuration) -> float:
         """Return the true score."""
         top, optimum = self.top, self.optimum
-        for name in FACTORS:
+        for name in {*FACTORS, *self.aliases}:
             value = get_value(configuration, name)
             top -= self.costs.get((name, value), 0.0)
             if name in self.aliases and value is not None:
@@ -61,6 +62,8 @@ SURFACE = Surface(
     }
 )
 """The learning rate matters most."""
+ALIAS = replace(SURFACE, width=2.0, cliff=9.0)
+"""The learning rate could replace alpha: the curve is so flat that its grid hides less than the margin."""
 
 
 def star_configurations(
@@ -79,7 +82,10 @@ def star_configurations(
         yield apply_values(default, {"learning_rate": rate})
     for factor in factors:
         for level in factor_levels(factor, default, count):
-            for rate in resweep_rates(rates, center):
+            swept = {*resweep_rates(rates, center)}
+            if (decades := alias_decades(apply_values(default, {factor.name: level}), default)) is not None:
+                swept |= {round_rate(center / 10 ** (decades + k / 4)) for k in range(-2, 3)}
+            for rate in sorted(swept):
                 yield apply_values(default, {factor.name: level, "learning_rate": rate})
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from configurations import template
-from star_records import RATES, SURFACE, Surface, analyze_star, make_record, star_records, star_study
+from star_records import ALIAS, RATES, SURFACE, Surface, analyze_star, make_record, star_records, star_study
 
 from orchestrator.analyze import sections
 from orchestrator.analyze.analysis import analyze
@@ -66,12 +66,58 @@ def test_the_planted_costs_lie_in_the_intervals(planted: Results) -> None:
 
 
 def test_an_alias_costs_much_blindly_and_nothing_with_the_rate_tuned_again(planted: Results) -> None:
-    others = planted.factors[planted.factors["factor"] != "learning_rate"]
-    (alpha,) = others[others["alias"]].to_dict("records")
-    assert alpha["title"] == "alpha"
+    alpha = factor(planted, "alpha")
     assert alpha["misset"] > 0.15
     assert abs(alpha["retuned"]) < 0.02
-    assert alpha["rate_retuned"] < 0.1
+    assert alpha["rate_retuned"] < factor(planted, "learning rate")["misset"] / 2
+
+
+def replaced(surface: Surface, names: tuple[str, ...] = ("alpha", "rank"), **more: Any) -> Results:
+    return analyze_star(star_records(surface, names=names, noise=0.001, **more))
+
+
+@pytest.mark.parametrize(
+    ("surface", "outcome", "claim_1"),
+    [
+        (ALIAS, "could", "supported"),
+        (replace(ALIAS, costs={**ALIAS.costs, ("alpha", 1024.0): 0.05}), "could not", "undecided (range)"),
+        (replace(ALIAS, costs={**ALIAS.costs, ("alpha", 1024.0): -0.05}), "could not", "undecided (range)"),
+        (replace(SURFACE, aliases=()), "open", "supported"),
+        (SURFACE, "open", "undecided (range)"),
+    ],
+    ids=["an alias", "a level is worse", "a level is better", "the best rate at an end", "a coarse grid"],
+)
+def test_the_rate_could_replace_alpha_if_no_level_changes_the_best_score(
+    surface: Surface, outcome: str, claim_1: str
+) -> None:
+    found = replaced(surface)
+    assert found.replacements["outcome"].unique().tolist() == [outcome]
+    assert claim(found)["outcome"] == claim_1
+    assert factor(found, "alpha")["alias"] == (outcome == "could")
+
+
+def test_the_best_rate_of_an_alias_moves_by_the_inverse_of_its_level() -> None:
+    for row in replaced(ALIAS).replacements.to_dict("records"):
+        assert row["rate_ratio_low"] < 1 / row["times"] < row["rate_ratio_high"]
+        assert row["difference_low"] < 0.005
+        assert row["difference_high"] > -0.005
+
+
+def test_the_ratio_of_lora_plus_is_tested_as_alpha_is() -> None:
+    ratio = "lora_plus.ratio"
+    records = star_records(
+        replace(ALIAS, aliases=(ratio,)), template("lora_plus", ratio=16.0), (ratio, "rank"), noise=0.001
+    )
+    found = analyze_star(records).replacements
+    assert found["factor"].unique().tolist() == [ratio]
+    assert found["times"].tolist() == pytest.approx([0.25, 4.0])
+    assert found["outcome"].unique().tolist() == ["could"]
+
+
+def test_a_study_of_aliases_alone_does_not_support_the_claim() -> None:
+    found = replaced(ALIAS, ("alpha",))
+    assert found.replacements["outcome"].unique().tolist() == ["could"]
+    assert found.verdicts["outcome"].tolist() == ["undecided", "supported"]
 
 
 def test_the_losses_and_the_gain_of_the_rate_are_those_of_the_surface(planted: Results) -> None:

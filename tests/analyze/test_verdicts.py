@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 from configurations import template
+from star_records import ALIAS, RATES, SURFACE, Surface, analyze_star, make_record, star_records, star_study
 from star_records import COMMAND as SENSITIVITY
-from star_records import RATES, SURFACE, Surface, analyze_star, make_record, star_records, star_study
 from synthetic import RATES as GRID
 from synthetic import analyze_curves, record, study
 from tuned_records import COMMAND, Truth, compare, is_of, study_of, tuned_records
@@ -287,14 +287,54 @@ def test_an_unfinished_study_supports_nothing_and_names_its_command() -> None:
 
 
 def test_the_answer_has_the_cost_of_the_rate_and_of_the_worst_other_factor() -> None:
-    results = analyze_star(star_records(SURFACE))
+    results = analyze_star(star_records(ALIAS, noise=0.001))
     rate, *others = results.factors.to_dict("records")
     worst = max(row["misset"] for row in others if not row["alias"])
     assert first(results)["answer"].startswith(
         f"On letters the learning rate, set blindly, costs {100 * rate['misset']:.1f} points, and any "
-        f"other hyperparameter but alpha at most {100 * worst:.1f} (batch size for lora). The claim holds "
-        "for lora; for all the rate costs more than three times what any other factor does."
+        f"other hyperparameter but alpha, which it could replace, at most {100 * worst:.1f} (batch size for "
+        "lora). "
     )
+
+
+NO_ALIAS = replace(SURFACE, aliases=())
+
+
+def alpha(surface: Surface, noise: float = 0.001, lost: float = 0.0, seeds: int = 5) -> Results:
+    """Return a study of alpha and rank without the runs of alpha 4 at this rate."""
+    records = star_records(surface, names=("alpha", "rank"), noise=noise, seeds=seeds)
+    kept = [
+        r
+        for r in records
+        if (r.configuration.variant.alpha, r.configuration.optimizer.learning_rate) != (4.0, lost)
+    ]
+    return analyze(star_study(records), kept)
+
+
+OF_REPLACEMENT = (
+    (
+        lambda: alpha(replace(ALIAS, costs={("alpha", 1024.0): 0.05})),
+        "It could not for at least 1 of 1 variants: lora x 0.25 +0.1 [-0.2, +0.3] points at the rate x 4",
+    ),
+    (lambda: alpha(ALIAS, lost=1e-2), "Some configurations have not ended: lora x 0.25"),
+    (lambda: alpha(ALIAS), "With the rate tuned again, no level of alpha changes the score by the margin: "),
+    (lambda: alpha(NO_ALIAS), "The best rate may lie outside the rates that were tried (lora alpha 4, lora "),
+    (
+        lambda: alpha(SURFACE),
+        "The rates are so far apart that they may hide a difference of the margin (lora",
+    ),
+    (lambda: alpha(ALIAS, seeds=1), "It stays open: lora x 0.25"),
+)
+"""A function that returns a study, and the beginning of the answer."""
+
+
+@each(verdicts.REPLACES_RULES, OF_REPLACEMENT)
+def test_the_rate_could_replace_alpha(rule: verdicts.Rule, case: tuple[Any, ...]) -> None:
+    make, sentence = case
+    verdict = make().verdicts.iloc[1]
+    assert verdict["claim"] == "The learning rate could replace alpha."
+    assert verdict["outcome"] == rule.outcome
+    assert verdict["answer"].startswith(sentence)
 
 
 def failing(*seeds: int) -> Results:
@@ -315,6 +355,11 @@ SENSITIVITY_STEPS = (
     (lambda: failing(1, 2), "There is no interval for rank (lora)", "--retry-failed"),
     (lambda: star(SURFACE, ("rank",), noise=0.0), "For rank (lora) the loss differs", "--seeds 6"),
     (lambda: star(replace(FLAT, costs={})), "The learning rate and the closest factor cost", ""),
+    (
+        lambda: alpha(replace(ALIAS, width=1.1)),
+        "The grid of rates leaves open whether the rate could replace alpha",
+        "",
+    ),
     (
         lambda: star(Surface(width=3.0, cliff=9.0, aliases=()), ("rank",), seeds=2, noise=0.04),
         "About {needed} seeds decide it if the differences and their spread stay as they are.",

@@ -37,7 +37,7 @@ NOT_ON_A_BARE_MACHINE = (
     *("ray", "mlflow", "datasets", "optuna", "pandas", "math_verify", "matplotlib", "pyarrow"),
 )
 SMALLEST = {
-    "coverage.py": "--replicates 2 --processes 1 --rows factors claims ratios",
+    "coverage.py": "--replicates 2 --processes 1 --rows factors claims ratios replacement",
     "gpu.py": "--tiny --device cpu --variants lora --lanes 1 --steps 1",
     "lanes.py": "--cases tiny --variants lora --lanes 1 2 --rounds 1",
     "step.py": "--cases tiny --variants lora --rounds 1",

@@ -67,7 +67,7 @@ def test_a_setting_without_an_entry_is_varied_from_half_to_double() -> None:
 def test_levels_are_multiples_of_the_default_and_whole_where_they_must_be() -> None:
     default = template()
     table = load_factors()
-    assert factor_levels(table["alpha"], default, 2) == (4.0, 64.0)
+    assert factor_levels(table["alpha"], default, 3) == (1024.0, 4.0, 64.0)
     assert factor_levels(table["rank"], default, 3) == (2, 32, 16)
     assert factor_levels(table["steps"], default, 2) == (30, 120)
     assert factor_levels(table["schedule"], default, 1) == ("constant", "linear")
