@@ -28,6 +28,7 @@ from orchestrator.finetune.engine.lane import BackwardResult, Lane
 from orchestrator.finetune.engine.lane_source import LaneSource, evaluation_steps
 from orchestrator.finetune.engine.tensor_files import read_checkpoint
 from orchestrator.finetune.evaluation.evaluate import EvaluationResult
+from orchestrator.finetune.tasks.examples import HELD_OUT_SPLITS
 from orchestrator.record.schema import ItemResults
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration
@@ -142,7 +143,9 @@ class SimulatedEngine(Engine):
         if self._lane_group is None or group_key != self._group_key:
             self._detach()
             adapters = _SimulatedAdapters(catalogue.get(lane.configuration.variant.name))
-            data = SimpleNamespace(baseline=SimpleNamespace(scores=curve.untrained))
+            data = SimpleNamespace(
+                baseline=SimpleNamespace(scores=curve.untrained), general_scores={}, splits=HELD_OUT_SPLITS
+            )
             group: Any = SimpleNamespace(adapters=adapters, data=data)
             self._lane_group, self._group_key, self.curves = group, group_key, {}
         self.curves = {**self.curves, lane.fingerprint: curve}

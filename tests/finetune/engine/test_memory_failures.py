@@ -21,6 +21,7 @@ from orchestrator.finetune.engine.lane import LaneState
 from orchestrator.finetune.engine.leasing import LaneSlots
 from orchestrator.finetune.engine.recovery import StoredLimits
 from orchestrator.finetune.models.base_model import BaseModel
+from orchestrator.finetune.tasks import letters
 from orchestrator.record.store import Store
 from orchestrator.util.atomic_files import verify_checksum
 from variants import catalogue as variants
@@ -97,6 +98,12 @@ def test_a_lane_that_does_not_fit_alone_fails_with_advice(tmp_path: Path) -> Non
     assert "DefaultCPUAllocator" in record.traceback
 
 
+@pytest.fixture
+def small_general(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the split "general" of a lane have fewer rows than two lanes have in a forward pass."""
+    monkeypatch.setattr(letters, "GENERAL_EXAMPLES", 15)
+
+
 def out_of_memory_at(nth: int, is_wide: Callable[[int], bool]) -> tuple[BaseModel, list[int]]:
     """Return a base model whose nth forward pass of an evaluation with `is_wide(rows)` runs out of memory.
 
@@ -116,6 +123,7 @@ def out_of_memory_at(nth: int, is_wide: Callable[[int], bool]) -> tuple[BaseMode
     return base_model, wide
 
 
+@pytest.mark.usefixtures("small_general")
 @pytest.mark.parametrize("nth", [1, pytest.param(2, marks=pytest.mark.slow), 3])
 def test_an_evaluation_that_runs_out_of_memory_scores_fewer_lanes_at_once_and_none_leaves(
     nth: int, store: Store, tmp_path: Path
@@ -135,6 +143,7 @@ def test_an_evaluation_that_runs_out_of_memory_scores_fewer_lanes_at_once_and_no
         assert numbers_of(get_record(store, point)) == numbers_of(solo(point, tmp_path))
 
 
+@pytest.mark.usefixtures("small_general")
 @pytest.mark.parametrize("nth", [1, *(pytest.param(nth, marks=pytest.mark.slow) for nth in (2, 3))])
 def test_lanes_evicted_in_their_last_evaluation_are_scored_later(
     nth: int, store: Store, tmp_path: Path

@@ -130,7 +130,7 @@ def test_a_task_is_trained_and_evaluated_end_to_end(
         # Answers are generated in the last evaluation only.
         on_the_way, *_ = record.evaluations
         assert on_the_way.step == hub_folder.STEPS // 2
-        assert set(on_the_way.scores) == {"loss", "accuracy"}
+        assert set(on_the_way.scores) == {"loss", "bits_per_byte", "accuracy"}
 
 
 @pytest.mark.parametrize("task", NAMES, indirect=True)
