@@ -24,7 +24,7 @@ BUDGETS = {
     "orchestrator/util": (10, 556),
     "variants": (108, 6108),
     "experiments": (17, 2240),
-    "tests": (266, 33562),
+    "tests": (266, 33563),
 }
 """Package -> (modules, lines of code) that it may have at most. A change that makes one smaller
 lowers its numbers; a change that raises one says what that is worth."""

@@ -128,7 +128,8 @@ def check_records(folder: Path, *seeds: int) -> None:
     assert len(scores) == len(seeds)
     assert all(each == scores[0] for each in scores)
     assert all(
-        set(scores[0][split]) == {"loss", "accuracy", "exact_match"} for split in ("validation", "test")
+        set(scores[0][split]) == {"loss", "bits_per_byte", "accuracy", "exact_match"}
+        for split in ("validation", "test")
     )
 
 
