@@ -11,8 +11,8 @@ FOLDERS = ("docs", "experiments", "orchestrator", "tests", "variants")
 PRIVATE_OF_RAY = re.compile(r"\bray(?:\.\w+)*\._[a-z]\w+")
 PRIVATE_OF_RAY_FILE = ROOT / "orchestrator" / "execution" / "private_ray.py"
 BUDGETS = {
-    "orchestrator": (161, 22902),
-    "orchestrator/analyze": (24, 5638),
+    "orchestrator": (161, 22905),
+    "orchestrator/analyze": (24, 5641),
     "orchestrator/cli": (4, 316),
     "orchestrator/cluster": (3, 230),
     "orchestrator/execution": (16, 2513),
@@ -24,7 +24,7 @@ BUDGETS = {
     "orchestrator/util": (10, 556),
     "variants": (108, 6108),
     "experiments": (17, 2240),
-    "tests": (266, 33563),
+    "tests": (266, 33574),
 }
 """Package -> (modules, lines of code) that it may have at most. A change that makes one smaller
 lowers its numbers; a change that raises one says what that is worth."""

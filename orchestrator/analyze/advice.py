@@ -253,4 +253,7 @@ def next_step(results: Results, output: Path | None = None, store: Path | None =
         return "Replicated tuning tells which variant is better.", study.again(experiment="tuned")
     task = ["--task", lanes["task"].iloc[0]] if lanes["task"].nunique() > 1 else []
     export = store_command("export", study.name, *task, output=output or study.folder.parent, store=store)
-    return "No further run is needed to decide. The best adapter, for use:", export
+    undecided = results.verdicts[results.verdicts["outcome"] == "undecided"]
+    open_step = next((step for step in undecided["next_step"] if step), "More runs may not decide more.")
+    sentence = open_step if len(undecided) else "No further run is needed to decide."
+    return f"{sentence} The best adapter, for use:", export

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,18 @@ def test_the_next_step_of_other_studies(make: Any, tmp_path: Path, monkeypatch: 
 def test_a_decided_tuning_exports() -> None:
     found = tuned_records({"lora": Truth(), "pissa": Truth(0.8)}, 6)
     assert "export t" in advice.next_step(analyze(study_of(found), found))[1]
+
+
+def test_an_export_does_not_say_that_an_open_question_is_decided() -> None:
+    found = tuned_records({"lora": Truth(), "pissa": Truth(0.8)}, 6)
+    results = analyze(study_of(found), found)
+    assert advice.next_step(results)[0] == "No further run is needed to decide. The best adapter, for use:"
+    opened = results.verdicts.assign(
+        outcome="undecided", next_step="No further run settles it.", next_command=""
+    )
+    step, command = advice.next_step(replace(results, verdicts=opened))
+    assert step == "No further run settles it. The best adapter, for use:"
+    assert " export " in command
 
 
 def test_a_refined_grid_has_every_rate_of_the_study_and_ends_at_some_point() -> None:
