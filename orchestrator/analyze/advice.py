@@ -22,10 +22,9 @@ from orchestrator.analyze import stats
 from orchestrator.analyze.comparison import CONTROLS
 from orchestrator.analyze.curves import REFERENCE
 from orchestrator.analyze.formatting import rate
-from orchestrator.analyze.verdicts import NOT_ENDED, Rule, decide_step
+from orchestrator.analyze.verdicts import NOT_ENDED, WIDER, Rule, decide_step, grid_words
 from orchestrator.study.grids import refine_rates, round_rate
 from orchestrator.study.names import store_command
-from variants.variant_settings import FILE_SUFFIX
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -33,15 +32,12 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from orchestrator.analyze.results import Results
-    from orchestrator.record.study_file import StudyFile
 
 FEW_SEEDS, MANY_SEEDS, MIN_REPLICATES = 3, 10, 5
 """The seeds of a study that had one; the most seeds that a grid is worth, because a replicated tuning uses
 more of them better; the fewest replicates."""
 FINEST_STEP = 0.1
 """The spacing in decades at which a grid is not refined any more."""
-WIDER = (0.5, 1.0)
-"""The distances in decades of the rates by which a grid is widened."""
 
 CURVE_STEPS = (
     NOT_ENDED,
@@ -98,7 +94,7 @@ def _step_of_task(results: Results, task: str, several: bool) -> tuple[tuple[str
     panels = results.panels.loc[results.panels["task"] == task, "panel"]
     best, runs = (each[each["panel"].isin(panels)] for each in (results.best, results.runs))
     study = results.study
-    words, where = (_option_of(study, task), f"{task}: ") if several else ((), "")
+    words, where = (study.option_of(task), f"{task}: ") if several else ((), "")
     peaks = [_Peak.find(row, results) for row in best.to_dict("records") if not row["nothing_learned"]]
     known = [peak for peak in peaks if peak is not None]
     edges = [peak for peak in known if peak.side]
@@ -108,7 +104,7 @@ def _step_of_task(results: Results, task: str, several: bool) -> tuple[tuple[str
     rates, have = set(runs["learning_rate"]), int(runs["seed"].nunique())
     seeds = max((peak.seeds for peak in noisy), default=0)
     replicates = _replicates(results)
-    near = _grid(_near(rates, [peak.rate for peak in known]))
+    near = grid_words(_near(rates, [peak.rate for peak in known]))
     facts = {
         "missing": results.missing,
         "scored": best["learning_rate"].notna().any(),
@@ -123,20 +119,18 @@ def _step_of_task(results: Results, task: str, several: bool) -> tuple[tuple[str
         "replicates": replicates,
         "command": study.command,
         "longer": study.again(*words, "--steps", str(2 * int(runs["steps_horizon"].max()))),
-        "wider": study.again(*words, *_grid(rates, chain.from_iterable(peak.beyond() for peak in edges))),
+        "wider": study.again(
+            *words, *grid_words(rates, chain.from_iterable(peak.beyond() for peak in edges))
+        ),
         "first_seeds": study.again("--seeds", str(FEW_SEEDS)),
-        "finer": study.again(*words, *_grid(rates, chain.from_iterable(peak.between() for peak in coarse))),
+        "finer": study.again(
+            *words, *grid_words(rates, chain.from_iterable(peak.between() for peak in coarse))
+        ),
         "more_seeds": study.again("--seeds", str(seeds)),
         "tune": study.again(*([] if several else near), "--replicates", str(replicates), experiment="tuned"),
     }
     step = decide_step(CURVE_STEPS, facts)
     return step, step[1] in ("", facts["tune"])
-
-
-def _option_of(study: StudyFile, task: str) -> tuple[str, str]:
-    """Return the option that names a task alone."""
-    path = next((each.path for each in study.sources if each.name == task), "")
-    return "--data" if path and not path.endswith(FILE_SUFFIX) else "--task", path or task
 
 
 class _Peak(NamedTuple):
@@ -145,13 +139,13 @@ class _Peak(NamedTuple):
     Attributes:
         curve: The curve.
         rate: The best rate of the grid.
-        side: The signs of the directions in which the optimum may lie beyond the grid.
-        gaps: The best rate between its neighbors in the grid.
+        side: -1 if the optimum may lie below the grid, 1 if it may lie above, both or neither.
+        gaps: The best rate and its neighbors in the grid, ascending.
         step: The mean distance of the neighbors from the best rate in decades.
         reach: The width of the interval of the optimum in decades; 0 if it has none.
         spread: The half of this interval that is due to the seeds.
         width: The width in decades of the range of rates that score at most 0.01 below the best one.
-        seeds: The number of seeds at which twice the spread is at most `step`.
+        seeds: The number of seeds at which twice the spread is at most `step`; 0 if it is not known.
     """
 
     curve: str
@@ -166,7 +160,10 @@ class _Peak(NamedTuple):
 
     @classmethod
     def find(cls, row: dict[str, Any], results: Results) -> _Peak | None:
-        """Return the peak of a row of `Results.best`; None for a curve that is equal at both ends."""
+        """Return the peak of the curve in a row of `Results.best`.
+
+        It is None if no rate has a score, or if both ends of the grid have the best score.
+        """
         points, ratios = (
             frame[(frame["panel"] == row["panel"]) & (frame["curve"] == row["curve"])]
             if len(frame)
@@ -199,10 +196,6 @@ class _Peak(NamedTuple):
     def between(self) -> tuple[float, ...]:
         """Return the rates that halve the steps of the grid beside the best rate."""
         return refine_rates(self.gaps, math.ceil(2 / self.step))
-
-
-def _grid(rates: Any, more: Any = ()) -> list[str]:
-    return ["--learning-rates", *(f"{each:.12g}" for each in sorted({*rates, *more}))]
 
 
 def _near(rates: set[float], best: Sequence[float]) -> list[float]:
@@ -249,7 +242,7 @@ def next_step(results: Results, output: Path | None = None, store: Path | None =
             return verdict["next_step"], verdict["next_command"]
     if not len(lanes):
         return "No run has finished; this tries the failed ones again.", study.again("--retry-failed")
-    if study.settings.kind != "replicates" and set(lanes["variant"]) != {REFERENCE}:
+    if study.settings.kind not in ("replicates", "transfer") and set(lanes["variant"]) != {REFERENCE}:
         return "Replicated tuning tells which variant is better.", study.again(experiment="tuned")
     task = ["--task", lanes["task"].iloc[0]] if lanes["task"].nunique() > 1 else []
     export = store_command("export", study.name, *task, output=output or study.folder.parent, store=store)

@@ -171,6 +171,11 @@ def _order(results: Results, each: Expectation) -> dict[str, Any]:
     text = " > ".join(f"{name} ({rates[name]:.3g})" for name in found)
     logs = [math.log10(rates[name]) for name in names]
     wrong = [late - early for early, late in pairwise(logs)]
+    tied = [
+        " and ".join(pair) for pair, each_wrong in zip(pairwise(names), wrong, strict=True) if not each_wrong
+    ]
+    if tied and max(wrong) <= 0 and not each.tolerance:
+        raise _UntestedError(f"{tied[0]} are best at one rate of the grid")
     return {"order": text, "distance": max(0.0, *wrong)}
 
 
@@ -202,9 +207,9 @@ def _slope(results: Results, each: Expectation) -> dict[str, Any]:
     frame = results.transfer
     if not len(frame):
         raise _UntestedError("the study varies no factor beside the learning rate")
-    row = frame[(frame["curve"] == each.variant) & (frame["factor"] == each.factor)]
+    row = frame[(frame[["variant", "factor", "link"]] == [each.variant, each.factor, each.link]).all(axis=1)]
     if len(row) != 1 or math.isnan(row["slope"].iloc[0]):
-        raise _UntestedError(f"the study has no slope of {each.variant} over {each.factor}")
+        raise _UntestedError(f"the study has no slope of {each.variant} over {each.factor}, or several")
     ends = {f"measured_{end}": float(row[f"slope_{end}"].iloc[0]) for end in ("low", "high")}
     return _distance(float(row["slope"].iloc[0]), each) | ends
 

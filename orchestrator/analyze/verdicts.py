@@ -8,13 +8,14 @@ determines the outcome and the sentence.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
 
 from orchestrator.analyze import formatting, stats
 from orchestrator.analyze.formatting import count, number, points, points_estimate, rate
+from orchestrator.study.grids import round_rate
 from orchestrator.study.levels import MODEL
 
 if TYPE_CHECKING:
@@ -773,11 +774,16 @@ SLOPE_RULES = (
 )
 """The rules for the sentence on the rate at another level."""
 
+WIDER = (0.5, 1.0)
+"""The distances in decades of the rates by which a grid is widened."""
+MOST_LEVELS = 6
+"""The number of levels from which on no further level is advised."""
+
 TRANSFER_STEPS = (
     NOT_ENDED,
     Rule(
         lambda f: "best at" in f.left_out,
-        "A best rate is at an end of its grid; widen the grid.",
+        "A best rate is at an end of its grid; a wider grid shows the optimum.",
         command="{wider}",
     ),
     Rule(
@@ -809,7 +815,7 @@ def _transfer(results: Results) -> Iterator[Verdict]:
             "times_high": f"{high:.2f}",
             "command": results.study.command,
             "more": results.study.again("--seeds", str(max(5, 2 * seeds))),
-            "wider": results.study.again("--widen", "2"),
+            "wider": _wider(results, row["panel"]),
         }
         rule, text = decide(CARRIES_RULES, facts)
         slope = decide(SLOPE_RULES, facts)[1]
@@ -834,15 +840,42 @@ def _transfer(results: Results) -> Iterator[Verdict]:
         )
 
 
-def _next_level(results: Results, row: Facts) -> Facts:
-    """Return the facts on twice the highest level: the best rate there and the command that tries it.
+def grid_words(rates: Iterable[float], more: Iterable[float] = ()) -> list[str]:
+    """Return the option with the rates of a grid and some more."""
+    return ["--learning-rates", *(f"{each:.12g}" for each in sorted({*rates, *more}))]
 
-    The rate is that of the highest level, moved by the slope. Its interval has the errors of both.
+
+def _wider(results: Results, panel: str) -> str:
+    """Return the command that adds rates beyond the ends at which levels have their best rate.
+
+    It names all rates of all levels, so that the grid has no gap where the grid of one level was widened.
+    """
+    levels = results.transfer_levels[results.transfer_levels["panel"] == panel]
+    rates = {each for own in levels["rates"] for each in own}
+    ends = {"lowest": (min, -1), "highest": (max, 1)}
+    more = {
+        round_rate(end(own) * 10 ** (sign * far))
+        for word, (end, sign) in ends.items()
+        for own in levels.loc[levels["left_out"].str.contains(word), "rates"]
+        for far in WIDER
+    }
+    tasks = results.panels.set_index("panel")["task"]
+    words = results.study.option_of(tasks[panel]) if tasks.nunique() > 1 else ()
+    return results.study.again(*words, *grid_words(rates, more))
+
+
+def _next_level(results: Results, row: Facts) -> Facts:
+    """Return the facts on a level at twice the highest one: its best rate, and the command that trains it.
+
+    The rate is the best one of the highest level times 2 to the power of the slope. Its interval has the
+    errors of both. There are no such facts without a slope, without a number for a level, and for a study
+    that has `MOST_LEVELS`.
     """
     found = results.transfer_levels
     own = found[(found["panel"] == row["panel"]) & (found["curve"] == row["curve"])].dropna(subset="position")
     facts = {"next_level": "", "next_rate": "", "next": ""}
-    if math.isnan(row["slope_low"]) or row["left_out"] or row["factor"] == MODEL:
+    has_number = row["factor"] != MODEL and not math.isnan(row["slope_low"])
+    if not has_number or row["left_out"] or len(own) >= MOST_LEVELS:
         return facts
     last = own.sort_values("position").iloc[-1]
     moved, error = math.log10(2) * row["slope"], math.log10(2) * (row["slope_high"] - row["slope"])

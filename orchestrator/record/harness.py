@@ -1,4 +1,4 @@
-"""Scores of lanes in an evaluation harness, in files beside the records, which can be made again.
+"""Scores of lanes in an evaluation harness, in files beside the records. `evaluate` can make them again.
 
 `folder` is the store's folder `harness`.
 
@@ -56,7 +56,7 @@ def base_subject(model: ModelChoice) -> str:
 
 
 def write_result(folder: Path, result: HarnessResult) -> None:
-    """Write a result in place of an earlier one of the same subject, task and settings."""
+    """Write a result to its file, which replaces an earlier result of this subject, task and settings."""
     name = ", ".join(filter(None, (result.task, result.settings)))
     path = folder / result.subject / f"{quote(name, safe=' ,')[:200]}.json"
     path.parent.mkdir(parents=True, exist_ok=True)

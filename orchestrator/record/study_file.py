@@ -19,6 +19,7 @@ from orchestrator.study.names import CONFIG_NAME, DEFAULT_STORE_NAME, nearest_va
 from orchestrator.util import atomic_files
 from orchestrator.util.errors import UsageError, quote_value, suggest_nearest
 from orchestrator.util.graceful_interrupts import PROGRAM
+from variants.variant_settings import FILE_SUFFIX
 
 _log = logging.getLogger(__name__)
 
@@ -140,6 +141,11 @@ class StudyFile:
         """
         config = ["--config", str(self.folder / CONFIG_NAME)]
         return shlex.join([PROGRAM, experiment or self.experiment, *config, *words])
+
+    def option_of(self, task: str) -> tuple[str, str]:
+        """Return the option that names one of the tasks alone, and its value."""
+        path = next((each.path for each in self.sources if each.name == task), "")
+        return "--data" if path and not path.endswith(FILE_SUFFIX) else "--task", path or task
 
     def train_again(self, fingerprints: Iterable[str], *words: str, store: Path | None = None) -> str:
         """Return the command that trains lanes of this study again.

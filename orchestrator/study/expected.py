@@ -24,6 +24,7 @@ import pydantic
 import yaml
 from pydantic import BeforeValidator, Field
 
+from orchestrator.study.levels import LinkName
 from orchestrator.study.option import broken_rule
 from orchestrator.util.errors import UsageError, quote_value, suggest_nearest
 from variants.variant_settings import canonical_name
@@ -40,7 +41,7 @@ _NEEDS: dict[str, tuple[str, ...]] = {
     "table": ("file", "task", "tolerance", "source"),
 }
 """Quantity -> the keys that its entry must have."""
-_MORE = {"order": ("tolerance",), "table": ("within",)}
+_MORE = {"order": ("tolerance",), "slope": ("link",), "table": ("within",)}
 """Quantity -> the keys that its entry may have."""
 _Finite = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -55,9 +56,11 @@ class Expectation:
     - score: the mean test score of `variant` at `rate`. Over several tasks, the mean over the tasks.
     - best_score, best_rate: the test score at the variant's best rate, and that rate.
     - order: `variant` names several, as in `lora > pissa`, in the order of their best rates, highest first.
+      Without a tolerance, equal best rates do not test it.
     - collapse: whether more than half of the variant's runs at `rate` diverge or collapse.
     - ratio: the best rate of `variant` over that of `over`.
-    - slope: the slope of log10 of the best rate of `variant` over log10 of `factor`.
+    - slope: the slope of log10 of the best rate of `variant` over log10 of `factor`, in a study of transfer
+      with `link`.
     """
     variant: str
     source: str
@@ -69,6 +72,7 @@ class Expectation:
     rate: Annotated[_Finite, Field(gt=0)] | None = None
     over: str = ""
     factor: str = ""
+    link: LinkName = "none"
     untested: str = ""
     """Why the number does not apply to the study; empty if it does."""
 
@@ -84,6 +88,7 @@ class Expectation:
 
 
 _convert = pydantic.TypeAdapter(Expectation).validate_python
+_convert_within = pydantic.TypeAdapter(Annotated[_Finite, Field(ge=0)]).validate_python
 
 
 def read_entry(entry: object, folder: Path = Path()) -> list[Expectation]:
@@ -119,7 +124,11 @@ def read_entry(entry: object, folder: Path = Path()) -> list[Expectation]:
 
 
 def _checked(entry: Mapping[str, Any]) -> Expectation:
-    """Return an entry whose keys are right with the types of its values."""
+    """Make an expectation of an entry that has the right keys.
+
+    Raises:
+        UsageError: A value has a wrong type or breaks a bound.
+    """
     try:
         found: Expectation = _convert(entry)
     except pydantic.ValidationError as error:
@@ -153,9 +162,9 @@ def _read_table(entry: Mapping[str, Any], folder: Path) -> list[Expectation]:
     """Return the best score and the best rate of each variant in a table, and the scores of its cells.
 
     The CSV file has the columns task, variant, learning_rate and score in points (0 to 100). A file
-    variants.toml beside it may translate names of variants. `within` leaves
-    out cells whose score is farther below the variant's best one; where a curve is steep, a small difference
-    of the protocol is a large one of the score. A best rate may be one rate of the table away.
+    variants.toml beside it may translate names of variants. `within` leaves out cells whose score is farther
+    below the variant's best one: where a curve is steep, a small difference of the protocol changes the score
+    much. A best rate may be one rate of the table away.
     """
     path, task = folder / str(entry["file"]), str(entry["task"])
     common = {
@@ -163,8 +172,12 @@ def _read_table(entry: Mapping[str, Any], folder: Path) -> list[Expectation]:
         "source": entry["source"],
         "untested": entry.get("untested", ""),
     }
-    plain = {**common, "quantity": "best_score", "variant": "lora", "value": entry.get("within", 1)}
-    within = _checked(plain).value or 0.0
+    given = entry.get("within", 1)
+    try:
+        within = _convert_within(given)
+    except pydantic.ValidationError as error:
+        rule = broken_rule(error.errors()[0])
+        raise UsageError(f"expected: within {quote_value(str(given))}: {rule}.") from None
     curves: dict[str, dict[float, float]] = {}
     try:
         translation = path.with_name("variants.toml")
@@ -173,9 +186,12 @@ def _read_table(entry: Mapping[str, Any], folder: Path) -> list[Expectation]:
             for row in csv.DictReader(file):
                 if row["task"] == task:
                     curve = curves.setdefault(names.get(row["variant"], row["variant"]), {})
-                    curve[float(row["learning_rate"])] = round(float(row["score"]) / 100, 6)
-    except (OSError, KeyError, ValueError) as error:
-        rule = "must be a CSV file with the columns task, variant, learning_rate, score"
+                    rate, points = float(row["learning_rate"]), float(row["score"])
+                    if not (rate > 0 and math.isfinite(rate + points)):
+                        raise ValueError(f"learning rate {rate:g}, score {points:g} of {row['variant']}")
+                    curve[rate] = round(points / 100, 6)
+    except (OSError, KeyError, ValueError, TypeError) as error:  # TypeError: a row is too short
+        rule = "must be a CSV file with the columns task, variant, learning_rate (above 0), score"
         raise UsageError(f"expected: file {quote_value(str(path))}: {rule} ({error}).") from None
     if not curves:
         raise UsageError(f"expected: task {quote_value(task)}: {path.name} has no score of it; take another.")

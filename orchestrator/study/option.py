@@ -98,6 +98,7 @@ class Options:
     default_config: ClassVar[str] = ""
     """The preset that a study takes if no option of `own_protocol` and no file is given."""
     own_protocol: ClassVar[tuple[str, ...]] = ("task", "data", "model", "dry_run")
+    """Options that choose another protocol than that of `default_config`."""
 
     def __post_init__(self) -> None:
         for name, default in defaults(type(self)).items():

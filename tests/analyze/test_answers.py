@@ -6,6 +6,7 @@ import csv
 import json
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,24 @@ def test_another_best_rate_is_not_reproduced() -> None:
     assert all("pissa" in what for what in failed)
 
 
+def test_equal_best_rates_do_not_test_an_order() -> None:
+    """With a tolerance, they are within it; a pair in the wrong order is not reproduced in any case."""
+    entry = {"quantity": "order", "variant": "lora > pissa > dora", "source": SOURCE}
+    best = {"lora": 3e-3, "pissa": 3e-3, "dora": 1e-3}
+
+    def outcome(best: Mapping[str, float], **more: float) -> tuple[str, str]:
+        expected = tuple(read_entry({**entry, **more}))
+        study = StudyFile("s", "", "", settings=AnalysisSettings(expected=expected))
+        rates = (3e-4, 1e-3, 3e-3, 1e-2)
+        records = [record(v, rate, 0, 0.9 if rate == at else 0.5) for v, at in best.items() for rate in rates]
+        (row,) = analyze(study, records).answers.to_dict("records")
+        return row["outcome"], row["reason"]
+
+    assert outcome(best) == ("not tested", "lora and pissa are best at one rate of the grid")
+    assert outcome(best, tolerance=0.1) == ("reproduced", "")
+    assert outcome({**best, "dora": 1e-3, "pissa": 3e-4})[0] == "not reproduced"
+
+
 def test_a_slope_is_read_from_the_study_of_transfer() -> None:
     (entry,) = read_entry(
         {
@@ -141,7 +160,8 @@ def test_a_slope_is_read_from_the_study_of_transfer() -> None:
     )
     row = {
         "panel": "p",
-        "curve": "lora",
+        "variant": "lora",
+        "link": "none",
         "factor": "rank",
         "slope": -0.4,
         "slope_low": -0.6,
@@ -149,6 +169,9 @@ def test_a_slope_is_read_from_the_study_of_transfer() -> None:
     }
     assert answer_of(entry, pd.DataFrame([row])) == ("reproduced", -0.6)
     assert answer_of(entry, pd.DataFrame([{**row, "slope": 0.0}])) == ("not reproduced", -0.6)
+    linked = pd.DataFrame([row, {**row, "link": "alpha", "slope": 0.0}])
+    assert answer_of(entry, linked) == ("reproduced", -0.6)
+    assert answer_of(replace(entry, link="alpha"), linked) == ("not reproduced", -0.6)
 
 
 def answer_of(entry: Expectation, transfer: pd.DataFrame) -> tuple[str, float]:

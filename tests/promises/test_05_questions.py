@@ -11,16 +11,19 @@ import math
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import as_a_user
 import known_truth
 import oracle
+import pandas as pd
 import pytest
 from known_truth import OPTIMA, Run, tuned
 
 import orchestrator
+from orchestrator.analyze.verdicts import find_verdicts
 
 pytestmark = pytest.mark.timeout(900)  # on a busy machine; no result depends on it
 
@@ -237,6 +240,9 @@ def test_a_study_of_transfer_advises_the_rate_of_the_next_level(answered: Callab
         assert low < truth < high
         assert rate == pytest.approx(truth, rel=0.05)
     assert steps.loc["rslora", "next_command"].endswith(" --levels 2 4 8 16 32")
+    more = [results.transfer_levels, *(results.transfer_levels.assign(position=p) for p in (32.0, 64.0))]
+    complete = find_verdicts(replace(results, transfer_levels=pd.concat(more)))
+    assert [each.next_command for each in complete if each.scope == "rslora"] == [""]
 
 
 @pytest.mark.parametrize(
@@ -254,7 +260,9 @@ def test_whether_the_best_rate_carries_over(
     verdicts = again("transfer", truth).verdicts.set_index("scope")
     assert verdicts.loc["lora", "outcome"] == outcome
     assert answer in verdicts.loc["lora", "answer"]
-    assert ("--widen" in verdicts.loc["lora", "next_command"]) == (outcome == "undecided")
+    command = verdicts.loc["lora", "next_command"]
+    assert ("--learning-rates 0.000316 " in command) == (outcome == "undecided")
+    assert command.endswith(" 0.0316 0.0999 0.316") == (outcome == "undecided")
 
 
 def test_the_survey_ranks_lora_third_on_gsm8k_and_seventh_on_glue(surveyed: Path) -> None:

@@ -16,6 +16,11 @@ from orchestrator.util.errors import UsageError
 ENTRY = "{quantity: score, variant: LoRA, rate: 2e-4, value: 0.66, tolerance: 0.01, source: a paper}"
 
 
+TABLE = "{{quantity: table, file: {}, task: a, tolerance: 1, source: x, within: {}}}"
+ROWS = {"short": "a,lora", "zero": "a,lora,0,50", "good": "a,lora,1e-3,50"}
+"""Name of a CSV file -> its only row."""
+
+
 def read(folder: Path, *entries: str, **typed: object) -> CurveOptions:
     """Return the options of a file with the entries, which has `task` and `rank`, and of typed options."""
     path = folder / "own.yaml"
@@ -42,11 +47,17 @@ def read(folder: Path, *entries: str, **typed: object) -> CurveOptions:
         ),
         (
             "{quantity: table, file: no.csv, task: a, tolerance: 1, source: x}",
-            "must be a CSV file with the columns task, variant, learning_rate, score",
+            "must be a CSV file with the columns task, variant, learning_rate (above 0), score",
         ),
+        (TABLE.format("short.csv", 1), "file '"),
+        (TABLE.format("zero.csv", 1), "(learning rate 0, score 50 of lora)"),
+        (TABLE.format("good.csv", "abc"), "within 'abc': must be a number."),
+        (TABLE.format("good.csv", -1), "within '-1': must be"),
     ],
 )
 def test_a_bad_entry_is_refused_in_one_line_with_its_line(tmp_path: Path, entry: str, error: str) -> None:
+    for name, row in ROWS.items():
+        (tmp_path / f"{name}.csv").write_text(f"task,variant,learning_rate,score\n{row}\n")
     with pytest.raises(UsageError) as refused:
         read(tmp_path, ENTRY, entry)
     assert str(refused.value).startswith(f"{tmp_path / 'own.yaml'}, line 5: expected: ")
@@ -63,7 +74,8 @@ def test_a_key_travels_with_study_yaml_and_can_be_given_in_python(tmp_path: Path
     again, _ = make_options(CurveOptions, {"config": tmp_path / "study" / "study.yaml"}, "study")
     assert again.expected == options.expected
     assert again.expected[0].untested == "--rank 8 in place of 4"
-    assert CurveOptions(expected=[entry.to_entry()]).expected == (entry,)  # type: ignore[arg-type]
+    given = {"task": "letters", "expected": [entry.to_entry()]}
+    assert make_options(CurveOptions, given, "study")[0].expected == (entry,)
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,7 @@ class EvaluationSplit:
         return torch.cat(targets).double().numpy(), np.array(counts), item_order
 
     def bits_per_byte(self, losses: np.ndarray) -> float:
-        """Return the loss of answers of text in bits per byte, for all tokenizers alike.
+        """Return the loss of text in bits per byte, for all tokenizers alike.
 
         It is the sum of the losses of all targets but special tokens, such as the end token, in bits, over
         the UTF-8 bytes of these targets as text; NaN without a byte. Special tokens have no text, and their

@@ -113,9 +113,7 @@ def test_lanes_score_together_as_alone_and_one_with_b_at_zero_has_forgotten_noth
     adapters.detach()
 
 
-def test_a_tokenizer_without_english_reads_the_pretraining_of_its_task_or_nothing(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_tokenizer_without_english_reads_the_pretraining_of_its_task_or_nothing() -> None:
     tiny = tiny_base_model(ModelChoice("tiny", ""))
     split = make_general_split(LETTERS, tiny)
     assert split is not None
@@ -128,8 +126,7 @@ def test_a_tokenizer_without_english_reads_the_pretraining_of_its_task_or_nothin
     assert [(ord(a) - ord(b)) % 16 for a, b in zip(prompt.split()[1:6], answer.split(), strict=True)] == [
         1
     ] * 5
-    monkeypatch.setattr(letters.Letters, "general_examples", lambda _: ())
-    assert make_general_split(LETTERS, tiny) is None
+    assert make_general_split(tasks.get("metamathqa"), tiny) is None
     assert (
         make_general_split(tasks.get("reviews"), tiny_base_model(ModelChoice("b", ""), tasks.get("reviews")))
         is None
