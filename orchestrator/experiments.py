@@ -1,22 +1,29 @@
-"""The experiments by the name of their command.
+"""The experiments by the name of their command, and `init`, which copies them into a user's folder.
 
-Their files are in the folder `experiments/` beside this package, one for each question. They are imported as
+Their files are in the folder `experiments/` of the repository, one for each question. They are imported as
 `orchestrator.experiments.NAME`, because a user's folder may be called `experiments` as well.
 """
 
 from __future__ import annotations
 
 import importlib
+import re
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
+from orchestrator.study.option import Option, Options
 from orchestrator.util.errors import UsageError, suggest_nearest
 
 if TYPE_CHECKING:
     from orchestrator.launch.experiment import Experiment
     from orchestrator.study.options import StudyOptions
 
-__path__ = [str(Path(__file__).parents[1] / "experiments")]
+_PACKAGE = Path(__file__).parent
+PROJECT = _PACKAGE / "project" if (_PACKAGE / "project").is_dir() else _PACKAGE.parent
+"""The folder of what is at the top of the repository: cluster.yaml, constraints.txt, `experiments/`, ...
+A wheel has them inside this package."""
+__path__ = [str(PROJECT / "experiments")]
 
 MODULES = {
     "study": "lr_sensitivity",
@@ -46,3 +53,37 @@ def options_of(name: str) -> type[StudyOptions]:
         UsageError: There is no such experiment.
     """
     return load(name).options_class
+
+
+@dataclass(frozen=True, kw_only=True)
+class Init(Options):
+    """Write cluster.yaml and the scripts of the experiments into a folder of yours.
+
+    `ray up cluster.yaml` there starts a cluster whose nodes get this program as it is installed here; the
+    first lines of the file say what comes before. Each script is a command, such as lr_sensitivity.py for
+    `study`, and runs as you change it.
+    """
+
+    folder: Annotated[Path, Option("FOLDER", position=True)]
+    """The folder, new or existing. No file in it is replaced."""
+
+    def run(self) -> int:
+        """Write the files and return the exit code."""
+
+        def installed(found: re.Match[str]) -> str:
+            path = PROJECT / found[2]
+            return f"{found[1]}{path if path.exists() else _PACKAGE.parent / found[2]}"
+
+        source = re.compile(r"(~/lora-orchestrator/.+: |--template-file )(?!experiments)(\S+)")
+        texts = {"cluster.yaml": source.sub(installed, (PROJECT / "cluster.yaml").read_text())}
+        for script in (*MODULES.values(), "published"):
+            name = f"experiments/{script}.py"
+            texts[name] = (PROJECT / name).read_text()
+        for name in texts:
+            if (self.folder / name).exists():
+                raise UsageError(f"{self.folder / name}: is there, and is not replaced; name another folder.")
+        (self.folder / "experiments").mkdir(parents=True, exist_ok=True)
+        for name, text in texts.items():
+            (self.folder / name).write_text(text)
+            print(self.folder / name)
+        return 0

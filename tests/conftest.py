@@ -43,6 +43,15 @@ os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())  # `tmp_pa
 _TEMPORARY = tempfile.mkdtemp(prefix="lora-", dir=os.environ["PYTEST_DEBUG_TEMPROOT"])
 os.environ["TMPDIR"] = tempfile.tempdir = _TEMPORARY
 
+# The user's home stays as it is: models, datasets and settings of libraries go to a home in this folder. Only
+# pip's cache is the user's.
+_CACHES = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+os.environ.setdefault("PIP_CACHE_DIR", str(_CACHES / "pip"))
+for _name in [each for each in os.environ if each.startswith(("XDG_", "HF_HOME", "HF_HUB_CACHE"))]:
+    del os.environ[_name]
+os.environ["HOME"] = os.path.join(_TEMPORARY, "home")
+os.mkdir(os.environ["HOME"])
+
 # The handler that is registered first runs last, after the handler of multiprocessing, which has files in
 # this folder.
 atexit.register(shutil.rmtree, _TEMPORARY, ignore_errors=True)

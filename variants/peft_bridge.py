@@ -289,8 +289,7 @@ def peft_variant(name: str, own: api.Variant | None) -> api.Variant:
         from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
     except ImportError as error:
         raise api.UnsupportedError(
-            f"{name} needs peft, which is not installed: in the clone of this project, pip install -c "
-            "constraints.txt -e '.[peft]'"
+            f"{name} needs peft, which is not installed: pip install 'peft<0.22,>=0.21'"
         ) from error
     if peft_type not in PEFT_TYPE_TO_CONFIG_MAPPING:
         known = ", ".join(sorted(each.value for each in PEFT_TYPE_TO_CONFIG_MAPPING))

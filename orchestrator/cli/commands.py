@@ -9,11 +9,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from orchestrator.experiments import Init
 from orchestrator.experiments.published import Published
 from orchestrator.study.option import Count, Option, Text
 from orchestrator.study.options import HarnessOptions, StoreOptions, StudyOptions
 from orchestrator.util import atomic_files
 from orchestrator.util.errors import UsageError
+
+
+def _open_store(options: StoreOptions) -> Any:
+    from orchestrator.record.store import Store
+
+    return Store(options.store_folder, create=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,10 +34,8 @@ class Sync(StoreOptions):
         """Rebuild the projections and return the exit code."""
         from orchestrator.analyze.report import describe_study
         from orchestrator.record.maintenance import sync_projections
-        from orchestrator.record.store import Store
 
-        store = Store(self.store_folder, create=False)
-        return sync_projections(store, self.output, self.tracking_uri, print, describe_study)
+        return sync_projections(_open_store(self), self.output, self.tracking_uri, print, describe_study)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,11 +48,10 @@ class Show(StoreOptions):
     def run(self) -> int:
         """Print the records and return the exit code."""
         from orchestrator.record.show import format_record
-        from orchestrator.record.store import Store
 
         if not self.fingerprints:
             raise UsageError("show: name at least one fingerprint; the report lists them.")
-        store = Store(self.store_folder, create=False)
+        store = _open_store(self)
         print("\n\n".join(format_record(store, self.output, prefix) for prefix in self.fingerprints))
         return 0
 
@@ -63,11 +67,10 @@ class Report(StoreOptions):
         """Write the report and return the exit code."""
         from orchestrator.analyze import report
         from orchestrator.record.mlflow import study_uri
-        from orchestrator.record.store import Store
         from orchestrator.record.study_file import find_study
         from orchestrator.util.redaction import redact_secrets
 
-        store = Store(self.store_folder, create=False)
+        store = _open_store(self)
         study = find_study(self.output, self.study)
         folder = study.folder
         uri = redact_secrets(study_uri(study.tracking_uri, store))
@@ -126,9 +129,8 @@ class Gc(StoreOptions):
     def run(self) -> int:
         """Remove the files and return the exit code."""
         from orchestrator.record.maintenance import describe_garbage, find_garbage, remove_garbage
-        from orchestrator.record.store import Store
 
-        store = Store(self.store_folder, create=False)
+        store = _open_store(self)
         found = find_garbage(store, self.output, self.older_than * 3600)
         lines = [*describe_garbage(found)]
         print("\n".join(["would remove" if self.dry_run else "removes", *lines]) if lines else "no garbage")
@@ -195,7 +197,6 @@ class Export(StoreOptions):
 
         from orchestrator.export.export import export_lane
         from orchestrator.export.lane_choice import LaneQuery
-        from orchestrator.record.store import Store
 
         forms = {"--merge": self.merge, "--raw": self.raw, "--as-lora": self.as_lora}
         asked = [option for option, value in forms.items() if value]
@@ -203,8 +204,7 @@ class Export(StoreOptions):
             raise UsageError(f"{' with '.join(asked)}: an export has one form; name one of them.")
         form: Literal["merged", "raw"] | None = "merged" if self.merge else "raw" if self.raw else None
         query = LaneQuery(self.study, self.fingerprint, self.variant, self.task)
-        store = Store(self.store_folder, create=False)
-        done = export_lane(store, self.output, query, form, self.to, lora_rank=self.as_lora)
+        done = export_lane(_open_store(self), self.output, query, form, self.to, lora_rank=self.as_lora)
         print(f"{shlex.quote(str(done.folder))}: {decimal(done.bytes)}; README.md says how to load it")
         return 0
 
@@ -221,13 +221,13 @@ class Evaluate(HarnessOptions):
     def run(self) -> int:
         """Score the lanes, write the report again, and return the exit code."""
         from orchestrator.export.harness import evaluate_lanes
-        from orchestrator.record.store import Store
 
-        evaluate_lanes(Store(self.store_folder, create=False), self)
+        evaluate_lanes(_open_store(self), self)
         return Report(study=self.study, output=self.output, store=self.store).run()
 
 
 COMMANDS: dict[str, type[Any]] = {
+    "init": Init,
     "check": Check,
     "show": Show,
     "report": Report,

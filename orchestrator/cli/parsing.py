@@ -36,9 +36,10 @@ def parse(options_class: Any, words: Sequence[str], program: str, description: s
         UsageError: An option is unknown, or a word is missing.
     """
     width = shutil.get_terminal_size().columns
+    positions = [each.value for each in options_class.declared().values() if each.position]
     parser = _Parser(
         prog=program,
-        usage=_usage(options_class),
+        usage=" ".join(["%(prog)s", *positions, "[options]"]),
         description=_wrap(description, width),
         formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=6, width=width),
         argument_default=argparse.SUPPRESS,
@@ -63,11 +64,6 @@ def parse(options_class: Any, words: Sequence[str], program: str, description: s
     if unknown:
         _refuse(unknown[0], parser)
     return vars(values)
-
-
-def _usage(options_class: Any) -> str:
-    values = [each.value for each in options_class.declared().values() if each.position]
-    return " ".join(["%(prog)s", *values, "[options]"])
 
 
 def _wrap(description: str, width: int) -> str:

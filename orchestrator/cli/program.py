@@ -13,6 +13,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 import orchestrator
@@ -41,7 +42,15 @@ def main(experiment: str = "") -> NoReturn:
         experiment: Name of the command of a script in `experiments/`; empty if the first word names it.
     """
     atexit.register(gc.freeze)  # the search for garbage in the modules of Ray and torch would take 2 s
-    command.main(lambda: run_command(experiment, sys.argv[1:], _program()) if experiment else run_program())
+    command.main(lambda: _run_script(experiment) if experiment else run_program())
+
+
+def _run_script(experiment: str) -> int:
+    from orchestrator import experiments
+
+    # The experiments are those beside the script, which may be a user's own copies (`init`).
+    experiments.__path__.insert(0, str(Path(sys.argv[0]).resolve().parent))
+    return run_command(experiment, sys.argv[1:], _program())
 
 
 def run_program() -> int:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import re
+import shlex
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, requires
 from importlib.util import find_spec
 
 from variants.errors import describe_error_line
@@ -65,14 +67,16 @@ def quote_value(value: str) -> str:
 
 
 def install_hint(extra: str) -> str:
-    """Return the command that installs an extra from the clone of this project.
-
-    The project is on no package index, so a package of this name there would be someone else's.
+    """Return the command that installs the packages of an extra, in a clone and beside an installed wheel.
 
     Args:
         extra: Name of the extra in pyproject.toml, such as "wandb".
     """
-    return f"in the clone of this project, pip install -c constraints.txt -e '.[{extra}]'"
+    with suppress(PackageNotFoundError):  # in a clone that is not installed
+        own = [each.partition(";") for each in requires("lora-orchestrator") or ()]
+        names = [name for name, _, condition in own if condition.strip() == f"extra == '{extra}'"]
+        return shlex.join(["pip", "install", *names])
+    return f"install the packages of {extra!r} in pyproject.toml"
 
 
 def require_package(user: str, package: str, extra: str, otherwise: str = "") -> None:

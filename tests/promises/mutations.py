@@ -409,6 +409,31 @@ MUTATIONS += [
     ),
 ]
 
+# 13. What is installed.
+MUTATIONS += [
+    Mutation(
+        "the wheel has no cluster.yaml",
+        "pyproject.toml",
+        '"cluster.yaml" = "orchestrator/project/cluster.yaml"\n',
+        "",
+        "test_13_package.py::test_both_distributions_hold_every_file_of_the_program",
+    ),
+    Mutation(
+        "nodes get files that are not installed",
+        "orchestrator/experiments.py",
+        "path if path.exists() else",
+        "path or",
+        "test_13_package.py::test_the_installed_program_has_its_commands_files_and_a_cluster[uv]",
+    ),
+    Mutation(
+        "a user's change of a script has no effect",
+        "orchestrator/cli/program.py",
+        "experiments.__path__.insert(0,",
+        "experiments.__path__.append(",
+        "test_13_package.py::test_the_installed_program_has_its_commands_files_and_a_cluster[uv]",
+    ),
+]
+
 
 def copy_working_tree(to: Path) -> None:
     """Copy the files that git tracks or would track."""

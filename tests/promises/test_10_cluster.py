@@ -2,12 +2,11 @@
 
 A node that dies and one that is drained change no result. The cluster has a head and three workers: hosts in
 namespaces of this machine (hosts.py), which cluster.yaml treats as machines that a user owns. The user's
-machine runs Ray's own commands only.
+machine runs `init` and Ray's own commands.
 """
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,12 +14,12 @@ import as_a_user
 import pytest
 import tiny_models
 import yaml
-from hosts import ROOT, Command, Host, Network, missing_requirements, until
+from hosts import Command, Host, Network, missing_requirements, until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
 
 PROJECT = "/root/project"
-"""The user's clone of the project."""
+"""The folder that `lora-orchestrator init` makes on the user's machine. The others do not see the clone."""
 ENVIRONMENT = {"RAY_UP_enable_autoscaler_v2": "0", "RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"}
 # With these values, Ray counts an unreachable node as dead after 15 s instead of a minute.
 HEALTH = (
@@ -128,18 +127,15 @@ def for_own_machines(config: dict[str, Any], head: str, workers: list[str]) -> d
 class Cluster:
     """A running cluster, and the commands of its user."""
 
-    def __init__(self, network: Network, config: dict[str, Any]) -> None:
+    def __init__(self, network: Network) -> None:
         self.network, self.shared = network, network.shared
         self.head, *self.workers = (network.host(name) for name in ("head", "w1", "w2", "w3"))
+        network.run("lora-orchestrator", "init", PROJECT)
+        file = network.path(PROJECT) / "cluster.yaml"
+        config = yaml.safe_load(file.read_text())
         self.spot_command = next(each for each in config["worker_start_ray_commands"] if "spot" in each)
-        project = network.path(PROJECT)
-        project.mkdir()
-        for name in config["file_mounts"].values():
-            if not name.startswith("~"):
-                copied = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-                copied(ROOT / name, project / name)
         local = for_own_machines(config, self.head.address, [worker.address for worker in self.workers])
-        (project / "cluster.yaml").write_text(yaml.safe_dump(local))
+        file.write_text(yaml.safe_dump(local))
         for host in network.hosts:
             host.install_environment()
         self.run("ray", "get-auth-token", "--generate")
@@ -196,7 +192,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     tiny_models.llama(shared / "model", width=16)
     (shared / "held.py").write_text(TASK)
     with Network(shared) as network:
-        cluster = Cluster(network, yaml.safe_load((ROOT / "cluster.yaml").read_text()))
+        cluster = Cluster(network)
         cluster.run("ray", "up", "-y", "--no-config-cache", "cluster.yaml")
         until(cluster.is_whole)  # `ray up` returns before the workers have joined
         yield cluster

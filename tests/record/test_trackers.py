@@ -303,7 +303,7 @@ def test_a_server_of_wandb_that_is_down_delays_nothing(store, make_record, monke
     ("chosen", "line"),
     [
         ("wandb", "no API key here; set WANDB_API_KEY"),
-        ("tensorboard", r"in the clone of this project, pip install .* -e '\.\[tensorboard\]'"),
+        ("tensorboard", r"pip install 'tensorboard<\S+'$"),
     ],
 )
 def test_a_tracker_that_cannot_be_used_is_refused_in_one_line(monkeypatch, tmp_path, chosen, line):

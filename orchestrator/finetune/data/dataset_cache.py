@@ -174,11 +174,6 @@ def load_examples(
     }
 
 
-def has_examples(folder: Path, choice: TaskChoice, task: Task) -> bool:
-    """Return whether `load_examples` finds all splits in the cache."""
-    return all(_example_file(folder, choice, task, split).read() is not None for split in SPLITS)
-
-
 def _check_counts_in(examples_by_split: Mapping[Split, Sequence[Example]], task: Task) -> None:
     """Refuse a task without a validation loss, or without a metric on a held-out split.
 

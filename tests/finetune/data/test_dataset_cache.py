@@ -170,10 +170,11 @@ def test_a_cut_or_wrong_file_is_made_again(tmp_path: Path, damage: str) -> None:
         path.write_bytes(
             {"cut": data[: len(data) // 2], "empty": b"", "zeros": bytes(len(data)), "another": other}[damage]
         )
-    assert not dataset_cache.has_examples(tmp_path, one.task, task)
-    again = dataset_cache.prepare_dataset(tmp_path, one, task, words)
-    assert [list(again.rows[split]) for split in SPLITS] == expected
-    assert dataset_cache.has_examples(tmp_path, one.task, task)
+    read: list[str] = []
+    for _ in range(2):
+        again = dataset_cache.prepare_dataset(tmp_path, one, task, words, read.append)
+        assert [list(again.rows[split]) for split in SPLITS] == expected
+    assert read == ["letters: reading the examples"], "once: the files are then whole"
 
 
 def test_data_of_another_revision_are_refused_and_not_stored(tmp_path: Path) -> None:
