@@ -75,10 +75,8 @@ class Init(Options):
             return f"{found[1]}{path if path.exists() else _PACKAGE.parent / found[2]}"
 
         source = re.compile(r"(~/lora-orchestrator/.+: |--template-file )(?!experiments)(\S+)")
-        texts = {"cluster.yaml": source.sub(installed, (PROJECT / "cluster.yaml").read_text())}
-        for script in (*MODULES.values(), "published"):
-            name = f"experiments/{script}.py"
-            texts[name] = (PROJECT / name).read_text()
+        names = ["cluster.yaml", *(f"experiments/{each}.py" for each in (*MODULES.values(), "published"))]
+        texts = {name: source.sub(installed, (PROJECT / name).read_text()) for name in names}
         for name in texts:
             if (self.folder / name).exists():
                 raise UsageError(f"{self.folder / name}: is there, and is not replaced; name another folder.")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from orchestrator import experiments
 from orchestrator.study.config import make_options
-from orchestrator.util.graceful_interrupts import borrowed_signals
+from orchestrator.util.command import borrowed_signals
 
 if TYPE_CHECKING:
     from orchestrator.launch.plan import Plan

@@ -57,6 +57,8 @@ os.mkdir(os.environ["HOME"])
 atexit.register(shutil.rmtree, _TEMPORARY, ignore_errors=True)
 
 
+pytest_plugins = ["in_process", "untrained_base"]  # the fixtures `run`, `restored` and `base`
+
 GROUPS = ("cluster", "ray")
 """The groups of long tests, in the order in which they start.
 

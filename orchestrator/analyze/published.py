@@ -24,8 +24,8 @@ from orchestrator.analyze.sections import figure, text
 from orchestrator.analyze.verdicts import Verdict
 from orchestrator.record.study_file import STUDY_FILE, StudyFile
 from orchestrator.study.config import SHIPPED_FOLDER
+from orchestrator.util.command import PROGRAM
 from orchestrator.util.errors import UsageError, suggest_nearest
-from orchestrator.util.graceful_interrupts import PROGRAM
 
 if TYPE_CHECKING:
     import pandas as pd

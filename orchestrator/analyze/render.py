@@ -23,7 +23,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from orchestrator.analyze import formatting
-from orchestrator.util.graceful_interrupts import PROGRAM
+from orchestrator.util.command import PROGRAM
 
 if TYPE_CHECKING:
     from orchestrator.analyze.chart_style import Chart

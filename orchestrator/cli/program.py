@@ -18,8 +18,8 @@ from typing import NoReturn
 
 import orchestrator
 from orchestrator.util import command
+from orchestrator.util.command import PROGRAM, format_command, print_status
 from orchestrator.util.errors import UsageError, suggest_nearest
-from orchestrator.util.graceful_interrupts import PROGRAM, format_command, print_status
 
 HELP_OPTIONS, VERSION_OPTIONS = ("-h", "--help"), ("--version", "-V")
 _FIRST_STEPS = """\

@@ -25,8 +25,8 @@ from orchestrator.execution.trial import TRIAL_MEMORY_BYTES, LaneTrial
 from orchestrator.record.schema import LaneProgress
 from orchestrator.study.configuration import Configuration
 from orchestrator.util import timeouts
+from orchestrator.util.command import interrupt_main_thread
 from orchestrator.util.errors import StudyError
-from orchestrator.util.graceful_interrupts import interrupt_main_thread
 
 if TYPE_CHECKING:
     from orchestrator.execution.search import Search

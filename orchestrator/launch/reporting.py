@@ -20,8 +20,7 @@ from orchestrator.record.study_file import AnalysisSettings, StudyFile, read_stu
 from orchestrator.record.tables import CURVES_FILE, PARQUET_FILE, write_parquet
 from orchestrator.record.tracker import StudyEnd, TrackerWriter, TrackerWriters
 from orchestrator.util import timeouts
-from orchestrator.util.command import EXIT_LIMIT_REACHED
-from orchestrator.util.graceful_interrupts import graceful_interrupts
+from orchestrator.util.command import EXIT_LIMIT_REACHED, graceful_interrupts
 from orchestrator.util.redaction import redact_secrets
 from orchestrator.util.sqlite_uri import sqlite_path
 

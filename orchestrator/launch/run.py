@@ -43,8 +43,8 @@ from orchestrator.study.options import (
     StudyOptions,
 )
 from orchestrator.util import atomic_files
+from orchestrator.util.command import graceful_interrupts
 from orchestrator.util.errors import UsageError
-from orchestrator.util.graceful_interrupts import graceful_interrupts
 from orchestrator.util.redaction import redact_secrets
 
 if TYPE_CHECKING:

@@ -17,8 +17,8 @@ from orchestrator.record.schema import Record
 from orchestrator.study.expected import Expectation
 from orchestrator.study.names import CONFIG_NAME, DEFAULT_STORE_NAME, nearest_valid_name, other_folders
 from orchestrator.util import atomic_files
+from orchestrator.util.command import PROGRAM
 from orchestrator.util.errors import UsageError, quote_value, suggest_nearest
-from orchestrator.util.graceful_interrupts import PROGRAM
 from variants.variant_settings import FILE_SUFFIX
 
 _log = logging.getLogger(__name__)

@@ -7,8 +7,8 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from orchestrator.util.command import PROGRAM
 from orchestrator.util.errors import UsageError, quote_value
-from orchestrator.util.graceful_interrupts import PROGRAM
 
 CONFIG_NAME = "study.yaml"
 """Name of the file with the options of a study, in its folder."""

@@ -10,12 +10,9 @@ from typing import Any
 
 import pytest
 import ray
-from in_process import restored, run
 from machines import Machines
 from ray.cluster_utils import Cluster
 from steps import FOLDER, Steps
-
-__all__ = ["restored", "run"]
 
 # Set before Ray is started, because Ray passes its environment on to its workers.
 os.environ[FOLDER] = tempfile.mkdtemp(prefix="steps-")

@@ -11,48 +11,29 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from as_a_user import TASK
 from in_process import SWEEP, Run
-from untrained_base import base
 
 from orchestrator.finetune.tasks.letters import Letters
 from orchestrator.util.atomic_files import add_checksum
 
-__all__ = ["base"]
-
 DRY = ("--dry-run", "--plan")
-
-TASK = """
-from orchestrator.finetune.tasks.base import Example, Task, TaskDefaults
-
-class Mine(Task):
-    floor = 0.0
-    default_model = "letters-base"
-    output = "teacher_forced"
-    defaults = TaskDefaults(
-        train_size=32, validation_size=8, test_size=8, steps=6, batch_size=8, max_length=32,
-        evaluations=2, learning_rates=(1e-3,),
-    )
-
-    def examples(self, split, count):
-        last = {"train": "i", "validation": "j", "test": "k"}[split]
-        return [Example(f"copy {last} b c d {word} =", "a b") for word in "abcdefgh" * (count // 8)]
-"""
 
 
 def having(old: str, new: str) -> str:
-    """Return `TASK` with `new` in place of `old`."""
+    """Return a user's task with `new` in place of `old`."""
     assert old in TASK
     return TASK.replace(old, new)
 
 
 def test_examples_that_change_between_calls_are_refused(tmp_path: Path, base: Path, run: Run) -> None:
-    (tmp_path / "my.py").write_text("import random\n" + having("{word} =", "{random.choice('abcdefgh')} ="))
+    (tmp_path / "my.py").write_text("import random\n" + having("{letter} =", "{random.choice('abcdefgh')} ="))
     done = run(SWEEP, "--dry-run", "--task", "my.py", "--model", str(base))
     done.assert_refused("my.py", "the same examples in every call", "seed")
 
 
 def test_words_that_the_tokenizer_lacks_are_named(tmp_path: Path, base: Path, run: Run) -> None:
-    (tmp_path / "[bold]my.py").write_text(having("d {word}", "d {'bread' if word == 'f' else word}"))
+    (tmp_path / "[bold]my.py").write_text(having("d {letter}", "d {'bread' if letter == 'f' else letter}"))
     done = run(SWEEP, "--dry-run", "--task", "[bold]my.py", "--model", str(base))
     done.assert_refused("my.py", "example 5", "bread", "WordLevel", "--model")
     assert "[bold]my.py: reading the examples" in done.stdout, "brackets in a name are not markup"

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from in_process import ORCHESTRATOR, Ended, Run, restored, run
+from in_process import ORCHESTRATOR, Ended, Run
 from resolved import resolve_one_task
 from scripted import Script, leases, train
 from trained_study import RATES, STUDY, Trained
@@ -17,8 +17,6 @@ from orchestrator.record.study_file import StudyFile
 from orchestrator.study.grids import build_grid
 from orchestrator.study.options import StudyOptions
 from variants.testing.rig import one_thread
-
-__all__ = ["restored", "run"]
 
 
 @pytest.fixture(scope="session")

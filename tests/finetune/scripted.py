@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -290,6 +290,12 @@ def dies_at(step: int) -> Callable[[Report], Directive]:
         return Directive.CONTINUE
 
     return answer
+
+
+def crash_at(step: int, points: Sequence[Configuration], store: Store, **options: Any) -> None:
+    """Train lanes until a simulated crash at a report of this step; their checkpoints stay."""
+    with pytest.raises(SimulatedCrashError):
+        train(Script(leases(points), answers=dies_at(step)), store, **options)
 
 
 def leases(configurations: Iterable[Configuration], attempt: int = 1) -> list[Lease]:

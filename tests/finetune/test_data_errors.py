@@ -10,7 +10,7 @@ from typing import Any
 import hub_folder
 import pytest
 from data_rows import CHATS, MAILS, SUMS, write
-from in_process import SWEEP, Run, restored, run
+from in_process import SWEEP, Run
 from resolved import resolve_one_task
 
 from orchestrator.finetune.resolve.data import report_data
@@ -18,8 +18,6 @@ from orchestrator.finetune.resolve.option_names import resolve_tasks
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.study.options import StudyOptions
 from orchestrator.util.errors import UsageError
-
-__all__ = ["restored", "run"]
 
 
 def replaced(rows: Any, number: int, **cells: Any) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from configurations import read_configuration
-from scripted import Script, SimulatedCrashError, configuration, dies_at, leases, numbers_of, solo, train
+from scripted import Script, configuration, crash_at, leases, numbers_of, solo, train
 
 from orchestrator.finetune.models.catalogue import UNPREPARED
 from orchestrator.finetune.resolve.option_names import resolve_options
@@ -93,8 +93,7 @@ def test_a_lane_that_resumes_equals_one_that_was_not_interrupted(
     name: str, store: Store, tmp_path: Path
 ) -> None:
     one = small(name, tmp_path)
-    with pytest.raises(SimulatedCrashError):
-        train(Script(leases([one]), answers=dies_at(4)), store)
+    crash_at(4, [one], store)
     train(Script(leases([one], attempt=2)), store)
     record = store.get(one.fingerprint)
     assert record is not None

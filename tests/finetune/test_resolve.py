@@ -13,7 +13,7 @@ import pytest
 import torch
 from data_rows import CHATS, MAILS, write
 from image_data import picture
-from in_process import SWEEP, Run, restored, run
+from in_process import SWEEP, Run
 from resolved import bases, resolve_one_task
 from tiny_images import vit
 
@@ -32,7 +32,7 @@ from orchestrator.study.configuration import BatchConfig, Configuration, ModelCh
 from orchestrator.study.options import StudyOptions
 from orchestrator.util.errors import UsageError
 
-__all__ = ["bases", "restored", "run"]
+__all__ = ["bases"]
 
 
 def resolve_configurations(bases: Path, task: str = "reviews", **options: Any) -> list[Configuration]:

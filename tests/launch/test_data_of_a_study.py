@@ -10,18 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from in_process import SWEEP, Run, restored, run
+from in_process import SWEEP, Run
 from orchestrator.experiments.lr_sensitivity import EXPERIMENT, CurveOptions
 from rich.console import Console
 from test_own_files import finished, mine, requested, resolve
-from untrained_base import base
 
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.launch.earlier_runs import drop_replaced, find_sources
 from orchestrator.launch.study import Study, resolve_study
 from orchestrator.record.study_file import StudyFile
 
-__all__ = ["base", "mine", "restored", "run"]
+__all__ = ["mine"]
 
 
 @pytest.fixture(autouse=True)

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from in_process import ORCHESTRATOR, Run, restored, run
+from in_process import ORCHESTRATOR, Run
 from orchestrator.experiments.lr_sensitivity import EXPERIMENT, CurveOptions
-from untrained_base import base
 
 from orchestrator.analyze import report
 from orchestrator.finetune.models import loading
@@ -28,8 +27,6 @@ from orchestrator.study.configuration import Configuration, ModelChoice
 from orchestrator.util.errors import UsageError
 from variants import catalogue
 from variants.catalogue import source_digest
-
-__all__ = ["base", "restored", "run"]
 
 HEAVY = ("torch", "transformers", "mlflow", "ray", "scipy", "altair", "vl_convert", "pyarrow", "pandas")
 MAIN = """

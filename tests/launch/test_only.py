@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from in_process import ORCHESTRATOR, Run, restored, run
+from in_process import ORCHESTRATOR, Run
 from orchestrator.experiments.lr_sensitivity import EXPERIMENT, CurveOptions
 from test_own_files import finished, requested
-from untrained_base import base
 
 import orchestrator
 from orchestrator.finetune.models.catalogue import UNPREPARED
@@ -22,8 +21,6 @@ from orchestrator.record.store import Store
 from orchestrator.record.study_file import AnalysisSettings, StudyFile
 from orchestrator.study.configuration import Configuration
 from orchestrator.util.errors import UsageError
-
-__all__ = ["base", "restored", "run"]
 
 RATES = ("1e-3", "1e-2")
 

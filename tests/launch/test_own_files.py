@@ -7,9 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from in_process import SWEEP, Run, restored, run
+from in_process import SWEEP, Run
 from orchestrator.experiments.lr_sensitivity import EXPERIMENT, CurveOptions
-from untrained_base import base
 
 from orchestrator.finetune.models.catalogue import locate_pretrained
 from orchestrator.finetune.resolve.data import write_own_files
@@ -22,8 +21,6 @@ from orchestrator.record.study_file import StudyFile
 from orchestrator.study.configuration import Configuration
 from orchestrator.util.errors import UsageError
 from variants import catalogue
-
-__all__ = ["base", "restored", "run"]
 
 TASK = '''
 """Copy letters."""

@@ -26,6 +26,23 @@ DRY_RUN = (
 )
 """Arguments of the short dry run that several tests read: 12 configurations instead of 132."""
 
+TASK = """
+from orchestrator.finetune.tasks.base import Example, Task, TaskDefaults
+
+class Mine(Task):
+    floor = 0.0
+    output = "teacher_forced"
+    defaults = TaskDefaults(
+        train_size=32, validation_size=8, test_size=8, steps=6, batch_size=8, max_length=32,
+        evaluations=2, learning_rates=(1e-3,),
+    )
+
+    def examples(self, split, count):
+        last = {"train": "i", "validation": "j", "test": "k"}[split]
+        return [Example(f"copy {last} b c d {letter} =", "a b") for letter in "abcdefgh" * (count // 8)]
+"""
+"""A file of a user with a task."""
+
 
 @dataclass(frozen=True)
 class Result:

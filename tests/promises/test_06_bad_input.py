@@ -226,26 +226,10 @@ DATA: dict[str, tuple[dict[str, str], Case]] = {
 }
 """Name of a case -> files, and the words after --data with the words of the error."""
 
-TASK = """
-from orchestrator.finetune.tasks.base import Example, Task, TaskDefaults
-
-class Mine(Task):
-    floor = 0.0
-    output = "teacher_forced"
-    defaults = TaskDefaults(
-        train_size=32, validation_size=8, test_size=8, steps=6, batch_size=8, max_length=32,
-        evaluations=2, learning_rates=(1e-3,),
-    )
-
-    def examples(self, split, count):
-        last = {"train": "i", "validation": "j", "test": "k"}[split]
-        return [Example(f"copy {last} b c d {letter} =", "a b") for letter in "abcdefgh" * (count // 8)]
-"""
-
 TASKS: dict[str, tuple[str, str, str]] = {
-    "ends the process": (TASK, "import sys\nsys.exit(7)\n", "2"),
-    "is no Python": (TASK, "def f(:\n", "1"),
-    "is empty": (TASK, "", "Task"),
+    "ends the process": (as_a_user.TASK, "import sys\nsys.exit(7)\n", "2"),
+    "is no Python": (as_a_user.TASK, "def f(:\n", "1"),
+    "is empty": (as_a_user.TASK, "", "Task"),
     "has no defaults": ("    defaults", "    sizes", "defaults"),
     "has no examples": ("def examples", "def exampels", "examples"),
     "has no floor": ("    floor", "    flor", "floor"),
@@ -322,7 +306,7 @@ MODELS: dict[str, tuple[Spoil, str]] = {
 def commands(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
     """Yield a process that runs commands."""
     folder = tmp_path_factory.mktemp("commands")
-    write(folder, {"m.csv": rows(), "mine.py": VARIANT, "task.py": TASK})
+    write(folder, {"m.csv": rows(), "mine.py": VARIANT, "task.py": as_a_user.TASK})
     plans = [
         f"study --plan --model {model} --variants lora --data m.csv",
         f"study --plan --model {model} --variants lora --task task.py",
@@ -402,8 +386,8 @@ def test_wrong_data_are_refused_with_file_and_row(
 @pytest.mark.parametrize("case", TASKS)
 def test_a_wrong_task_file_is_refused(case: str, commands: Commands, model: Path, tmp_path: Path) -> None:
     old, new, named = TASKS[case]
-    assert TASK.count(old) == 1
-    write(tmp_path, {"mine.py": TASK.replace(old, new)})
+    assert as_a_user.TASK.count(old) == 1
+    write(tmp_path, {"mine.py": as_a_user.TASK.replace(old, new)})
     refuse(commands, f"study --plan --model {model} --task mine.py", f"mine.py {named}", tmp_path)
 
 
@@ -448,7 +432,7 @@ def test_an_environment_in_which_ray_cannot_start_is_refused(
 def test_a_file_in_place_of_a_studys_folder_is_refused(
     commands: Commands, model: Path, tmp_path: Path
 ) -> None:
-    write(tmp_path, {"results/mine": "", "mine.py": TASK})
+    write(tmp_path, {"results/mine": "", "mine.py": as_a_user.TASK})
     words = ("study", "--dry-run", "--study", "mine", "--model", model, "--task", "mine.py")
     assert_refused(commands.run(*words, "--variants", "lora", cwd=tmp_path), "--study 'mine'")
 

@@ -12,7 +12,6 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
 import as_a_user
@@ -54,27 +53,24 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def install(published: Path, made_once: Callable[..., Path]) -> Callable[[str], Path]:
-    """Return a function that installs the wheel by "pip" or "uv" and returns the environment's programs."""
-
-    def get(installer: str) -> Path:
-        def make(folder: Path) -> None:
-            (wheel,) = published.glob("*.whl")
-            packages = ("-q", "-c", ROOT / "constraints.txt", wheel)
-            if installer == "pip":
-                call(sys.executable, "-m", "venv", folder, cwd=folder)
-                call(folder / "bin" / "pip", "install", "--no-compile", *packages, cwd=folder)
-                return
-            # Where pip is told to find packages in a folder, too, uv is told the same.
-            found = subprocess.run(PIP_LINKS, capture_output=True, text=True).stdout.strip()
-            links = {"UV_NO_CACHE": "1"} | ({"UV_FIND_LINKS": found} if found else {})
-            call(UV, "venv", "-q", "--allow-existing", "--python", sys.executable, folder, cwd=folder)
-            call(UV, "pip", "install", "--python", folder / "bin" / "python", *packages, cwd=folder, **links)
-
-        return made_once(f"{installer}-environment", make) / "bin"
-
-    return get
+@pytest.fixture(scope="module", params=["pip", "uv"])
+def programs(
+    request: pytest.FixtureRequest, published: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Return the programs of an empty environment into which pip or uv has installed the wheel."""
+    folder = tmp_path_factory.mktemp(request.param)
+    (wheel,) = published.glob("*.whl")
+    packages = ("-q", "-c", ROOT / "constraints.txt", wheel)
+    if request.param == "pip":
+        call(sys.executable, "-m", "venv", folder, cwd=folder)
+        call(folder / "bin" / "pip", "install", "--no-compile", *packages, cwd=folder)
+    else:
+        # Where pip is told to find packages in a folder, too, uv is told the same.
+        found = subprocess.run(PIP_LINKS, capture_output=True, text=True).stdout.strip()
+        links = {"UV_NO_CACHE": "1"} | ({"UV_FIND_LINKS": found} if found else {})
+        call(UV, "venv", "-q", "--allow-existing", "--python", sys.executable, folder, cwd=folder)
+        call(UV, "pip", "install", "--python", folder / "bin" / "python", *packages, cwd=folder, **links)
+    return folder / "bin"
 
 
 @pytest.mark.ray
@@ -93,11 +89,7 @@ def test_both_distributions_hold_every_file_of_the_program(published: Path, tmp_
 
 @pytest.mark.ray
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("installer", ["pip", "uv"])
-def test_the_installed_program_has_its_commands_files_and_a_cluster(
-    installer: str, install: Callable[[str], Path], tmp_path: Path
-) -> None:
-    programs = install(installer)
+def test_the_installed_program_has_its_commands_files_and_a_cluster(programs: Path, tmp_path: Path) -> None:
     where = call(programs / "python", "-c", "import orchestrator as o; print(o.__file__)", cwd=tmp_path)
     assert Path(where).is_relative_to(programs.parent)
     assert call(programs / "lora-orchestrator", "--version", cwd=tmp_path) == f"lora-orchestrator {VERSION}\n"
@@ -121,11 +113,12 @@ def test_the_installed_program_has_its_commands_files_and_a_cluster(
 
 @pytest.mark.ray
 @pytest.mark.timeout(1800)
+@pytest.mark.parametrize("programs", ["pip"], indirect=True)
 def test_the_notebook_trains_and_its_study_is_repeated_from_its_file(
-    install: Callable[[str], Path], tmp_path: Path, letters_bases: Path
+    programs: Path, tmp_path: Path, letters_bases: Path
 ) -> None:
     """Ray's workers import the installed package too, because no clone is in the folder."""
-    programs, results = install("pip"), tmp_path / "results"
+    results = tmp_path / "results"
     shutil.copytree(letters_bases, results / "store" / "bases")
     call(programs / "python", Path(notebook.__file__), NOTEBOOK, cwd=tmp_path)
     assert (results / "quickstart" / "report.html").exists()

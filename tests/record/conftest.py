@@ -9,12 +9,11 @@ from typing import Any
 
 import pytest
 from configurations import template
-from in_process import restored, run
 
 from orchestrator.record.schema import Cost, Evaluation, ItemResults, Provenance, Record, StepMetrics
 from orchestrator.study.configuration import BatchConfig, Configuration, LRSchedule
 
-__all__ = ["MakeRecord", "configuration", "make_record", "record", "restored", "run"]
+__all__ = ["MakeRecord", "configuration", "make_record", "record"]
 
 MakeRecord = Callable[..., Record]
 

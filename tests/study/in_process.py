@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from orchestrator.finetune.sources import hub_data
-from orchestrator.util import graceful_interrupts
+from orchestrator.util import command
 
 ROOT = Path(__file__).parents[2]
 ORCHESTRATOR = ROOT / "orchestrator" / "__main__.py"
@@ -40,7 +40,7 @@ class Ended:
 Run = Callable[..., Ended]
 
 
-class _LeavesSignals(graceful_interrupts.InterruptHandler):
+class _LeavesSignals(command.InterruptHandler):
     """A handler that takes no signals, because it would outlive the command."""
 
     def install(self) -> None:
@@ -54,7 +54,7 @@ def restored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # Tests assume that there is no GPU.
     for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "ORCHESTRATOR_OUTPUT", "ORCHESTRATOR_DATA"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(graceful_interrupts, "interrupt_handler", _LeavesSignals())
+    monkeypatch.setattr(command, "interrupt_handler", _LeavesSignals())
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     for name in ("_pin_folder", "_add_pins"):
         monkeypatch.setattr(hub_data, name, getattr(hub_data, name))

@@ -15,8 +15,7 @@ from terminal import CTRL_C, Terminal, hides_cursor
 LOOP = "while not done.wait(0.05): pass"
 HEAD = """
 import subprocess, sys, threading, time
-from orchestrator.util.command import main
-from orchestrator.util.graceful_interrupts import graceful_interrupts
+from orchestrator.util.command import graceful_interrupts, main
 from orchestrator.util.errors import StudyError
 class Done:
     is_set = False

@@ -29,9 +29,8 @@ import pyarrow.compute as pc
 from pyarrow import ipc
 
 from orchestrator.util import atomic_files
-from orchestrator.util.atomic_files import canonical_json
+from orchestrator.util.atomic_files import KeyedFolder, canonical_json
 from orchestrator.util.errors import UsageError
-from orchestrator.util.keyed_folder import KeyedFolder
 
 T = TypeVar("T")
 

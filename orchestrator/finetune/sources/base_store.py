@@ -24,9 +24,8 @@ from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
 from pathlib import Path
 
-from orchestrator.util.atomic_files import canonical_json
+from orchestrator.util.atomic_files import KeyedFolder, canonical_json
 from orchestrator.util.errors import UsageError
-from orchestrator.util.keyed_folder import KeyedFolder
 
 _NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 _IGNORED_KEYS = {"transformers_version", "_name_or_path"}

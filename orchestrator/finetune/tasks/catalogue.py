@@ -28,8 +28,8 @@ from orchestrator.finetune.tasks import read_tasks, user_task
 from orchestrator.finetune.tasks.base import Task
 from orchestrator.finetune.tasks.data_task import DataTask
 from orchestrator.study.configuration import TaskChoice, VariantChoice
+from orchestrator.util.atomic_files import KeyedFolder
 from orchestrator.util.errors import UsageError, report_user_errors, suggest_nearest
-from orchestrator.util.keyed_folder import KeyedFolder
 from variants import catalogue as variants
 from variants.catalogue import check_own_imports, execute, find_class, hash_code, hash_source
 from variants.errors import UnsupportedError

@@ -16,7 +16,7 @@ from scripted import (
     Script,
     SimulatedCrashError,
     configuration,
-    dies_at,
+    crash_at,
     get_record,
     leases,
     numbers_of,
@@ -174,8 +174,7 @@ def test_a_resumed_lane_equals_an_uninterrupted_one(
 def test_reports_are_sent_again_after_a_resumption(store: Store) -> None:
     one = configuration(steps=12, evaluations=4)
 
-    with pytest.raises(SimulatedCrashError):
-        train(Script(leases([one]), answers=dies_at(9)), store)
+    crash_at(9, [one], store)
     source = Script(leases([one], attempt=2), answers=lambda report: Directive.PARK)
     train(source, store)
     assert [r.step for r in source.reports] == [3, 6, 9, 12]
@@ -193,8 +192,7 @@ def test_a_lane_with_a_damaged_checkpoint_resumes_from_the_one_before(
 ) -> None:
     one = configuration(steps=12, evaluations=4)
 
-    with pytest.raises(SimulatedCrashError):
-        train(Script(leases([one]), answers=dies_at(9)), store)
+    crash_at(9, [one], store)
     last = store.checkpoints / one.fingerprint / "1" / "step-00000009.safetensors"
     last.write_bytes(damage(last.read_bytes()))
     source = Script(leases([one], attempt=2))

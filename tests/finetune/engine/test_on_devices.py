@@ -14,9 +14,8 @@ from pair import Scenario, WorkerResult, play
 from scripted import (
     WORDS_TASK,
     Script,
-    SimulatedCrashError,
     configuration,
-    dies_at,
+    crash_at,
     leases,
     tiny_base_model,
     train,
@@ -68,8 +67,7 @@ def test_a_loop_that_dies_continues_from_its_checkpoints(device: str, tmp_path: 
     whole, halves = Script(leases(points)), Script(leases(points, attempt=2))
     train(whole, Store(tmp_path / "whole"), load_base_model=load)
     store = Store(tmp_path / "halves")
-    with pytest.raises(SimulatedCrashError):
-        train(Script(leases(points), answers=dies_at(6)), store, load_base_model=load)
+    crash_at(6, points, store, load_base_model=load)
     train(halves, store, load_base_model=load)
     assert distance(weights(halves), weights(whole)) <= (0.0 if device == "cpu" else 0.05)
     for one in points:

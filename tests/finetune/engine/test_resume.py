@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from scripted import Script, SimulatedCrashError, configuration, dies_at, leases, numbers_of, solo, train
+from scripted import Script, configuration, crash_at, leases, numbers_of, solo, train
 
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration
@@ -76,8 +76,7 @@ def combinations() -> list[Any]:
 @pytest.mark.parametrize(("task", "variant"), combinations())
 def test_a_resumed_lane_is_bit_equal(task: str, variant: str, store: Store, tmp_path: Path) -> None:
     one = point(variant, task)
-    with pytest.raises(SimulatedCrashError):
-        train(Script(leases([one]), answers=dies_at(4)), store)
+    crash_at(4, [one], store)
     train(Script(leases([one], attempt=2)), store)
     record = store.get(one.fingerprint)
     assert record is not None

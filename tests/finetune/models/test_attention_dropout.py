@@ -14,9 +14,8 @@ import pytest
 import torch
 from scripted import (
     Script,
-    SimulatedCrashError,
     configuration,
-    dies_at,
+    crash_at,
     leases,
     numbers_of,
     solo,
@@ -156,8 +155,7 @@ def test_a_lane_in_a_group_and_a_resumed_lane_equal_the_lane_alone(store: Store,
         assert record.provenance.lane_group_size == 3
         assert numbers_of(record) == numbers_of(solo(one, tmp_path))
     again = Store(tmp_path / "again")
-    with pytest.raises(SimulatedCrashError):
-        train(Script(leases(together[:1]), answers=dies_at(4)), again)
+    crash_at(4, together[:1], again)
     train(Script(leases(together[:1], attempt=2)), again)
     assert numbers_of(get(again, together[0])) == numbers_of(solo(together[0], tmp_path))
 

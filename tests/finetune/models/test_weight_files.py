@@ -19,7 +19,6 @@ from transformers.utils import (
     SAFE_WEIGHTS_INDEX_NAME,
     WEIGHTS_NAME,
 )
-from untrained_base import base
 
 from orchestrator.finetune.models import catalogue as model_catalogue
 from orchestrator.finetune.models import loading
@@ -28,8 +27,6 @@ from orchestrator.finetune.tasks import catalogue
 from orchestrator.finetune.tasks.letters import RECIPE, Letters
 from orchestrator.study.configuration import ModelChoice
 from orchestrator.util.errors import UsageError
-
-__all__ = ["base"]
 
 
 @pytest.fixture
