@@ -1,7 +1,7 @@
 """The Ray that a study runs on: an existing cluster that it joins, or a local Ray that it starts and ends.
 
-If a driver is killed, the processes of its local Ray end by themselves: Linux kills the raylet and the
-control store with their parent, the workers end within seconds, and Ray's agents after a minute.
+If a driver is killed, Linux kills the raylet and the control store of its local Ray with their parent. The
+workers end within seconds, and a trainer's worker ends Ray's agents (`exit_with_raylet`).
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ import re
 import secrets
 import stat
 import tempfile
+import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Set
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -260,11 +261,8 @@ def connect() -> Iterator[Cluster]:
     _refuse_other_source_tree()
     check_start()
     address = running_cluster_address()
-    lock: AbstractContextManager[None] = nullcontext()
-    if address is None:
-        lock_file = Path(tempfile.gettempdir(), f"lora-orchestrator-{os.getuid()}.lock")
-        lock = exclusive_lock(lock_file, LOCAL_RAY_IN_USE)
-    with lock:
+    lock_file = Path(tempfile.gettempdir(), f"lora-orchestrator-{os.getuid()}.lock")
+    with nullcontext() if address else exclusive_lock(lock_file, LOCAL_RAY_IN_USE):
         _restrict_token_file(create_if_missing=address is None)
         variables = RAY_ENVIRONMENT | (LOCAL_RAY_ENVIRONMENT if address is None else {})
         for name, value in variables.items():
@@ -335,11 +333,10 @@ def _start_local_ray(options: Mapping[str, Any], others: Set[psutil.Process]) ->
     """
     import ray
 
-    local: dict[str, Any] = {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
     for _ in range(START_ATTEMPTS):
         try:
             with private.without_dashboard():
-                ray.init(address="local", **local, **options)
+                ray.init("local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **options)
             return
         except BaseException as error:  # Ray 2.60 raises bare Exceptions here
             _kill(_descendants(psutil.Process()) - others)
@@ -364,6 +361,20 @@ def _kill(processes: Iterable[psutil.Process]) -> None:
     for process in processes:
         with suppress(psutil.Error):
             process.kill()
+
+
+def exit_with_raylet() -> None:
+    """End this worker, and what its raylet had started before, when the raylet has died.
+
+    The raylet dies with a killed driver. Ray then ends a computing worker only half a minute later, and the
+    raylet's agents after a minute, in which they try to tell the control store, which has died as well.
+    """
+    raylet = os.getppid()
+    others = _descendants(psutil.Process(raylet)) - {psutil.Process()}
+    while os.getppid() == raylet:
+        time.sleep(timeouts.RAYLET_POLL_SECONDS)
+    _kill(others)
+    os._exit(1)
 
 
 def _refuse_other_source_tree() -> None:

@@ -24,6 +24,7 @@ import ray
 from orchestrator.execution.broker import ExitKind, TrainerPlace
 from orchestrator.execution.broker_actor import BROKER_NAME, BrokerClient
 from orchestrator.execution.private_ray import draining_node_ids
+from orchestrator.execution.ray_cluster import exit_with_raylet
 from orchestrator.execution.settings import TrainerSettings
 from orchestrator.finetune.failures import BrokenKind, StoreFullError, TrainerBrokenError
 from orchestrator.finetune.process_group import SINGLE_PROCESS_GROUP, ProcessGroup, TorchProcessGroup
@@ -62,7 +63,7 @@ def train_loop_per_worker(config: Mapping[str, Any]) -> None:
         # Micro-batches have different lengths, so every step asks for blocks of new sizes, which fragments
         # memory without this setting. torch reads it at the first allocation.
         os.environ |= dict.fromkeys(CUDA_ALLOCATOR_VARIABLES, "expandable_segments:True")
-    threading.Thread(target=_exit_with_raylet, name="end with Ray", daemon=True).start()
+    threading.Thread(target=exit_with_raylet, name="end with Ray", daemon=True).start()
     threading.Thread(target=_drain_with_node, args=[name], name="drain", daemon=True).start()
     with announce_errors(name):
         is_single = settings.options.workers_per_trainer == 1
@@ -167,17 +168,6 @@ def _set_up_device(settings: TrainerSettings) -> Any:
     if settings.gpus_per_worker < 1:  # so that no trainer takes the memory of another
         torch.cuda.set_per_process_memory_fraction(settings.gpus_per_worker, device)
     return device
-
-
-def _exit_with_raylet() -> None:
-    """End this worker when its raylet has died.
-
-    The raylet dies with a killed driver, but Ray ends a computing worker only half a minute later.
-    """
-    raylet = os.getppid()
-    while os.getppid() == raylet:
-        time.sleep(timeouts.RAYLET_POLL_SECONDS)
-    os._exit(1)
 
 
 def _drain_with_node(trainer: str) -> None:

@@ -194,23 +194,21 @@ def test_killed_processes(study: Study, undisturbed: Path) -> None:
     os.kill(trainer, signal.SIGKILL)
     assert study.wait_for_steps(process) != trainer, "a new trainer trains its lanes"
 
-    others = {
-        number: words
-        for number, words in study.processes().items()
-        if words.startswith("ray::") and number not in study.trainers()
-    }
-    os.kill(study.rng.choice(sorted(others)), signal.SIGKILL)
+    others = {number for number, words in study.processes().items() if words.startswith("ray::")}
+    os.kill(study.rng.choice(sorted(others.difference(study.trainers()))), signal.SIGKILL)
     before = len(study.steps())
-    as_a_user.wait_until(
-        lambda: process.poll() is not None or len(study.steps()) >= before + 6,
-        process,
-    )
+    as_a_user.wait_until(lambda: process.poll() is not None or len(study.steps()) >= before + 6, process)
     if process.poll() is not None:  # not every process is replaced while a study runs
         assert as_a_user.end(process).code != 0
         study.assert_nothing_runs()
         process = study.start()
         study.wait_for_steps(process)
 
+    # Ray's agents would end by themselves, but only after a minute.
+    agents = {number for number, words in study.processes().items() if "agent" in words.lower()}
+    assert agents
+    for number in agents - {process.pid}:
+        os.kill(number, signal.SIGSTOP)
     process.kill()  # kill -9 of the driver
     as_a_user.end(process)
     study.assert_nothing_runs()
