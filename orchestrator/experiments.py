@@ -42,8 +42,7 @@ def load(name: str) -> Experiment:
     """
     if name not in MODULES:
         raise UsageError(f"experiment {name!r}: there is none. {suggest_nearest(name, MODULES)}")
-    experiment: Experiment = importlib.import_module(f"{__name__}.{MODULES[name]}").EXPERIMENT
-    return experiment
+    return importlib.import_module(f"{__name__}.{MODULES[name]}").EXPERIMENT
 
 
 def options_of(name: str) -> type[StudyOptions]:
@@ -77,9 +76,8 @@ class Init(Options):
         source = re.compile(r"(~/lora-orchestrator/.+: |--template-file )(?!experiments)(\S+)")
         names = ["cluster.yaml", *(f"experiments/{each}.py" for each in (*MODULES.values(), "published"))]
         texts = {name: source.sub(installed, (PROJECT / name).read_text()) for name in names}
-        for name in texts:
-            if (self.folder / name).exists():
-                raise UsageError(f"{self.folder / name}: is there, and is not replaced; name another folder.")
+        if taken := [self.folder / name for name in texts if (self.folder / name).exists()]:
+            raise UsageError(f"{taken[0]}: is there, and is not replaced; name another folder.")
         (self.folder / "experiments").mkdir(parents=True, exist_ok=True)
         for name, text in texts.items():
             (self.folder / name).write_text(text)

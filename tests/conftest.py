@@ -49,8 +49,7 @@ _CACHES = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 os.environ.setdefault("PIP_CACHE_DIR", str(_CACHES / "pip"))
 for _name in [each for each in os.environ if each.startswith(("XDG_", "HF_HOME", "HF_HUB_CACHE"))]:
     del os.environ[_name]
-os.environ["HOME"] = os.path.join(_TEMPORARY, "home")
-os.mkdir(os.environ["HOME"])
+os.environ["HOME"] = tempfile.mkdtemp(dir=_TEMPORARY)
 
 # The handler that is registered first runs last, after the handler of multiprocessing, which has files in
 # this folder.

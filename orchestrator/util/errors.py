@@ -73,8 +73,8 @@ def install_hint(extra: str) -> str:
         extra: Name of the extra in pyproject.toml, such as "wandb".
     """
     with suppress(PackageNotFoundError):  # in a clone that is not installed
-        own = [each.partition(";") for each in requires("lora-orchestrator") or ()]
-        names = [name for name, _, condition in own if condition.strip() == f"extra == '{extra}'"]
+        lines = requires("lora-orchestrator") or ()
+        names = [each.partition(";")[0] for each in lines if each.endswith(f"; extra == '{extra}'")]
         return shlex.join(["pip", "install", *names])
     return f"install the packages of {extra!r} in pyproject.toml"
 

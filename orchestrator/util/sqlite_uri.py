@@ -19,8 +19,7 @@ def with_full_path(uri: str) -> str:
     Args:
         uri: Any URI; one of another scheme, or without a file, is returned as it is.
     """
-    path = sqlite_path(uri)
-    if path is None or not path.name:
+    if not (path := sqlite_path(uri)) or not path.name:
         return uri
     _, question, settings = uri.partition("?")
     return f"{_START}{os.path.abspath(path)}{question}{settings}"

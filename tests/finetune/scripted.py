@@ -281,21 +281,16 @@ class SimulatedCrashError(Exception):
     """An error with which a test ends the loop as if its process had died."""
 
 
-def dies_at(step: int) -> Callable[[Report], Directive]:
-    """Return `answers` that let lanes continue, and raise SimulatedCrashError at a report of this step."""
+def crash_at(step: int, points: Sequence[Configuration], store: Store, **options: Any) -> None:
+    """Train lanes until a simulated crash at a report of this step; their checkpoints stay."""
 
     def answer(report: Report) -> Directive:
         if report.step == step:
             raise SimulatedCrashError
         return Directive.CONTINUE
 
-    return answer
-
-
-def crash_at(step: int, points: Sequence[Configuration], store: Store, **options: Any) -> None:
-    """Train lanes until a simulated crash at a report of this step; their checkpoints stay."""
     with pytest.raises(SimulatedCrashError):
-        train(Script(leases(points), answers=dies_at(step)), store, **options)
+        train(Script(leases(points), answers=answer), store, **options)
 
 
 def leases(configurations: Iterable[Configuration], attempt: int = 1) -> list[Lease]:

@@ -69,7 +69,8 @@ def programs(
         found = subprocess.run(PIP_LINKS, capture_output=True, text=True).stdout.strip()
         links = {"UV_NO_CACHE": "1"} | ({"UV_FIND_LINKS": found} if found else {})
         call(UV, "venv", "-q", "--allow-existing", "--python", sys.executable, folder, cwd=folder)
-        call(UV, "pip", "install", "--python", folder / "bin" / "python", *packages, cwd=folder, **links)
+        packages = ("--compile-bytecode", "--python", folder / "bin" / "python", *packages)
+        call(UV, "pip", "install", *packages, cwd=folder, **links)
     return folder / "bin"
 
 
@@ -113,7 +114,7 @@ def test_the_installed_program_has_its_commands_files_and_a_cluster(programs: Pa
 
 @pytest.mark.ray
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("programs", ["pip"], indirect=True)
+@pytest.mark.parametrize("programs", ["uv"], indirect=True)
 def test_the_notebook_trains_and_its_study_is_repeated_from_its_file(
     programs: Path, tmp_path: Path, letters_bases: Path
 ) -> None:
