@@ -59,8 +59,7 @@ def programs(
 ) -> Path:
     """Return the programs of an empty environment into which pip or uv has installed the wheel."""
     folder = tmp_path_factory.mktemp(request.param)
-    (wheel,) = published.glob("*.whl")
-    packages = ("-q", "-c", ROOT / "constraints.txt", wheel)
+    packages = ("-q", "-c", ROOT / "constraints.txt", *published.glob("*.whl"))
     if request.param == "pip":
         call(sys.executable, "-m", "venv", folder, cwd=folder)
         call(folder / "bin" / "pip", "install", "--no-compile", *packages, cwd=folder)
