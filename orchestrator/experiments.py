@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -43,6 +44,18 @@ def load(name: str) -> Experiment:
     if name not in MODULES:
         raise UsageError(f"experiment {name!r}: there is none. {suggest_nearest(name, MODULES)}")
     return importlib.import_module(f"{__name__}.{MODULES[name]}").EXPERIMENT
+
+
+def use_script(name: str, path: str) -> None:
+    """Take the experiment of a command from the running script, unless it is the one that is installed.
+
+    Args:
+        name: Name of the command.
+        path: The script, which may be a user's changed copy.
+    """
+    file = MODULES.get(name, name)
+    if Path(path).resolve() != Path(__path__[0], f"{file}.py").resolve():
+        sys.modules[f"{__name__}.{file}"] = sys.modules["__main__"]
 
 
 def options_of(name: str) -> type[StudyOptions]:

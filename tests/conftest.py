@@ -43,11 +43,14 @@ os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())  # `tmp_pa
 _TEMPORARY = tempfile.mkdtemp(prefix="lora-", dir=os.environ["PYTEST_DEBUG_TEMPROOT"])
 os.environ["TMPDIR"] = tempfile.tempdir = _TEMPORARY
 
-# The user's home stays as it is: models, datasets and settings of libraries go to a home in this folder. Only
-# pip's cache is the user's.
-_CACHES = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-os.environ.setdefault("PIP_CACHE_DIR", str(_CACHES / "pip"))
-for _name in [each for each in os.environ if each.startswith(("XDG_", "HF_HOME", "HF_HUB_CACHE"))]:
+# The user's home stays as it is: models, datasets and settings of libraries go to a home in this folder.
+# Only pip and uv have the user's downloads and settings.
+_USERS = {"PIP_CACHE_DIR": "cache/pip", "PIP_CONFIG_FILE": "config/pip/pip.conf", "UV_CACHE_DIR": "cache/uv"}
+for _name, _path in (_USERS | {"UV_CONFIG_FILE": "config/uv/uv.toml"}).items():
+    if (_users := Path.home() / f".{_path}").exists():
+        os.environ.setdefault(_name, str(_users))
+_KEPT = {"HF_TOKEN", "HF_ENDPOINT", "HF_HUB_OFFLINE"}
+for _name in {each for each in os.environ if each.startswith(("XDG_", "HF_", "HUGGINGFACE_"))} - _KEPT:
     del os.environ[_name]
 os.environ["HOME"] = tempfile.mkdtemp(dir=_TEMPORARY)
 

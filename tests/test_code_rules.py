@@ -11,24 +11,24 @@ FOLDERS = ("docs", "experiments", "orchestrator", "tests", "variants")
 PRIVATE_OF_RAY = re.compile(r"\bray(?:\.\w+)*\._[a-z]\w+")
 PRIVATE_OF_RAY_FILE = ROOT / "orchestrator" / "execution" / "private_ray.py"
 BUDGETS = {
-    "orchestrator": (159, 22939),
+    "orchestrator": (159, 22938),
     "orchestrator/analyze": (24, 5661),
-    "orchestrator/cli": (4, 316),
+    "orchestrator/cli": (4, 315),
     "orchestrator/cluster": (3, 230),
     "orchestrator/execution": (16, 2513),
-    "orchestrator/export": (5, 670),
-    "orchestrator/finetune": (64, 8299),
-    "orchestrator/launch": (8, 1429),
+    "orchestrator/export": (5, 669),
+    "orchestrator/finetune": (64, 8294),
+    "orchestrator/launch": (8, 1430),
     "orchestrator/record": (12, 1675),
     "orchestrator/study": (11, 1502),
     "orchestrator/util": (8, 543),
     "variants": (108, 6107),
     "experiments": (17, 2240),
-    "tests": (262, 33606),
+    "tests": (262, 33604),
 }
 """Package -> (modules, lines of code) that it may have at most. A change that makes one smaller
 lowers its numbers; a change that raises one says what that is worth."""
-DOC_WORDS = 38_136
+DOC_WORDS = 38_128
 """Words that all pages may have together."""
 
 

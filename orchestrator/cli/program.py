@@ -13,7 +13,6 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import NoReturn
 
 import orchestrator
@@ -48,8 +47,7 @@ def main(experiment: str = "") -> NoReturn:
 def _run_script(experiment: str) -> int:
     from orchestrator import experiments
 
-    # The experiments are those beside the script, which may be a user's own copies (`init`).
-    experiments.__path__.insert(0, str(Path(sys.argv[0]).resolve().parent))
+    experiments.use_script(experiment, sys.argv[0])
     return run_command(experiment, sys.argv[1:], _program())
 
 

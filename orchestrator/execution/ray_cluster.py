@@ -265,8 +265,7 @@ def connect() -> Iterator[Cluster]:
     with nullcontext() if address else exclusive_lock(lock_file, LOCAL_RAY_IN_USE):
         _restrict_token_file(create_if_missing=address is None)
         variables = RAY_ENVIRONMENT | (LOCAL_RAY_ENVIRONMENT if address is None else {})
-        for name, value in variables.items():
-            os.environ.setdefault(name, value)
+        os.environ |= variables | os.environ
         import ray
 
         namespace = f"study-{uuid.uuid4().hex[:12]}"
@@ -364,16 +363,17 @@ def _kill(processes: Iterable[psutil.Process]) -> None:
 
 
 def exit_with_raylet() -> None:
-    """End this worker, and what its raylet had started before, when the raylet has died.
+    """End this worker, and the agents of its raylet, when the raylet has died.
 
     The raylet dies with a killed driver. Ray then ends a computing worker only half a minute later, and the
     raylet's agents after a minute, in which they try to tell the control store, which has died as well.
     """
-    raylet = os.getppid()
-    others = _descendants(psutil.Process(raylet)) - {psutil.Process()}
+    raylet, agents = os.getppid(), list[psutil.Process]()
+    with suppress(psutil.Error):  # it may have died already
+        agents = [p for p in psutil.Process(raylet).children() if "agent" in str(p.cmdline()).lower()]
     while os.getppid() == raylet:
         time.sleep(timeouts.RAYLET_POLL_SECONDS)
-    _kill(others)
+    _kill(agents)
     os._exit(1)
 
 

@@ -321,8 +321,7 @@ def _write_peft(lane: _Lane, folder: Path, base: str, revision: str | None) -> d
     if lane.task.inputs == "image":
         task_type = None  # PEFT has no type for images
     save_peft(lane.adapters, lane.configuration.fingerprint, folder, base, task_type, revision)
-    content: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text())
-    return content
+    return json.loads((folder / CONFIG_FILE).read_text())
 
 
 def _write_merged(lane: _Lane, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -50,7 +51,7 @@ class Experiment:
     @property
     def module(self) -> str:
         """Name of the file without `.py`; with the task and the model it is the default name of a study."""
-        return self.options_class.__module__.rpartition(".")[2]
+        return inspect.getmodulename(inspect.getfile(self.options_class)) or ""
 
     def fill_defaults(self, options: StudyOptions) -> StudyOptions:
         """Return the options with the variants and tasks of this experiment, and its other defaults."""

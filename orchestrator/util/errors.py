@@ -74,7 +74,7 @@ def install_hint(extra: str) -> str:
     """
     with suppress(PackageNotFoundError):  # in a clone that is not installed
         lines = requires("lora-orchestrator") or ()
-        names = [each.partition(";")[0] for each in lines if each.endswith(f"; extra == '{extra}'")]
+        names = [each.partition(";")[0] for each in lines if re.search(f"extra == .{extra}.$", each)]
         return shlex.join(["pip", "install", *names])
     return f"install the packages of {extra!r} in pyproject.toml"
 

@@ -1,4 +1,4 @@
-"""`Study`, `plan` and their errors; tests/cli/test_wheel.py runs a study from a notebook."""
+"""`Study`, `plan` and their errors; tests/promises/test_13_package.py runs a study from a notebook."""
 
 from __future__ import annotations
 

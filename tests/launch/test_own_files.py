@@ -69,16 +69,6 @@ def mine(tmp_path: Path, base: Path) -> Path:
     return folder
 
 
-def renamed(mine: Path) -> Path:
-    """Return a copy of `mine` in which task file, variant file and model have other names."""
-    other = mine.parent / "elsewhere"
-    shutil.copytree(mine, other)
-    (other / "copy_task.py").rename(other / "letters.py")
-    (other / "scaled.py").rename(other / "lora.py")
-    (other / "base").rename(other / "model")
-    return other
-
-
 def resolve(output: Path, task: Path, variant: Path, model: Path) -> Study:
     """Resolve a study of LoRA and a variant in a file, with two seeds."""
     options = CurveOptions(
@@ -292,8 +282,7 @@ def test_two_files_of_one_name_are_refused(mine: Path, option: str, added: str) 
 
 
 def test_a_copy_of_a_variants_file_is_read_where_it_was_named(mine: Path) -> None:
-    other = renamed(mine)
-    (other / "lora.py").rename(other / "scaled.py")
+    other = shutil.copytree(mine, mine.parent / "elsewhere")
     for folder in (mine, other):
         assert catalogue.load(str(folder / "scaled.py")).source_path == str(folder / "scaled.py")
 

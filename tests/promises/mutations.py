@@ -428,8 +428,8 @@ MUTATIONS += [
     Mutation(
         "a user's change of a script has no effect",
         "orchestrator/cli/program.py",
-        "experiments.__path__.insert(0,",
-        "experiments.__path__.append(",
+        "experiments.use_script(experiment, sys.argv[0])",
+        "pass",
         "test_13_package.py::test_the_installed_program_has_its_commands_files_and_a_cluster[uv]",
     ),
 ]

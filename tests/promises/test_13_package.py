@@ -66,7 +66,7 @@ def programs(
     else:
         # Where pip is told to find packages in a folder, too, uv is told the same.
         found = subprocess.run(PIP_LINKS, capture_output=True, text=True).stdout.strip()
-        links = {"UV_NO_CACHE": "1"} | ({"UV_FIND_LINKS": found} if found else {})
+        links = {"UV_FIND_LINKS": found} if found else {}
         call(UV, "venv", "-q", "--allow-existing", "--python", sys.executable, folder, cwd=folder)
         packages = ("--compile-bytecode", "--python", folder / "bin" / "python", *packages)
         call(UV, "pip", "install", *packages, cwd=folder, **links)
@@ -93,6 +93,8 @@ def test_the_installed_program_has_its_commands_files_and_a_cluster(programs: Pa
     where = call(programs / "python", "-c", "import orchestrator as o; print(o.__file__)", cwd=tmp_path)
     assert Path(where).is_relative_to(programs.parent)
     assert call(programs / "lora-orchestrator", "--version", cwd=tmp_path) == f"lora-orchestrator {VERSION}\n"
+    plan = call(programs / "lora-orchestrator", "study", "--dry-run", "--plan", cwd=tmp_path)
+    assert "Configurations  132, of them 0 known" in plan
     assert "\nvera " in call(programs / "python", "-m", "variants", cwd=tmp_path)
     assert "Tuned LoRA matches" in call(programs / "lora-orchestrator", "published", cwd=tmp_path)
     assert (tmp_path / "results" / "published" / "report.html").stat().st_size > 100_000

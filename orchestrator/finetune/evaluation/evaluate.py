@@ -468,8 +468,7 @@ class BaselineScores:
 
     def _read(self, kind: str) -> Scores | None:
         with suppress(OSError, ValueError):  # a file that is absent or damaged is computed again
-            scores: Scores = json.loads(atomic_files.verify_checksum(self._path(kind).read_bytes()))
-            return scores
+            return json.loads(atomic_files.verify_checksum(self._path(kind).read_bytes()))
         return None
 
     def _store(self, kind: str, scores: Scores) -> Scores:

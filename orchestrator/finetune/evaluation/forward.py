@@ -80,8 +80,7 @@ def compute_logits(base_model: BaseModel, task: Task, batch: DeviceBatch) -> Ten
             pixels = base_model.processor.pixel_values(
                 batch.images, base_model.device, base_model.model.dtype
             )
-            logits: Tensor = base_model.model(pixel_values=pixels).logits
-            return logits
+            return base_model.model(pixel_values=pixels).logits
         if task.has_head:
             return _compute_head_logits(base_model, batch)
         return _compute_token_logits(base_model, batch)
@@ -154,8 +153,7 @@ def _compute_head_logits(base_model: BaseModel, batch: DeviceBatch) -> Tensor:
         elif not base_model.has_sliding_window:
             mask = mask[:, None, None, :]
         model_inputs["attention_mask"] = mask
-    logits: Tensor = base_model.model(**model_inputs).logits
-    return logits
+    return base_model.model(**model_inputs).logits
 
 
 @lru_cache

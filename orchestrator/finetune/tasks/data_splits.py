@@ -181,8 +181,7 @@ class Examples(Sequence[Example]):
         """Return the length in bytes of each text in a column."""
         from pyarrow import compute
 
-        lengths: np.ndarray[Any, Any] = compute.binary_length(self.file.columns[name]).to_numpy()[self.rows]
-        return lengths
+        return compute.binary_length(self.file.columns[name]).to_numpy()[self.rows]
 
 
 def make_splits(file: ExampleFile, name: str) -> dict[Split, Examples]:

@@ -74,8 +74,7 @@ class DataSpec:
 
     def to_json(self) -> dict[str, Any]:
         """Return the spec as a JSON object."""
-        data: dict[str, Any] = _type_adapter().dump_python(self, mode="json")
-        return data
+        return _type_adapter().dump_python(self, mode="json")
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> DataSpec:
